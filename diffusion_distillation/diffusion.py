@@ -1,0 +1,70 @@
+"""The forward process z = alpha x + sigma eps, and what a network's output says about x and eps.
+
+Variance preserving: alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr). Arrays of images are
+(B, H, W, C), arrays of logsnr (B,): every function here widens the latter on purpose.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Prediction(NamedTuple):
+  """What a denoiser believes of z = alpha x + sigma eps; both (B, H, W, C)."""
+
+  x: jax.Array
+  eps: jax.Array
+
+
+def alpha_sigma(logsnr: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Signal and noise scale at `logsnr` (B,), shaped (B, 1, ..., 1) to multiply `like` (B, ...)."""
+  logsnr = logsnr.reshape(logsnr.shape + (1,) * (like.ndim - logsnr.ndim))
+  return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
+
+
+def diffuse(x: jax.Array, eps: jax.Array, logsnr: jax.Array) -> jax.Array:
+  """z ~ q(z | x) at `logsnr` (B,), for noise `eps` of the shape of `x`."""
+  alpha, sigma = alpha_sigma(logsnr, x)
+  return alpha * x + sigma * eps
+
+
+def from_x(z: jax.Array, logsnr: jax.Array, x: jax.Array) -> Prediction:
+  """The network predicts x. Finite logsnr only: at sigma = 0, z says nothing about eps."""
+  alpha, sigma = alpha_sigma(logsnr, z)
+  return Prediction(x, (z - alpha * x) / sigma)
+
+
+def from_eps(z: jax.Array, logsnr: jax.Array, eps: jax.Array) -> Prediction:
+  """The network predicts the noise (Ho et al. 2020)."""
+  alpha, sigma = alpha_sigma(logsnr, z)
+  return Prediction((z - sigma * eps) / alpha, eps)
+
+
+def from_v(z: jax.Array, logsnr: jax.Array, v: jax.Array) -> Prediction:
+  """The network predicts v = alpha eps - sigma x (Salimans & Ho 2022, section 4)."""
+  alpha, sigma = alpha_sigma(logsnr, z)
+  return Prediction(alpha * z - sigma * v, sigma * z + alpha * v)
+
+
+def velocity(prediction: Prediction, logsnr: jax.Array) -> jax.Array:
+  """v = alpha eps - sigma x, the inverse of `from_v`."""
+  alpha, sigma = alpha_sigma(logsnr, prediction.x)
+  return alpha * prediction.eps - sigma * prediction.x
+
+
+def implied_x(
+  z_t: jax.Array, z_s: jax.Array, logsnr_t: jax.Array, logsnr_s: jax.Array
+) -> jax.Array:
+  """The x for which one DDIM step from (z_t, logsnr_t) lands on (z_s, logsnr_s).
+
+  Salimans & Ho 2022, appendix G: x = (z_s - r z_t) / (alpha_s - r alpha_t), r = sigma_s / sigma_t.
+  At logsnr_s = inf it is z_s itself.
+  """
+  alpha_t, sigma_t = alpha_sigma(logsnr_t, z_t)
+  alpha_s, sigma_s = alpha_sigma(logsnr_s, z_s)
+  ratio = sigma_s / sigma_t
+  return (z_s - ratio * z_t) / (alpha_s - ratio * alpha_t)
+
+
+OUTPUTS = {'x': from_x, 'eps': from_eps, 'v': from_v}

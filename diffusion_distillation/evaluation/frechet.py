@@ -1,0 +1,55 @@
+"""Frechet distance between two sets of features, by their first two moments."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """Mean (D,) and covariance (D, D) of a set of features, in float64."""
+
+  mean: np.ndarray
+  cov: np.ndarray
+
+
+class RunningMoments:
+  """Moments of features that arrive in batches: sums in float64 about the first batch's mean."""
+
+  def __init__(self) -> None:
+    self._count = 0
+    self._shift = np.zeros(())
+    self._sum = np.zeros(())
+    self._outer = np.zeros(())
+
+  def add(self, features: np.ndarray) -> None:
+    """Takes a batch (n, D)."""
+    features = np.asarray(features, np.float64)
+    if self._count == 0:
+      self._shift = features.mean(axis=0)
+    centred = features - self._shift[None, :]
+    self._count += len(features)
+    self._sum = self._sum + centred.sum(axis=0)
+    self._outer = self._outer + centred.T @ centred
+
+  def result(self) -> Moments:
+    """The moments of all that was added. Raises ValueError with fewer than two examples."""
+    if self._count < 2:
+      raise ValueError(f'a covariance needs at least 2 examples, got {self._count}')
+    mean = self._sum / self._count
+    cov = (self._outer - self._count * np.outer(mean, mean)) / (self._count - 1)
+    return Moments(self._shift + mean, cov)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+  """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, Eq. 6).
+
+  The trace of the root is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), symmetric and positive: two
+  eigendecompositions, no complex numbers, and singular covariances are welcome.
+  """
+  values, vectors = np.linalg.eigh(a.cov)
+  root_a = (vectors * np.sqrt(np.maximum(values, 0.0))[None, :]) @ vectors.T
+  product = root_a @ b.cov @ root_a
+  roots = np.sqrt(np.maximum(np.linalg.eigvalsh((product + product.T) / 2.0), 0.0))
+  distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov) - 2.0 * roots.sum()
+  return float(max(distance, 0.0))

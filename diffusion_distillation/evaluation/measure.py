@@ -1,0 +1,182 @@
+"""Measuring every stage: students at their own step count, the undistilled base at each of them."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import pathlib
+import platform
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from diffusion_distillation import datasets
+from diffusion_distillation.checkpoints import read_json, write_json
+from diffusion_distillation.datasets import ImageSet
+from diffusion_distillation.evaluation import features, report
+from diffusion_distillation.evaluation.drawing import Drawer
+from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
+from diffusion_distillation.progress import Progress
+from diffusion_distillation.stages import Config, make_sampler
+from diffusion_distillation.workdir import Model
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'scikit-learn')
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One row to be: a model, a sampler, a number of steps."""
+
+  model: Model
+  sampler: str
+  num_steps: int
+
+
+def settings(models: list[Model]) -> Iterator[Setting]:
+  """The base under every sampler at every stage's step count, and each student at its own."""
+  base, *students = models
+  for model in models:
+    for sampler in ('ddim', 'ancestral'):
+      yield Setting(base, sampler, model.stage.num_steps)
+  for student in students:
+    yield Setting(student, 'ddim', student.stage.num_steps)
+
+
+def evaluate(
+  config: Config, models: list[Model], train: ImageSet, workdir: pathlib.Path, again: bool
+) -> dict[str, Any]:
+  """Writes `results.json`, a row at a time, and `report/`.
+
+  Args:
+    config: of the run.
+    models: the base and what was distilled from it, in order.
+    train: the training split: the reference.
+    workdir: where the stages are.
+    again: whether rows that are there already are measured again.
+
+  Returns:
+    What `results.json` holds.
+  """
+  held_out = datasets.load(config.dataset.name, 'test')
+  began = time.monotonic()
+  extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
+  reference = extractor.moments(train.images)
+  results = _header(config, extractor, train, reference, models)
+  path = workdir / 'results.json'
+  known = {} if again or not path.exists() else _rows_by_key(read_json(path), results)
+  todo = list(settings(models))
+  steps = sum(s.num_steps for s in todo)
+  size = config.evaluation.num_samples
+  with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
+    for setting in todo:
+      key = _key(_describe(config, setting))
+      results['rows'].append(known.get(key) or _measure(config, setting, extractor, reference))
+      results['seconds']['evaluation'] = time.monotonic() - began
+      write_json(path, results)
+      row = results['rows'][-1]
+      bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
+      bar.advance(setting.num_steps)
+  report.write(config, results, grid_rows(config, models), workdir / 'report')
+  return results
+
+
+def _header(
+  config: Config,
+  extractor: features.FeatureExtractor,
+  train: ImageSet,
+  reference: Moments,
+  models: list[Model],
+) -> dict[str, Any]:
+  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  return {
+    'rows': [],
+    'metric': f'FD-{extractor.name}',
+    'floor': _floor(config, extractor, train, reference),
+    'extractor': {
+      'name': extractor.name,
+      'digest': extractor.digest,
+      'held_out_accuracy': extractor.accuracy,
+    },
+    'reference': {'split': 'train', 'num_images': len(train)},
+    'versions': {'python': platform.python_version(), **versions},
+    'seconds': {model.stage.name: model.seconds for model in models},
+  }
+
+
+def _floor(
+  config: Config, extractor: features.FeatureExtractor, train: ImageSet, reference: Moments
+) -> dict[str, Any]:
+  """Real against real: as many draws, with replacement, from the images that are the reference."""
+  size = config.evaluation.num_samples
+  chosen = np.random.Generator(np.random.Philox(config.evaluation.seed)).integers(len(train), size=size)
+  value = frechet_distance(extractor.moments(train.images[chosen]), reference)
+  return {'value': value, 'num_samples': size, 'seed': config.evaluation.seed}
+
+
+def _describe(config: Config, setting: Setting) -> dict[str, Any]:
+  """A row, but for what is measured: equal descriptions are equal measurements."""
+  sampler = make_sampler(setting.sampler, config.evaluation.clip_x)
+  return {
+    'stage': setting.model.stage.name,
+    'method': setting.model.stage.method,
+    'sampler': setting.sampler,
+    'num_steps': setting.num_steps,
+    'nfe': setting.num_steps * sampler.calls_per_step,
+    'num_samples': config.evaluation.num_samples,
+    'seed': config.evaluation.seed,
+    'clip_x': config.evaluation.clip_x,
+    'batch_size': config.evaluation.batch_size,
+    'updates': setting.model.step,
+    'digest': setting.model.digest,
+  }
+
+
+def _key(row: dict[str, Any]) -> tuple:
+  return tuple(sorted((k, v) for k, v in row.items() if k not in ('metric', 'value', 'seconds_per_image')))
+
+
+def _rows_by_key(old: dict[str, Any], new: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
+  if old['extractor']['digest'] != new['extractor']['digest']:
+    return {}
+  return {_key(row): row for row in old['rows']}
+
+
+def drawer(config: Config, model: Model, sampler: str) -> Drawer:
+  """Draws from a model as the config's evaluation says."""
+  return Drawer(
+    denoise=model.stage.denoise,
+    sampler=make_sampler(sampler, config.evaluation.clip_x),
+    schedule=model.stage.schedule,
+    image_shape=model.stage.image_shape,
+    batch_size=config.evaluation.batch_size,
+  )
+
+
+def _measure(
+  config: Config, setting: Setting, extractor: features.FeatureExtractor, reference: Moments
+) -> dict[str, Any]:
+  running = RunningMoments()
+  seconds = drawer(config, setting.model, setting.sampler).seconds_per_image(
+    setting.model.params,
+    setting.num_steps,
+    config.evaluation.num_samples,
+    config.evaluation.seed,
+    use=lambda images: running.add(extractor(images)),
+  )
+  return _describe(config, setting) | {
+    'metric': f'FD-{extractor.name}',
+    'value': frechet_distance(running.result(), reference),
+    'seconds_per_image': seconds,
+  }
+
+
+def grid_rows(config: Config, models: list[Model], columns: int = 16) -> dict[str, np.ndarray]:
+  """(columns, H, W, C) uint8 images a stage, all from the same noise, by caption."""
+  rows = {}
+  for model in models:
+    steps = model.stage.num_steps
+    caption = f'{model.stage.name}\n{steps} step{"s" * (steps > 1)}'
+    draw = functools.partial(drawer(config, model, 'ddim').draw, model.params, steps, columns)
+    rows[caption] = draw(config.evaluation.seed)
+  return rows

@@ -1,0 +1,241 @@
+"""Training: the one step, the loop over it, and the run over all stages."""
+
+import contextlib
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import parameter_overview
+
+from diffusion_distillation import interrupts, sharding, workdir as workdirs
+from diffusion_distillation.checkpoints import Checkpoints
+from diffusion_distillation.datasets import ImageSet, batch_indices, to_x
+from diffusion_distillation.errors import NumericalError
+from diffusion_distillation.evaluation import measure
+from diffusion_distillation.metrics import MetricsWriter
+from diffusion_distillation.progress import Progress
+from diffusion_distillation.stages import Config, Recipe, Stage
+from diffusion_distillation.train_state import Params, TrainState
+from diffusion_distillation.workdir import Model
+
+_log = logging.getLogger(__name__)
+
+
+def train_step(
+  recipe: Recipe, state: TrainState, teacher: Params, batch: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update, or none where loss or gradient is not finite.
+
+  Args:
+    recipe: the stage's constants.
+    state: donated by the compiled step.
+    teacher: EMA parameters of the stage before, or None.
+    batch: `image` (B, H, W, C) uint8 and `label` (B,) or None; global arrays, the mean over which is the
+      loss, on however many devices.
+
+  Returns:
+    The next state, and scalar metrics.
+  """
+  rng_flip, rng_loss = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), state.step))
+  x = to_x(batch['image'])
+  if recipe.random_flip:
+    flip = jax.random.bernoulli(rng_flip, 0.5, x.shape[:1])
+    x = jnp.where(flip[:, None, None, None], x[:, :, ::-1, :], x)
+
+  def loss_fn(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+    example = {'x': x, 'label': batch['label']}
+    return recipe.method.loss(recipe.denoise, params, teacher, example, rng_loss, state.step)
+
+  (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  grad_norm = optax.global_norm(grads)
+  learning_rate = recipe.learning_rate(state.step)
+  updates, opt_state = recipe.optimizer.transform().update(grads, state.opt_state, state.params)
+  params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+  ema_params = optax.incremental_update(
+    params['student'], state.ema_params, 1.0 - recipe.ema_decay
+  )
+
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  tried = (params, ema_params, opt_state)
+  kept = (state.params, state.ema_params, state.opt_state)
+  params, ema_params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), tried, kept)
+  state = TrainState(
+    step=state.step + 1,
+    params=params,
+    ema_params=ema_params,
+    opt_state=opt_state,
+    skipped=state.skipped + jnp.where(finite, 0, 1),
+    skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+  )
+  metrics = metrics | {
+    'loss': loss,
+    'grad_norm': grad_norm,
+    'learning_rate': learning_rate,
+    'skipped': state.skipped,
+    'skipped_in_a_row': state.skipped_in_a_row,
+  }
+  return state, metrics
+
+
+class _Diverged(Exception):
+  """Too many updates in a row were skipped."""
+
+
+def fit(
+  step: Callable,
+  stage: Stage,
+  teacher: Model | None,
+  images: ImageSet,
+  workdir: pathlib.Path,
+  config: Config,
+) -> Model:
+  """Trains a stage to its end, from wherever its directory says that it stands.
+
+  Args:
+    step: the compiled `train_step`.
+    stage: what to train.
+    teacher: the parent stage's model; the student starts from it.
+    images: training images.
+    workdir: has the stage's directory in it.
+    config: of the whole run.
+
+  Returns:
+    The finished model; at once, if it was finished before.
+
+  Raises:
+    NumericalError: after going back to the last checkpoint, too many updates in a row were skipped again.
+    Preempted: a signal came; the state is saved.
+  """
+  workdirs.begin_stage(workdir, stage, teacher, config)
+  stage_dir = workdir / stage.name
+  rewound_at = None
+  with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
+    while True:
+      state, seconds = _restore_or_start(checkpoints, stage, teacher)
+      try:
+        state, seconds = _loop(
+          step, stage, teacher, images, stage_dir, config, checkpoints, state, seconds
+        )
+        break
+      except _Diverged as error:
+        if rewound_at is not None:
+          raise NumericalError(
+            f'stage {stage.name}: loss or gradient not finite {error}, as before after step '
+            f'{rewound_at}; lower its learning rate, or look at its data'
+          ) from error
+        checkpoints.wait()
+        rewound_at = max(checkpoints.steps(), default=0)
+        _log.warning('stage %s: not finite %s; back to step %d', stage.name, error, rewound_at)
+  model = workdirs.to_model(stage, state, seconds)
+  workdirs.finish_stage(workdir, teacher, model, config)
+  return model
+
+
+def _restore_or_start(
+  checkpoints: Checkpoints, stage: Stage, teacher: Model | None
+) -> tuple[TrainState, float]:
+  restored = checkpoints.restore(workdirs.abstract_state(stage), set_aside=True)
+  if restored is not None:
+    return restored
+  if teacher is not None:
+    start = teacher.params
+  else:
+    start = stage.denoise.init(jax.random.key(stage.recipe.seed), stage.image_shape)
+  return sharding.replicate(stage.recipe.create_state(start)), 0.0
+
+
+def _loop(
+  step: Callable,
+  stage: Stage,
+  teacher: Model | None,
+  images: ImageSet,
+  stage_dir: pathlib.Path,
+  config: Config,
+  checkpoints: Checkpoints,
+  state: TrainState,
+  seconds: float,
+) -> tuple[TrainState, float]:
+  """Updates until the stage is finished; returns the last state and the seconds it took in all."""
+  done, began = int(state.step), time.monotonic() - seconds
+  if done == stage.num_updates:
+    return state, seconds
+  teacher_params = None if teacher is None else teacher.params
+  pending: list[dict[str, jax.Array]] = []
+  progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
+  with progress, contextlib.closing(MetricsWriter(stage_dir, done)) as writer:
+    while done < stage.num_updates:
+      indices = batch_indices(len(images), stage.recipe.seed, done, stage.batch_size)
+      batch = sharding.put(images.batch(indices))
+      state, metrics = step(stage.recipe, state, teacher_params, batch)
+      done += 1
+      pending.append(metrics)
+      last = done == stage.num_updates
+      if last or done % config.log.every == 0:
+        values = _summary(jax.device_get(pending), config.max_skipped, done)
+        writer.write(done, values)
+        progress.note(f'loss {values["loss"]:.3g}' if 'loss' in values else 'loss not finite')
+        pending = []
+      progress.advance()
+      if last or done % config.checkpoint.every == 0 or interrupts.pending():
+        checkpoints.save(done, state, time.monotonic() - began)
+      if interrupts.pending():
+        break
+  checkpoints.wait()
+  interrupts.check()
+  return state, time.monotonic() - began
+
+
+def _summary(pending: list[dict[str, Any]], max_skipped: int, done: int) -> dict[str, float]:
+  """Means over the finite values of some updates; raises _Diverged if too many were skipped."""
+  worst = max(int(metrics['skipped_in_a_row']) for metrics in pending)
+  if worst >= max_skipped:
+    raise _Diverged(f'for {worst} updates in a row up to step {done}')
+  values = {}
+  for name in pending[0]:
+    column = np.array([metrics[name] for metrics in pending], np.float64)
+    if np.isfinite(column).any():
+      values[name] = float(column[np.isfinite(column)].mean())
+  values['skipped'] = float(pending[-1]['skipped'])
+  del values['skipped_in_a_row']
+  return values
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+  """Trains every stage that is not finished, measures all, and writes the report.
+
+  Raises:
+    UserError: config or workdir do not fit; before anything is compiled or changed.
+    Preempted, NumericalError: see `fit`.
+  """
+  stages, images = workdirs.plan_for(config)
+  for key in ('train.batch_size', 'distill.batch_size', 'evaluation.batch_size'):
+    section, name = key.split('.')
+    sharding.check_batch(key, config[section][name])
+  with workdirs.open_workdir(workdir, config):
+    _show_plan(stages)
+    step = sharding.compile_step(train_step)
+    models: list[Model] = []
+    for stage in stages:
+      teacher = models[-1] if models else None
+      models.append(fit(step, stage, teacher, images, workdir, config))
+    measure.evaluate(config, models, images, workdir, again=False)
+
+
+def _show_plan(stages: list[Stage]) -> None:
+  base = stages[0]
+  shapes = workdirs.abstract_state(base).ema_params
+  count = parameter_overview.count_parameters(shapes)
+  print(f'{count:,} parameters; {jax.device_count()} {jax.default_backend()} device(s)', file=sys.stderr)
+  for stage in stages:
+    print(
+      f'  {stage.name:<18} {stage.num_updates:>7} updates of {stage.batch_size} images, '
+      f'for {stage.num_steps} steps',
+      file=sys.stderr,
+    )

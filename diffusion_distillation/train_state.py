@@ -1,0 +1,46 @@
+"""What a training step changes, and nothing else."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All of a run that is not in its config; saved and restored whole.
+
+  Attributes:
+    step: updates tried so far, skipped ones included.
+    params: the networks in training, by name.
+    ema_params: the student's moving average: what is sampled, and the next teacher.
+    opt_state: the optimizer's.
+    skipped: updates that were not made because loss or gradient was not finite.
+    skipped_in_a_row: the same, since the last one that was made.
+  """
+
+  step: jax.Array
+  params: dict[str, Params]
+  ema_params: Params
+  opt_state: optax.OptState
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+
+  @classmethod
+  def create(
+    cls, params: dict[str, Params], optimizer: optax.GradientTransformation
+  ) -> 'TrainState':
+    """The state before the first update. No two leaves share a buffer, so it can be donated."""
+    params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
+    return cls(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      ema_params=jax.tree.map(jnp.copy, params['student']),
+      opt_state=optimizer.init(params),
+      skipped=jnp.zeros((), jnp.int32),
+      skipped_in_a_row=jnp.zeros((), jnp.int32),
+    )
