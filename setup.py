@@ -1,0 +1,39 @@
+"""Packaging; `constraints.txt` has the exact versions that were tested."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+  name='diffusion_distillation',
+  version='0.1.0',
+  description='Diffusion models that need one to eight network calls, by distillation, in JAX.',
+  long_description=pathlib.Path(__file__).with_name('README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  packages=setuptools.find_packages(include=['diffusion_distillation*']),
+  package_data={'diffusion_distillation.evaluation': ['*.html']},
+  python_requires='>=3.11',
+  install_requires=[
+    'absl-py>=2.1',
+    'clu>=0.0.12',
+    'flax>=0.12',
+    'jax>=0.10',
+    'jinja2>=3.1',
+    'matplotlib>=3.9',
+    'ml_collections>=1.1',
+    'numpy>=2.0',
+    'optax>=0.2.5',
+    'orbax-checkpoint>=0.12',
+    'pillow>=10',
+    'safetensors>=0.5',
+    'scikit-learn>=1.5',
+    'tensorboardX>=2.6.2',
+    'tqdm>=4.66',
+  ],
+  extras_require={
+    'cuda': ['jax[cuda13]'],
+    'tpu': ['jax[tpu]'],
+    'dev': ['mypy>=1.15', 'pytest>=8.3', 'pytest-timeout>=2.3', 'ruff>=0.9', 'scipy>=1.14'],
+  },
+)
