@@ -1,0 +1,1 @@
+"""Diffusion models that need one to eight network calls, by distillation, in JAX."""

@@ -112,9 +112,7 @@ class Checkpoints:
     if 'sha256' not in metadata:
       raise DamagedError('its metadata holds no digest')
     sharding = replicated()
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
-    )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     state = ocp.load(path, abstract)
     if digest(state) != metadata['sha256']:
       raise DamagedError('its digest is not the one that was saved with it')

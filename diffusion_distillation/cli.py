@@ -13,6 +13,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure, pictures
 from diffusion_distillation.stages import Config, check_keys
 
+
 @dataclasses.dataclass(frozen=True)
 class Options:
   """The command line."""
@@ -33,7 +34,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     flags.FLAGS.set_default('verbosity', -1)  # warnings; --verbosity=0 shows what orbax and jax say
     rest = flags.FLAGS(argv)
-    flags.FLAGS['config'].value  # a config file that fails to load does so here
+    _ = flags.FLAGS['config'].value  # a config file that fails to load does so here
     return rest
   except Exception as error:
     text = ' '.join(str(error).split())
@@ -62,8 +63,6 @@ def _train(options: Options) -> None:
 
 def _sample(options: Options) -> None:
   out = pictures.check_out(options.out)
-  if options.num_samples < 1:
-    raise UserError(f'--num_samples={options.num_samples} must be at least 1')
   config = _checked(workdir.read_config(options.workdir), options)
   model = _choose_stage(_models(config, options.workdir), options.stage)
   draw = measure.drawer(config, model, 'ddim')

@@ -53,9 +53,7 @@ def velocity(prediction: Prediction, logsnr: jax.Array) -> jax.Array:
   return alpha * prediction.eps - sigma * prediction.x
 
 
-def implied_x(
-  z_t: jax.Array, z_s: jax.Array, logsnr_t: jax.Array, logsnr_s: jax.Array
-) -> jax.Array:
+def implied_x(z_t: jax.Array, z_s: jax.Array, logsnr_t: jax.Array, logsnr_s: jax.Array) -> jax.Array:
   """The x for which one DDIM step from (z_t, logsnr_t) lands on (z_s, logsnr_s).
 
   Salimans & Ho 2022, appendix G: x = (z_s - r z_t) / (alpha_s - r alpha_t), r = sigma_s / sigma_t.

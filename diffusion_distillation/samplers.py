@@ -20,9 +20,7 @@ Denoise = Callable[[jax.Array, jax.Array], diffusion.Prediction]
 Step = Callable[[jax.Array | None, Denoise, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _predict(
-  denoise: Denoise, z: jax.Array, logsnr: jax.Array, clip_x: bool
-) -> diffusion.Prediction:
+def _predict(denoise: Denoise, z: jax.Array, logsnr: jax.Array, clip_x: bool) -> diffusion.Prediction:
   prediction = denoise(z, logsnr)
   if not clip_x:
     return prediction

@@ -6,7 +6,6 @@ Time runs from clean data (t = 0) to noise (t = 1). At exactly t = 0 the signal 
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,5 +34,5 @@ class Cosine:
     return jnp.where(t == 0.0, jnp.inf, -2.0 * jnp.log(jnp.tan(a * t + b)))
 
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Cosine
 SCHEDULES: dict[str, type] = {'cosine': Cosine}

@@ -7,19 +7,18 @@ from typing import Any
 
 import flax
 import jax
-import ml_collections
+import numpy as np
+from ml_collections import ConfigDict as Config
 
 from diffusion_distillation import samplers
 from diffusion_distillation.diffusion import OUTPUTS
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.methods import DenoiseFn, Denoising, Method, Progressive
+from diffusion_distillation.methods import METHODS, Denoising, Method, Progressive
 from diffusion_distillation.optimizers import Adam, LearningRate
 from diffusion_distillation.schedules import SCHEDULES, Schedule
 from diffusion_distillation.train_state import Params, TrainState
 from diffusion_distillation.unet import Denoiser, UNet
 from diffusion_distillation.weightings import WEIGHTINGS
-
-Config = ml_collections.ConfigDict
 
 
 @flax.struct.dataclass
@@ -36,7 +35,7 @@ class Recipe:
     random_flip: whether images are mirrored at random.
   """
 
-  denoise: DenoiseFn = flax.struct.field(pytree_node=False)
+  denoise: Denoiser = flax.struct.field(pytree_node=False)
   method: Method
   optimizer: Adam = flax.struct.field(pytree_node=False)
   learning_rate: LearningRate
@@ -55,7 +54,6 @@ class Stage:
 
   Attributes:
     name: of the stage and its directory.
-    method: the method's name.
     parent: the stage whose EMA parameters are teacher and start, or None.
     recipe: what the compiled step needs.
     num_steps: sampling steps that its model is made for.
@@ -66,7 +64,6 @@ class Stage:
   """
 
   name: str
-  method: str
   parent: str | None
   recipe: Recipe
   num_steps: int
@@ -76,14 +73,18 @@ class Stage:
   image_shape: tuple[int, ...]
 
   @property
+  def method(self) -> str:
+    """The name of its method, in METHODS."""
+    return next(name for name, cls in METHODS.items() if isinstance(self.recipe.method, cls))
+
+  @property
   def denoise(self) -> Denoiser:
     """The stage's model as it is sampled from: without dropout."""
     return without_dropout(self.recipe.denoise)
 
 
-def without_dropout(denoise: DenoiseFn) -> Denoiser:
+def without_dropout(denoise: Denoiser) -> Denoiser:
   """The same denoiser over a network that has no dropout; equal to every other of its shape."""
-  assert isinstance(denoise, Denoiser)
   return dataclasses.replace(denoise, network=dataclasses.replace(denoise.network, dropout=0.0))
 
 
@@ -152,11 +153,21 @@ def make_sampler(name: str, clip_x: bool) -> Any:
 
 def _check_numbers(config: Config) -> None:
   """Raises UserError for numbers that no stage could use."""
-  positive = (
-    'train.num_updates train.batch_size train.learning_rate distill.num_updates distill.batch_size '
-    'distill.num_updates_last distill.learning_rate checkpoint.every log.every max_skipped '
-    'optimizer.clip_norm evaluation.num_samples evaluation.batch_size'
-  ).split()
+  positive = [
+    'train.num_updates',
+    'train.batch_size',
+    'train.learning_rate',
+    'distill.num_updates',
+    'distill.batch_size',
+    'distill.num_updates_last',
+    'distill.learning_rate',
+    'checkpoint.every',
+    'log.every',
+    'max_skipped',
+    'optimizer.clip_norm',
+    'evaluation.num_samples',
+    'evaluation.batch_size',
+  ]
   values = dict(flatten(config))
   for key in positive:
     if not values[key] > 0:
@@ -164,6 +175,8 @@ def _check_numbers(config: Config) -> None:
   for key in ('train.ema_decay', 'distill.ema_decay', 'model.dropout'):
     if not 0.0 <= values[key] < 1.0:
       raise UserError(f'{key}={values[key]} must lie in [0, 1)')
+  if config.seed < 0 or config.evaluation.seed < 0:
+    raise UserError('seed and evaluation.seed must not be negative')
   if config.evaluation.num_samples < 2:
     raise UserError('evaluation.num_samples must be at least 2: a covariance needs two examples')
 
@@ -188,50 +201,64 @@ def make_denoiser(config: Config, image_shape: tuple[int, ...], num_classes: int
 def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list[Stage]:
   """All stages of a run, in order; nothing is read, compiled or written.
 
+  Args:
+    config: with exactly the keys of configs/default.py.
+    image_shape: (H, W, C) of the data.
+    num_classes: of the data; 0 without labels.
+
   Raises:
     UserError: something in the config does not fit; the message names the key.
   """
   _check_numbers(config)
-  student_steps = rounds(config.distill.start_steps, config.distill.end_steps)
+  distill = config.distill
+  student_steps = rounds(distill.start_steps, distill.end_steps)
   denoise = make_denoiser(config, image_shape, num_classes)
+  schedule = _make_schedule(config)
   weighting = _choose('weighting', config.weighting, WEIGHTINGS)()
-  fields = dict(config.schedule)
-  schedule = _build('schedule', _choose('schedule.name', fields.pop('name'), SCHEDULES), **fields)
 
-  def stage(name, method, parent, num_steps, num_updates, section, loss, denoise):
-    recipe = Recipe(
-      denoise=denoise,
-      method=loss,
-      optimizer=_build('optimizer', Adam, weight_decay=section.weight_decay, **config.optimizer),
-      learning_rate=LearningRate(
-        section.learning_rate, section.warmup, num_updates if section.decay else 0
-      ),
-      ema_decay=section.ema_decay,
-      seed=config.seed * 10007 + num_steps * bool(parent),
-      random_flip=config.dataset.random_flip,
-    )
-    return Stage(
-      name=name,
-      method=method,
-      parent=parent,
-      recipe=recipe,
+  base = Stage(
+    name='base',
+    parent=None,
+    recipe=_recipe(config, 0, denoise, Denoising(schedule, weighting), config.train.num_updates),
+    num_steps=distill.start_steps,
+    num_updates=config.train.num_updates,
+    batch_size=config.train.batch_size,
+    schedule=schedule,
+    image_shape=image_shape,
+  )
+  stages = [base]
+  for num_steps in student_steps:
+    num_updates = distill.num_updates_last if num_steps <= 2 else distill.num_updates
+    loss = Progressive(num_steps, schedule, weighting)
+    student = dataclasses.replace(
+      base,
+      name=f'progressive_{num_steps:04d}',
+      parent=stages[-1].name,
+      recipe=_recipe(config, len(stages), without_dropout(denoise), loss, num_updates),
       num_steps=num_steps,
       num_updates=num_updates,
-      batch_size=section.batch_size,
-      schedule=schedule,
-      image_shape=tuple(image_shape),
+      batch_size=distill.batch_size,
     )
-
-  train, distill = config.train, config.distill
-  base = Denoising(schedule, weighting)
-  stages = [
-    stage('base', 'denoising', None, distill.start_steps, train.num_updates, train, base, denoise)
-  ]
-  for n in student_steps:
-    updates = distill.num_updates_last if n <= 2 else distill.num_updates
-    loss = Progressive(n, schedule, weighting)
-    student = without_dropout(denoise)
-    name = f'progressive_{n:04d}'
-    parent = stages[-1].name
-    stages.append(stage(name, 'progressive', parent, n, updates, distill, loss, student))
+    stages.append(student)
   return stages
+
+
+def _recipe(config: Config, index: int, denoise: Denoiser, method: Method, num_updates: int) -> Recipe:
+  """What the step of stage `index` needs; stage 0 is `config.train`, the others `config.distill`."""
+  section = config.distill if index else config.train
+  return Recipe(
+    denoise=denoise,
+    method=method,
+    optimizer=_build('optimizer', Adam, weight_decay=section.weight_decay, **config.optimizer),
+    learning_rate=LearningRate(
+      section.learning_rate, section.warmup, num_updates if section.decay else 0
+    ),
+    ema_decay=section.ema_decay,
+    seed=int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0] >> 1),
+    random_flip=config.dataset.random_flip,
+  )
+
+
+def _make_schedule(config: Config) -> Schedule:
+  fields = dict(config.schedule)
+  return _build('schedule', _choose('schedule.name', fields.pop('name'), SCHEDULES), **fields)

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 from clu import parameter_overview
 
-from diffusion_distillation import interrupts, sharding, workdir as workdirs
+from diffusion_distillation import interrupts, sharding
+from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import Checkpoints
 from diffusion_distillation.datasets import ImageSet, batch_indices, to_x
 from diffusion_distillation.errors import NumericalError
@@ -58,9 +59,7 @@ def train_step(
   learning_rate = recipe.learning_rate(state.step)
   updates, opt_state = recipe.optimizer.transform().update(grads, state.opt_state, state.params)
   params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-  ema_params = optax.incremental_update(
-    params['student'], state.ema_params, 1.0 - recipe.ema_decay
-  )
+  ema_params = optax.incremental_update(params['student'], state.ema_params, 1.0 - recipe.ema_decay)
 
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   tried = (params, ema_params, opt_state)
@@ -171,7 +170,7 @@ def _loop(
   progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
   with progress, contextlib.closing(MetricsWriter(stage_dir, done)) as writer:
     while done < stage.num_updates:
-      indices = batch_indices(len(images), stage.recipe.seed, done, stage.batch_size)
+      indices = batch_indices(len(images), int(stage.recipe.seed), done, stage.batch_size)
       batch = sharding.put(images.batch(indices))
       state, metrics = step(stage.recipe, state, teacher_params, batch)
       done += 1
@@ -221,11 +220,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   with workdirs.open_workdir(workdir, config):
     _show_plan(stages)
     step = sharding.compile_step(train_step)
-    models: list[Model] = []
+    models: dict[str, Model] = {}
     for stage in stages:
-      teacher = models[-1] if models else None
-      models.append(fit(step, stage, teacher, images, workdir, config))
-    measure.evaluate(config, models, images, workdir, again=False)
+      teacher = models[stage.parent] if stage.parent else None
+      models[stage.name] = fit(step, stage, teacher, images, workdir, config)
+    measure.evaluate(config, list(models.values()), images, workdir, again=False)
 
 
 def _show_plan(stages: list[Stage]) -> None:

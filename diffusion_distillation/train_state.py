@@ -31,9 +31,7 @@ class TrainState:
   skipped_in_a_row: jax.Array
 
   @classmethod
-  def create(
-    cls, params: dict[str, Params], optimizer: optax.GradientTransformation
-  ) -> 'TrainState':
+  def create(cls, params: dict[str, Params], optimizer: optax.GradientTransformation) -> 'TrainState':
     """The state before the first update. No two leaves share a buffer, so it can be donated."""
     params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
     return cls(

@@ -222,5 +222,5 @@ class Denoiser:
   ) -> diffusion.Prediction:
     """z: (B, H, W, C); logsnr: (B,); label: (B,) or None; dropout only if `rng` is given."""
     rngs = None if rng is None else {'dropout': rng}
-    output = self.network.apply({'params': params}, z, logsnr, label, rng is None, rngs=rngs)
+    output: Any = self.network.apply({'params': params}, z, logsnr, label, rng is None, rngs=rngs)
     return diffusion.OUTPUTS[self.output](z, logsnr, output)

@@ -1,7 +1,7 @@
 """The workdir: its config, and the lineage of each stage in it.
 
-    workdir/config.json         what made it; the workdir alone is enough to sample from it
-    workdir/<stage>/stage.json  parent and its digest, parameterization, schedule, step count, data range, config
+workdir/config.json         what made it; the workdir alone is enough to sample from it
+workdir/<stage>/stage.json  parent and its digest, parameterization, schedule, step count, data range, config
 """
 
 import dataclasses

@@ -1,0 +1,1 @@
+"""Drawing samples, features, Frechet distance, and the report."""

@@ -40,9 +40,7 @@ class Drawer:
     num_classes = self.denoise.network.num_classes
     return (index % num_classes).astype(np.int32) if num_classes else None
 
-  def batches(
-    self, params: Params, num_steps: int, num_samples: int, seed: int
-  ) -> Iterator[np.ndarray]:
+  def batches(self, params: Params, num_steps: int, num_samples: int, seed: int) -> Iterator[np.ndarray]:
     """Yields `num_samples` images in batches (n, H, W, C) uint8."""
     times = samplers.uniform_times(num_steps)
     times = np.pad(times, (max(0, _GRID - num_steps), 0))

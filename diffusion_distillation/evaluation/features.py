@@ -7,6 +7,7 @@ Public Inception weights say little about 8x8 digits, so a distance on these fea
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -77,7 +78,8 @@ class FeatureExtractor:
 @jax.jit
 def _apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   num_classes = params['logits']['bias'].shape[0]
-  return Classifier(num_classes).apply({'params': params}, to_x(images))
+  outputs: Any = Classifier(num_classes).apply({'params': params}, to_x(images))
+  return outputs
 
 
 def _train(train: ImageSet) -> Params:
@@ -124,7 +126,7 @@ def load_or_train(path: pathlib.Path, train: ImageSet, held_out: ImageSet) -> Fe
     temporary.replace(path)
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
-      flat = {key: file.get_tensor(key) for key in file.keys()}
+      flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
       meta = file.metadata()
     params = traverse_util.unflatten_dict(flat, sep='/')
     extractor = FeatureExtractor(meta['name'], meta['digest'], float(meta['accuracy']), params)

@@ -133,7 +133,9 @@ def _describe(config: Config, setting: Setting) -> dict[str, Any]:
 
 
 def _key(row: dict[str, Any]) -> tuple:
-  return tuple(sorted((k, v) for k, v in row.items() if k not in ('metric', 'value', 'seconds_per_image')))
+  return tuple(
+    sorted((k, v) for k, v in row.items() if k not in ('metric', 'value', 'seconds_per_image'))
+  )
 
 
 def _rows_by_key(old: dict[str, Any], new: dict[str, Any]) -> dict[tuple, dict[str, Any]]:

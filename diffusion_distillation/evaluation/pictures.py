@@ -3,7 +3,7 @@
 import math
 import os
 import pathlib
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -49,7 +49,8 @@ def save(out: pathlib.Path, images: np.ndarray, labels: np.ndarray | None) -> No
   temporary = out.with_name(out.name + '.tmp')
   with temporary.open('wb') as file:
     if out.suffix == '.npz':
-      np.savez(file, images=images, **({} if labels is None else {'labels': labels}))
+      arrays: dict[str, Any] = {'images': images}
+      np.savez(file, **(arrays if labels is None else arrays | {'labels': labels}))
     else:
       _save_grid(file, images)
   os.replace(temporary, out)

@@ -1,10 +1,13 @@
 """Base training: denoising in continuous time. The teacher is the data."""
 
+from collections.abc import Mapping
+
 import flax
 import jax
 import jax.numpy as jnp
 
 from diffusion_distillation.diffusion import Prediction, diffuse
+from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params
 from diffusion_distillation.schedules import Schedule
 from diffusion_distillation.weightings import Weighting, weighted_mse
 
@@ -21,10 +24,20 @@ class Denoising:
   schedule: Schedule = flax.struct.field(pytree_node=False)
   weighting: Weighting = flax.struct.field(pytree_node=False)
 
-  def init(self, student_params):
+  def init(self, student_params: Params) -> dict[str, Params]:
+    """The student alone."""
     return {'student': student_params}
 
-  def loss(self, denoise, params, teacher, batch, rng, step):
+  def loss(
+    self,
+    denoise: DenoiseFn,
+    params: Mapping[str, Params],
+    teacher: Params,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
+  ) -> Loss:
+    """Mean weighted error over the batch; see `Method.loss`."""
     del teacher, step
     rng_t, rng_eps, rng_dropout = jax.random.split(rng, 3)
     x, label = batch['x'], batch['label']

@@ -1,10 +1,13 @@
 """Progressive distillation: a student whose one step does two steps of its teacher."""
 
+from collections.abc import Mapping
+
 import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.diffusion import diffuse, from_x, implied_x
+from diffusion_distillation.diffusion import Prediction, diffuse, from_x, implied_x
+from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params
 from diffusion_distillation.samplers import DDIM
 from diffusion_distillation.schedules import Schedule
 from diffusion_distillation.weightings import Weighting, weighted_mse
@@ -24,10 +27,20 @@ class Progressive:
   schedule: Schedule = flax.struct.field(pytree_node=False)
   weighting: Weighting = flax.struct.field(pytree_node=False)
 
-  def init(self, student_params):
+  def init(self, student_params: Params) -> dict[str, Params]:
+    """The student alone."""
     return {'student': student_params}
 
-  def loss(self, denoise, params, teacher, batch, rng, step):
+  def loss(
+    self,
+    denoise: DenoiseFn,
+    params: Mapping[str, Params],
+    teacher: Params,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
+  ) -> Loss:
+    """Mean weighted error over the batch; see `Method.loss`."""
     del step
     rng_i, rng_eps, rng_dropout = jax.random.split(rng, 3)
     x, label = batch['x'], batch['label']
@@ -40,14 +53,21 @@ class Progressive:
     loss = jnp.mean(weighted_mse(self.weighting, logsnr_t, target, prediction))
     return loss, {}
 
-  def target_x(self, denoise, teacher, z_t, i, label):
+  def target_x(
+    self,
+    denoise: DenoiseFn,
+    teacher: Params,
+    z_t: jax.Array,
+    i: jax.Array,
+    label: jax.Array | None,
+  ) -> jax.Array:
     """The x that takes the student in one step where two unclipped DDIM steps take the teacher.
 
     From t = i / N by t' = (i - 1/2) / N to t'' = (i - 1) / N; i: (B,) integers in 1..N.
     """
     ddim = DDIM(clip_x=False)
 
-    def teach(z, logsnr):
+    def teach(z: jax.Array, logsnr: jax.Array) -> Prediction:
       return denoise(teacher, z, logsnr, label)
 
     logsnr_t = self.schedule(i / self.num_steps)
