@@ -119,6 +119,7 @@ class Checkpoints:
     return state, float(metadata['seconds'])
 
   def _set_aside(self, step: int) -> None:
+    self.close()  # the writer has the step on its list and would not write it again
     target = self._stage_dir / 'damaged' / str(step)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)

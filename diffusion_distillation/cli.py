@@ -94,8 +94,8 @@ def _models(config: Config, path: pathlib.Path) -> list[workdir.Model]:
   stages, _ = workdir.plan_for(config)
   found = [workdir.load_model(path, stage) for stage in stages]
   models = [model for model in found if model is not None]
-  if not models:
-    raise UserError(f'--workdir={path} holds no checkpoint yet')
+  if found[0] is None:
+    raise UserError(f'--workdir={path} holds no checkpoint of {stages[0].name} yet')
   return models
 
 

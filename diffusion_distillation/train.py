@@ -1,6 +1,7 @@
 """Training: the one step, the loop over it, and the run over all stages."""
 
 import contextlib
+import functools
 import logging
 import pathlib
 import sys
@@ -55,7 +56,7 @@ def train_step(
     return recipe.method.loss(recipe.denoise, params, teacher, example, rng_loss, state.step)
 
   (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   learning_rate = recipe.learning_rate(state.step)
   updates, opt_state = recipe.optimizer.transform().update(grads, state.opt_state, state.params)
   params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
@@ -114,25 +115,27 @@ def fit(
   """
   workdirs.begin_stage(workdir, stage, teacher, config)
   stage_dir = workdir / stage.name
-  rewound_at = None
   with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
-    while True:
-      state, seconds = _restore_or_start(checkpoints, stage, teacher)
+    state, seconds = _restore_or_start(checkpoints, stage, teacher)
+    if int(state.step) == stage.num_updates:
+      model = workdirs.to_model(stage, state, seconds)
+      workdirs.check_digest(workdir, model)
+    else:
+      loop = functools.partial(_loop, step, stage, teacher, images, stage_dir, config, checkpoints)
       try:
-        state, seconds = _loop(
-          step, stage, teacher, images, stage_dir, config, checkpoints, state, seconds
-        )
-        break
-      except _Diverged as error:
-        if rewound_at is not None:
-          raise NumericalError(
-            f'stage {stage.name}: loss or gradient not finite {error}, as before after step '
-            f'{rewound_at}; lower its learning rate, or look at its data'
-          ) from error
+        state, seconds = loop(state, seconds)
+      except _Diverged as first:
         checkpoints.wait()
-        rewound_at = max(checkpoints.steps(), default=0)
-        _log.warning('stage %s: not finite %s; back to step %d', stage.name, error, rewound_at)
-  model = workdirs.to_model(stage, state, seconds)
+        state, seconds = _restore_or_start(checkpoints, stage, teacher)
+        _log.warning('stage %s: %s; back to step %d', stage.name, first, state.step)
+        try:
+          state, seconds = loop(state, seconds)
+        except _Diverged as again:
+          raise NumericalError(
+            f'stage {stage.name}: {again}, and not for the first time; '
+            'lower its learning rate, or look at its data'
+          ) from again
+      model = workdirs.to_model(stage, state, seconds)
   workdirs.finish_stage(workdir, teacher, model, config)
   return model
 
@@ -147,7 +150,7 @@ def _restore_or_start(
     start = teacher.params
   else:
     start = stage.denoise.init(jax.random.key(stage.recipe.seed), stage.image_shape)
-  return sharding.replicate(stage.recipe.create_state(start)), 0.0
+  return sharding.compile_whole(stage.recipe.create_state)(start), 0.0
 
 
 def _loop(
@@ -163,8 +166,6 @@ def _loop(
 ) -> tuple[TrainState, float]:
   """Updates until the stage is finished; returns the last state and the seconds it took in all."""
   done, began = int(state.step), time.monotonic() - seconds
-  if done == stage.num_updates:
-    return state, seconds
   teacher_params = None if teacher is None else teacher.params
   pending: list[dict[str, jax.Array]] = []
   progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
@@ -182,20 +183,22 @@ def _loop(
         progress.note(f'loss {values["loss"]:.3g}' if 'loss' in values else 'loss not finite')
         pending = []
       progress.advance()
-      if last or done % config.checkpoint.every == 0 or interrupts.pending():
-        checkpoints.save(done, state, time.monotonic() - began)
-      if interrupts.pending():
+      stop = interrupts.pending()
+      if last or stop or done % config.checkpoint.every == 0:
+        seconds = time.monotonic() - began
+        checkpoints.save(done, state, seconds)
+      if stop:
         break
   checkpoints.wait()
   interrupts.check()
-  return state, time.monotonic() - began
+  return state, seconds
 
 
 def _summary(pending: list[dict[str, Any]], max_skipped: int, done: int) -> dict[str, float]:
   """Means over the finite values of some updates; raises _Diverged if too many were skipped."""
   worst = max(int(metrics['skipped_in_a_row']) for metrics in pending)
   if worst >= max_skipped:
-    raise _Diverged(f'for {worst} updates in a row up to step {done}')
+    raise _Diverged(f'loss or gradient not finite for {worst} updates in a row up to step {done}')
   values = {}
   for name in pending[0]:
     column = np.array([metrics[name] for metrics in pending], np.float64)

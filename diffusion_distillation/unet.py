@@ -4,6 +4,7 @@ Module names follow the parameter tree of the released checkpoints, so that thos
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -196,6 +197,12 @@ class UNet(nn.Module):
     return nn.Conv(self.out_ch, (3, 3), kernel_init=nn.initializers.zeros, name='conv_out')(h)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(network: UNet, shape: tuple[int, ...], rng: jax.Array) -> Params:
+  label = jnp.zeros((1,), jnp.int32)
+  return network.init(rng, jnp.zeros((1, *shape)), jnp.zeros((1,)), label)['params']
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
   """A network seen as E[x | z]: what methods and samplers call. The parameterization ends here."""
@@ -209,8 +216,7 @@ class Denoiser:
 
   def init(self, rng: jax.Array, shape: tuple[int, ...]) -> Params:
     """Parameters for images of `shape` (H, W, C)."""
-    label = jnp.zeros((1,), jnp.int32)
-    return self.network.init(rng, jnp.zeros((1, *shape)), jnp.zeros((1,)), label)['params']
+    return _init(self.network, shape, rng)
 
   def __call__(
     self,

@@ -130,6 +130,17 @@ def finish_stage(workdir: pathlib.Path, parent: Model | None, model: Model, conf
   write_json(path, _lineage(model.stage, parent, config) | outcome)
 
 
+def check_digest(workdir: pathlib.Path, model: Model) -> None:
+  """Raises DamagedError if a finished model is not the one that its lineage names."""
+  path = workdir / model.stage.name / 'stage.json'
+  found = read_json(path)
+  if found.get('finished') and found.get('digest') != model.digest:
+    raise DamagedError(
+      f'{path} names parameters with digest {str(found.get("digest"))[:12]}, but its checkpoint holds '
+      f'{model.digest[:12]}; one of them was replaced: restore it, or remove {path.parent}'
+    )
+
+
 def _check_lineage(path: pathlib.Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
   expected = json.loads(json.dumps(expected))
   for key in ('parent', 'method', 'output', 'network', 'schedule', 'num_steps', 'data_range'):
@@ -159,8 +170,8 @@ def load_model(workdir: pathlib.Path, stage: Stage) -> Model | None:
   if restored is None:
     return None
   model = to_model(stage, *restored)
-  if found['finished'] and model.step == stage.num_updates and found['digest'] != model.digest:
-    raise DamagedError(f'{stage_dir}: its parameters are not those that its stage.json names')
+  if model.step == stage.num_updates:
+    check_digest(workdir, model)
   return model
 
 

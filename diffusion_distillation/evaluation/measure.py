@@ -64,7 +64,9 @@ def evaluate(
   reference = extractor.moments(train.images)
   results = _header(config, extractor, train, reference, models)
   path = workdir / 'results.json'
-  known = {} if again or not path.exists() else _rows_by_key(read_json(path), results)
+  old = {} if again or not path.exists() else read_json(path)
+  known = _rows_by_key(old, results)
+  before = old['seconds']['evaluation'] if known else 0.0
   todo = list(settings(models))
   steps = sum(s.num_steps for s in todo)
   size = config.evaluation.num_samples
@@ -72,7 +74,7 @@ def evaluate(
     for setting in todo:
       key = _key(_describe(config, setting))
       results['rows'].append(known.get(key) or _measure(config, setting, extractor, reference))
-      results['seconds']['evaluation'] = time.monotonic() - began
+      results['seconds']['evaluation'] = before + time.monotonic() - began
       write_json(path, results)
       row = results['rows'][-1]
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
@@ -139,7 +141,7 @@ def _key(row: dict[str, Any]) -> tuple:
 
 
 def _rows_by_key(old: dict[str, Any], new: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
-  if old['extractor']['digest'] != new['extractor']['digest']:
+  if not old or old['extractor']['digest'] != new['extractor']['digest']:
     return {}
   return {_key(row): row for row in old['rows']}
 

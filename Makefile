@@ -1,0 +1,39 @@
+# make demo: from real images to a one-step sampler.  make test, make lint: what CI runs.
+
+PYTHON ?= python3
+WORKDIR ?= runs/digits
+BIN := .venv/bin
+# Two virtual devices draw 1.5 times as many images a second on two cores as one device does.
+DEMO_XLA_FLAGS ?= --xla_force_host_platform_device_count=2
+
+.PHONY: demo install test lint clean
+
+demo: .venv/demo
+	XLA_FLAGS="$(DEMO_XLA_FLAGS)" $(BIN)/python main.py --config=configs/digits.py --workdir=$(WORKDIR)
+	@echo "The report: $(WORKDIR)/report/index.html"
+
+install: .venv/dev
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo: setup.py constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/dev: setup.py constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@ .venv/demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy diffusion_distillation configs main.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,122 @@
+"""The algebra of z = alpha x + sigma eps: identities, to rounding error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_distillation import diffusion
+from diffusion_distillation.samplers import DDIM
+
+LOGSNR = np.array([-18.0, -4.0, -0.3, 0.0, 2.0, 6.0, 19.0], np.float32)
+MODERATE = np.array([-5.0, -1.0, -0.3, 0.0, 1.0, 2.5, 5.0], np.float32)
+
+
+def images(seed, shape=(7, 4, 4, 2)):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def per_example(function, *arguments):
+  """What `function` says of each example on its own, put together again."""
+  rows = [function(*(a[k : k + 1] for a in arguments)) for k in range(len(arguments[0]))]
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+
+
+def test_scales_are_those_of_the_definition():
+  """alpha^2 / sigma^2 = exp(logsnr) and alpha^2 + sigma^2 = 1, for every image on its own."""
+  alpha, sigma = diffusion.alpha_sigma(jnp.array(LOGSNR), images(0))
+  assert alpha.shape == sigma.shape == (7, 1, 1, 1)
+  alpha, sigma = np.float64(alpha).ravel(), np.float64(sigma).ravel()
+  np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, rtol=1e-6)
+  np.testing.assert_allclose(2 * (np.log(alpha) - np.log(sigma)), LOGSNR, rtol=1e-6, atol=1e-6)
+
+
+def test_infinite_logsnr_is_clean():
+  alpha, sigma = diffusion.alpha_sigma(jnp.array([jnp.inf]), images(0)[:1])
+  assert (float(alpha.squeeze()), float(sigma.squeeze())) == (1.0, 0.0)
+  x, eps = images(1)[:1], images(2)[:1]
+  np.testing.assert_array_equal(diffusion.diffuse(x, eps, jnp.array([jnp.inf])), x)
+
+
+def test_diffused_noise_has_the_variance_of_the_schedule():
+  eps = images(0)
+  z = diffusion.diffuse(jnp.zeros_like(eps), eps, jnp.array(LOGSNR))
+  np.testing.assert_allclose(
+    jnp.mean(z**2, (1, 2, 3)) / jnp.mean(eps**2, (1, 2, 3)), 1 / (1 + np.exp(LOGSNR)), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('output', diffusion.OUTPUTS)
+def test_the_true_output_gives_back_x_and_eps(output):
+  """Rounding of z is magnified by at most alpha / sigma or sigma / alpha: e^2.5 here."""
+  x, eps, logsnr = images(1), images(2), jnp.array(MODERATE)
+  truth = diffusion.Prediction(x, eps)
+  outputs = {'x': x, 'eps': eps, 'v': diffusion.velocity(truth, logsnr)}
+  z = diffusion.diffuse(x, eps, logsnr)
+  prediction = diffusion.OUTPUTS[output](z, logsnr, outputs[output])
+  np.testing.assert_allclose(prediction.x, x, atol=1e-5)
+  np.testing.assert_allclose(prediction.eps, eps, atol=1e-5)
+
+
+@pytest.mark.parametrize('output', diffusion.OUTPUTS)
+def test_every_parameterization_is_read_back_from_the_others(output):
+  """Any output, true or not, gives an (x, eps) from which each output gives the same (x, eps)."""
+  z, wrong, logsnr = images(1), images(2), jnp.array(MODERATE)
+  x, eps = prediction = diffusion.OUTPUTS[output](z, logsnr, wrong)
+  v = diffusion.velocity(prediction, logsnr)
+  for other in (
+    diffusion.from_x(z, logsnr, x),
+    diffusion.from_eps(z, logsnr, eps),
+    diffusion.from_v(z, logsnr, v),
+  ):
+    scale = float(jnp.max(jnp.abs(jnp.stack(prediction))))
+    np.testing.assert_allclose(other.x, x, atol=1e-5 * scale)
+    np.testing.assert_allclose(other.eps, eps, atol=1e-5 * scale)
+
+
+def test_every_output_explains_z():
+  z, output, logsnr = images(1), images(2), jnp.array(MODERATE)
+  for read in diffusion.OUTPUTS.values():
+    x, eps = read(z, logsnr, output)
+    np.testing.assert_allclose(diffusion.diffuse(x, eps, logsnr), z, atol=1e-5)
+
+
+def test_velocity_inverts_from_v_at_any_logsnr():
+  """(x, eps) to (z, v) is a rotation: nothing is magnified, wherever on the schedule."""
+  z, v, logsnr = images(1), images(2), jnp.array(LOGSNR)
+  prediction = diffusion.from_v(z, logsnr, v)
+  np.testing.assert_allclose(diffusion.velocity(prediction, logsnr), v, atol=2e-6)
+  np.testing.assert_allclose(diffusion.diffuse(*prediction, logsnr), z, atol=2e-6)
+
+
+def test_implied_x_is_the_inverse_of_a_ddim_step():
+  x, z_t = images(1), images(2)
+  logsnr_t, logsnr_s = jnp.array(MODERATE), jnp.array(MODERATE) + 2.0
+
+  def denoise(z, logsnr):
+    return diffusion.from_x(z, logsnr, x)
+
+  z_s = DDIM(clip_x=False)(None, denoise, z_t, logsnr_t, logsnr_s)
+  np.testing.assert_allclose(diffusion.implied_x(z_t, z_s, logsnr_t, logsnr_s), x, atol=1e-5)
+
+
+def test_implied_x_of_a_step_to_clean_data_is_what_it_lands_on():
+  z_t, z_s = images(1), images(2)
+  x = diffusion.implied_x(z_t, z_s, jnp.array(LOGSNR), jnp.full(7, jnp.inf))
+  np.testing.assert_array_equal(x, z_s)
+
+
+def test_each_image_has_its_own_logsnr_even_where_batch_and_channels_agree():
+  a, b = images(1, (3, 4, 4, 3)), images(2, (3, 4, 4, 3))
+  at, to = jnp.array([-2.0, 0.5, 3.0]), jnp.array([-1.0, 2.0, jnp.inf])
+  cases = [
+    (diffusion.diffuse, a, b, at),
+    (diffusion.from_x, a, at, b),
+    (diffusion.from_eps, a, at, b),
+    (diffusion.from_v, a, at, b),
+    (lambda x, eps, logsnr: diffusion.velocity(diffusion.Prediction(x, eps), logsnr), a, b, at),
+    (diffusion.implied_x, a, b, at, to),
+  ]
+  for function, *arguments in cases:
+    together, alone = function(*arguments), per_example(function, *arguments)
+    jax.tree.map(lambda t, o: np.testing.assert_allclose(t, o, rtol=1e-6, atol=1e-6), together, alone)

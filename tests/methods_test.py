@@ -1,0 +1,237 @@
+"""What every method promises, and base training against the loss that it cannot go below."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from diffusion_distillation.diffusion import Prediction, diffuse
+from diffusion_distillation.methods import METHODS, Denoising
+from diffusion_distillation.schedules import Cosine
+from diffusion_distillation.unet import Denoiser, UNet
+from diffusion_distillation.weightings import WEIGHTINGS, SnrTrunc
+from tests.exact import Gaussian
+
+SCHEDULE = Cosine()
+GAUSSIAN = Gaussian(mean=0.3, std=0.5)
+KEY = jax.random.key(0)
+FIELDS = {'num_steps': 4, 'schedule': SCHEDULE, 'weighting': SnrTrunc()}
+NETWORK = UNet(
+  out_ch=1, ch=8, emb_ch=8, ch_mult=(1,), num_res_blocks=1, num_groups=4, dropout=0.1, num_classes=3
+)
+
+
+def build(cls):
+  """The method with its own defaults, and FIELDS for what has none."""
+  missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+  return cls(**{name: FIELDS[name] for name in missing})
+
+
+def size(tree):
+  """The largest absolute value."""
+  return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def logsnr_at(t):
+  """The closed form of SCHEDULE, in float64."""
+  b = np.arctan(np.exp(-10.0))
+  return -2 * np.log(np.tan((np.arctan(np.exp(10.0)) - b) * t + b))
+
+
+@pytest.fixture(scope='module')
+def student():
+  """As a new network has them: random, and zero where it starts with zeros."""
+  tree = jax.eval_shape(lambda: Denoiser(NETWORK, 'v').init(KEY, (8, 8, 1)))
+  rng = np.random.default_rng(1)
+
+  def draw(path, leaf):
+    zero = {'conv_out', 'conv2', 'proj_out'} & {key.key for key in path}
+    return jnp.zeros(leaf.shape) if zero else jnp.float32(0.3 * rng.normal(size=leaf.shape))
+
+  return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+@pytest.fixture(scope='module', params=METHODS)
+def case(request, student):
+  """A method with a small network, its parameters, a different teacher's, and one compiled gradient."""
+  method, denoise = build(METHODS[request.param]), Denoiser(NETWORK, 'v')
+  rng = np.random.default_rng(0)
+  teacher = jax.tree.map(lambda p: p + jnp.float32(0.1 * rng.normal(size=p.shape)), student)
+  batch = {'x': jnp.float32(rng.uniform(-1, 1, (8, 8, 8, 1))), 'label': jnp.arange(8) % 3}
+
+  @jax.jit
+  def gradients(method, params, teacher, rng):
+    """((loss, metrics), (gradient of params, gradient of teacher))."""
+
+    def loss(params, teacher):
+      return method.loss(denoise, params, teacher, batch, rng, jnp.array(0))
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, teacher)
+
+  return types.SimpleNamespace(
+    method=method,
+    params=method.init(student),
+    teacher=teacher,
+    gradients=lambda params, rng=KEY: gradients(method, params, teacher, rng),
+  )
+
+
+def test_the_student_starts_from_the_parameters_given(case, student):
+  jax.tree.map(np.testing.assert_array_equal, case.params['student'], student)
+
+
+def test_loss_is_a_finite_scalar_and_so_are_the_metrics(case):
+  (loss, metrics), _ = case.gradients(case.params)
+  for value in (loss, *metrics.values()):
+    assert value.shape == ()
+    assert np.isfinite(value)
+
+
+def test_every_trained_network_has_a_gradient_from_the_first_update_and_in_all_layers_soon(case):
+  """The zeros of a new network hide what lies before them: for one update, and in blocks for two."""
+  params = case.params
+  for update in range(3):
+    _, (gradient, _) = case.gradients(params)
+    for name, network in gradient.items():
+      largest = {module: size(leaves) for module, leaves in network.items()}
+      assert np.isfinite(list(largest.values())).all()
+      assert largest['conv_out'] > 1e-6, name
+      if update >= 1:
+        assert largest['conv_in'] > 1e-6, name
+      if update >= 2:
+        assert min(largest.values()) > 1e-6, (name, largest)
+    params = jax.tree.map(lambda p, g: p - 0.01 * np.sign(g), params, gradient)
+
+
+def test_the_teacher_has_no_gradient(case):
+  moved = jax.tree.map(lambda p: p + 0.05, case.params)
+  _, (_, gradient) = case.gradients(moved)
+  for leaf in jax.tree.leaves(gradient):
+    np.testing.assert_array_equal(leaf, 0.0)
+
+
+def test_loss_is_a_function_of_the_key(case):
+  moved = jax.tree.map(lambda p: p + 0.05, case.params)
+  one, same, other = (case.gradients(moved, jax.random.key(seed))[0][0] for seed in (1, 1, 2))
+  assert one == same
+  assert one != other
+
+
+def test_a_method_is_an_argument_of_a_compiled_step(case):
+  """Numbers are leaves, all else is hashable: an equal method does not trace anew."""
+  traces = []
+
+  @jax.jit
+  def step(method):
+    traces.append(method)
+    return 0
+
+  for method in (case.method, build(type(case.method))):
+    step(method)
+  assert len(traces) == 1
+
+
+OFF = 0.5
+DENOISERS = {
+  'exact': GAUSSIAN,
+  'mean': dataclasses.replace(GAUSSIAN, mean=0.4),
+  'narrow': dataclasses.replace(GAUSSIAN, std=0.4),
+  'wide': dataclasses.replace(GAUSSIAN, std=0.6),
+  'off': lambda z, logsnr: off(GAUSSIAN(z, logsnr), logsnr),
+}
+
+
+def off(prediction, logsnr):
+  """x is too large by OFF in the noisier half of time."""
+  shift = jnp.where(logsnr > 0, 0.0, OFF)[:, None, None, None]
+  return Prediction(prediction.x + shift, prediction.eps)
+
+
+@pytest.fixture(scope='module')
+def base_losses():
+  """{(weighting, denoiser): the losses of 64 batches of Gaussian data}, all on the same draws."""
+
+  @jax.vmap
+  def losses(key):
+    key_x, key_loss = jax.random.split(key)
+    x = GAUSSIAN.mean + GAUSSIAN.std * jax.random.normal(key_x, (1024, 1, 1, 1))
+
+    def loss(weighting, denoiser):
+      def denoise(params, z, logsnr, label, rng=None):
+        return denoiser(z, logsnr)
+
+      method = Denoising(SCHEDULE, WEIGHTINGS[weighting]())
+      return method.loss(denoise, {'student': None}, None, {'x': x, 'label': None}, key_loss, 0)[0]
+
+    return {(w, d): loss(w, DENOISERS[d]) for w in WEIGHTINGS for d in DENOISERS}
+
+  return {name: np.float64(v) for name, v in jax.jit(losses)(jax.random.split(KEY, 64)).items()}
+
+
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+def test_the_exact_denoiser_has_the_least_loss_there_is(base_losses, weighting):
+  """E_t[weight Var[x | z]], with t uniform: the integral by the midpoint rule."""
+  logsnr = logsnr_at((np.arange(20_000) + 0.5) / 20_000)
+  snr = np.exp(logsnr)
+  weight = {
+    'constant': 1.0,
+    'snr': snr,
+    'snr_trunc': np.maximum(1.0, snr),
+    'snr_plus_one': 1.0 + snr,
+  }[weighting]
+  least = np.mean(weight * GAUSSIAN.posterior_variance(logsnr))
+  losses = base_losses[weighting, 'exact']
+  error = losses.std() / np.sqrt(len(losses))
+  assert error < 0.01 * least
+  assert losses.mean() == pytest.approx(least, abs=4 * error)
+
+
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+@pytest.mark.parametrize('denoiser', ['mean', 'narrow', 'wide'])
+def test_any_other_denoiser_has_a_higher_loss(base_losses, weighting, denoiser):
+  excess = base_losses[weighting, denoiser] - base_losses[weighting, 'exact']
+  assert excess.mean() > 4 * excess.std() / np.sqrt(len(excess))
+
+
+def test_an_error_of_known_size_in_x_costs_its_square(base_losses):
+  excess = base_losses['constant', 'off'] - base_losses['constant', 'exact']
+  error = excess.std() / np.sqrt(len(excess))
+  assert excess.mean() == pytest.approx(0.5 * OFF**2, abs=4 * error)  # logsnr <= 0 half the time
+
+
+def recorded(size=4096):
+  """What base training asks of the student: z, logsnr, label and rng."""
+  calls = []
+
+  def recording(params, z, logsnr, label, rng=None):
+    calls.append((z, logsnr, label, rng))
+    return GAUSSIAN(z, logsnr)
+
+  batch = {'x': jnp.full((size, 1, 1, 1), 0.5), 'label': jnp.arange(size)}
+  Denoising(SCHEDULE, SnrTrunc()).loss(recording, {'student': None}, None, batch, KEY, 0)
+  return calls
+
+
+def test_base_training_draws_time_uniformly_and_noise_normally():
+  ((z, logsnr, label, rng),) = recorded()
+  b = np.arctan(np.exp(-10.0))
+  t = (np.arctan(np.exp(-np.float64(logsnr) / 2)) - b) / (np.arctan(np.exp(10.0)) - b)
+  clean = diffuse(jnp.full_like(z, 0.5), jnp.zeros_like(z), logsnr)
+  sigma = diffuse(jnp.zeros_like(z), jnp.ones_like(z), logsnr)
+  eps = np.ravel((z - clean) / sigma)
+  assert stats.kstest(t, 'uniform').pvalue > 0.01
+  assert stats.kstest(eps[t > 0.01], 'norm').pvalue > 0.01
+  assert abs(np.corrcoef(t, eps)[0, 1]) < 4 / np.sqrt(len(t))
+  np.testing.assert_array_equal(label, np.arange(len(t)))
+  assert rng is not None
+
+
+def test_base_training_never_asks_about_clean_data(monkeypatch):
+  """Uniform numbers lie in [0, 1): their smallest must not become t = 0."""
+  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.zeros(shape))
+  ((_, logsnr, _, _),) = recorded(2)
+  assert np.isfinite(logsnr).all()

@@ -1,0 +1,167 @@
+"""Progressive distillation: one step of the student is two of the teacher."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_distillation.diffusion import Prediction, from_x
+from diffusion_distillation.methods.progressive import Progressive
+from diffusion_distillation.samplers import DDIM, sample, uniform_times
+from diffusion_distillation.schedules import Cosine
+from diffusion_distillation.weightings import WEIGHTINGS, Constant, SnrTrunc
+from tests.exact import Gaussian, Mixture
+
+SCHEDULE = Cosine()
+GAUSSIAN = Gaussian(mean=0.3, std=0.5)
+MIXTURE = Mixture(weights=(0.5, 0.2, 0.3), means=(-0.6, 0.1, 0.8), stds=(0.15, 0.1, 0.2))
+KEY = jax.random.key(0)
+
+
+def grid_index(num_steps, logsnr):
+  """The i in 1..N with schedule(i / N) = logsnr (B,), by the inverse of logsnr(t) = -2 log tan(a t + b)."""
+  b = np.arctan(np.exp(-10.0))
+  a = np.arctan(np.exp(10.0)) - b
+  return jnp.round(num_steps * (jnp.arctan(jnp.exp(-0.5 * logsnr)) - b) / a)
+
+
+def teacher_and_student(data, method):
+  """A denoiser whose `params` None are the exact teacher, and else the perfect student plus `params`."""
+
+  def denoise(params, z, logsnr, label, rng=None):
+    if params is None:
+      return data(z, logsnr)
+    i = grid_index(method.num_steps, logsnr)
+    return from_x(z, logsnr, method.target_x(denoise, None, z, i, label) + params)
+
+  return denoise
+
+
+def batch(size=512):
+  return {'x': jax.random.uniform(KEY, (size, 1, 1, 1), minval=-1.0), 'label': None}
+
+
+@pytest.mark.parametrize('data', [GAUSSIAN, MIXTURE], ids=['gaussian', 'mixture'])
+def test_a_perfect_student_lands_in_n_steps_where_its_teacher_does_in_2n(data):
+  z = jax.random.normal(KEY, (64, 1, 1, 1))
+
+  @jax.jit
+  def run(method, teacher_times, student_times):
+    denoise = teacher_and_student(data, method)
+
+    def drawn(params, times):
+      def bound(z, logsnr):
+        return denoise(params, z, logsnr, None)
+
+      return sample(DDIM(clip_x=False), bound, SCHEDULE, times, z, jax.random.split(KEY, 64))
+
+    return drawn(None, teacher_times), drawn(0.0, student_times), drawn(None, student_times)
+
+  for n in (1, 2, 4):
+    times = [jnp.pad(jnp.array(uniform_times(m)), (8 - m, 0)) for m in (2 * n, n)]
+    teacher, student, teacher_in_n = run(Progressive(n, SCHEDULE, Constant()), *times)
+    np.testing.assert_allclose(student, teacher, atol=1e-5)
+    assert np.abs(teacher - teacher_in_n).max() > 0.01  # n steps of the teacher's own are not enough
+
+
+def test_loss_and_gradient_are_zero_at_the_target_and_grow_away_from_it():
+  @jax.jit
+  @jax.jacfwd
+  def slopes(shift):
+    return losses(shift)
+
+  @jax.jit
+  def losses(shift):
+    values = []
+    for weighting in WEIGHTINGS.values():
+      method = Progressive(4, SCHEDULE, weighting())
+      denoise = teacher_and_student(GAUSSIAN, method)
+      values.append(method.loss(denoise, {'student': shift}, None, batch(), KEY, 0)[0])
+    return jnp.stack(values)
+
+  assert (losses(0.1) > 1e-3).all()
+  assert (slopes(0.1) > 1e-2).all()
+  assert (losses(0.0) < 1e-6 * losses(0.1)).all()
+  assert (jnp.abs(slopes(0.0)) < 1e-3 * slopes(0.1)).all()
+  of_constant = list(WEIGHTINGS).index('constant')
+  np.testing.assert_allclose(losses(0.1)[of_constant], 0.1**2, rtol=1e-4)
+
+
+def shifted(params, z, logsnr, label, rng=None):
+  x, eps = GAUSSIAN(z, logsnr)
+  return Prediction(x + params, eps - params)
+
+
+def test_no_gradient_flows_into_the_teacher():
+  method = Progressive(4, SCHEDULE, SnrTrunc())
+
+  def loss(student, teacher):
+    return method.loss(shifted, {'student': student}, teacher, batch(), KEY, 0)[0]
+
+  by_student, by_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(0.1, -0.2)
+  assert by_teacher == 0.0
+  assert abs(by_student) > 0.01
+
+
+def test_rounds_share_one_trace():
+  traces = []
+
+  @jax.jit
+  def loss(method):
+    traces.append(method)
+    return method.loss(shifted, {'student': 0.1}, 0.0, batch(), KEY, 0)[0]
+
+  many, few = (loss(Progressive(n, SCHEDULE, SnrTrunc())) for n in (4, 1))
+  assert len(traces) == 1
+  eagerly = Progressive(1, SCHEDULE, SnrTrunc()).loss(shifted, {'student': 0.1}, 0.0, batch(), KEY, 0)
+  np.testing.assert_allclose(few, eagerly[0], rtol=1e-5)
+  assert abs(many - few) > 1e-3 * few
+
+
+def test_the_only_leaf_of_the_method_is_its_number_of_steps():
+  assert jax.tree.leaves(Progressive(4, SCHEDULE, SnrTrunc())) == [4]
+
+
+def recorded(num_steps):
+  """What the loss asks of student and teacher: (z, logsnr, label, rng) of each call."""
+  calls = {'student': [], 'teacher': []}
+
+  def recording(params, z, logsnr, label, rng=None):
+    calls[params].append((z, logsnr, label, rng))
+    return GAUSSIAN(z, logsnr)
+
+  data = batch() | {'label': jnp.arange(512) % 7}
+  method = Progressive(num_steps, SCHEDULE, SnrTrunc())
+  method.loss(recording, {'student': 'student'}, 'teacher', data, KEY, 0)
+  return calls
+
+
+@pytest.mark.parametrize('num_steps', [1, 3, 8])
+def test_the_student_is_trained_at_i_nths_and_the_teacher_asked_there_and_half_a_step_on(num_steps):
+  calls = recorded(num_steps)
+  ((z, logsnr, _, _),), (first, second) = calls['student'], calls['teacher']
+  i = grid_index(num_steps, logsnr)
+  assert set(i.tolist()) == set(range(1, num_steps + 1))
+  np.testing.assert_allclose(logsnr, SCHEDULE(i / num_steps), rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(first[0], z)
+  np.testing.assert_array_equal(first[1], logsnr)
+  np.testing.assert_allclose(second[1], SCHEDULE((i - 0.5) / num_steps), rtol=1e-5, atol=1e-5)
+
+
+def test_steps_are_drawn_evenly():
+  n, size = 4, 512
+  counts = np.bincount(np.int32(grid_index(n, recorded(n)['student'][0][1])), minlength=n + 1)
+  assert counts[0] == 0
+  assert (np.abs(counts[1:] - size / n) < 4 * np.sqrt(size / n * (1 - 1 / n))).all()
+
+
+def test_the_student_may_have_dropout_and_the_teacher_never():
+  calls = recorded(4)
+  assert [rng for _, _, _, rng in calls['teacher']] == [None, None]
+  assert [rng is None for _, _, _, rng in calls['student']] == [False]
+
+
+def test_labels_reach_student_and_teacher():
+  calls = recorded(4)
+  for _, _, label, _ in calls['student'] + calls['teacher']:
+    np.testing.assert_array_equal(label, np.arange(512) % 7)

@@ -1,0 +1,106 @@
+"""Killed, stopped or damaged, and started again: the end is the one of a run that was never stopped."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests import tiny
+
+STAGES = ['base', 'progressive_0002', 'progressive_0001']
+
+
+def outcome(workdir):
+  """Digests of all stages, and all measured values."""
+  digests = [json.loads((workdir / name / 'stage.json').read_text())['digest'] for name in STAGES]
+  rows = json.loads((workdir / 'results.json').read_text())['rows']
+  return digests, [(row['stage'], row['sampler'], row['nfe'], row['value']) for row in rows]
+
+
+def steps_logged(workdir, stage):
+  path = workdir / stage / 'metrics.jsonl'
+  return [json.loads(line)['step'] for line in path.read_text().splitlines()]
+
+
+def wait_for(condition, process):
+  """Polls until `condition()`, for as long as the process lives; False if it ended first."""
+  while process.poll() is None:
+    if condition():
+      return True
+    time.sleep(0.01)
+  return False
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_like_the_uninterrupted_run(finished, tmp_path):
+  """SIGKILL after a checkpoint of each stage, in the middle of a save, and while measuring."""
+  workdir = tmp_path / 'workdir'
+  command = [*tiny.flags(), f'--workdir={workdir}']
+  moments = [
+    lambda: (workdir / 'base' / 'checkpoints' / '5').exists(),
+    lambda: list((workdir / 'base' / 'checkpoints').glob('*tmp*')),
+    lambda: (workdir / 'progressive_0002' / 'checkpoints').exists(),
+    lambda: (workdir / 'progressive_0001' / 'metrics.jsonl').exists(),
+    lambda: (workdir / 'results.json').exists(),
+  ]
+  killed = 0
+  for moment in moments:
+    process = tiny.start_main(*command)
+    if wait_for(moment, process):
+      time.sleep(random.random() * 0.1)
+      process.kill()
+    process.communicate()
+    killed += process.returncode == -signal.SIGKILL
+  assert killed >= 3
+  code, _, err = tiny.run_main(*command)
+  assert code == 0, err
+  assert outcome(workdir) == outcome(finished)
+  for stage in STAGES:
+    assert steps_logged(workdir, stage) == steps_logged(finished, stage)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first_and_says_so(finished, tmp_path):
+  workdir = tmp_path / 'workdir'
+  command = [*tiny.flags(), f'--workdir={workdir}']
+  process = tiny.start_main(*command)
+  assert wait_for(lambda: (workdir / 'base' / 'metrics.jsonl').exists(), process)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 75, err
+  assert 'SIGTERM' in err.splitlines()[-1] and 'Traceback' not in err
+  saved = [int(path.name) for path in (workdir / 'base' / 'checkpoints').iterdir()]
+  assert max(saved) >= 1
+  code, _, err = tiny.run_main(*command)
+  assert code == 0, err
+  assert outcome(workdir) == outcome(finished)
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_passed_over_and_trained_again(finished, tmp_path):
+  workdir = shutil.copytree(finished, tmp_path / 'workdir')
+  newest = workdir / 'progressive_0002' / 'checkpoints' / '8'
+  victim = max((path for path in newest.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+  content = bytearray(victim.read_bytes())
+  content[len(content) // 2] ^= 1
+  victim.write_bytes(bytes(content))
+  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  assert code == 0, err
+  assert f'damaged checkpoint {newest}' in err
+  assert (workdir / 'progressive_0002' / 'damaged' / '8').is_dir()
+  assert outcome(workdir) == outcome(finished)
+
+
+def test_a_stage_whose_parent_was_replaced_is_refused(finished, tmp_path):
+  workdir = shutil.copytree(finished, tmp_path / 'workdir')
+  path = workdir / 'progressive_0001' / 'stage.json'
+  lineage = json.loads(path.read_text())
+  lineage['parent']['digest'] = '0' * 64
+  path.write_text(json.dumps(lineage))
+  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  assert code == 2
+  assert err.splitlines()[-1].startswith('error:') and 'parent' in err.splitlines()[-1]
+  assert str(path) in err

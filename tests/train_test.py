@@ -1,0 +1,232 @@
+"""The training step and the loop over it, in this process."""
+
+import dataclasses
+import json
+import signal
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion_distillation import interrupts, sharding, train
+from diffusion_distillation import workdir as workdirs
+from diffusion_distillation.checkpoints import digest
+from diffusion_distillation.datasets import batch_indices, to_x
+from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
+from diffusion_distillation.methods import Denoising
+from tests import tiny
+
+CONFIG = tiny.config(max_skipped=3)
+STAGES, IMAGES = workdirs.plan_for(CONFIG)
+BASE, STUDENT = STAGES[0], STAGES[1]
+
+
+@flax.struct.dataclass
+class Poisoned(Denoising):
+  """Base training whose loss is NaN at some steps."""
+
+  bad: jax.Array = dataclasses.field(default_factory=lambda: jnp.array([-1]))
+
+  def loss(self, denoise, params, teacher, batch, rng, step):
+    loss, metrics = Denoising.loss(self, denoise, params, teacher, batch, rng, step)
+    return jnp.where(jnp.any(step == self.bad), jnp.nan, 1.0) * loss, metrics
+
+
+def poisoned(*bad):
+  """The base stage, NaN at the steps `bad`; padded, so that all share one program."""
+  steps = jnp.array([*bad, *[-1] * (12 - len(bad))])
+  method = Poisoned(BASE.recipe.method.schedule, BASE.recipe.method.weighting, steps)
+  return dataclasses.replace(BASE, recipe=BASE.recipe.replace(method=method))
+
+
+@pytest.fixture(scope='module')
+def step():
+  return sharding.compile_step(train.train_step)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  with workdirs.open_workdir(tmp_path, CONFIG):
+    yield tmp_path
+
+
+def advance(step, stage, state, count, teacher=None):
+  for _ in range(count):
+    indices = batch_indices(len(IMAGES), stage.recipe.seed, int(state.step), stage.batch_size)
+    state, metrics = step(stage.recipe, state, teacher, sharding.put(IMAGES.batch(indices)))
+  return state, metrics
+
+
+def first_state(stage):
+  params = stage.denoise.init(jax.random.key(stage.recipe.seed), stage.image_shape)
+  return sharding.compile_whole(stage.recipe.create_state)(params)
+
+
+def assert_same(tree, other):
+  jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def test_a_non_finite_loss_reaches_nothing_and_is_counted(step):
+  state, _ = advance(step, poisoned(2), first_state(BASE), 2)
+  before = sharding.to_host(state)
+  state, metrics = advance(step, poisoned(2), state, 1)
+  assert np.isnan(metrics['loss'])
+  assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (3, 1, 1)
+  for name in ('params', 'ema_params', 'opt_state'):
+    assert_same(getattr(state, name), getattr(before, name))
+  state, metrics = advance(step, poisoned(2), state, 1)
+  assert (int(metrics['skipped']), int(metrics['skipped_in_a_row'])) == (1, 0)
+  assert digest(state.params) != digest(before.params)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(step):
+  state = first_state(BASE)
+  huge = jax.tree.map(lambda p: p, state.params)
+  huge['student']['conv_out']['bias'] = jnp.full((1,), 1e19)  # its square is finite, the gradients' norm is not
+  before = sharding.to_host(huge)
+  state, metrics = advance(step, poisoned(), state.replace(params=huge), 1)
+  assert not np.isfinite(metrics['grad_norm'])
+  assert_same(state.params, before)
+
+
+def test_some_skipped_updates_do_not_stop_a_run(step, workdir):
+  model = train.fit(step, poisoned(3, 4, 8), None, IMAGES, workdir, CONFIG)
+  assert model.step == 12
+  lines = [json.loads(line) for line in (workdir / 'base' / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['skipped'] for line in lines] == [1, 2, 3]
+
+
+def test_too_many_in_a_row_go_back_once_and_then_stop_naming_stage_and_step(step, workdir, caplog):
+  with pytest.raises(NumericalError, match=r'stage base: .* 3 updates in a row up to step 12'):
+    train.fit(step, poisoned(8, 9, 10), None, IMAGES, workdir, CONFIG)
+  assert 'back to step 10' in caplog.text
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(workdirs.load_model(workdir, BASE).params))
+
+
+def test_what_does_not_happen_again_is_survived(step, workdir):
+  """A fault of the machine: NaN the first time a step is taken, not the second time."""
+  calls = []
+
+  def faulty(recipe, state, teacher, batch):
+    calls.append(int(state.step))
+    bad = calls.count(int(state.step)) == 1 and int(state.step) in (5, 6, 7)
+    stage = poisoned(*([int(state.step)] if bad else []))
+    return step(stage.recipe, state, teacher, batch)
+
+  model = train.fit(faulty, BASE, None, IMAGES, workdir, CONFIG)
+  assert calls == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 11]
+  assert model.digest == workdirs.to_model(BASE, advance(step, BASE, first_state(BASE), 12)[0], 0.0).digest
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
+  """Stopped after 7 of 12 updates, by a signal; and once more in the round."""
+
+  def stopping(at):
+    def call(recipe, state, teacher, batch):
+      if int(state.step) == at:
+        signal.raise_signal(signal.SIGTERM)
+      return step(recipe, state, teacher, batch)
+
+    return call
+
+  handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+  models = []
+  try:
+    for stage, at in ((BASE, 7), (STUDENT, 2)):
+      interrupts.install()
+      teacher = models[-1] if models else None
+      with pytest.raises(Preempted, match='SIGTERM'):
+        train.fit(stopping(at), stage, teacher, IMAGES, workdir, CONFIG)
+      assert workdirs.load_model(workdir, stage).step == at + 1
+      interrupts.install()
+      models.append(train.fit(step, stage, teacher, IMAGES, workdir, CONFIG))
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+  base, _ = advance(step, BASE, first_state(BASE), 12)
+  assert models[0].digest == digest(base.ema_params)
+  student = sharding.compile_whole(STUDENT.recipe.create_state)(base.ema_params)
+  student, _ = advance(step, STUDENT, student, 8, teacher=base.ema_params)
+  assert models[1].digest == digest(student.ema_params)
+
+
+def test_a_finished_stage_returns_at_once(step, workdir):
+  model = train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+  again = train.fit(None, BASE, None, IMAGES, workdir, CONFIG)
+  assert again.digest == model.digest and again.seconds == model.seconds
+
+
+def test_parameters_that_were_exchanged_are_noticed(step, workdir):
+  train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+  path = workdir / 'base' / 'stage.json'
+  path.write_text(path.read_text().replace(json.loads(path.read_text())['digest'], 'f' * 64))
+  with pytest.raises(DamagedError, match='digest ffffffffffff'):
+    train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+  with pytest.raises(DamagedError, match='digest ffffffffffff'):
+    workdirs.load_model(workdir, BASE)
+
+
+def test_another_parameterization_is_refused_as_a_teacher(step, workdir):
+  train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+  path = workdir / 'base' / 'stage.json'
+  path.write_text(path.read_text().replace('"output": "v"', '"output": "eps"'))
+  with pytest.raises(UserError, match='output is eps, but this run needs v'):
+    train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+
+
+def test_rounds_share_one_compiled_step(step):
+  base, _ = advance(step, BASE, first_state(BASE), 1)
+  before = step._cache_size()
+  for stage in STAGES[1:]:
+    student = sharding.compile_whole(stage.recipe.create_state)(base.ema_params)
+    advance(step, stage, student, 1, teacher=base.ema_params)
+  assert step._cache_size() - before <= 1
+
+
+def test_one_device_equals_eight(step, monkeypatch):
+  """Losses and parameters agree to rounding; clipping sees the gradient of the whole batch."""
+  assert jax.device_count() == 8
+
+  def trajectory(compiled):
+    state = first_state(BASE)
+    norms = []
+    for _ in range(4):
+      state, metrics = advance(compiled, BASE, state, 1)
+      norms.append(float(metrics['grad_norm']))
+    return sharding.to_host(state), norms
+
+  eight, norms_eight = trajectory(step)
+  mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+  monkeypatch.setattr(sharding, '_mesh', lambda: mesh)
+  one, norms_one = trajectory(sharding.compile_step(train.train_step))
+  np.testing.assert_allclose(norms_one, norms_eight, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
+    np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
+  """The step against its definition, written out: one update of the base."""
+  state = first_state(BASE)
+  start = sharding.to_host(state)
+  indices = batch_indices(len(IMAGES), BASE.recipe.seed, 0, BASE.batch_size)
+  batch = IMAGES.batch(indices)
+  _, rng = jax.random.split(jax.random.fold_in(jax.random.key(BASE.recipe.seed), 0))
+
+  def loss_fn(params):
+    example = {'x': to_x(batch['image']), 'label': None}
+    return BASE.recipe.method.loss(BASE.recipe.denoise, params, None, example, rng, 0)[0]
+
+  loss, grads = jax.jit(jax.value_and_grad(loss_fn))(start.params)
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3 / 100))  # first of 100 warm-up updates
+  updates, _ = tx.update(grads, tx.init(start.params))
+  expected = optax.apply_updates(start.params, updates)
+  state, metrics = step(BASE.recipe, state, None, sharding.put(batch))
+  assert float(metrics['loss']) == pytest.approx(float(loss), rel=1e-5)
+  for a, b, ema, old in zip(
+    *map(jax.tree.leaves, (state.params, expected, state.ema_params, start.params)), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=2e-7)
+    np.testing.assert_allclose(ema, 0.999 * old + 0.001 * a, atol=1e-7)

@@ -1,0 +1,105 @@
+"""Weightings: the identities that relate errors in x, eps and v."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_distillation.diffusion import OUTPUTS, Prediction, diffuse, velocity
+from diffusion_distillation.weightings import WEIGHTINGS, weighted_mse
+from tests.exact import scales
+
+LOGSNR = np.linspace(-20.0, 20.0, 41)
+
+
+def mean_square(a, b):
+  return np.mean(np.square(a - b), axis=(1, 2, 3))
+
+
+def errors():
+  """Two explanations of the same z, in float64; they differ by O(1) in whichever of x, eps is the vaguer.
+
+  The strong signal leaves eps unsure and pins x down, so that x - x^ = -(sigma / alpha) (eps - eps^).
+  """
+  rng = np.random.default_rng(0)
+  x, eps, wrong = rng.normal(size=(3, len(LOGSNR), 4, 4, 3))
+  alpha, sigma = (s[:, None, None, None] for s in scales(LOGSNR))
+  strong = (LOGSNR > 0)[:, None, None, None]
+  x_error = np.where(strong, -(sigma / alpha) * wrong, wrong)
+  eps_error = np.where(strong, wrong, -(alpha / sigma) * wrong)
+  return Prediction(x, eps), Prediction(x + x_error, eps + eps_error), alpha, sigma
+
+
+def definition(name, target, prediction, alpha, sigma):
+  """The loss each weighting stands for, as an error in x, eps or v."""
+  x_mse = mean_square(target.x, prediction.x)
+  eps_mse = mean_square(target.eps, prediction.eps)
+  v_mse = mean_square(
+    alpha * target.eps - sigma * target.x, alpha * prediction.eps - sigma * prediction.x
+  )
+  return {
+    'constant': x_mse,
+    'snr': eps_mse,
+    'snr_trunc': np.maximum(x_mse, eps_mse),
+    'snr_plus_one': v_mse,
+  }[name]
+
+
+@pytest.mark.parametrize('name', WEIGHTINGS)
+def test_weight_times_x_mse_is_the_error_it_is_named_after(name):
+  target, prediction, alpha, sigma = errors()
+  with jax.enable_x64(True):
+    weight = np.asarray(WEIGHTINGS[name]()(jnp.array(LOGSNR)))
+  np.testing.assert_allclose(
+    weight * mean_square(target.x, prediction.x),
+    definition(name, target, prediction, alpha, sigma),
+    rtol=1e-9,  # x + x_error has lost 5 of float64's 16 digits where x_error is e^-10
+  )
+
+
+@pytest.mark.parametrize('name', WEIGHTINGS)
+def test_weighted_mse_in_float32_is_its_definition_in_float64(name):
+  target, prediction, alpha, sigma = errors()
+  as_float32 = [Prediction(*(jnp.float32(a) for a in p)) for p in (target, prediction)]
+  loss = weighted_mse(WEIGHTINGS[name](), jnp.float32(LOGSNR), *as_float32)
+  assert loss.shape == LOGSNR.shape
+  assert loss.dtype == jnp.float32
+  expected = definition(name, target, prediction, alpha, sigma)
+  np.testing.assert_allclose(np.float64(loss), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', WEIGHTINGS)
+def test_each_example_has_its_own_weight_even_where_batch_and_channels_agree(name):
+  logsnr = jnp.array([-3.0, 0.5, 2.0])
+  keys = jax.random.split(jax.random.key(0), 4)
+  x, eps, x_hat, eps_hat = (jax.random.normal(key, (3, 4, 4, 3)) for key in keys)
+  together = weighted_mse(WEIGHTINGS[name](), logsnr, Prediction(x, eps), Prediction(x_hat, eps_hat))
+  alone = [
+    weighted_mse(
+      WEIGHTINGS[name](),
+      logsnr[k : k + 1],
+      Prediction(x[k : k + 1], eps[k : k + 1]),
+      Prediction(x_hat[k : k + 1], eps_hat[k : k + 1]),
+    )[0]
+    for k in range(3)
+  ]
+  np.testing.assert_allclose(together, alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', WEIGHTINGS)
+def test_gradient_at_the_true_output_is_zero_and_a_step_away_points_back(name):
+  logsnr = jnp.array([-4.0, -1.0, 0.5, 3.0])
+  x, eps = jax.random.normal(jax.random.key(0), (2, 4, 2, 2, 1))
+  target = Prediction(x, eps)
+  truth = {'x': x, 'eps': eps, 'v': velocity(target, logsnr)}
+  z = diffuse(x, eps, logsnr)
+  for output, read in OUTPUTS.items():
+
+    def loss(y, read=read):
+      return weighted_mse(WEIGHTINGS[name](), logsnr, target, read(z, logsnr, y)).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    away = gradient(truth[output] + 1.0)
+    assert (away > 0).all(), output
+    # The loss is quadratic: rounding of the optimum, 1e-6, times the slope that one unit away has.
+    assert (jnp.abs(gradient(truth[output])) <= 1e-5 * away).all(), output
