@@ -233,5 +233,5 @@ def test_base_training_draws_time_uniformly_and_noise_normally():
 def test_base_training_never_asks_about_clean_data(monkeypatch):
   """Uniform numbers lie in [0, 1): their smallest must not become t = 0."""
   monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.zeros(shape))
-  ((_, logsnr, _, _),) = recorded(2)
+  ((_, logsnr, _, _),) = recorded()
   assert np.isfinite(logsnr).all()
