@@ -53,7 +53,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.distill.start_steps = 1024  # the base model's; the first student has half as many
   c.distill.end_steps = 1  # the last student's
   c.distill.num_updates = 50_000  # a round
-  c.distill.num_updates_last = 100_000  # for the rounds to 2 steps and to 1
+  c.distill.num_updates_last = 100_000  # for the rounds to few steps
+  c.distill.last_steps = 2  # what few steps are: so many or fewer
   c.distill.batch_size = 128
   c.distill.learning_rate = 1e-4
   c.distill.warmup = 0

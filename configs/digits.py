@@ -25,8 +25,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.ema_decay = 0.999
 
   c.distill.start_steps = 32
-  c.distill.num_updates = 300
+  c.distill.num_updates = 200
   c.distill.num_updates_last = 600
+  c.distill.last_steps = 4
   c.distill.batch_size = 64
   c.distill.learning_rate = 5e-4
 

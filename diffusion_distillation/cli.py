@@ -32,9 +32,9 @@ class Options:
 def parse_flags(argv: list[str]) -> list[str]:
   """absl's parser, except that a bad config or override is one line and exit code 2."""
   try:
-    flags.FLAGS.set_default('verbosity', -1)  # warnings; --verbosity=0 shows what orbax and jax say
-    rest = flags.FLAGS(argv)
-    _ = flags.FLAGS['config'].value  # a config file that fails to load does so here
+    # Warnings only, unless asked: --verbosity=0 shows all that orbax and jax have to say.
+    rest = flags.FLAGS([argv[0], '--verbosity=-1', *argv[1:]])
+    getattr(flags.FLAGS['config'].value, 'items', None)  # raises if the file could not be loaded
     return rest
   except Exception as error:
     text = ' '.join(str(error).split())

@@ -228,7 +228,8 @@ def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list
   )
   stages = [base]
   for num_steps in student_steps:
-    num_updates = distill.num_updates_last if num_steps <= 2 else distill.num_updates
+    few = num_steps <= distill.last_steps
+    num_updates = distill.num_updates_last if few else distill.num_updates
     loss = Progressive(num_steps, schedule, weighting)
     student = dataclasses.replace(
       base,

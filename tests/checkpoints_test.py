@@ -12,7 +12,11 @@ from diffusion_distillation.errors import DamagedError
 
 def state_at(step):
   key = jax.random.key(step)
-  return {'step': jnp.int32(step), 'w': jax.random.normal(key, (40, 30)), 'b': {'c': jnp.zeros(3) + step}}
+  return {
+    'step': jnp.int32(step),
+    'w': jax.random.normal(key, (40, 30)),
+    'b': {'c': jnp.zeros(3) + step},
+  }
 
 
 LIKE = jax.eval_shape(lambda: state_at(0))
@@ -72,7 +76,9 @@ def flip(path):
   path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize('damage', [truncate, flip, pathlib.Path.unlink], ids=['truncated', 'flipped', 'missing'])
+@pytest.mark.parametrize(
+  'damage', [truncate, flip, pathlib.Path.unlink], ids=['truncated', 'flipped', 'missing']
+)
 def test_damage_to_any_file_never_gives_wrong_values(pristine, tmp_path, damage, caplog):
   """Whatever file is hit: either it did not matter, or it is named and the one before is used."""
   noticed = 0

@@ -13,7 +13,16 @@ PACKAGE = ROOT / 'diffusion_distillation'
 # A module imports only from lines above its own. Modules on one line do not know each other.
 LAYERS = [
   ['errors'],
-  ['schedules', 'diffusion', 'interrupts', 'progress', 'metrics', 'train_state', 'optimizers', 'sharding'],
+  [
+    'schedules',
+    'diffusion',
+    'interrupts',
+    'progress',
+    'metrics',
+    'train_state',
+    'optimizers',
+    'sharding',
+  ],
   ['weightings', 'samplers', 'unet', 'datasets', 'checkpoints'],
   ['methods.method'],
   ['methods.denoising', 'methods.progressive'],

@@ -2,6 +2,7 @@
 
 import hashlib
 import html.parser
+import itertools
 import json
 import shutil
 
@@ -18,7 +19,9 @@ STAGES = ['base', 'progressive_0002', 'progressive_0001']
 def tree_digest(workdir):
   """Names and contents of all files."""
   files = sorted(path for path in workdir.rglob('*') if path.is_file() and path.name != '.lock')
-  return {str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+  return {
+    str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+  }
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +48,9 @@ def test_rows_say_what_was_measured(results):
 
 def test_one_step_is_the_same_for_both_samplers(results):
   """From t = 1 to t = 0 the ancestral step adds no noise and DDIM's is x: the same images."""
-  values = {row['sampler']: row['value'] for row in results['rows'] if row['stage'] == 'base' and row['nfe'] == 1}
+  values = {
+    row['sampler']: row['value'] for row in results['rows'] if row['stage'] == 'base' and row['nfe'] == 1
+  }
   assert values['ddim'] == pytest.approx(values['ancestral'], rel=1e-6)
 
 
@@ -59,7 +64,7 @@ def test_results_name_extractor_versions_and_seconds(results):
 def test_lineage_leads_from_the_last_student_to_the_base(finished):
   lineages = [json.loads((finished / name / 'stage.json').read_text()) for name in STAGES]
   assert lineages[0]['parent'] is None
-  for parent, child in zip(lineages, lineages[1:], strict=False):
+  for parent, child in itertools.pairwise(lineages):
     assert child['parent'] == {'stage': parent['stage'], 'digest': parent['digest']}
   for lineage, steps in zip(lineages, (4, 2, 1), strict=True):
     assert lineage['finished'] and lineage['num_steps'] == steps and lineage['output'] == 'v'
@@ -121,7 +126,14 @@ def test_npz_samples_from_the_workdir_alone(finished, tmp_path, stage):
   before = tree_digest(finished)
   out = tmp_path / 'samples.npz'
   chosen = [f'--stage={stage}'] if stage else []
-  arguments = ['--mode=sample', f'--workdir={finished}', '--num_samples=5', '--seed=3', f'--out={out}', *chosen]
+  arguments = [
+    '--mode=sample',
+    f'--workdir={finished}',
+    '--num_samples=5',
+    '--seed=3',
+    f'--out={out}',
+    *chosen,
+  ]
   code, text, err = tiny.run_main(*arguments)
   assert code == 0, err
   assert (stage or 'progressive_0001') in text
@@ -152,9 +164,14 @@ def test_evaluate_measures_again_and_finds_the_same(finished, tmp_path):
   assert code == 0, err
   old, new = (json.loads((path / 'results.json').read_text()) for path in (finished, workdir))
   assert old['extractor'] == new['extractor']
-  assert [row['value'] for row in old['rows']] == pytest.approx([row['value'] for row in new['rows']], rel=1e-6)
+  assert [row['value'] for row in old['rows']] == pytest.approx(
+    [row['value'] for row in new['rows']], rel=1e-6
+  )
   assert (workdir / 'report' / 'index.html').exists()
-  assert all((workdir / name / 'stage.json').read_text() == (finished / name / 'stage.json').read_text() for name in STAGES)
+  assert all(
+    (workdir / name / 'stage.json').read_text() == (finished / name / 'stage.json').read_text()
+    for name in STAGES
+  )
 
 
 def test_the_held_out_split_is_held_out():

@@ -85,7 +85,9 @@ def test_a_non_finite_loss_reaches_nothing_and_is_counted(step):
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(step):
   state = first_state(BASE)
   huge = jax.tree.map(lambda p: p, state.params)
-  huge['student']['conv_out']['bias'] = jnp.full((1,), 1e19)  # its square is finite, the gradients' norm is not
+  huge['student']['conv_out']['bias'] = jnp.full(
+    (1,), 1e19
+  )  # its square is finite, the gradients' norm is not
   before = sharding.to_host(huge)
   state, metrics = advance(step, poisoned(), state.replace(params=huge), 1)
   assert not np.isfinite(metrics['grad_norm'])
@@ -103,7 +105,9 @@ def test_too_many_in_a_row_go_back_once_and_then_stop_naming_stage_and_step(step
   with pytest.raises(NumericalError, match=r'stage base: .* 3 updates in a row up to step 12'):
     train.fit(step, poisoned(8, 9, 10), None, IMAGES, workdir, CONFIG)
   assert 'back to step 10' in caplog.text
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(workdirs.load_model(workdir, BASE).params))
+  assert all(
+    np.isfinite(leaf).all() for leaf in jax.tree.leaves(workdirs.load_model(workdir, BASE).params)
+  )
 
 
 def test_what_does_not_happen_again_is_survived(step, workdir):
@@ -118,7 +122,9 @@ def test_what_does_not_happen_again_is_survived(step, workdir):
 
   model = train.fit(faulty, BASE, None, IMAGES, workdir, CONFIG)
   assert calls == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 11]
-  assert model.digest == workdirs.to_model(BASE, advance(step, BASE, first_state(BASE), 12)[0], 0.0).digest
+  assert (
+    model.digest == workdirs.to_model(BASE, advance(step, BASE, first_state(BASE), 12)[0], 0.0).digest
+  )
 
 
 def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
@@ -199,7 +205,9 @@ def test_one_device_equals_eight(step, monkeypatch):
     return sharding.to_host(state), norms
 
   eight, norms_eight = trajectory(step)
-  mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+  mesh = jax.make_mesh(
+    (1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+  )
   monkeypatch.setattr(sharding, '_mesh', lambda: mesh)
   one, norms_one = trajectory(sharding.compile_step(train.train_step))
   np.testing.assert_allclose(norms_one, norms_eight, rtol=1e-5)
@@ -220,7 +228,9 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
     return BASE.recipe.method.loss(BASE.recipe.denoise, params, None, example, rng, 0)[0]
 
   loss, grads = jax.jit(jax.value_and_grad(loss_fn))(start.params)
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3 / 100))  # first of 100 warm-up updates
+  tx = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adam(1e-3 / 100)
+  )  # first of 100 warm-up updates
   updates, _ = tx.update(grads, tx.init(start.params))
   expected = optax.apply_updates(start.params, updates)
   state, metrics = step(BASE.recipe, state, None, sharding.put(batch))
