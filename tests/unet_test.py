@@ -126,7 +126,7 @@ def test_parameters_have_the_shapes_of_the_released_checkpoints():
   assert {name: flat[name].shape for name in expected} == expected
 
 
-@pytest.mark.parametrize(('heads', 'features'), [({'num_heads': 2}, (2, 8)), ({'head_dim': 4}, (4, 4))])
+@pytest.mark.parametrize(('heads', 'features'), [({'num_heads': 8}, (8, 2)), ({'head_dim': 8}, (2, 8))])
 def test_attention_heads_are_set_by_number_or_by_size(heads, features):
   attn = shapes(dataclasses.replace(NETWORK, **heads))['mid.attn_1']
   assert attn['q']['kernel'].shape == (16, *features)
