@@ -71,7 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.num_samples = 50_000  # for each row of results.json
-  c.evaluation.batch_size = 500  # images drawn at a time, over all devices
+  c.evaluation.batch_size = 512  # images drawn at a time, over all devices
   c.evaluation.seed = 1  # of the noise: the same for every row
   c.evaluation.clip_x = True  # clip the denoiser's x to [-1, 1] while sampling
   return c.lock()

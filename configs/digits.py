@@ -34,5 +34,5 @@ def get_config() -> ml_collections.ConfigDict:
   c.checkpoint.every = 300
   c.log.every = 50
   c.evaluation.num_samples = 5000
-  c.evaluation.batch_size = 250
+  c.evaluation.batch_size = 256
   return c

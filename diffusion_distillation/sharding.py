@@ -42,9 +42,9 @@ def put(batch: Any) -> Any:
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(), x), batch)
 
 
-def compile_whole(function: Callable) -> Callable:
-  """Jits a function whose output is wanted on every device."""
-  return jax.jit(function, out_shardings=replicated())
+def replicate(tree: Any) -> Any:
+  """A tree of arrays, on every device."""
+  return jax.device_put(tree, replicated())
 
 
 def compile_step(step: Callable) -> Callable:

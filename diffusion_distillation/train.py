@@ -150,7 +150,7 @@ def _restore_or_start(
     start = teacher.params
   else:
     start = stage.denoise.init(jax.random.key(stage.recipe.seed), stage.image_shape)
-  return sharding.compile_whole(stage.recipe.create_state)(start), 0.0
+  return sharding.replicate(stage.recipe.create_state(start)), 0.0
 
 
 def _loop(

@@ -1,16 +1,14 @@
-"""Before jax starts: 8 virtual CPU devices, and no silent broadcasting between ranks."""
+"""Before jax starts: 8 virtual CPU devices, quick compilation, no silent broadcasting between ranks."""
 
 import os
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
-
-import jax
 import pytest
 
 from tests import tiny
 
-jax.config.update('jax_numpy_rank_promotion', 'raise')
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {tiny.FAST_COMPILE}'
 
 
 @pytest.fixture(scope='session')

@@ -7,6 +7,9 @@ import sys
 
 from configs import digits
 
+# Tests compile much and compute little.
+FAST_COMPILE = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 OVERRIDES = {
@@ -44,7 +47,8 @@ def flags():
 
 def start_main(*args, devices=1, **popen):
   """main.py in its own process, on a number of virtual devices."""
-  environment = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+  xla_flags = f'--xla_force_host_platform_device_count={devices} {FAST_COMPILE}'
+  environment = os.environ | {'XLA_FLAGS': xla_flags}
   command = [sys.executable, 'main.py', *map(str, args)]
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes | popen)

@@ -21,7 +21,7 @@ from tests import tiny
 
 CONFIG = tiny.config(max_skipped=3)
 STAGES, IMAGES = workdirs.plan_for(CONFIG)
-BASE, STUDENT = STAGES[0], STAGES[1]
+STUDENT = STAGES[1]
 
 
 @flax.struct.dataclass
@@ -37,9 +37,13 @@ class Poisoned(Denoising):
 
 def poisoned(*bad):
   """The base stage, NaN at the steps `bad`; padded, so that all share one program."""
+  base = STAGES[0]
   steps = jnp.array([*bad, *[-1] * (12 - len(bad))])
-  method = Poisoned(BASE.recipe.method.schedule, BASE.recipe.method.weighting, steps)
-  return dataclasses.replace(BASE, recipe=BASE.recipe.replace(method=method))
+  method = Poisoned(base.recipe.method.schedule, base.recipe.method.weighting, steps)
+  return dataclasses.replace(base, recipe=base.recipe.replace(method=method))
+
+
+BASE = poisoned()
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +66,7 @@ def advance(step, stage, state, count, teacher=None):
 
 def first_state(stage):
   params = stage.denoise.init(jax.random.key(stage.recipe.seed), stage.image_shape)
-  return sharding.compile_whole(stage.recipe.create_state)(params)
+  return sharding.replicate(stage.recipe.create_state(params))
 
 
 def assert_same(tree, other):
@@ -89,7 +93,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(step):
     (1,), 1e19
   )  # its square is finite, the gradients' norm is not
   before = sharding.to_host(huge)
-  state, metrics = advance(step, poisoned(), state.replace(params=huge), 1)
+  state, metrics = advance(step, poisoned(), state.replace(params=sharding.replicate(huge)), 1)
   assert not np.isfinite(metrics['grad_norm'])
   assert_same(state.params, before)
 
@@ -154,7 +158,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
       signal.signal(number, handler)
   base, _ = advance(step, BASE, first_state(BASE), 12)
   assert models[0].digest == digest(base.ema_params)
-  student = sharding.compile_whole(STUDENT.recipe.create_state)(base.ema_params)
+  student = sharding.replicate(STUDENT.recipe.create_state(base.ema_params))
   student, _ = advance(step, STUDENT, student, 8, teacher=base.ema_params)
   assert models[1].digest == digest(student.ema_params)
 
@@ -187,7 +191,7 @@ def test_rounds_share_one_compiled_step(step):
   base, _ = advance(step, BASE, first_state(BASE), 1)
   before = step._cache_size()
   for stage in STAGES[1:]:
-    student = sharding.compile_whole(stage.recipe.create_state)(base.ema_params)
+    student = sharding.replicate(stage.recipe.create_state(base.ema_params))
     advance(step, stage, student, 1, teacher=base.ema_params)
   assert step._cache_size() - before <= 1
 
