@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     mode=_MODE.value,
     config=_CONFIG.value,
     default=default.get_config(),
-    workdir=pathlib.Path(_WORKDIR.value),
+    workdir=pathlib.Path(_WORKDIR.value).absolute(),
     stage=_STAGE.value,
     num_samples=_NUM_SAMPLES.value,
     seed=_SEED.value,
