@@ -3,6 +3,9 @@
 PYTHON ?= python3
 WORKDIR ?= runs/digits
 BIN := .venv/bin
+# The exact versions, for what is installed and for what it is built with.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
 # Two virtual devices draw 1.5 times as many images a second on two cores as one device does.
 DEMO_XLA_FLAGS ?= --xla_force_host_platform_device_count=2
 
@@ -20,11 +23,11 @@ install: .venv/dev
 	$(PYTHON) -m venv .venv
 
 .venv/demo: setup.py constraints.txt | .venv/bin/python
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(BIN)/pip install --quiet -e .
 	touch $@
 
 .venv/dev: setup.py constraints.txt | .venv/bin/python
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@ .venv/demo
 
 test: .venv/dev

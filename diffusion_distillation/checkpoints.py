@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from diffusion_distillation.errors import DamagedError
+from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.sharding import replicated, to_host
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,19 @@ def digest(tree: Any) -> str:
   return sha.hexdigest()
 
 
+def structure(tree: Any) -> str:
+  """sha256 over the names, types and shapes of a tree's leaves, whatever their values."""
+  sha = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    sha.update(f'{jax.tree_util.keystr(path)}{leaf.dtype}{tuple(leaf.shape)}'.encode())
+  return sha.hexdigest()
+
+
+def _seal(metadata: dict[str, Any]) -> str:
+  sealed = [metadata.get(key) for key in ('sha256', 'structure', 'seconds')]
+  return hashlib.sha256(json.dumps(sealed).encode()).hexdigest()
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON whole or not at all."""
   temporary = path.with_suffix(path.suffix + '.tmp')
@@ -43,19 +56,26 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   os.replace(temporary, path)
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Reads JSON; raises DamagedError, naming the file, where it is not JSON."""
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object; raises DamagedError, naming the file, where it holds none."""
   try:
-    return json.loads(path.read_text())
+    value = json.loads(path.read_text())
   except ValueError as error:
-    raise DamagedError(f'{path} is damaged ({error}); restore it, or remove it') from error
+    raise DamagedError(f'{path} is damaged ({error}); restore it from a copy') from error
+  if not isinstance(value, dict):
+    raise DamagedError(f'{path} is damaged (no JSON object); restore it from a copy')
+  return value
+
+
+class _OtherStructureError(UserError):
+  """A whole checkpoint of something else."""
 
 
 class Checkpoints:
   """The checkpoints of one stage; the newest two are kept."""
 
   def __init__(self, stage_dir: pathlib.Path) -> None:
-    self._stage_dir = stage_dir
+    self.stage_dir = stage_dir
     self._directory = stage_dir / 'checkpoints'
     self._writer: ocp.training.Checkpointer | None = None
 
@@ -74,7 +94,8 @@ class Checkpoints:
         cleanup_tmp_directories=True,
       )
     state = to_host(state)
-    metadata = {'sha256': digest(state), 'seconds': seconds}
+    metadata = {'sha256': digest(state), 'structure': structure(state), 'seconds': seconds}
+    metadata['seal'] = _seal(metadata)
     self._writer.save_async(step, state, custom_metadata=metadata, force=True)
 
   def wait(self) -> None:
@@ -95,10 +116,16 @@ class Checkpoints:
       like: a tree of the state's shapes and types.
       set_aside: whether a damaged checkpoint is moved to `damaged/`, from where it does not come back. If
         not, the directory is only read.
+
+    Raises:
+      UserError: a checkpoint is whole, but of a state of another structure.
+      PermissionError, MemoryError: the machine's fault, not the checkpoint's; nothing is set aside.
     """
     for step in reversed(self.steps()):
       try:
         return self._load(step, like)
+      except (_OtherStructureError, MemoryError, PermissionError):
+        raise
       except Exception as error:  # orbax raises whatever the damaged file made it raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         _log.warning('damaged checkpoint %s: %s', self._directory / str(step), reason[:200])
@@ -109,8 +136,12 @@ class Checkpoints:
   def _load(self, step: int, like: Any) -> tuple[Any, float]:
     path = self._directory / str(step)
     metadata = ocp.metadata(path).custom_metadata or {}
-    if 'sha256' not in metadata:
-      raise DamagedError('its metadata holds no digest')
+    if metadata.get('seal') != _seal(metadata):
+      raise DamagedError('its metadata is not what was saved with it')
+    if metadata['structure'] != structure(like):
+      raise _OtherStructureError(
+        f'{path} was written by another version of this program, or for another network; use that one'
+      )
     sharding = replicated()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     state = ocp.load(path, abstract)
@@ -120,7 +151,7 @@ class Checkpoints:
 
   def _set_aside(self, step: int) -> None:
     self.close()  # the writer has the step on its list and would not write it again
-    target = self._stage_dir / 'damaged' / str(step)
+    target = self.stage_dir / 'damaged' / str(step)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)
     os.replace(self._directory / str(step), target)

@@ -1,6 +1,7 @@
 """What `main.py` calls: one function a mode, and errors as one line and an exit code."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -52,19 +53,23 @@ def run(options: Options) -> int:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return error.exit_code
+  except OSError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return UserError.exit_code
   return 0
 
 
 def _train(options: Options) -> None:
   if options.config is None:
     raise UserError('--mode=train needs --config, such as --config=configs/digits.py')
-  train.run(_checked(options.config, options), options.workdir)
+  check_keys(options.config, options.default)
+  train.run(options.config, options.workdir)
 
 
 def _sample(options: Options) -> None:
   out = pictures.check_out(options.out)
-  config = _checked(workdir.read_config(options.workdir), options)
-  model = _choose_stage(_models(config, options.workdir), options.stage)
+  config = workdir.read_config(options.workdir, options.default)
+  model = _choose_stage(options, config)
   draw = measure.drawer(config, model, 'ddim')
   images = draw.draw(model.params, model.stage.num_steps, options.num_samples, options.seed)
   pictures.save(out, images, draw.labels(np.arange(options.num_samples)))
@@ -74,38 +79,35 @@ def _sample(options: Options) -> None:
   )
 
 
+def _choose_stage(options: Options, config: Config) -> workdir.Model:
+  """The stage that was asked for, or the last that is there."""
+  stages = {stage.name: stage for stage in workdir.stored_plan(options.workdir, config)}
+  if options.stage is not None and options.stage not in stages:
+    raise UserError(f'--stage={options.stage} is not one of {", ".join(stages)}')
+  for name in [options.stage] if options.stage else reversed(stages):
+    model = workdir.load_model(options.workdir, stages[name], config)
+    if model is not None:
+      return model
+  raise UserError(
+    f'--workdir={options.workdir}: no whole checkpoint of {options.stage or "any stage"} yet'
+  )
+
+
 def _evaluate(options: Options) -> None:
-  config = _checked(workdir.read_config(options.workdir), options)
+  stored = workdir.read_config(options.workdir, options.default)
+  config = stored
   if options.config is not None:
-    config = _checked(options.config, options)
-  with workdir.open_workdir(options.workdir, config):
-    models = _models(config, options.workdir)
-    _, images = workdir.plan_for(config)
+    check_keys(options.config, options.default)
+    config = options.config
+    workdir.check_config(options.workdir / 'config.json', json.loads(stored.to_json()), config)
+  stages, images = workdir.plan_for(config)
+  with workdir.lock_workdir(options.workdir):
+    found = [workdir.load_model(options.workdir, stage, config) for stage in stages]
+    models = [model for model in found if model is not None]
+    if found[0] is None:
+      raise UserError(f'--workdir={options.workdir}: no whole checkpoint of {stages[0].name} yet')
     measure.evaluate(config, models, images, options.workdir, again=True)
   print(options.workdir / 'results.json')
-
-
-def _checked(config: Config, options: Options) -> Config:
-  check_keys(config, options.default)
-  return config
-
-
-def _models(config: Config, path: pathlib.Path) -> list[workdir.Model]:
-  stages, _ = workdir.plan_for(config)
-  found = [workdir.load_model(path, stage) for stage in stages]
-  models = [model for model in found if model is not None]
-  if found[0] is None:
-    raise UserError(f'--workdir={path} holds no checkpoint of {stages[0].name} yet')
-  return models
-
-
-def _choose_stage(models: list[workdir.Model], name: str | None) -> workdir.Model:
-  by_name = {model.stage.name: model for model in models}
-  if name is None:
-    return models[-1]
-  if name not in by_name:
-    raise UserError(f'--stage={name} is not there; the workdir has {", ".join(by_name)}')
-  return by_name[name]
 
 
 MODES: dict[str, Callable[[Options], None]] = {

@@ -30,4 +30,4 @@ def check() -> None:
   """Raises Preempted if a signal came; loops call it where stopping loses nothing."""
   if pending():
     name = signal.Signals(_received[0]).name
-    raise Preempted(f'stopped by {name}; what was done is saved: the same command goes on from here')
+    raise Preempted(f'stopped by {name}; what is saved is whole: run the same command again to go on')

@@ -13,7 +13,7 @@ class MetricsWriter:
   Args:
     stage_dir: an existing directory.
     step: the step that the stage goes on from; what an interrupted run wrote beyond it is dropped, so that
-      the file reads as if the run had never stopped.
+      no step stands in the file twice.
   """
 
   def __init__(self, stage_dir: pathlib.Path, step: int) -> None:
@@ -39,7 +39,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
+  for line in path.read_text(errors='replace').splitlines():
     try:
       if json.loads(line)['step'] <= step:
         kept.append(line + '\n')

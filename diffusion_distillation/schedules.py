@@ -22,9 +22,9 @@ class Cosine:
   logsnr_max: float = 20.0
 
   def __post_init__(self) -> None:
-    if not self.logsnr_min < self.logsnr_max:
+    if not -100.0 < self.logsnr_min < self.logsnr_max < 100.0:
       raise ValueError(
-        f'schedule: logsnr_min ({self.logsnr_min}) must lie below logsnr_max ({self.logsnr_max})'
+        f'logsnr_min ({self.logsnr_min}) must lie below logsnr_max ({self.logsnr_max}), both within +-100'
       )
 
   def __call__(self, t: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from diffusion_distillation.errors import UserError
 
 
+@functools.cache
 def _mesh() -> jax.sharding.Mesh:
   return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
 
@@ -30,6 +31,8 @@ def split() -> NamedSharding:
 
 def check_batch(key: str, batch_size: int) -> None:
   """Raises UserError, naming the config key, unless the batch divides by the devices."""
+  if jax.process_count() > 1:
+    raise UserError(f'{jax.process_count()} processes: this version runs on the devices of one only')
   if batch_size < 1 or batch_size % jax.device_count():
     raise UserError(
       f'{key}={batch_size} does not divide by the {jax.device_count()} devices of this run; '
@@ -37,8 +40,13 @@ def check_batch(key: str, batch_size: int) -> None:
     )
 
 
+def round_up(batch_size: int) -> int:
+  """The next batch size that divides by the devices."""
+  return -(-batch_size // jax.device_count()) * jax.device_count()
+
+
 def put(batch: Any) -> Any:
-  """This process's share of a batch (NumPy) to one global array split over the devices."""
+  """A batch (NumPy) to global arrays split over the devices."""
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(), x), batch)
 
 
@@ -56,23 +64,6 @@ def compile_step(step: Callable) -> Callable:
     in_shardings=(whole, whole, whole, parts),
     out_shardings=(whole, whole),
   )
-
-
-def compile_split(static_argnums: tuple[int, ...]) -> Callable:
-  """Decorator: jits a function whose output is split over the devices along its leading axis."""
-
-  def decorate(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-      return compiled()(*args)
-
-    @functools.cache
-    def compiled() -> Callable:  # not before the first call: importing this starts no backend
-      return jax.jit(function, static_argnums=static_argnums, out_shardings=split())
-
-    return call
-
-  return decorate
 
 
 def to_host(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -101,12 +102,17 @@ def check_keys(config: Mapping[str, Any], default: Mapping[str, Any]) -> None:
   """Raises UserError unless `config` has exactly the keys of `default`; names the nearest one."""
   known = [key for key, _ in flatten(default)]
   given = [key for key, _ in flatten(config)]
-  for key in given:
-    if key not in known:
-      raise UserError(f'config has no key {key!r}{nearest(key, known)}')
+  check_known(given, known)
   missing = [key for key in known if key not in given]
   if missing:
     raise UserError(f'config lacks the keys {", ".join(missing)}; start from configs/default.py')
+
+
+def check_known(given: list[str], known: list[str]) -> None:
+  """Raises UserError for the first key in `given` that is not known; names the nearest one."""
+  for key in given:
+    if key not in known:
+      raise UserError(f'config has no key {key!r}{nearest(key, known)}')
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -151,32 +157,55 @@ def make_sampler(name: str, clip_x: bool) -> Any:
   return _choose('sampler', name, samplers.SAMPLERS)(clip_x=clip_x)
 
 
+POSITIVE = [
+  'model.ch',
+  'model.emb_ch',
+  'model.ch_mult',
+  'model.num_res_blocks',
+  'model.num_groups',
+  'model.num_heads',
+  'model.head_dim',
+  'optimizer.eps',
+  'optimizer.clip_norm',
+  'train.num_updates',
+  'train.batch_size',
+  'train.learning_rate',
+  'distill.num_updates',
+  'distill.num_updates_last',
+  'distill.batch_size',
+  'distill.learning_rate',
+  'max_skipped',
+  'checkpoint.every',
+  'log.every',
+  'evaluation.num_samples',
+  'evaluation.batch_size',
+]
+NOT_NEGATIVE = [
+  'seed',
+  'evaluation.seed',
+  'train.warmup',
+  'train.weight_decay',
+  'distill.warmup',
+  'distill.weight_decay',
+  'distill.last_steps',
+  'log.seconds',
+]
+FRACTIONS = ['train.ema_decay', 'distill.ema_decay', 'model.dropout', 'optimizer.b1', 'optimizer.b2']
+
+
 def _check_numbers(config: Config) -> None:
-  """Raises UserError for numbers that no stage could use."""
-  positive = [
-    'train.num_updates',
-    'train.batch_size',
-    'train.learning_rate',
-    'distill.num_updates',
-    'distill.batch_size',
-    'distill.num_updates_last',
-    'distill.learning_rate',
-    'checkpoint.every',
-    'log.every',
-    'max_skipped',
-    'optimizer.clip_norm',
-    'evaluation.num_samples',
-    'evaluation.batch_size',
-  ]
+  """Raises UserError for numbers that no stage could use; None stands for 'not given'."""
   values = dict(flatten(config))
-  for key in positive:
-    if not values[key] > 0:
-      raise UserError(f'{key}={values[key]} must be positive')
-  for key in ('train.ema_decay', 'distill.ema_decay', 'model.dropout'):
-    if not 0.0 <= values[key] < 1.0:
-      raise UserError(f'{key}={values[key]} must lie in [0, 1)')
-  if config.seed < 0 or config.evaluation.seed < 0:
-    raise UserError('seed and evaluation.seed must not be negative')
+  for keys, wanted, holds in (
+    (POSITIVE, 'positive', lambda v: 0 < v < math.inf),
+    (NOT_NEGATIVE, 'zero or more, and below 2^31', lambda v: 0 <= v < 2**31),
+    (FRACTIONS, 'in [0, 1)', lambda v: 0 <= v < 1),
+  ):
+    for key in keys:
+      value = values[key]
+      numbers = value if isinstance(value, tuple) else (value,)
+      if not numbers or not all(number is None or holds(number) for number in numbers):
+        raise UserError(f'{key}={value} must be {wanted}')
   if config.evaluation.num_samples < 2:
     raise UserError('evaluation.num_samples must be at least 2: a covariance needs two examples')
 

@@ -19,7 +19,7 @@ from diffusion_distillation import interrupts, sharding
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import Checkpoints
 from diffusion_distillation.datasets import ImageSet, batch_indices, to_x
-from diffusion_distillation.errors import NumericalError
+from diffusion_distillation.errors import DamagedError, NumericalError
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.metrics import MetricsWriter
 from diffusion_distillation.progress import Progress
@@ -62,7 +62,7 @@ def train_step(
   params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
   ema_params = optax.incremental_update(params['student'], state.ema_params, 1.0 - recipe.ema_decay)
 
-  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
   tried = (params, ema_params, opt_state)
   kept = (state.params, state.ema_params, state.opt_state)
   params, ema_params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), tried, kept)
@@ -110,18 +110,22 @@ def fit(
     The finished model; at once, if it was finished before.
 
   Raises:
+    DamagedError: the stage was finished, and no whole checkpoint of it is left.
     NumericalError: after going back to the last checkpoint, too many updates in a row were skipped again.
     Preempted: a signal came; the state is saved.
   """
   workdirs.begin_stage(workdir, stage, teacher, config)
-  stage_dir = workdir / stage.name
-  with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
+  with contextlib.closing(Checkpoints(workdir / stage.name)) as checkpoints:
+    loop = functools.partial(_loop, step, stage, teacher, images, config, checkpoints)
     state, seconds = _restore_or_start(checkpoints, stage, teacher)
     if int(state.step) == stage.num_updates:
-      model = workdirs.to_model(stage, state, seconds)
-      workdirs.check_digest(workdir, model)
+      workdirs.check_digest(workdir, workdirs.to_model(stage, state, seconds))
+    elif not int(state.step) and workdirs.is_finished(workdir, stage):
+      raise DamagedError(
+        f'{workdir / stage.name} was finished, but no whole checkpoint is left; restore one, or remove '
+        'the directory to train the stage again'
+      )
     else:
-      loop = functools.partial(_loop, step, stage, teacher, images, stage_dir, config, checkpoints)
       try:
         state, seconds = loop(state, seconds)
       except _Diverged as first:
@@ -133,9 +137,9 @@ def fit(
         except _Diverged as again:
           raise NumericalError(
             f'stage {stage.name}: {again}, and not for the first time; '
-            'lower its learning rate, or look at its data'
+            'lower its learning rate (in a new workdir), or look at its data'
           ) from again
-      model = workdirs.to_model(stage, state, seconds)
+  model = workdirs.to_model(stage, state, seconds)
   workdirs.finish_stage(workdir, teacher, model, config)
   return model
 
@@ -158,7 +162,6 @@ def _loop(
   stage: Stage,
   teacher: Model | None,
   images: ImageSet,
-  stage_dir: pathlib.Path,
   config: Config,
   checkpoints: Checkpoints,
   state: TrainState,
@@ -169,7 +172,7 @@ def _loop(
   teacher_params = None if teacher is None else teacher.params
   pending: list[dict[str, jax.Array]] = []
   progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
-  with progress, contextlib.closing(MetricsWriter(stage_dir, done)) as writer:
+  with progress, contextlib.closing(MetricsWriter(checkpoints.stage_dir, done)) as writer:
     while done < stage.num_updates:
       indices = batch_indices(len(images), int(stage.recipe.seed), done, stage.batch_size)
       batch = sharding.put(images.batch(indices))
@@ -185,6 +188,7 @@ def _loop(
       progress.advance()
       stop = interrupts.pending()
       if last or stop or done % config.checkpoint.every == 0:
+        _check_streak(int(state.skipped_in_a_row), config.max_skipped, done)
         seconds = time.monotonic() - began
         checkpoints.save(done, state, seconds)
       if stop:
@@ -196,9 +200,7 @@ def _loop(
 
 def _summary(pending: list[dict[str, Any]], max_skipped: int, done: int) -> dict[str, float]:
   """Means over the finite values of some updates; raises _Diverged if too many were skipped."""
-  worst = max(int(metrics['skipped_in_a_row']) for metrics in pending)
-  if worst >= max_skipped:
-    raise _Diverged(f'loss or gradient not finite for {worst} updates in a row up to step {done}')
+  _check_streak(max(int(metrics['skipped_in_a_row']) for metrics in pending), max_skipped, done)
   values = {}
   for name in pending[0]:
     column = np.array([metrics[name] for metrics in pending], np.float64)
@@ -209,6 +211,11 @@ def _summary(pending: list[dict[str, Any]], max_skipped: int, done: int) -> dict
   return values
 
 
+def _check_streak(skipped: int, max_skipped: int, done: int) -> None:
+  if skipped >= max_skipped:
+    raise _Diverged(f'loss or gradient not finite for {skipped} updates in a row up to step {done}')
+
+
 def run(config: Config, workdir: pathlib.Path) -> None:
   """Trains every stage that is not finished, measures all, and writes the report.
 
@@ -217,10 +224,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     Preempted, NumericalError: see `fit`.
   """
   stages, images = workdirs.plan_for(config)
-  for key in ('train.batch_size', 'distill.batch_size', 'evaluation.batch_size'):
+  for key in ('train.batch_size', 'distill.batch_size'):
     section, name = key.split('.')
     sharding.check_batch(key, config[section][name])
-  with workdirs.open_workdir(workdir, config):
+  with workdirs.lock_workdir(workdir):
+    workdirs.claim(workdir, config)
     _show_plan(stages)
     step = sharding.compile_step(train_step)
     models: dict[str, Model] = {}

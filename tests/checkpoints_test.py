@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.checkpoints import Checkpoints, digest, read_json, write_json
-from diffusion_distillation.errors import DamagedError
+from diffusion_distillation.errors import DamagedError, UserError
 
 
 def state_at(step):
@@ -117,6 +117,13 @@ def test_the_damaged_step_can_be_written_again(stage_dir):
   assert_same(Checkpoints(stage_dir).restore(LIKE, set_aside=True)[0], state_at(3))
 
 
+def test_a_state_of_another_structure_is_no_damage(stage_dir):
+  other = jax.eval_shape(lambda: state_at(0) | {'more': jnp.zeros(2)})
+  with pytest.raises(UserError, match='another version'):
+    Checkpoints(stage_dir).restore(other, set_aside=True)
+  assert Checkpoints(stage_dir).steps() == [1, 2]
+
+
 def test_all_damaged_is_none_and_nothing_is_lost(stage_dir):
   for step in (1, 2):
     flip(max(files_of(stage_dir, step), key=lambda path: path.stat().st_size))
@@ -162,6 +169,11 @@ def test_json_that_is_damaged_is_named(tmp_path):
   path = tmp_path / 'x.json'
   write_json(path, {'a': [1, 2]})
   assert read_json(path) == {'a': [1, 2]}
-  truncate(path)
-  with pytest.raises(DamagedError, match=r'x\.json is damaged'):
-    read_json(path)
+  for damage in (
+    truncate,
+    lambda path: path.write_text('null'),
+    lambda path: path.write_bytes(b'\xff{}'),
+  ):
+    damage(path)
+    with pytest.raises(DamagedError, match=r'x\.json is damaged'):
+      read_json(path)

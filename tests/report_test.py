@@ -50,6 +50,7 @@ def test_what_the_page_shows_is_escaped(tmp_path):
     'floor': {'value': 0.5, 'num_samples': 100},
     'extractor': {'name': 'digits', 'digest': 'ab' * 32, 'held_out_accuracy': 0.99},
     'reference': {'num_images': 7},
+    'held_out': {'value': 1.0, 'num_samples': 3},
     'versions': {'jax': '1'},
     'seconds': {'base': 2.0},
   }

@@ -1,7 +1,6 @@
 """Killed, stopped or damaged, and started again: the end is the one of a run that was never stopped."""
 
 import json
-import random
 import shutil
 import signal
 import time
@@ -36,21 +35,22 @@ def wait_for(condition, process):
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_like_the_uninterrupted_run(finished, tmp_path):
-  """SIGKILL after a checkpoint of each stage, in the middle of a save, and while measuring."""
+  """SIGKILL around the saves of each stage, and while measuring."""
   workdir = tmp_path / 'workdir'
   command = [*tiny.flags(), f'--workdir={workdir}']
   moments = [
     lambda: (workdir / 'base' / 'checkpoints' / '5').exists(),
-    lambda: list((workdir / 'base' / 'checkpoints').glob('*tmp*')),
-    lambda: (workdir / 'progressive_0002' / 'checkpoints').exists(),
+    lambda: (workdir / 'base' / 'checkpoints' / '12').exists(),
+    lambda: list((workdir / 'progressive_0002' / 'checkpoints').glob('*')),
     lambda: (workdir / 'progressive_0001' / 'metrics.jsonl').exists(),
-    lambda: (workdir / 'results.json').exists(),
+    lambda: (workdir / 'results.partial.json').exists(),
   ]
   killed = 0
   for moment in moments:
+    if moment():
+      continue  # the last kill came later than it was meant to
     process = tiny.start_main(*command)
     if wait_for(moment, process):
-      time.sleep(random.random() * 0.1)
       process.kill()
     process.communicate()
     killed += process.returncode == -signal.SIGKILL
@@ -93,6 +93,29 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_trained_again(finished, 
   assert code == 0, err
   assert f'damaged checkpoint {newest}' in err
   assert (workdir / 'progressive_0002' / 'damaged' / '8').is_dir()
+  assert outcome(workdir) == outcome(finished)
+
+
+def cut_short(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_finished_stage_of_which_nothing_whole_is_left_is_not_silently_trained_again(
+  finished, tmp_path
+):
+  workdir = shutil.copytree(finished, tmp_path / 'workdir')
+  for path in (workdir / 'base' / 'checkpoints').rglob('_METADATA'):
+    cut_short(path)
+  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  assert code == 3 and 'no whole checkpoint is left' in err.splitlines()[-1], err
+  assert len(list((workdir / 'base' / 'damaged').iterdir())) == 2
+
+
+def test_damaged_results_are_measured_again(finished, tmp_path):
+  workdir = shutil.copytree(finished, tmp_path / 'workdir')
+  cut_short(workdir / 'results.json')
+  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  assert code == 0 and 'results.json is damaged' in err, err
   assert outcome(workdir) == outcome(finished)
 
 

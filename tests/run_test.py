@@ -54,6 +54,11 @@ def test_one_step_is_the_same_for_both_samplers(results):
   assert values['ddim'] == pytest.approx(values['ancestral'], rel=1e-6)
 
 
+def test_the_floor_is_below_what_unseen_real_images_reach(results):
+  assert 0 < results['floor']['value'] < results['held_out']['value']
+  assert results['floor']['num_samples'] == 48 and results['held_out']['num_samples'] == 360
+
+
 def test_results_name_extractor_versions_and_seconds(results):
   assert results['extractor']['name'] == 'digits' and len(results['extractor']['digest']) == 64
   assert results['extractor']['held_out_accuracy'] > 0.97

@@ -1,6 +1,7 @@
 """Drawing images from a model: image k is a function of (seed, k), whatever the batch or the devices."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,7 +27,7 @@ class Drawer:
     sampler: the step.
     schedule: t to logsnr.
     image_shape: (H, W, C).
-    batch_size: images at a time, over all devices.
+    batch_size: images at a time, over all devices; rounded up to a multiple of these.
   """
 
   denoise: Denoiser
@@ -44,10 +45,11 @@ class Drawer:
     """Yields `num_samples` images in batches (n, H, W, C) uint8."""
     times = samplers.uniform_times(num_steps)
     times = np.pad(times, (max(0, _GRID - num_steps), 0))
-    for start in range(0, num_samples, self.batch_size):
+    size = sharding.round_up(self.batch_size)
+    for start in range(0, num_samples, size):
       interrupts.check()
-      index = np.arange(start, start + self.batch_size, dtype=np.int32)
-      count = min(self.batch_size, num_samples - start)
+      index = np.arange(start, start + size, dtype=np.int32)
+      count = min(size, num_samples - start)
       index, label = sharding.put((index, self.labels(index)))
       images = _draw(self, params, times, np.int32(seed), index, label)
       yield np.asarray(images)[:count]
@@ -69,7 +71,7 @@ class Drawer:
     return seconds / num_samples
 
 
-@sharding.compile_split(static_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def _draw(
   drawer: Drawer,
   params: Params,

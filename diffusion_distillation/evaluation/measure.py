@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import importlib.metadata
+import logging
+import os
 import pathlib
 import platform
 import time
@@ -14,12 +16,15 @@ import numpy as np
 from diffusion_distillation import datasets
 from diffusion_distillation.checkpoints import read_json, write_json
 from diffusion_distillation.datasets import ImageSet
+from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.drawing import Drawer
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
 from diffusion_distillation.progress import Progress
 from diffusion_distillation.stages import Config, make_sampler
 from diffusion_distillation.workdir import Model
+
+_log = logging.getLogger(__name__)
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'scikit-learn')
 
@@ -62,11 +67,9 @@ def evaluate(
   began = time.monotonic()
   extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
   reference = extractor.moments(train.images)
-  results = _header(config, extractor, train, reference, models)
-  path = workdir / 'results.json'
-  old = {} if again or not path.exists() else read_json(path)
-  known = _rows_by_key(old, results)
-  before = old['seconds']['evaluation'] if known else 0.0
+  results = _header(config, extractor, train, held_out, reference, models)
+  path, partial = workdir / 'results.json', workdir / 'results.partial.json'
+  known = {} if again else _known_rows(path, extractor) | _known_rows(partial, extractor)
   todo = list(settings(models))
   steps = sum(s.num_steps for s in todo)
   size = config.evaluation.num_samples
@@ -74,12 +77,14 @@ def evaluate(
     for setting in todo:
       key = _key(_describe(config, setting))
       results['rows'].append(known.get(key) or _measure(config, setting, extractor, reference))
-      results['seconds']['evaluation'] = before + time.monotonic() - began
-      write_json(path, results)
+      write_json(partial, results)
       row = results['rows'][-1]
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
+  results['seconds']['evaluation'] = time.monotonic() - began
   report.write(config, results, grid_rows(config, models), workdir / 'report')
+  write_json(partial, results)
+  os.replace(partial, path)
   return results
 
 
@@ -87,6 +92,7 @@ def _header(
   config: Config,
   extractor: features.FeatureExtractor,
   train: ImageSet,
+  held_out: ImageSet,
   reference: Moments,
   models: list[Model],
 ) -> dict[str, Any]:
@@ -95,6 +101,10 @@ def _header(
     'rows': [],
     'metric': f'FD-{extractor.name}',
     'floor': _floor(config, extractor, train, reference),
+    'held_out': {
+      'value': frechet_distance(extractor.moments(held_out.images), reference),
+      'num_samples': len(held_out),
+    },
     'extractor': {
       'name': extractor.name,
       'digest': extractor.digest,
@@ -109,7 +119,10 @@ def _header(
 def _floor(
   config: Config, extractor: features.FeatureExtractor, train: ImageSet, reference: Moments
 ) -> dict[str, Any]:
-  """Real against real: as many draws, with replacement, from the images that are the reference."""
+  """Real against real at the same size: training images drawn with replacement, against all of them.
+
+  What a sampler that repeats the training images would reach; unseen real images are `held_out`.
+  """
   size = config.evaluation.num_samples
   chosen = np.random.Generator(np.random.Philox(config.evaluation.seed)).integers(len(train), size=size)
   value = frechet_distance(extractor.moments(train.images[chosen]), reference)
@@ -140,10 +153,17 @@ def _key(row: dict[str, Any]) -> tuple:
   )
 
 
-def _rows_by_key(old: dict[str, Any], new: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
-  if not old or old['extractor']['digest'] != new['extractor']['digest']:
+def _known_rows(path: pathlib.Path, extractor: features.FeatureExtractor) -> dict[tuple, dict[str, Any]]:
+  """Rows measured before with the same extractor, by key; none, with a warning, from a damaged file."""
+  if not path.exists():
     return {}
-  return {_key(row): row for row in old['rows']}
+  try:
+    old = read_json(path)
+    same = old['extractor']['digest'] == extractor.digest
+    return {_key(row): row for row in old['rows'] if row['value'] >= 0.0} if same else {}
+  except (DamagedError, KeyError, TypeError, AttributeError) as error:
+    _log.warning('%s is damaged (%r): its rows are measured again', path, error)
+    return {}
 
 
 def drawer(config: Config, model: Model, sampler: str) -> Drawer:

@@ -41,6 +41,8 @@ def check_out(out: pathlib.Path | None) -> pathlib.Path:
     raise UserError(f'--out={out}: name a file that ends in {" or ".join(SUFFIXES)}')
   if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
     raise UserError(f'--out={out}: {out.parent} is not a directory that can be written')
+  if out.is_dir():
+    raise UserError(f'--out={out} is a directory; name a file')
   return out
 
 
