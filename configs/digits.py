@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.num_groups = 8
   c.model.dropout = 0.1
 
-  c.train.num_updates = 3000
+  c.train.num_updates = 2600
   c.train.batch_size = 64
   c.train.learning_rate = 1e-3
   c.train.warmup = 100
@@ -26,12 +26,12 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.distill.start_steps = 32
   c.distill.num_updates = 200
-  c.distill.num_updates_last = 600
+  c.distill.num_updates_last = 750
   c.distill.last_steps = 4
   c.distill.batch_size = 64
-  c.distill.learning_rate = 5e-4
+  c.distill.learning_rate = 3e-4
 
-  c.checkpoint.every = 300
+  c.checkpoint.every = 200
   c.log.every = 50
   c.evaluation.num_samples = 5000
   c.evaluation.batch_size = 256

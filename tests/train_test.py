@@ -183,7 +183,7 @@ def test_parameters_that_were_exchanged_are_noticed(step, workdir):
 def test_another_parameterization_is_refused_as_a_teacher(step, workdir):
   train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
   path = workdir / 'base' / 'stage.json'
-  path.write_text(path.read_text().replace('"output": "v"', '"output": "eps"'))
+  path.write_text(path.read_text().replace('"output": "v"', '"output": "eps"', 1))
   with pytest.raises(UserError, match='output is eps, but this run needs v'):
     train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
 
