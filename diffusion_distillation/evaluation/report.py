@@ -112,5 +112,5 @@ def samples_figure(grid_rows: dict[str, np.ndarray]) -> Figure:
 
 def _png(figure: Figure) -> bytes:
   file = io.BytesIO()
-  figure.savefig(file, format='png', dpi=160)
+  figure.savefig(file, format='png', dpi=160, bbox_inches='tight')
   return file.getvalue()

@@ -1,0 +1,38 @@
+"""What the README points to is there."""
+
+import re
+
+from configs import default
+from diffusion_distillation import cli, stages
+from tests import tiny
+
+TEXT = (tiny.ROOT / 'README.md').read_text()
+
+
+def test_links_lead_to_files():
+  links = [link for link in re.findall(r'\]\(([^)]+)\)', TEXT) if not link.startswith('http')]
+  assert len(links) >= 6
+  assert all((tiny.ROOT / link).exists() for link in links), links
+
+
+def test_nothing_is_left_to_be_filled_in():
+  assert not re.findall(r'@\w+@|TODO|XXX', TEXT)
+
+
+def test_its_make_targets_and_modes_exist():
+  makefile = (tiny.ROOT / 'Makefile').read_text()
+  for target in re.findall(r'^make (\w+)', TEXT, re.MULTILINE):
+    assert re.search(rf'^{target}:', makefile, re.MULTILINE), target
+  assert set(re.findall(r'--mode=(\w+)', TEXT)) <= set(cli.MODES)
+
+
+def test_every_key_it_overrides_exists():
+  known = dict(stages.flatten(default.get_config()))
+  keys = re.findall(r'--config\.([\w.]+)=', TEXT)
+  assert keys and all(key in known for key in keys)
+
+
+def test_every_module_of_the_package_is_in_the_layout():
+  layout = TEXT[TEXT.index('## Layout') :]
+  for path in (tiny.ROOT / 'diffusion_distillation').glob('*.py'):
+    assert path.stem == '__init__' or path.name in layout, path.name
