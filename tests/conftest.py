@@ -15,6 +15,7 @@ os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {tiny.FAST_
 def finished(tmp_path_factory):
   """A finished run of the tiny config; tests only read it, or copy it."""
   workdir = tmp_path_factory.mktemp('finished') / 'workdir'
-  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  relative = os.path.relpath(workdir, tiny.ROOT)  # as people type it; everywhere else it is absolute
+  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={relative}')
   assert code == 0, err
   return workdir

@@ -88,7 +88,9 @@ def _train(train: ImageSet) -> Params:
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _UPDATES))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def update(params: Params, opt_state: optax.OptState, image: jax.Array, label: jax.Array):
+  def update(
+    params: Params, opt_state: optax.OptState, image: jax.Array, label: jax.Array
+  ) -> tuple[Params, optax.OptState]:
     def loss_fn(params: Params) -> jax.Array:
       logits, _ = model.apply({'params': params}, to_x(image))
       return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
