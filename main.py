@@ -13,9 +13,20 @@ _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
 _MODE = flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
 _STAGE = flags.DEFINE_string('stage', None, 'sample: the stage; by default the last that is there.')
+_WEIGHTS = flags.DEFINE_string(
+  'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last."
+)
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 64, 'sample: how many images.', 1)
 _SEED = flags.DEFINE_integer('seed', 0, 'sample: of the noise.', 0, 2**31 - 1)
+_SAMPLER = flags.DEFINE_string(
+  'sampler', 'ddim', 'sample: ddim, ancestral, euler, heun, rk4, dpm_solver_2m.'
+)
+_STEPS = flags.DEFINE_integer('steps', None, 'sample: how many; by default those of the stage.', 1)
+_TIMES = flags.DEFINE_list('times', [], 'sample: a grid of times instead of equal steps: 0,0.25,1.')
+_CLASSES = flags.DEFINE_list('classes', [], 'sample: classes to draw in turn; by default all of them.')
 _OUT = flags.DEFINE_string('out', None, 'sample: a .png (a grid) or .npz (the arrays).')
+_SOURCE = flags.DEFINE_string('source', None, 'import: google (the released code) or workdir (a run).')
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'import: the file, or WORKDIR/STAGE.')
 
 
 def main(argv: list[str]) -> None:
@@ -26,9 +37,16 @@ def main(argv: list[str]) -> None:
     default=default.get_config(),
     workdir=pathlib.Path(_WORKDIR.value).absolute(),
     stage=_STAGE.value,
+    weights=_WEIGHTS.value,
     num_samples=_NUM_SAMPLES.value,
     seed=_SEED.value,
+    sampler=_SAMPLER.value,
+    steps=_STEPS.value,
+    times=_TIMES.value,
+    classes=_CLASSES.value,
     out=pathlib.Path(_OUT.value) if _OUT.value else None,
+    source=_SOURCE.value,
+    checkpoint=pathlib.Path(_CHECKPOINT.value).absolute() if _CHECKPOINT.value else None,
     rest=argv[1:],
   )
   sys.exit(cli.run(options))

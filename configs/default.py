@@ -10,11 +10,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.seed = 0  # of initial parameters, batches and noise
 
   c.dataset = ml_collections.ConfigDict()
-  c.dataset.name = 'digits'  # one of datasets.SOURCES
+  c.dataset.name = 'digits'  # one of datasets.SETS
+  c.dataset.image_size = 8  # pixels a side
   c.dataset.random_flip = False  # mirror images left to right at random
 
   c.model = ml_collections.ConfigDict()
-  c.model.output = 'v'  # what the network predicts: x, eps or v
+  c.model.output = 'v'  # what the network predicts: x, eps, v, or both x and eps
   c.model.conditional = False  # on the data set's labels
   c.model.ch = 128  # channels at the finest level
   c.model.emb_ch = 512  # width of the time and class embedding
@@ -25,14 +26,22 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.head_dim = config_dict.placeholder(int)  # channels a head
   c.model.num_groups = 32  # of GroupNorm
   c.model.dropout = 0.0  # in base training; rounds and teachers have none
+  c.model.time_input = 'inv_cos'  # how the network is told logsnr: inv_cos, linear or sigmoid
   c.model.resblock_resample = True  # down- and upsampling inside residual blocks
 
   c.schedule = ml_collections.ConfigDict()
-  c.schedule.name = 'cosine'
-  c.schedule.logsnr_min = -20.0
-  c.schedule.logsnr_max = 20.0
+  c.schedule.name = 'cosine'  # cosine, shifted_cosine (for larger images) or linear_beta (DDPM)
+  c.schedule.logsnr_min = -20.0  # at t = 1; of the cosines
+  c.schedule.logsnr_max = 20.0  # at t -> 0
+  c.schedule.base_size = 64  # shifted_cosine: image size without a shift
+  c.schedule.beta_min = 0.1  # linear_beta: at t = 0, per unit of time
+  c.schedule.beta_max = 20.0  # linear_beta: at t = 1
 
   c.weighting = 'snr_trunc'  # of the loss: constant, snr, snr_trunc or snr_plus_one
+
+  c.time = ml_collections.ConfigDict()  # the law of t in training
+  c.time.num_steps = 0  # base training: t in {1/N, ..., 1}; 0 for continuous time
+  c.time.stratified = False  # spread t evenly over the batch: less variance
 
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.b1 = 0.9
@@ -43,35 +52,43 @@ def get_config() -> ml_collections.ConfigDict:
   c.train = ml_collections.ConfigDict()  # base training
   c.train.num_updates = 500_000
   c.train.batch_size = 128  # over all devices
+  c.train.micro_batches = 1  # parts of a batch that go through the network one after the other
   c.train.learning_rate = 2e-4
   c.train.warmup = 1000  # updates until the learning rate is reached
-  c.train.decay = False  # learning rate linearly to 0 over the stage
-  c.train.weight_decay = 0.0
-  c.train.ema_decay = 0.9999
+  c.train.decay = 'none'  # of the learning rate over the stage, to 0: none, linear or cosine
+  c.train.weight_decay = 0.0  # decoupled, times the learning rate
+  c.train.ema_decay = (0.9999,)  # of one or several moving averages; the first is the stage's model
 
-  c.distill = ml_collections.ConfigDict()  # every round of progressive distillation
-  c.distill.start_steps = 1024  # the base model's; the first student has half as many
+  # Every round of progressive distillation. A tuple has an entry a round and ends with the last
+  # round's; its first entry serves all rounds before: (50_000, 100_000) gives only the last 100_000.
+  c.distill = ml_collections.ConfigDict()
+  c.distill.start_steps = 1024  # the base model's
   c.distill.end_steps = 1  # the last student's
-  c.distill.num_updates = 50_000  # a round
-  c.distill.num_updates_last = 100_000  # for the rounds to few steps
-  c.distill.last_steps = 2  # what few steps are: so many or fewer
+  c.distill.factor = (2,)  # teacher steps that a student does in one
+  c.distill.from_weights = 'ema'  # of the teacher, to teach and to start from: ema or last
+  c.distill.num_updates = (50_000, 100_000, 100_000)
   c.distill.batch_size = 128
-  c.distill.learning_rate = 1e-4
+  c.distill.micro_batches = 1
+  c.distill.learning_rate = (1e-4,)
   c.distill.warmup = 0
-  c.distill.decay = True
+  c.distill.decay = 'linear'
   c.distill.weight_decay = 0.0
-  c.distill.ema_decay = 0.0  # 0: the student's last parameters are sampled from, and teach
+  c.distill.ema_decay = (0.0,)  # 0: the student's last parameters are its model
 
   c.max_skipped = 20  # updates in a row with a non-finite loss or gradient before going back
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 1000  # updates
   c.log = ml_collections.ConfigDict()
   c.log.every = 100  # updates between two lines of metrics.jsonl
+  c.log.measured_updates = 3  # of each kind, to estimate the time of a run; 0 for no estimate
   c.log.seconds = 15.0  # between two lines of progress where there is no terminal
 
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.num_samples = 50_000  # for each row of results.json
   c.evaluation.batch_size = 512  # images drawn at a time, over all devices
   c.evaluation.seed = 1  # of the noise: the same for every row
+  c.evaluation.samplers = ('ddim', 'ancestral')  # that the base is measured under
+  c.evaluation.max_steps = 1024  # rows with more steps are left out
+  c.evaluation.gamma = 0.0  # ancestral: variance between small (0) and large (1)
   c.evaluation.clip_x = True  # clip the denoiser's x to [-1, 1] while sampling
   return c.lock()

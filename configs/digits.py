@@ -22,14 +22,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.batch_size = 64
   c.train.learning_rate = 1e-3
   c.train.warmup = 100
-  c.train.ema_decay = 0.999
+  c.train.ema_decay = (0.999,)
 
   c.distill.start_steps = 32
-  c.distill.num_updates = 200
-  c.distill.num_updates_last = 750
-  c.distill.last_steps = 4
+  c.distill.num_updates = (200, 750, 750, 750)
   c.distill.batch_size = 64
-  c.distill.learning_rate = 3e-4
+  c.distill.learning_rate = (3e-4,)
 
   c.checkpoint.every = 200
   c.log.every = 50

@@ -4,30 +4,48 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
 
-from diffusion_distillation import interrupts, train, workdir
+from diffusion_distillation import (
+  datasets,
+  forecast,
+  importing,
+  interrupts,
+  samplers,
+  sharding,
+  stages,
+  times,
+  train,
+  workdir,
+)
+from diffusion_distillation.configuration import Config, check_keys, choose
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure, pictures
-from diffusion_distillation.stages import Config, check_keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The command line."""
+  """The command line; see `main.py` for the meaning of each flag."""
 
   mode: str
   config: Config | None
   default: Config
   workdir: pathlib.Path
-  stage: str | None
-  num_samples: int
-  seed: int
-  out: pathlib.Path | None
-  rest: list[str]
+  stage: str | None = None
+  weights: str = 'ema'
+  num_samples: int = 64
+  seed: int = 0
+  sampler: str = 'ddim'
+  steps: int | None = None
+  times: Sequence[str] = ()
+  classes: Sequence[str] = ()
+  out: pathlib.Path | None = None
+  source: str | None = None
+  checkpoint: pathlib.Path | None = None
+  rest: Sequence[str] = ()
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -48,7 +66,7 @@ def run(options: Options) -> int:
   interrupts.install()
   try:
     if options.rest:
-      raise UserError(f'unexpected arguments {options.rest}; flags begin with --')
+      raise UserError(f'unexpected arguments {list(options.rest)}; flags begin with --')
     MODES[options.mode](options)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
@@ -59,33 +77,84 @@ def run(options: Options) -> int:
   return 0
 
 
-def _train(options: Options) -> None:
+def _config(options: Options) -> Config:
   if options.config is None:
-    raise UserError('--mode=train needs --config, such as --config=configs/digits.py')
+    raise UserError(f'--mode={options.mode} needs --config, such as --config=configs/digits.py')
   check_keys(options.config, options.default)
-  train.run(options.config, options.workdir)
+  return options.config
+
+
+def _train(options: Options) -> None:
+  train.run(_config(options), options.workdir)
+
+
+def _plan(options: Options) -> None:
+  config = _config(options)
+  described = datasets.describe(config.dataset.name, config.dataset.image_size)
+  planned = workdir.cut(options.workdir, stages.plan(config, *described))
+  train.check_batches(config)
+  finished = {stage.name for stage in planned if workdir.is_finished(options.workdir, stage)}
+  forecast.show(planned, finished, sharding.compile_step(train.train_step), config)
+
+
+def _import(options: Options) -> None:
+  source = choose('--source', options.source or '', importing.SOURCES)
+  if options.checkpoint is None:
+    raise UserError('--mode=import needs --checkpoint, the file or directory to read')
+  model = source(_config(options), options.checkpoint, options.workdir)
+  print(
+    f'{options.workdir / model.stage.name}: imported, for {model.stage.num_steps} steps, '
+    f'digest {model.digest[:12]}'
+  )
 
 
 def _sample(options: Options) -> None:
   out = pictures.check_out(options.out)
   config = workdir.read_config(options.workdir, options.default)
-  model = _choose_stage(options, config)
-  draw = measure.drawer(config, model, 'ddim')
-  images = draw.draw(model.params, model.stage.num_steps, options.num_samples, options.seed)
-  pictures.save(out, images, draw.labels(np.arange(options.num_samples)))
+  choose('--sampler', options.sampler, samplers.SAMPLERS)
+  model = _choose_stage(options, config).use(options.weights)
+  draw = measure.drawer(config, model.stage, options.sampler)
+  grid, classes = _grid(options, model.stage.num_steps), _classes(options, model.stage)
+  images = draw.draw(model.params, grid, options.num_samples, options.seed, classes)
+  pictures.save(out, images, draw.labels(np.arange(options.num_samples), classes))
+  steps = len(grid) - 1
   print(
-    f'{out}: {options.num_samples} images of {model.stage.name} in {model.stage.num_steps} steps '
+    f'{out}: {options.num_samples} images of {model.stage.name} in {steps} {options.sampler} steps, '
+    f'{steps * draw.sampler.calls_per_step} network calls each '
     f'({model.step} of {model.stage.num_updates} updates)'
   )
 
 
+def _grid(options: Options, num_steps: int) -> np.ndarray:
+  """The times to sample at: those given, or equal steps."""
+  if options.times and options.steps:
+    raise UserError('give --steps or --times, not both')
+  try:
+    if options.times:
+      return times.grid([float(t) for t in options.times])
+    return times.uniform(options.steps or num_steps)
+  except ValueError as error:
+    raise UserError(f'--times={",".join(options.times)}: {error}, such as 0,0.25,1') from error
+
+
+def _classes(options: Options, stage: stages.Stage) -> list[int]:
+  """The classes to draw in turn; none for a balanced draw of all."""
+  num_classes = stage.denoise.network.num_classes
+  given = list(options.classes)
+  if given and not num_classes:
+    raise UserError(f'--classes={",".join(given)}: stage {stage.name} is of an unconditional model')
+  if not all(c.isdigit() and int(c) < num_classes for c in given):
+    raise UserError(f'--classes={",".join(given)}: classes are whole numbers, 0 to {num_classes - 1}')
+  return [int(c) for c in given]
+
+
 def _choose_stage(options: Options, config: Config) -> workdir.Model:
   """The stage that was asked for, or the last that is there."""
-  stages = {stage.name: stage for stage in workdir.stored_plan(options.workdir, config)}
-  if options.stage is not None and options.stage not in stages:
-    raise UserError(f'--stage={options.stage} is not one of {", ".join(stages)}')
-  for name in [options.stage] if options.stage else reversed(stages):
-    model = workdir.load_model(options.workdir, stages[name], config)
+  planned = {stage.name: stage for stage in workdir.stored_plan(options.workdir, config)}
+  if options.stage is not None and options.stage not in planned:
+    raise UserError(f'--stage={options.stage} is not one of {", ".join(planned)}')
+  for name in [options.stage] if options.stage else reversed(planned):
+    model = workdir.load_model(options.workdir, planned[name], config)
     if model is not None:
       return model
   raise UserError(
@@ -97,21 +166,22 @@ def _evaluate(options: Options) -> None:
   stored = workdir.read_config(options.workdir, options.default)
   config = stored
   if options.config is not None:
-    check_keys(options.config, options.default)
-    config = options.config
+    config = _config(options)
     workdir.check_config(options.workdir / 'config.json', json.loads(stored.to_json()), config)
-  stages, images = workdir.plan_for(config)
+  planned, images = workdir.plan_for(options.workdir, config)
   with workdir.lock_workdir(options.workdir):
-    found = [workdir.load_model(options.workdir, stage, config) for stage in stages]
+    found = [workdir.load_model(options.workdir, stage, config) for stage in planned]
     models = [model for model in found if model is not None]
     if found[0] is None:
-      raise UserError(f'--workdir={options.workdir}: no whole checkpoint of {stages[0].name} yet')
+      raise UserError(f'--workdir={options.workdir}: no whole checkpoint of {planned[0].name} yet')
     measure.evaluate(config, models, images, options.workdir, again=True)
   print(options.workdir / 'results.json')
 
 
 MODES: dict[str, Callable[[Options], None]] = {
   'train': _train,
+  'plan': _plan,
+  'import': _import,
   'sample': _sample,
   'evaluate': _evaluate,
 }

@@ -76,15 +76,51 @@ def digits(split: str) -> ImageSet:
   return ImageSet('digits', images, bunch.target[chosen].astype(np.int32), 10)
 
 
-SOURCES: dict[str, Callable[[str], ImageSet]] = {'digits': digits}
+@dataclasses.dataclass(frozen=True)
+class Info:
+  """What is known of a set before it is read: its channels, and classes (0 without labels)."""
+
+  channels: int
+  num_classes: int
 
 
-def load(name: str, split: str) -> ImageSet:
-  """The split ('train' or 'test') of a set by name.
+SETS = {
+  'digits': Info(1, 10),
+  'cifar10': Info(3, 10),
+  'imagenet2012': Info(3, 1000),
+  'lsun/bedroom': Info(3, 0),
+  'lsun/church_outdoor': Info(3, 0),
+}
+
+
+def describe(name: str, image_size: int) -> tuple[tuple[int, int, int], int]:
+  """Shape (H, W, C) of a set's images, square, and its number of classes; nothing is read.
 
   Raises:
     UserError: there is no such set; the message lists those there are.
   """
+  if name not in SETS:
+    raise UserError(f'dataset.name={name!r} is not known; one of {sorted(SETS)}')
+  return (image_size, image_size, SETS[name].channels), SETS[name].num_classes
+
+
+SOURCES: dict[str, Callable[[str], ImageSet]] = {'digits': digits}
+
+
+def load(name: str, image_size: int, split: str) -> ImageSet:
+  """The split ('train' or 'test') of a set by name.
+
+  Raises:
+    UserError: there is no such set, or it is of another size, or this version cannot read it.
+  """
   if name not in SOURCES:
-    raise UserError(f'dataset.name={name!r} is not known; one of {sorted(SOURCES)}')
-  return SOURCES[name](split)
+    describe(name, image_size)
+    raise UserError(
+      f'dataset.name={name!r} cannot be read by this version; one of {sorted(SOURCES)} can'
+    )
+  images = SOURCES[name](split)
+  if images.images.shape[1] != image_size:
+    raise UserError(
+      f'dataset.image_size={image_size}, but the images of {name!r} have {images.images.shape[1]}'
+    )
+  return images

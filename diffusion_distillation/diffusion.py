@@ -47,6 +47,17 @@ def from_v(z: jax.Array, logsnr: jax.Array, v: jax.Array) -> Prediction:
   return Prediction(alpha * z - sigma * v, sigma * z + alpha * v)
 
 
+def from_both(z: jax.Array, logsnr: jax.Array, output: jax.Array) -> Prediction:
+  """The network predicts (x, eps) side by side, (B, H, W, 2C), and each is read where it is sure.
+
+  Salimans & Ho 2022, section 4: x^ = sigma^2 x~ + alpha (z - sigma eps~), and the eps^ that goes with it,
+  eps^ = (z - alpha x^) / sigma = alpha^2 eps~ + sigma (z - alpha x~).
+  """
+  alpha, sigma = alpha_sigma(logsnr, z)
+  x, eps = jnp.split(output, 2, axis=-1)
+  return Prediction(sigma**2 * x + alpha * (z - sigma * eps), alpha**2 * eps + sigma * (z - alpha * x))
+
+
 def velocity(prediction: Prediction, logsnr: jax.Array) -> jax.Array:
   """v = alpha eps - sigma x, the inverse of `from_v`."""
   alpha, sigma = alpha_sigma(logsnr, prediction.x)
@@ -65,4 +76,9 @@ def implied_x(z_t: jax.Array, z_s: jax.Array, logsnr_t: jax.Array, logsnr_s: jax
   return (z_s - ratio * z_t) / (alpha_s - ratio * alpha_t)
 
 
-OUTPUTS = {'x': from_x, 'eps': from_eps, 'v': from_v}
+OUTPUTS = {'x': from_x, 'eps': from_eps, 'v': from_v, 'both': from_both}
+
+
+def output_channels(output: str, channels: int) -> int:
+  """Channels of a network with that output, for images of so many channels."""
+  return 2 * channels if output == 'both' else channels

@@ -7,28 +7,36 @@ import jax
 import jax.numpy as jnp
 import optax
 
+DECAYS = {
+  'none': lambda done: jnp.ones_like(done),
+  'linear': lambda done: 1.0 - done,
+  'cosine': lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+}
+
 
 @flax.struct.dataclass
 class LearningRate:
-  """Linear warm-up to `peak`, then constant, or linear decay to 0 at the last update.
+  """Linear warm-up to `peak`, then as `decay` says, to 0 at the last update unless it is 'none'.
 
-  All are pytree leaves: stages of different lengths share one compiled step.
+  The numbers are pytree leaves: stages of different lengths share one compiled step.
 
   Attributes:
     peak: the highest learning rate.
-    warmup: updates until it is reached; 0 for none.
-    decay: updates after which it is 0, counted from the start; 0 for no decay.
+    num_updates: of the stage: where the decay ends.
+    warmup: updates until the peak is reached; 0 for none.
+    decay: a name in DECAYS; of the share of updates that are done.
   """
 
   peak: float | jax.Array
+  num_updates: int | jax.Array
   warmup: int | jax.Array = 0
-  decay: int | jax.Array = 0
+  decay: str = flax.struct.field(pytree_node=False, default='none')
 
   def __call__(self, step: jax.Array) -> jax.Array:
     """The rate of update `step` = 0, 1, ...: a scalar."""
     warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(self.warmup, 1))
-    left = jnp.maximum(0.0, 1.0 - step / jnp.maximum(self.decay, 1))
-    return self.peak * warm * jnp.where(self.decay > 0, left, 1.0)
+    done = jnp.minimum(1.0, step / self.num_updates)
+    return self.peak * warm * DECAYS[self.decay](done)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,29 +2,59 @@
 
 A sampler is one step, `sampler(rng, denoise, z, logsnr_t, logsnr_s) -> z_s`, which goes from time t to an
 earlier time s. `denoise(z, logsnr) -> Prediction` has its parameters and labels bound already; `rng` is
-one key an image, (B,). At s = 0, where logsnr_s = inf, every step returns x exactly.
+one key an image, (B,). The network is never asked about clean data, s = 0, where logsnr_s = inf.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from diffusion_distillation import diffusion
 from diffusion_distillation.schedules import Schedule
 
 Denoise = Callable[[jax.Array, jax.Array], diffusion.Prediction]
-Step = Callable[[jax.Array | None, Denoise, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _predict(denoise: Denoise, z: jax.Array, logsnr: jax.Array, clip_x: bool) -> diffusion.Prediction:
-  prediction = denoise(z, logsnr)
-  if not clip_x:
-    return prediction
-  return diffusion.from_x(z, logsnr, jnp.clip(prediction.x, -1.0, 1.0))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+  """What all samplers share.
+
+  Attributes:
+    clip_x: clip the denoiser's x to [-1, 1]; its eps and v then follow from that x.
+    calls_per_step: network calls that a step costs.
+  """
+
+  clip_x: bool = True
+  calls_per_step: ClassVar[int] = 1
+
+  def predict(self, denoise: Denoise, z: jax.Array, logsnr: jax.Array) -> diffusion.Prediction:
+    """The denoiser's belief, clipped if so wished."""
+    prediction = denoise(z, logsnr)
+    if not self.clip_x:
+      return prediction
+    return diffusion.from_x(z, logsnr, jnp.clip(prediction.x, -1.0, 1.0))
+
+  def begin(self, z: jax.Array) -> Any:
+    """What the first step takes: z, unless a sampler remembers more from step to step."""
+    return z
+
+  def end(self, z: Any) -> jax.Array:
+    """The images in what the last step returned."""
+    return z
+
+  def __call__(
+    self,
+    rng: jax.Array | None,
+    denoise: Denoise,
+    z: Any,
+    logsnr_t: jax.Array,
+    logsnr_s: jax.Array,
+  ) -> Any:
+    """z at time s, from z (B, ...) at time t; logsnr_t and logsnr_s are (B,)."""
+    raise NotImplementedError
 
 
 def normal(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -32,77 +62,178 @@ def normal(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jax.vmap(lambda key: jax.random.normal(key, shape))(rng)
 
 
-@dataclasses.dataclass(frozen=True)
-class DDIM:
+def widen(values: jax.Array, like: jax.Array) -> jax.Array:
+  """`values` (B,) shaped (B, 1, ..., 1) to multiply `like` (B, ...)."""
+  return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDIM(Sampler):
   """Deterministic step (Song et al. 2021; Salimans & Ho 2022, Eq. 8).
 
-  z_s = alpha_s x^ + sigma_s eps^, a first-order integrator of the probability-flow ODE.
+  z_s = alpha_s x^ + sigma_s eps^, a first-order integrator of the probability-flow ODE; x^ itself at s = 0.
   """
 
-  clip_x: bool = True
-  calls_per_step: ClassVar[int] = 1
-
-  def __call__(
-    self,
-    rng: jax.Array | None,
-    denoise: Denoise,
-    z: jax.Array,
-    logsnr_t: jax.Array,
-    logsnr_s: jax.Array,
-  ) -> jax.Array:
+  def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
     del rng
-    x, eps = _predict(denoise, z, logsnr_t, self.clip_x)
+    x, eps = self.predict(denoise, z, logsnr_t)
     return diffusion.diffuse(x, eps, logsnr_s)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ancestral:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ancestral(Sampler):
   """Stochastic step (Ho et al. 2020) with log-interpolated variance (Salimans & Ho 2022, section 5).
 
   With c = 1 - exp(logsnr_t - logsnr_s), the noise added has variance c sigma_s^(2 (1 - gamma)) sigma_t^(2
-  gamma): gamma = 0 is the posterior's ('small'), gamma = 1 the forward process's ('large').
+  gamma): gamma = 0 is the posterior's ('small'), gamma = 1 the forward process's ('large'). At s = 0 it
+  returns x^ without noise.
   """
 
   gamma: float = 0.0
-  clip_x: bool = True
-  calls_per_step: ClassVar[int] = 1
 
   def __post_init__(self) -> None:
     if not 0.0 <= self.gamma <= 1.0:
-      raise ValueError(f'ancestral sampler: gamma must lie in [0, 1], got {self.gamma}')
+      raise ValueError(f'gamma={self.gamma} must lie in [0, 1]')
 
-  def __call__(
-    self,
-    rng: jax.Array | None,
-    denoise: Denoise,
-    z: jax.Array,
-    logsnr_t: jax.Array,
-    logsnr_s: jax.Array,
-  ) -> jax.Array:
+  def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
     if rng is None:
       raise ValueError('ancestral sampling draws noise: it needs one key an image')
-    x, _ = _predict(denoise, z, logsnr_t, self.clip_x)
+    x, _ = self.predict(denoise, z, logsnr_t)
     alpha_t, sigma_t = diffusion.alpha_sigma(logsnr_t, z)
     alpha_s, sigma_s = diffusion.alpha_sigma(logsnr_s, z)
-    ratio = jnp.exp(logsnr_t - logsnr_s).reshape(alpha_t.shape)
-    c = -jnp.expm1(logsnr_t - logsnr_s).reshape(alpha_t.shape)
+    ratio = widen(jnp.exp(logsnr_t - logsnr_s), z)
+    c = widen(-jnp.expm1(logsnr_t - logsnr_s), z)
     mean = ratio * (alpha_s / alpha_t) * z + c * alpha_s * x
     std = jnp.sqrt(c) * sigma_s ** (1.0 - self.gamma) * sigma_t**self.gamma
     return mean + jnp.where(sigma_s > 0.0, std, 0.0) * normal(rng, z.shape[1:])
 
 
-SAMPLERS: dict[str, type] = {'ddim': DDIM, 'ancestral': Ancestral}
+class Tableau(NamedTuple):
+  """An explicit Runge-Kutta method: stage k looks at node c[k], reached with slopes a[k]; b sums them."""
+
+  a: tuple[tuple[float, ...], ...]
+  b: tuple[float, ...]
+
+  @property
+  def c(self) -> tuple[float, ...]:
+    """The nodes: row sums of `a`."""
+    return tuple(map(sum, self.a))
 
 
-def uniform_times(num_steps: int) -> np.ndarray:
-  """The grid 0, 1/N, ..., 1 that the distillation rounds train for: (N + 1,)."""
-  if num_steps < 1:
-    raise ValueError(f'a sampler takes at least 1 step, got {num_steps}')
-  return np.arange(num_steps + 1, dtype=np.float32) / np.float32(num_steps)
+MIDPOINT = Tableau(((), (1 / 2,)), (0.0, 1.0))
+MILNE = Tableau(((), (1 / 4,), (0.0, 1 / 2), (0.0, 1 / 4, 1 / 2)), (0.0, 2 / 3, -1 / 3, 2 / 3))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbabilityFlow(Sampler):
+  """A Runge-Kutta step of the probability-flow ODE (Salimans & Ho 2022, appendix D), subclassed below.
+
+  In the angle phi = arctan(sigma / alpha) the ODE is dz / dphi = alpha eps^ - sigma x^ = v^; under the cosine
+  schedule phi is pi t / 2, and its steps are steps of t. A step that ends on clean data takes `last`: as many
+  calls, at nodes that stay short of the end; one order less in that one step leaves the whole its order.
+  """
+
+  tableau: ClassVar[Tableau]
+  last: ClassVar[Tableau]
+
+  def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
+    del rng
+    phi = jnp.arctan(jnp.exp(-0.5 * logsnr_t))
+    step = jnp.arctan(jnp.exp(-0.5 * logsnr_s)) - phi
+    ends = jnp.isinf(logsnr_s)
+
+    def choose(usual: float, last: float) -> jax.Array:
+      return widen(jnp.where(ends, last, usual) * step, z)
+
+    slopes: list[jax.Array] = []
+
+    def moved(usual: tuple[float, ...], last: tuple[float, ...]) -> jax.Array:
+      return z + sum(choose(*w) * slope for *w, slope in zip(usual, last, slopes, strict=True))
+
+    for k in range(self.calls_per_step):
+      node = phi + jnp.where(ends, self.last.c[k], self.tableau.c[k]) * step
+      logsnr = -2.0 * jnp.log(jnp.tan(node)) if k else logsnr_t
+      prediction = self.predict(denoise, moved(self.tableau.a[k], self.last.a[k]), logsnr)
+      slopes.append(diffusion.velocity(prediction, logsnr))
+    return moved(self.tableau.b, self.last.b)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Euler(ProbabilityFlow):
+  """First order: z_s = z + (phi_s - phi_t) v^. DDIM is the exact rotation by that angle."""
+
+  tableau: ClassVar[Tableau] = Tableau(((),), (1.0,))
+  last: ClassVar[Tableau] = tableau
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heun(ProbabilityFlow):
+  """Second order: the mean of the slopes at both ends, two calls a step; the last step is the midpoint's."""
+
+  calls_per_step: ClassVar[int] = 2
+  tableau: ClassVar[Tableau] = Tableau(((), (1.0,)), (1 / 2, 1 / 2))
+  last: ClassVar[Tableau] = MIDPOINT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RK4(ProbabilityFlow):
+  """Fourth order, the classical Runge-Kutta method, four calls a step; the last step is Milne's open formula."""
+
+  calls_per_step: ClassVar[int] = 4
+  tableau: ClassVar[Tableau] = Tableau(
+    ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+  )
+  last: ClassVar[Tableau] = MILNE
+
+
+class Remembered(NamedTuple):
+  """z, and where the step before came from: x^ there, (B, ...), and its logsnr, (B,)."""
+
+  z: jax.Array
+  x: jax.Array
+  logsnr: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPMSolver2M(Sampler):
+  """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order with one call a step.
+
+  In lambda = logsnr / 2 the flow is linear but for x^, which is extrapolated from this step and the one before:
+  z_s = (sigma_s / sigma_t) z - alpha_s (exp(-h) - 1) D, D = x^ + (x^ - x^_before) h / (2 h_before). The first and
+  the last step have D = x^, and are DDIM's.
+  """
+
+  def begin(self, z: jax.Array) -> Remembered:
+    """Before the first step lies a point infinitely far off, whose x^ has no weight."""
+    return Remembered(z, jnp.zeros_like(z), jnp.full(z.shape[:1], -jnp.inf))
+
+  def end(self, z: Remembered) -> jax.Array:
+    return z.z
+
+  def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
+    del rng
+    x, _ = self.predict(denoise, z.z, logsnr_t)
+    _, sigma_t = diffusion.alpha_sigma(logsnr_t, x)
+    alpha_s, sigma_s = diffusion.alpha_sigma(logsnr_s, x)
+    h = logsnr_s - logsnr_t
+    weight = jnp.where(jnp.isinf(h), 0.0, 0.5 * h / (logsnr_t - z.logsnr))
+    extrapolated = x + widen(weight, x) * (x - z.x)
+    z_s = sigma_s / sigma_t * z.z - alpha_s * widen(jnp.expm1(-0.5 * h), x) * extrapolated
+    return Remembered(z_s, x, logsnr_t)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+  'ddim': DDIM,
+  'ancestral': Ancestral,
+  'euler': Euler,
+  'heun': Heun,
+  'rk4': RK4,
+  'dpm_solver_2m': DPMSolver2M,
+}
 
 
 def sample(
-  step: Step,
+  step: Sampler,
   denoise: Denoise,
   schedule: Schedule,
   times: jax.Array,
@@ -125,9 +256,9 @@ def sample(
   """
   logsnr = schedule(times)[::-1]
 
-  def body(i: jax.Array, z: jax.Array) -> jax.Array:
+  def body(i: jax.Array, state: Any) -> Any:
     at, to = (jnp.full(z.shape[:1], logsnr[j]) for j in (i, i + 1))
     keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(rng)
-    return step(keys, denoise, z, at, to)
+    return step(keys, denoise, state, at, to)
 
-  return jax.lax.fori_loop(0, jnp.count_nonzero(times), body, z)
+  return step.end(jax.lax.fori_loop(0, jnp.count_nonzero(times), body, step.begin(z)))

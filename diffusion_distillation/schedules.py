@@ -1,7 +1,8 @@
 """Noise schedules: time t in [0, 1] to logsnr = log(alpha^2 / sigma^2).
 
 Time runs from clean data (t = 0) to noise (t = 1). At exactly t = 0 the signal is clean: logsnr is
-+inf, so that alpha = 1, sigma = 0, and the last step of every sampler returns x with no special case.
++inf, so that alpha = 1, sigma = 0, and the last step of a sampler returns x with no special case. Every
+later time has a finite logsnr, logsnr_max at most.
 """
 
 import dataclasses
@@ -9,6 +10,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+
+def _clean_at_zero(t: jax.Array, logsnr: jax.Array) -> jax.Array:
+  return jnp.where(t == 0.0, jnp.inf, logsnr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +36,61 @@ class Cosine:
     """t of any shape, in [0, 1]; returns logsnr of the same shape, +inf where t is 0."""
     b = math.atan(math.exp(-0.5 * self.logsnr_max))
     a = math.atan(math.exp(-0.5 * self.logsnr_min)) - b
-    return jnp.where(t == 0.0, jnp.inf, -2.0 * jnp.log(jnp.tan(a * t + b)))
+    return _clean_at_zero(t, -2.0 * jnp.log(jnp.tan(a * t + b)))
 
 
-Schedule = Cosine
-SCHEDULES: dict[str, type] = {'cosine': Cosine}
+@dataclasses.dataclass(frozen=True)
+class ShiftedCosine:
+  """The cosine schedule for larger images (Hoogeboom et al. 2023, "Simple diffusion", section 3.1).
+
+  Averaged down to `base_size` pixels a side, an image of `image_size` has the cosine schedule's signal to
+  noise: logsnr(t) = cosine(t) + 2 log(base_size / image_size).
+  """
+
+  image_size: int
+  base_size: int = 64
+  logsnr_min: float = -20.0
+  logsnr_max: float = 20.0
+
+  def __post_init__(self) -> None:
+    Cosine(self.logsnr_min, self.logsnr_max)
+    if min(self.image_size, self.base_size) < 1:
+      raise ValueError(f'base_size ({self.base_size}) must be positive')
+
+  def __call__(self, t: jax.Array) -> jax.Array:
+    """As `Cosine`."""
+    shift = 2.0 * math.log(self.base_size / self.image_size)
+    return Cosine(self.logsnr_min, self.logsnr_max)(t) + shift
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearBeta:
+  """DDPM's linear betas (Ho et al. 2020) in continuous time (Song et al. 2021, appendix B).
+
+  alpha^2 = exp(-B(t)), B(t) = beta_min t + (beta_max - beta_min) t^2 / 2, so that logsnr = -log expm1(B). The
+  betas are per unit of time: 1000 steps of 1e-4 ... 0.02 are 0.1 ... 20. B begins where logsnr is logsnr_max.
+  """
+
+  beta_min: float = 0.1
+  beta_max: float = 20.0
+  logsnr_max: float = 20.0
+
+  def __post_init__(self) -> None:
+    if not 0.0 < self.beta_min <= self.beta_max < math.inf:
+      raise ValueError(
+        f'beta_min ({self.beta_min}) must be positive, beta_max ({self.beta_max}) no less'
+      )
+
+  def __call__(self, t: jax.Array) -> jax.Array:
+    """As `Cosine`."""
+    start = math.log1p(math.exp(-self.logsnr_max))
+    integral = start + self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * jnp.square(t)
+    return _clean_at_zero(t, -jnp.log(jnp.expm1(integral)))
+
+
+Schedule = Cosine | ShiftedCosine | LinearBeta
+SCHEDULES: dict[str, type] = {
+  'cosine': Cosine,
+  'shifted_cosine': ShiftedCosine,
+  'linear_beta': LinearBeta,
+}

@@ -29,14 +29,16 @@ def split() -> NamedSharding:
   return NamedSharding(_mesh(), PartitionSpec('data'))
 
 
-def check_batch(key: str, batch_size: int) -> None:
-  """Raises UserError, naming the config key, unless the batch divides by the devices."""
+def check_batch(section: str, batch_size: int, micro_batches: int) -> None:
+  """Raises UserError, naming the config keys, unless each micro-batch divides by the devices."""
   if jax.process_count() > 1:
     raise UserError(f'{jax.process_count()} processes: this version runs on the devices of one only')
-  if batch_size < 1 or batch_size % jax.device_count():
+  unit = micro_batches * jax.device_count()
+  if batch_size % unit:
+    parts = f'{micro_batches} micro-batches on ' if micro_batches > 1 else ''
     raise UserError(
-      f'{key}={batch_size} does not divide by the {jax.device_count()} devices of this run; '
-      f'set it to a multiple of {jax.device_count()}'
+      f'{section}.batch_size={batch_size} does not divide by {parts}the {jax.device_count()} devices of '
+      f'this run; set it to a multiple of {unit}'
     )
 
 

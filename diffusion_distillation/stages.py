@@ -1,21 +1,18 @@
 """From a config to the list of stages: base training, then one round after the other. Pure."""
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
-import jax
 import numpy as np
-from ml_collections import ConfigDict as Config
 
-from diffusion_distillation import samplers
-from diffusion_distillation.diffusion import OUTPUTS
+from diffusion_distillation import samplers, times
+from diffusion_distillation.configuration import Config, check_numbers, choose
+from diffusion_distillation.diffusion import OUTPUTS, output_channels
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import METHODS, Denoising, Method, Progressive
-from diffusion_distillation.optimizers import Adam, LearningRate
+from diffusion_distillation.optimizers import DECAYS, Adam, LearningRate
 from diffusion_distillation.schedules import SCHEDULES, Schedule
 from diffusion_distillation.train_state import Params, TrainState
 from diffusion_distillation.unet import Denoiser, UNet
@@ -31,22 +28,25 @@ class Recipe:
     method: the loss.
     optimizer: from gradients to updates of unit learning rate.
     learning_rate: of each step.
-    ema_decay: of the moving average; 0 follows the parameters.
+    ema_decay: of each moving average; 0 follows the parameters.
     seed: of all noise in this stage.
     random_flip: whether images are mirrored at random.
+    micro_batches: parts that a batch is cut into, whose gradients are added up.
   """
 
   denoise: Denoiser = flax.struct.field(pytree_node=False)
   method: Method
   optimizer: Adam = flax.struct.field(pytree_node=False)
   learning_rate: LearningRate
-  ema_decay: float | jax.Array
-  seed: int | jax.Array
+  ema_decay: tuple[Any, ...]
+  seed: int | Any
   random_flip: bool = flax.struct.field(pytree_node=False, default=False)
+  micro_batches: int = flax.struct.field(pytree_node=False, default=1)
 
   def create_state(self, student_params: Params) -> TrainState:
     """The state before the first update of a student that starts from `student_params`."""
-    return TrainState.create(self.method.init(student_params), self.optimizer.transform())
+    networks = self.method.init(student_params)
+    return TrainState.create(networks, self.optimizer.transform(), len(self.ema_decay))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Stage:
 
   Attributes:
     name: of the stage and its directory.
-    parent: the stage whose EMA parameters are teacher and start, or None.
+    parent: the stage that teaches it, and that it starts from, or None.
+    parent_weights: which of the parent's weights: 'ema' or 'last'.
     recipe: what the compiled step needs.
     num_steps: sampling steps that its model is made for.
     num_updates: updates until it is finished.
@@ -66,6 +67,7 @@ class Stage:
 
   name: str
   parent: str | None
+  parent_weights: str
   recipe: Recipe
   num_steps: int
   num_updates: int
@@ -79,6 +81,11 @@ class Stage:
     return next(name for name, cls in METHODS.items() if isinstance(self.recipe.method, cls))
 
   @property
+  def weights(self) -> tuple[str, ...]:
+    """Names of the weights it keeps: 'ema', then 'ema_0.99' and so on for further averages, and 'last'."""
+    return ('ema', *(f'ema_{decay}' for decay in self.recipe.ema_decay[1:]), 'last')
+
+  @property
   def denoise(self) -> Denoiser:
     """The stage's model as it is sampled from: without dropout."""
     return without_dropout(self.recipe.denoise)
@@ -89,44 +96,6 @@ def without_dropout(denoise: Denoiser) -> Denoiser:
   return dataclasses.replace(denoise, network=dataclasses.replace(denoise.network, dropout=0.0))
 
 
-def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
-  """('train.batch_size', 64) and so on, in the config's order; sequences as tuples."""
-  for key, value in config.items():
-    if isinstance(value, Mapping | Config):
-      yield from flatten(value, f'{prefix}{key}.')
-    else:
-      yield prefix + key, tuple(value) if isinstance(value, list | tuple) else value
-
-
-def check_keys(config: Mapping[str, Any], default: Mapping[str, Any]) -> None:
-  """Raises UserError unless `config` has exactly the keys of `default`; names the nearest one."""
-  known = [key for key, _ in flatten(default)]
-  given = [key for key, _ in flatten(config)]
-  check_known(given, known)
-  missing = [key for key in known if key not in given]
-  if missing:
-    raise UserError(f'config lacks the keys {", ".join(missing)}; start from configs/default.py')
-
-
-def check_known(given: list[str], known: list[str]) -> None:
-  """Raises UserError for the first key in `given` that is not known; names the nearest one."""
-  for key in given:
-    if key not in known:
-      raise UserError(f'config has no key {key!r}{nearest(key, known)}')
-
-
-def nearest(word: str, known: list[str]) -> str:
-  """'; did you mean ...?' if something near is known, else ''."""
-  close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-  return f'; did you mean {close[0]!r}?' if close else ''
-
-
-def _choose(key: str, value: str, table: Mapping[str, Any]) -> Any:
-  if value not in table:
-    raise UserError(f'{key}={value!r} is not one of {list(table)}{nearest(value, list(table))}')
-  return table[value]
-
-
 def _build(key: str, cls: type, **fields: Any) -> Any:
   try:
     return cls(**fields)
@@ -134,92 +103,57 @@ def _build(key: str, cls: type, **fields: Any) -> Any:
     raise UserError(f'config.{key}: {error}') from error
 
 
-def rounds(start_steps: int, end_steps: int) -> list[int]:
-  """The students' step counts, start / 2 down to end.
+def of_round(values: Sequence[Any], from_the_end: int) -> Any:
+  """A round's entry of a tuple that ends with the last round's; its first serves all rounds before."""
+  return values[max(0, len(values) - 1 - from_the_end)]
+
+
+def rounds(start_steps: int, end_steps: int, factor: Sequence[int] = (2,)) -> list[tuple[int, int]]:
+  """The students' step counts, from the first round to the last, each with its round's factor.
+
+  Args:
+    start_steps: the base model's.
+    end_steps: the last student's.
+    factor: of each round, the last round's last; the first one also for all rounds before.
 
   Raises:
-    UserError: halving start_steps does not arrive at end_steps.
+    UserError: these factors do not lead from start_steps to end_steps.
   """
-  steps, n = [], start_steps
-  while n > end_steps and n % 2 == 0:
-    n //= 2
-    steps.append(n)
-  if end_steps < 1 or n != end_steps:
+  found: list[tuple[int, int]] = []
+  steps = end_steps
+  while steps < start_steps:
+    found.append((steps, of_round(factor, len(found))))
+    steps *= found[-1][1]
+  if steps != start_steps:
     raise UserError(
-      f'distill.start_steps={start_steps} does not halve down to distill.end_steps={end_steps}; '
-      f'start_steps must be end_steps times a power of two'
+      f'distill.start_steps={start_steps} does not come down to distill.end_steps={end_steps} by '
+      f'distill.factor={tuple(factor)}; the next start that does is {steps}'
     )
-  return steps
+  return found[::-1]
 
 
-def make_sampler(name: str, clip_x: bool) -> Any:
-  """A sampler by name; raises UserError if there is none."""
-  return _choose('sampler', name, samplers.SAMPLERS)(clip_x=clip_x)
+def make_sampler(name: str, clip_x: bool, gamma: float = 0.0) -> samplers.Sampler:
+  """A sampler by name; `gamma` is of use to ancestral sampling only.
 
-
-POSITIVE = [
-  'model.ch',
-  'model.emb_ch',
-  'model.ch_mult',
-  'model.num_res_blocks',
-  'model.num_groups',
-  'model.num_heads',
-  'model.head_dim',
-  'optimizer.eps',
-  'optimizer.clip_norm',
-  'train.num_updates',
-  'train.batch_size',
-  'train.learning_rate',
-  'distill.num_updates',
-  'distill.num_updates_last',
-  'distill.batch_size',
-  'distill.learning_rate',
-  'max_skipped',
-  'checkpoint.every',
-  'log.every',
-  'evaluation.num_samples',
-  'evaluation.batch_size',
-]
-NOT_NEGATIVE = [
-  'seed',
-  'evaluation.seed',
-  'train.warmup',
-  'train.weight_decay',
-  'distill.warmup',
-  'distill.weight_decay',
-  'distill.last_steps',
-  'log.seconds',
-]
-FRACTIONS = ['train.ema_decay', 'distill.ema_decay', 'model.dropout', 'optimizer.b1', 'optimizer.b2']
-
-
-def _check_numbers(config: Config) -> None:
-  """Raises UserError for numbers that no stage could use; None stands for 'not given'."""
-  values = dict(flatten(config))
-  for keys, wanted, holds in (
-    (POSITIVE, 'positive', lambda v: 0 < v < math.inf),
-    (NOT_NEGATIVE, 'zero or more, and below 2^31', lambda v: 0 <= v < 2**31),
-    (FRACTIONS, 'in [0, 1)', lambda v: 0 <= v < 1),
-  ):
-    for key in keys:
-      value = values[key]
-      numbers = value if isinstance(value, tuple) else (value,)
-      if not numbers or not all(number is None or holds(number) for number in numbers):
-        raise UserError(f'{key}={value} must be {wanted}')
-  if config.evaluation.num_samples < 2:
-    raise UserError('evaluation.num_samples must be at least 2: a covariance needs two examples')
+  Raises:
+    UserError: there is none of that name, or gamma is not in [0, 1].
+  """
+  cls = choose('sampler', name, samplers.SAMPLERS)
+  fields = {'gamma': gamma} if cls is samplers.Ancestral else {}
+  return _build('evaluation', cls, clip_x=clip_x, **fields)
 
 
 def make_denoiser(config: Config, image_shape: tuple[int, ...], num_classes: int) -> Denoiser:
   """The network of the config for images (H, W, C), as a denoiser."""
   fields = dict(config.model)
   output = fields.pop('output')
-  _choose('model.output', output, OUTPUTS)
+  choose('model.output', output, OUTPUTS)
   if not fields.pop('conditional'):
     num_classes = 0
   elif not num_classes:
     raise UserError(f'model.conditional=True, but dataset {config.dataset.name!r} has no labels')
-  network = _build('model', UNet, out_ch=image_shape[-1], num_classes=num_classes, **fields)
+  out_ch = output_channels(output, image_shape[-1])
+  network = _build('model', UNet, out_ch=out_ch, num_classes=num_classes, **fields)
   try:
     network.check(image_shape)
   except ValueError as error:
@@ -238,33 +172,47 @@ def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list
   Raises:
     UserError: something in the config does not fit; the message names the key.
   """
-  _check_numbers(config)
+  check_numbers(config)
   distill = config.distill
-  student_steps = rounds(distill.start_steps, distill.end_steps)
+  steps = rounds(distill.start_steps, distill.end_steps, distill.factor)
+  choose('distill.from_weights', distill.from_weights, {'ema': None, 'last': None})
+  if distill.end_steps > config.evaluation.max_steps:
+    raise UserError(
+      f'evaluation.max_steps={config.evaluation.max_steps} leaves nothing to measure: '
+      f'the last stage has distill.end_steps={distill.end_steps}'
+    )
+  for name in config.evaluation.samplers:
+    make_sampler(name, config.evaluation.clip_x, config.evaluation.gamma)
   denoise = make_denoiser(config, image_shape, num_classes)
-  schedule = _make_schedule(config)
-  weighting = _choose('weighting', config.weighting, WEIGHTINGS)()
+  schedule = _make_schedule(config, image_shape)
+  weighting = choose('weighting', config.weighting, WEIGHTINGS)()
+  law = times.Uniform(config.time.stratified)
 
+  train = config.train
+  loss = Denoising(schedule, weighting, law, config.time.num_steps)
   base = Stage(
     name='base',
     parent=None,
-    recipe=_recipe(config, 0, denoise, Denoising(schedule, weighting), config.train.num_updates),
+    parent_weights='',
+    recipe=_recipe(config, 0, denoise, loss, train.learning_rate, train.num_updates),
     num_steps=distill.start_steps,
-    num_updates=config.train.num_updates,
-    batch_size=config.train.batch_size,
+    num_updates=train.num_updates,
+    batch_size=train.batch_size,
     schedule=schedule,
     image_shape=image_shape,
   )
-  stages = [base]
-  for num_steps in student_steps:
-    few = num_steps <= distill.last_steps
-    num_updates = distill.num_updates_last if few else distill.num_updates
-    loss = Progressive(num_steps, schedule, weighting)
+  stages, student_denoise = [base], without_dropout(denoise)
+  for num_steps, factor in steps:
+    from_the_end = len(steps) - len(stages)
+    num_updates = of_round(distill.num_updates, from_the_end)
+    rate = of_round(distill.learning_rate, from_the_end)
+    round_loss = Progressive(num_steps, schedule, weighting, factor, law)
     student = dataclasses.replace(
       base,
       name=f'progressive_{num_steps:04d}',
       parent=stages[-1].name,
-      recipe=_recipe(config, len(stages), without_dropout(denoise), loss, num_updates),
+      parent_weights=distill.from_weights,
+      recipe=_recipe(config, len(stages), student_denoise, round_loss, rate, num_updates),
       num_steps=num_steps,
       num_updates=num_updates,
       batch_size=distill.batch_size,
@@ -273,22 +221,27 @@ def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list
   return stages
 
 
-def _recipe(config: Config, index: int, denoise: Denoiser, method: Method, num_updates: int) -> Recipe:
+def _recipe(
+  config: Config, index: int, denoise: Denoiser, method: Method, rate: float, num_updates: int
+) -> Recipe:
   """What the step of stage `index` needs; stage 0 is `config.train`, the others `config.distill`."""
-  section = config.distill if index else config.train
+  name = 'distill' if index else 'train'
+  section = config[name]
+  choose(f'{name}.decay', section.decay, DECAYS)
   return Recipe(
     denoise=denoise,
     method=method,
     optimizer=_build('optimizer', Adam, weight_decay=section.weight_decay, **config.optimizer),
-    learning_rate=LearningRate(
-      section.learning_rate, section.warmup, num_updates if section.decay else 0
-    ),
-    ema_decay=section.ema_decay,
+    learning_rate=LearningRate(rate, num_updates, section.warmup, section.decay),
+    ema_decay=tuple(section.ema_decay),
     seed=int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0] >> 1),
     random_flip=config.dataset.random_flip,
+    micro_batches=section.micro_batches,
   )
 
 
-def _make_schedule(config: Config) -> Schedule:
-  fields = dict(config.schedule)
-  return _build('schedule', _choose('schedule.name', fields.pop('name'), SCHEDULES), **fields)
+def _make_schedule(config: Config, image_shape: tuple[int, ...]) -> Schedule:
+  """The schedule by name, from those keys of its section that it knows."""
+  cls = choose('schedule.name', config.schedule.name, SCHEDULES)
+  given: Mapping[str, Any] = {**config.schedule, 'image_size': image_shape[0]}
+  return _build('schedule', cls, **{f.name: given[f.name] for f in dataclasses.fields(cls)})

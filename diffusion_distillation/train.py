@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clu import parameter_overview
 
-from diffusion_distillation import interrupts, sharding
+from diffusion_distillation import forecast, interrupts, sharding
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import Checkpoints
+from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets import ImageSet, batch_indices, to_x
 from diffusion_distillation.errors import DamagedError, NumericalError
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.metrics import MetricsWriter
 from diffusion_distillation.progress import Progress
-from diffusion_distillation.stages import Config, Recipe, Stage
+from diffusion_distillation.stages import Recipe, Stage
 from diffusion_distillation.train_state import Params, TrainState
 from diffusion_distillation.workdir import Model
 
@@ -45,22 +44,23 @@ def train_step(
   Returns:
     The next state, and scalar metrics.
   """
-  rng_flip, rng_loss = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), state.step))
+  rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+  rng_flip, rng_draw, rng_dropout = jax.random.split(rng, 3)
   x = to_x(batch['image'])
   if recipe.random_flip:
     flip = jax.random.bernoulli(rng_flip, 0.5, x.shape[:1])
     x = jnp.where(flip[:, None, None, None], x[:, :, ::-1, :], x)
+  examples = {'x': x, 'label': batch['label'], **recipe.method.draw(rng_draw, x.shape)}
+  loss, metrics, grads = gradients(recipe, state.params, teacher, examples, rng_dropout, state.step)
 
-  def loss_fn(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-    example = {'x': x, 'label': batch['label']}
-    return recipe.method.loss(recipe.denoise, params, teacher, example, rng_loss, state.step)
-
-  (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   grad_norm = optax.tree.norm(grads)
   learning_rate = recipe.learning_rate(state.step)
   updates, opt_state = recipe.optimizer.transform().update(grads, state.opt_state, state.params)
   params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-  ema_params = optax.incremental_update(params['student'], state.ema_params, 1.0 - recipe.ema_decay)
+  ema_params = tuple(
+    optax.incremental_update(params['student'], average, 1.0 - decay)
+    for average, decay in zip(state.ema_params, recipe.ema_decay, strict=True)
+  )
 
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
   tried = (params, ema_params, opt_state)
@@ -82,6 +82,42 @@ def train_step(
     'skipped_in_a_row': state.skipped_in_a_row,
   }
   return state, metrics
+
+
+def gradients(
+  recipe: Recipe,
+  params: Params,
+  teacher: Params,
+  batch: Mapping[str, Any],
+  rng: jax.Array,
+  step: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array], Params]:
+  """Loss, metrics and gradient of a batch, as the mean over its micro-batches.
+
+  Micro-batch m holds the examples m, m + M, m + 2M, ...: of a batch that is split over devices in blocks, every
+  device has its share of each. Only dropout depends on M.
+  """
+  count = recipe.micro_batches
+
+  def part(m: jax.Array) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
+    examples = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:])[:, m], dict(batch))
+    rng_part = jax.random.fold_in(rng, m)
+
+    def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+      return recipe.method.loss(recipe.denoise, params, teacher, examples, rng_part, step)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  def add(total: Any, m: jax.Array) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, part(m)), None
+
+  total = part(jnp.array(0))
+  if count > 1:
+    # XLA's CPU backend runs convolutions slowly inside loops (jax issue 12868).
+    unroll = jax.default_backend() == 'cpu'
+    total, _ = jax.lax.scan(add, total, jnp.arange(1, count), unroll=unroll)
+  (loss, metrics), grads = jax.tree.map(lambda value: value / count, total)
+  return loss, metrics, grads
 
 
 class _Diverged(Exception):
@@ -216,6 +252,12 @@ def _check_streak(skipped: int, max_skipped: int, done: int) -> None:
     raise _Diverged(f'loss or gradient not finite for {skipped} updates in a row up to step {done}')
 
 
+def check_batches(config: Config) -> None:
+  """Raises UserError unless the batches of all stages divide by micro-batches and devices."""
+  for section in ('train', 'distill'):
+    sharding.check_batch(section, config[section].batch_size, config[section].micro_batches)
+
+
 def run(config: Config, workdir: pathlib.Path) -> None:
   """Trains every stage that is not finished, measures all, and writes the report.
 
@@ -223,29 +265,15 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     UserError: config or workdir do not fit; before anything is compiled or changed.
     Preempted, NumericalError: see `fit`.
   """
-  stages, images = workdirs.plan_for(config)
-  for key in ('train.batch_size', 'distill.batch_size'):
-    section, name = key.split('.')
-    sharding.check_batch(key, config[section][name])
+  stages, images = workdirs.plan_for(workdir, config)
+  check_batches(config)
   with workdirs.lock_workdir(workdir):
     workdirs.claim(workdir, config)
-    _show_plan(stages)
     step = sharding.compile_step(train_step)
+    done = {stage.name for stage in stages if workdirs.is_finished(workdir, stage)}
+    forecast.show(stages, done, step, config)
     models: dict[str, Model] = {}
     for stage in stages:
-      teacher = models[stage.parent] if stage.parent else None
+      teacher = models[stage.parent].use(stage.parent_weights) if stage.parent else None
       models[stage.name] = fit(step, stage, teacher, images, workdir, config)
     measure.evaluate(config, list(models.values()), images, workdir, again=False)
-
-
-def _show_plan(stages: list[Stage]) -> None:
-  base = stages[0]
-  shapes = workdirs.abstract_state(base).ema_params
-  count = parameter_overview.count_parameters(shapes)
-  print(f'{count:,} parameters; {jax.device_count()} {jax.default_backend()} device(s)', file=sys.stderr)
-  for stage in stages:
-    print(
-      f'  {stage.name:<18} {stage.num_updates:>7} updates of {stage.batch_size} images, '
-      f'for {stage.num_steps} steps',
-      file=sys.stderr,
-    )

@@ -17,7 +17,7 @@ class TrainState:
   Attributes:
     step: updates tried so far, skipped ones included.
     params: the networks in training, by name.
-    ema_params: the student's moving average: what is sampled, and the next teacher.
+    ema_params: the student's moving averages, one for each decay; the first is what is sampled.
     opt_state: the optimizer's.
     skipped: updates that were not made because loss or gradient was not finite.
     skipped_in_a_row: the same, since the last one that was made.
@@ -25,19 +25,21 @@ class TrainState:
 
   step: jax.Array
   params: dict[str, Params]
-  ema_params: Params
+  ema_params: tuple[Params, ...]
   opt_state: optax.OptState
   skipped: jax.Array
   skipped_in_a_row: jax.Array
 
   @classmethod
-  def create(cls, params: dict[str, Params], optimizer: optax.GradientTransformation) -> 'TrainState':
+  def create(
+    cls, params: dict[str, Params], optimizer: optax.GradientTransformation, num_averages: int = 1
+  ) -> 'TrainState':
     """The state before the first update. No two leaves share a buffer, so it can be donated."""
     params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
     return cls(
       step=jnp.zeros((), jnp.int32),
       params=params,
-      ema_params=jax.tree.map(jnp.copy, params['student']),
+      ema_params=tuple(jax.tree.map(jnp.copy, params['student']) for _ in range(num_averages)),
       opt_state=optimizer.init(params),
       skipped=jnp.zeros((), jnp.int32),
       skipped_in_a_row=jnp.zeros((), jnp.int32),

@@ -17,12 +17,21 @@ from diffusion_distillation import diffusion
 Params = Any
 
 
-def time_embedding(logsnr: jax.Array, dim: int) -> jax.Array:
-  """Sinusoids of the inverse-cosine time of `logsnr` (B,): (B, dim), sines first.
+def inverse_cosine(logsnr: jax.Array) -> jax.Array:
+  """arctan(exp(-logsnr / 2)) / (pi / 2), which is t itself under the unclipped cosine schedule."""
+  return jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -20.0, 20.0))) / (0.5 * math.pi)
 
-  u = arctan(exp(-logsnr / 2)) / (pi / 2), which is t itself under the unclipped cosine schedule.
-  """
-  u = jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -20.0, 20.0))) / (0.5 * math.pi)
+
+def linear(logsnr: jax.Array) -> jax.Array:
+  """logsnr itself, [-10, 10] scaled to [0, 1]."""
+  return (logsnr + 10.0) / 20.0
+
+
+TIME_INPUTS = {'inv_cos': inverse_cosine, 'linear': linear, 'sigmoid': jax.nn.sigmoid}
+
+
+def time_embedding(u: jax.Array, dim: int) -> jax.Array:
+  """Sinusoids of the time input `u` (B,): (B, dim), sines first."""
   half = dim // 2
   frequencies = jnp.exp(-jnp.arange(half) * (math.log(10000.0) / (half - 1)))
   angles = 1000.0 * u[:, None] * frequencies[None, :]
@@ -100,6 +109,7 @@ class UNet(nn.Module):
     num_groups: groups of every GroupNorm; must divide every width.
     dropout: rate inside residual blocks.
     num_classes: 0 for an unconditional network.
+    time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr) or 'sigmoid' (alpha^2).
     resblock_resample: resample inside residual blocks, or by a convolution beside them.
   """
 
@@ -114,10 +124,13 @@ class UNet(nn.Module):
   num_groups: int = 32
   dropout: float = 0.0
   num_classes: int = 0
+  time_input: str = 'inv_cos'
   resblock_resample: bool = True
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
+    if self.time_input not in TIME_INPUTS:
+      raise ValueError(f'time_input={self.time_input!r} is not one of {list(TIME_INPUTS)}')
     height, width = image_shape[:2]
     factor = 2 ** (len(self.ch_mult) - 1)
     if height % factor or width % factor:
@@ -153,7 +166,7 @@ class UNet(nn.Module):
   ) -> jax.Array:
     """z: (B, H, W, C); logsnr: (B,); label: (B,) integers if conditional. Returns (B, H, W, out_ch)."""
     det = deterministic
-    emb = time_embedding(logsnr, self.ch)
+    emb = time_embedding(TIME_INPUTS[self.time_input](logsnr), self.ch)
     emb = nn.Dense(self.emb_ch, name='dense1')(nn.swish(nn.Dense(self.emb_ch, name='dense0')(emb)))
     if self.num_classes:
       if label is None:

@@ -4,6 +4,7 @@ workdir/config.json         what made it; the workdir alone is enough to sample 
 workdir/<stage>/stage.json  parent and its digest, parameterization, schedule, step count, data range, config
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -12,11 +13,13 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 
 from diffusion_distillation import datasets
 from diffusion_distillation.checkpoints import Checkpoints, digest, read_json, write_json
+from diffusion_distillation.configuration import Config, check_known, choose, flatten
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.stages import Config, Stage, check_known, flatten, plan
+from diffusion_distillation.stages import Stage, plan
 from diffusion_distillation.train_state import Params, TrainState
 
 # Keys that may change between two runs in one workdir: they touch no parameter of any stage.
@@ -25,13 +28,30 @@ FREE = ('evaluation.', 'log.', 'checkpoint.')
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A stage's EMA parameters, finished or not, ready to be sampled from or taught by."""
+  """One set of a stage's weights, finished or not, ready to be sampled from or taught by.
+
+  Attributes:
+    stage: whose they are.
+    weights: the name of the set, one of `stage.weights`.
+    params: the set.
+    digest: of `params`.
+    step: updates done.
+    seconds: of training.
+    all: every set of the stage, by name.
+  """
 
   stage: Stage
+  weights: str
   params: Params
   digest: str
   step: int
   seconds: float
+  all: Mapping[str, Params]
+
+  def use(self, weights: str) -> 'Model':
+    """The same stage with another set of its weights; raises UserError if it has none of that name."""
+    params = choose('--weights', weights, self.all)
+    return dataclasses.replace(self, weights=weights, params=params, digest=digest(params))
 
 
 def lock_workdir(workdir: pathlib.Path) -> IO[str]:
@@ -101,22 +121,32 @@ def _tuples(value: Any) -> Any:
   return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def plan_for(config: Config) -> tuple[list[Stage], datasets.ImageSet]:
-  """The stages of `config`, and its training images."""
-  images = datasets.load(config.dataset.name, 'train')
-  return plan(config, images.images.shape[1:], images.num_classes), images
+def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], datasets.ImageSet]:
+  """The stages of a run in `workdir` (which need not be there), and the training images."""
+  images = datasets.load(config.dataset.name, config.dataset.image_size, 'train')
+  return cut(workdir, plan(config, images.images.shape[1:], images.num_classes)), images
 
 
 def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
   """The stages of `config` without its data, which need not be at hand to sample from a workdir."""
-  path = workdir / 'base' / 'stage.json'
-  if not path.is_file():
-    raise UserError(f'--workdir={workdir} holds no stage yet: there is no {path}')
+  path = next(iter(sorted(workdir.glob('*/stage.json'))), None)
+  if path is None:
+    raise UserError(f'--workdir={workdir} holds no stage yet: there is no stage.json in it')
   found = read_json(path)
   try:
-    return plan(config, tuple(found['image_shape']), int(found['network']['num_classes']))
+    image_shape, num_classes = tuple(found['image_shape']), int(found['network']['num_classes'])
   except (KeyError, TypeError, ValueError) as error:
     raise DamagedError(f'{path} is damaged ({error!r}); restore it from a copy') from error
+  return cut(workdir, plan(config, image_shape, num_classes))
+
+
+def cut(workdir: pathlib.Path, stages: list[Stage]) -> list[Stage]:
+  """The plan as it is for a workdir into which a model was imported: it begins there."""
+  for k, stage in reversed(list(enumerate(stages))):
+    path = workdir / stage.name / 'stage.json'
+    if path.is_file() and read_json(path).get('imported'):
+      return [dataclasses.replace(stage, parent=None, parent_weights=''), *stages[k + 1 :]]
+  return stages
 
 
 def _lineage(stage: Stage, parent: Model | None, config: Config) -> dict[str, Any]:
@@ -125,7 +155,8 @@ def _lineage(stage: Stage, parent: Model | None, config: Config) -> dict[str, An
   return {
     'stage': stage.name,
     'method': stage.method,
-    'parent': parent and {'stage': parent.stage.name, 'digest': parent.digest},
+    'parent': parent
+    and {'stage': parent.stage.name, 'weights': parent.weights, 'digest': parent.digest},
     'output': stage.denoise.output,
     'network': {key: network[key] for key in network if key not in ('parent', 'name')},
     'schedule': {'name': type(stage.schedule).__name__, **dataclasses.asdict(stage.schedule)},
@@ -165,7 +196,8 @@ def finish_stage(workdir: pathlib.Path, parent: Model | None, model: Model, conf
 
 def is_finished(workdir: pathlib.Path, stage: Stage) -> bool:
   """Whether the lineage says that the stage was trained to its end."""
-  return bool(read_json(workdir / stage.name / 'stage.json').get('finished'))
+  path = workdir / stage.name / 'stage.json'
+  return path.is_file() and bool(read_json(path).get('finished'))
 
 
 def check_digest(workdir: pathlib.Path, model: Model) -> None:
@@ -218,8 +250,38 @@ def load_model(workdir: pathlib.Path, stage: Stage, config: Config) -> Model | N
 
 
 def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
-  """A training state, seen as what is sampled from."""
-  return Model(stage, state.ema_params, digest(state.ema_params), int(state.step), seconds)
+  """A training state, seen as what is sampled from: its first moving average."""
+  trees = dict(zip(stage.weights, [*state.ema_params, state.params['student']], strict=True))
+  params = trees['ema']
+  return Model(stage, 'ema', params, digest(params), int(state.step), seconds, trees)
+
+
+def adopt(
+  workdir: pathlib.Path, stage: Stage, params: Params, config: Config, origin: Mapping[str, Any]
+) -> Model:
+  """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it.
+
+  Raises:
+    UserError: there is something in its directory already.
+  """
+  stage_dir = workdir / stage.name
+  if stage_dir.exists():
+    raise UserError(f'{stage_dir} is there already; import into another workdir, or remove it')
+  stage = dataclasses.replace(stage, parent=None, parent_weights='')
+  state = dataclasses.replace(
+    stage.recipe.create_state(params), step=jnp.array(stage.num_updates, jnp.int32)
+  )
+  with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
+    checkpoints.save(stage.num_updates, state, 0.0)
+  model = to_model(stage, state, 0.0)
+  outcome = {'finished': True, 'digest': model.digest, 'seconds': 0.0, 'imported': dict(origin)}
+  write_json(stage_dir / 'stage.json', _lineage(stage, None, config) | outcome)
+  return model
+
+
+def abstract_params(stage: Stage) -> Params:
+  """Shapes and types of the stage's parameters; nothing is computed."""
+  return jax.eval_shape(lambda rng: stage.denoise.init(rng, stage.image_shape), jax.random.key(0))
 
 
 def abstract_state(stage: Stage) -> TrainState:

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_distillation import interrupts, samplers, sharding
+from diffusion_distillation import interrupts, samplers, sharding, times
 from diffusion_distillation.datasets import to_image
 from diffusion_distillation.schedules import Schedule
 from diffusion_distillation.train_state import Params
@@ -31,40 +31,59 @@ class Drawer:
   """
 
   denoise: Denoiser
-  sampler: samplers.Step
+  sampler: samplers.Sampler
   schedule: Schedule
   image_shape: tuple[int, ...]
   batch_size: int
 
-  def labels(self, index: np.ndarray) -> np.ndarray | None:
-    """Balanced labels for a conditional network: image k has class k mod num_classes."""
-    num_classes = self.denoise.network.num_classes
-    return (index % num_classes).astype(np.int32) if num_classes else None
+  def labels(self, index: np.ndarray, classes: Sequence[int] = ()) -> np.ndarray | None:
+    """Labels of the images at `index`: `classes` in turn, or all classes, so that they are balanced.
 
-  def batches(self, params: Params, num_steps: int, num_samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields `num_samples` images in batches (n, H, W, C) uint8."""
-    times = samplers.uniform_times(num_steps)
-    times = np.pad(times, (max(0, _GRID - num_steps), 0))
+    None for a network without classes.
+    """
+    num_classes = self.denoise.network.num_classes
+    if not num_classes:
+      return None
+    chosen = np.asarray(classes or range(num_classes), np.int32)
+    return chosen[index % len(chosen)]
+
+  def batches(
+    self,
+    params: Params,
+    grid: np.ndarray,
+    num_samples: int,
+    seed: int,
+    classes: Sequence[int] = (),
+  ) -> Iterator[np.ndarray]:
+    """Yields `num_samples` images in batches (n, H, W, C) uint8, by the times in `grid` (N + 1,)."""
+    grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     size = sharding.round_up(self.batch_size)
     for start in range(0, num_samples, size):
       interrupts.check()
       index = np.arange(start, start + size, dtype=np.int32)
       count = min(size, num_samples - start)
-      index, label = sharding.put((index, self.labels(index)))
-      images = _draw(self, params, times, np.int32(seed), index, label)
+      index, label = sharding.put((index, self.labels(index, classes)))
+      images = _draw(self, params, grid, np.int32(seed), index, label)
       yield np.asarray(images)[:count]
 
-  def draw(self, params: Params, num_steps: int, num_samples: int, seed: int) -> np.ndarray:
+  def draw(
+    self,
+    params: Params,
+    grid: np.ndarray,
+    num_samples: int,
+    seed: int,
+    classes: Sequence[int] = (),
+  ) -> np.ndarray:
     """All of `batches`, (num_samples, H, W, C) uint8."""
-    return np.concatenate(list(self.batches(params, num_steps, num_samples, seed)))
+    return np.concatenate(list(self.batches(params, grid, num_samples, seed, classes)))
 
   def seconds_per_image(
-    self, params: Params, num_steps: int, num_samples: int, seed: int, use: Callable
+    self, params: Params, grid: np.ndarray, num_samples: int, seed: int, use: Callable
   ) -> float:
     """Passes every batch to `use(images)`; the time that drawing alone took, compilation excluded."""
-    next(self.batches(params, 1, 1, seed))
+    next(self.batches(params, times.uniform(1), 1, 1))
     seconds, began = 0.0, time.monotonic()
-    for images in self.batches(params, num_steps, num_samples, seed):
+    for images in self.batches(params, grid, num_samples, seed):
       seconds += time.monotonic() - began
       use(images)
       began = time.monotonic()
@@ -75,7 +94,7 @@ class Drawer:
 def _draw(
   drawer: Drawer,
   params: Params,
-  times: jax.Array,
+  grid: jax.Array,
   seed: jax.Array,
   index: jax.Array,
   label: jax.Array | None,
@@ -87,7 +106,7 @@ def _draw(
     drawer.sampler,
     lambda z, logsnr: drawer.denoise(params, z, logsnr, label),
     drawer.schedule,
-    times,
+    grid,
     z,
     step_keys,
   )

@@ -1,7 +1,6 @@
 """Measuring every stage: students at their own step count, the undistilled base at each of them."""
 
 import dataclasses
-import functools
 import importlib.metadata
 import logging
 import os
@@ -13,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import datasets
+from diffusion_distillation import datasets, times
 from diffusion_distillation.checkpoints import read_json, write_json
+from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets import ImageSet
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.drawing import Drawer
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
 from diffusion_distillation.progress import Progress
-from diffusion_distillation.stages import Config, make_sampler
+from diffusion_distillation.samplers import Sampler
+from diffusion_distillation.stages import Stage, make_sampler
 from diffusion_distillation.workdir import Model
 
 _log = logging.getLogger(__name__)
@@ -38,14 +39,20 @@ class Setting:
   num_steps: int
 
 
-def settings(models: list[Model]) -> Iterator[Setting]:
-  """The base under every sampler at every stage's step count, and each student at its own."""
-  base, *students = models
-  for model in models:
-    for sampler in ('ddim', 'ancestral'):
-      yield Setting(base, sampler, model.stage.num_steps)
-  for student in students:
-    yield Setting(student, 'ddim', student.stage.num_steps)
+def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:
+  """What is measured: (place of the stage in the list, weights, sampler, number of steps).
+
+  The first stage under every sampler at every stage's step count, each student at its own, and all of them at
+  their own with their further moving averages; not beyond `evaluation.max_steps`.
+  """
+  found = [
+    (0, 'ema', sampler, stage.num_steps) for stage in stages for sampler in config.evaluation.samplers
+  ]
+  for place, stage in enumerate(stages):
+    for weights in stage.weights[:-1]:
+      if place or weights != 'ema':
+        found.append((place, weights, 'ddim', stage.num_steps))
+  yield from (row for row in found if row[-1] <= config.evaluation.max_steps)
 
 
 def evaluate(
@@ -63,14 +70,17 @@ def evaluate(
   Returns:
     What `results.json` holds.
   """
-  held_out = datasets.load(config.dataset.name, 'test')
+  held_out = datasets.load(config.dataset.name, config.dataset.image_size, 'test')
   began = time.monotonic()
   extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
   reference = extractor.moments(train.images)
   results = _header(config, extractor, train, held_out, reference, models)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else _known_rows(path, extractor) | _known_rows(partial, extractor)
-  todo = list(settings(models))
+  todo = [
+    Setting(models[place].use(weights), sampler, num_steps)
+    for place, weights, sampler, num_steps in rows([model.stage for model in models], config)
+  ]
   steps = sum(s.num_steps for s in todo)
   size = config.evaluation.num_samples
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
@@ -131,16 +141,17 @@ def _floor(
 
 def _describe(config: Config, setting: Setting) -> dict[str, Any]:
   """A row, but for what is measured: equal descriptions are equal measurements."""
-  sampler = make_sampler(setting.sampler, config.evaluation.clip_x)
+  sampler = make(config, setting.sampler)
   return {
     'stage': setting.model.stage.name,
+    'weights': setting.model.weights,
     'method': setting.model.stage.method,
     'sampler': setting.sampler,
     'num_steps': setting.num_steps,
     'nfe': setting.num_steps * sampler.calls_per_step,
     'num_samples': config.evaluation.num_samples,
     'seed': config.evaluation.seed,
-    'clip_x': config.evaluation.clip_x,
+    **dataclasses.asdict(sampler),
     'batch_size': config.evaluation.batch_size,
     'updates': setting.model.step,
     'digest': setting.model.digest,
@@ -166,13 +177,18 @@ def _known_rows(path: pathlib.Path, extractor: features.FeatureExtractor) -> dic
     return {}
 
 
-def drawer(config: Config, model: Model, sampler: str) -> Drawer:
-  """Draws from a model as the config's evaluation says."""
+def make(config: Config, sampler: str) -> Sampler:
+  """A sampler as the config's evaluation has it."""
+  return make_sampler(sampler, config.evaluation.clip_x, config.evaluation.gamma)
+
+
+def drawer(config: Config, stage: Stage, sampler: str) -> Drawer:
+  """Draws from a stage as the config's evaluation says."""
   return Drawer(
-    denoise=model.stage.denoise,
-    sampler=make_sampler(sampler, config.evaluation.clip_x),
-    schedule=model.stage.schedule,
-    image_shape=model.stage.image_shape,
+    denoise=stage.denoise,
+    sampler=make(config, sampler),
+    schedule=stage.schedule,
+    image_shape=stage.image_shape,
     batch_size=config.evaluation.batch_size,
   )
 
@@ -181,9 +197,9 @@ def _measure(
   config: Config, setting: Setting, extractor: features.FeatureExtractor, reference: Moments
 ) -> dict[str, Any]:
   running = RunningMoments()
-  seconds = drawer(config, setting.model, setting.sampler).seconds_per_image(
+  seconds = drawer(config, setting.model.stage, setting.sampler).seconds_per_image(
     setting.model.params,
-    setting.num_steps,
+    times.uniform(setting.num_steps),
     config.evaluation.num_samples,
     config.evaluation.seed,
     use=lambda images: running.add(extractor(images)),
@@ -196,11 +212,13 @@ def _measure(
 
 
 def grid_rows(config: Config, models: list[Model], columns: int = 16) -> dict[str, np.ndarray]:
-  """(columns, H, W, C) uint8 images a stage, all from the same noise, by caption."""
-  rows = {}
+  """(columns, H, W, C) uint8 images a stage that is measured, all from the same noise, by caption."""
+  drawn = {}
   for model in models:
+    if model.stage.num_steps > config.evaluation.max_steps:
+      continue
     steps = model.stage.num_steps
     caption = f'{model.stage.name}\n{steps} step{"s" * (steps > 1)}'
-    draw = functools.partial(drawer(config, model, 'ddim').draw, model.params, steps, columns)
-    rows[caption] = draw(config.evaluation.seed)
-  return rows
+    draw = drawer(config, model.stage, 'ddim').draw
+    drawn[caption] = draw(model.params, times.uniform(steps), columns, config.evaluation.seed)
+  return drawn

@@ -10,15 +10,27 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from diffusion_distillation.configuration import Config, flatten
 from diffusion_distillation.evaluation import pictures
-from diffusion_distillation.stages import Config, flatten
 
-_CURVES = (
-  # caption, distilled or not, sampler, colour, marker
-  ('Distilled', True, 'ddim', '#c2410c', 'o'),
-  ('Base, DDIM', False, 'ddim', '#1d4ed8', 's'),
-  ('Base, ancestral', False, 'ancestral', '#15803d', '^'),
-)
+_CAPTIONS = {
+  'ddim': 'DDIM',
+  'ancestral': 'ancestral',
+  'euler': 'Euler',
+  'heun': 'Heun',
+  'rk4': 'RK4',
+  'dpm_solver_2m': 'DPM-Solver++(2M)',
+}
+_STYLES = [
+  # colour, marker
+  ('#c2410c', 'o'),
+  ('#1d4ed8', 's'),
+  ('#15803d', '^'),
+  ('#7e22ce', 'D'),
+  ('#0e7490', 'v'),
+  ('#a16207', 'P'),
+  ('#be185d', 'X'),
+]
 
 
 def write(
@@ -43,29 +55,39 @@ def write(
     results=results,
     table=comparison(results['rows']),
     config=list(flatten(config)),
-    curves=[caption for caption, *_ in _CURVES],
+    curves=list(curves(results['rows'])),
+    base_nfe=max(curves(results['rows']).get('Base, DDIM', {0: 0})),
     figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
   )
   (directory / 'index.html').write_text(html)
 
 
-def _curve(rows: list[dict[str, Any]], distilled: bool, sampler: str) -> dict[int, float]:
-  return {
-    row['nfe']: row['value']
-    for row in rows
-    if row['sampler'] == sampler and distilled == (row['method'] != 'denoising')
-  }
+def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+  """Values by network calls: what was distilled, then the first stage under each sampler."""
+  base = rows[0]['stage']
+  found: dict[str, dict[int, float]] = {'Distilled': {}}
+  for row in rows:
+    if row['weights'] != 'ema':
+      continue
+    caption = f'Base, {_CAPTIONS[row["sampler"]]}' if row['stage'] == base else 'Distilled'
+    found.setdefault(caption, {})[row['nfe']] = row['value']
+  return found
 
 
 def comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """A line for each number of network calls, most first: the value of each curve or None."""
-  curves = [_curve(rows, distilled, sampler) for _, distilled, sampler, *_ in _CURVES]
-  calls = sorted({nfe for curve in curves for nfe in curve}, reverse=True)
-  base = curves[1].get(calls[0]) if calls else None
+  """A line for each number of network calls, most first: the value of each curve or None.
+
+  `ratio` is distilled to the base under DDIM with the calls that the base is made for.
+  """
+  columns = curves(rows)
+  calls = sorted({nfe for curve in columns.values() for nfe in curve}, reverse=True)
+  of_base = columns.get('Base, DDIM', {})
+  base = of_base[max(of_base)] if of_base else None
   lines = []
   for nfe in calls:
-    values = [curve.get(nfe) for curve in curves]
-    ratio = values[0] / base if values[0] is not None and base else None
+    distilled = columns['Distilled'].get(nfe)
+    ratio = distilled / base if distilled is not None and base else None
+    values = [curve.get(nfe) for curve in columns.values()]
     lines.append({'nfe': nfe, 'values': values, 'ratio': ratio})
   return lines
 
@@ -75,8 +97,8 @@ def distance_figure(results: dict[str, Any]) -> Figure:
   figure = Figure(figsize=(6.4, 4.4), layout='constrained')
   axes = figure.add_subplot()
   ticks: set[int] = set()
-  for caption, distilled, sampler, colour, marker in _CURVES:
-    curve = _curve(results['rows'], distilled, sampler)
+  columns = curves(results['rows'])
+  for (caption, curve), (colour, marker) in zip(columns.items(), _STYLES, strict=False):
     calls = sorted(curve)
     ticks.update(calls)
     values = [curve[nfe] for nfe in calls]

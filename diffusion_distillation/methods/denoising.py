@@ -1,4 +1,4 @@
-"""Base training: denoising in continuous time. The teacher is the data."""
+"""Base training: denoising, in continuous or discrete time. The teacher is the data."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation import times
 from diffusion_distillation.diffusion import Prediction, diffuse
 from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params
 from diffusion_distillation.schedules import Schedule
@@ -14,19 +15,46 @@ from diffusion_distillation.weightings import Weighting, weighted_mse
 
 @flax.struct.dataclass
 class Denoising:
-  """Weighted error of the denoiser at t ~ U(0, 1] (Salimans & Ho 2022, algorithm 1).
+  """Weighted error of the denoiser (Salimans & Ho 2022, algorithm 1).
 
   Attributes:
     schedule: t to logsnr.
     weighting: logsnr to the weight on the error in x.
+    law: of t in (0, 1].
+    num_steps: N for discrete time, t in {1/N, ..., 1}; 0 for continuous time.
   """
 
   schedule: Schedule = flax.struct.field(pytree_node=False)
   weighting: Weighting = flax.struct.field(pytree_node=False)
+  law: times.Uniform = flax.struct.field(pytree_node=False, default=times.Uniform())
+  num_steps: int = flax.struct.field(pytree_node=False, default=0)
+
+  @property
+  def teacher_calls(self) -> int:
+    """None: the data is at hand."""
+    return 0
 
   def init(self, student_params: Params) -> dict[str, Params]:
     """The student alone."""
     return {'student': student_params}
+
+  def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
+    """`t` (B,) in (0, 1] and `eps` (B, H, W, C)."""
+    rng_t, rng_eps = jax.random.split(rng)
+    t = self.law(rng_t, shape[0])
+    if self.num_steps:
+      t = times.interval(t, self.num_steps) / self.num_steps
+    return {'t': t, 'eps': jax.random.normal(rng_eps, shape)}
+
+  def losses(
+    self, denoise: DenoiseFn, student: Params, batch: Batch, rng: jax.Array | None = None
+  ) -> jax.Array:
+    """Weighted error of each example, (B,)."""
+    x, eps = batch['x'], batch['eps']
+    logsnr = self.schedule(jnp.maximum(batch['t'], jnp.finfo(jnp.float32).tiny))
+    z = diffuse(x, eps, logsnr)
+    prediction = denoise(student, z, logsnr, batch['label'], rng)
+    return weighted_mse(self.weighting, logsnr, Prediction(x, eps), prediction)
 
   def loss(
     self,
@@ -34,17 +62,9 @@ class Denoising:
     params: Mapping[str, Params],
     teacher: Params,
     batch: Batch,
-    rng: jax.Array,
+    rng: jax.Array | None,
     step: jax.Array,
   ) -> Loss:
-    """Mean weighted error over the batch; see `Method.loss`."""
+    """The mean of `losses`; see `Method.loss`."""
     del teacher, step
-    rng_t, rng_eps, rng_dropout = jax.random.split(rng, 3)
-    x, label = batch['x'], batch['label']
-    t = 1.0 - jax.random.uniform(rng_t, x.shape[:1])
-    eps = jax.random.normal(rng_eps, x.shape)
-    logsnr = self.schedule(t)
-    z = diffuse(x, eps, logsnr)
-    prediction = denoise(params['student'], z, logsnr, label, rng_dropout)
-    loss = jnp.mean(weighted_mse(self.weighting, logsnr, Prediction(x, eps), prediction))
-    return loss, {}
+    return jnp.mean(self.losses(denoise, params['student'], batch, rng)), {}

@@ -32,8 +32,20 @@ class Method(Protocol):
   share one program. All else is static.
   """
 
+  @property
+  def teacher_calls(self) -> int:
+    """Network calls of the teacher for each example of an update; the student has one more."""
+    ...
+
   def init(self, student_params: Params) -> dict[str, Params]:
     """The networks it trains, by name, from the student's initial parameters."""
+    ...
+
+  def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
+    """The randomness of a whole batch of examples (B, H, W, C): arrays with B in front.
+
+    Drawn before the batch is cut into micro-batches, so that these see what the whole would have seen.
+    """
     ...
 
   def loss(
@@ -42,8 +54,11 @@ class Method(Protocol):
     params: Mapping[str, Params],
     teacher: Params,
     batch: Batch,
-    rng: jax.Array,
+    rng: jax.Array | None,
     step: jax.Array,
   ) -> Loss:
-    """A scalar, and scalars to report. `batch` has `x` (B, H, W, C) in [-1, 1] and `label` (B,) or None."""
+    """A scalar, and scalars to report.
+
+    `batch` has `x` (B, H, W, C) in [-1, 1], `label` (B,) or None, and what `draw` drew; `rng` is dropout's.
+    """
     ...

@@ -1,4 +1,4 @@
-"""Progressive distillation: a student whose one step does two steps of its teacher."""
+"""Progressive distillation: a student whose one step does two steps of its teacher, or more."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation import times
 from diffusion_distillation.diffusion import Prediction, diffuse, from_x, implied_x
 from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params
 from diffusion_distillation.samplers import DDIM
@@ -18,18 +19,49 @@ class Progressive:
   """One round of progressive distillation (Salimans & Ho 2022, algorithm 2).
 
   Attributes:
-    num_steps: N, the student's sampling steps; the teacher's are 2 N. An argument of the compiled step.
+    num_steps: N, the student's sampling steps. An argument of the compiled step.
     schedule: t to logsnr, the teacher's.
     weighting: logsnr to the weight on the error in x.
+    factor: teacher steps that the student does in one; the teacher has factor * N.
+    law: of t, before it is rounded up to i / N.
   """
 
   num_steps: int | jax.Array
   schedule: Schedule = flax.struct.field(pytree_node=False)
   weighting: Weighting = flax.struct.field(pytree_node=False)
+  factor: int = flax.struct.field(pytree_node=False, default=2)
+  law: times.Uniform = flax.struct.field(pytree_node=False, default=times.Uniform())
+
+  @property
+  def teacher_calls(self) -> int:
+    """One for each of its steps."""
+    return self.factor
 
   def init(self, student_params: Params) -> dict[str, Params]:
     """The student alone."""
     return {'student': student_params}
+
+  def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
+    """`i` (B,) integers in 1..N, for t = i / N, and `eps` (B, H, W, C)."""
+    rng_i, rng_eps = jax.random.split(rng)
+    i = times.interval(self.law(rng_i, shape[0]), self.num_steps)
+    return {'i': i, 'eps': jax.random.normal(rng_eps, shape)}
+
+  def losses(
+    self,
+    denoise: DenoiseFn,
+    student: Params,
+    teacher: Params,
+    batch: Batch,
+    rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """Weighted error of each example against the teacher's target, (B,)."""
+    i, label = batch['i'], batch['label']
+    logsnr_t = self.schedule(i / self.num_steps)
+    z_t = diffuse(batch['x'], batch['eps'], logsnr_t)
+    target = from_x(z_t, logsnr_t, self.target_x(denoise, teacher, z_t, i, label))
+    prediction = denoise(student, z_t, logsnr_t, label, rng)
+    return weighted_mse(self.weighting, logsnr_t, target, prediction)
 
   def loss(
     self,
@@ -37,21 +69,12 @@ class Progressive:
     params: Mapping[str, Params],
     teacher: Params,
     batch: Batch,
-    rng: jax.Array,
+    rng: jax.Array | None,
     step: jax.Array,
   ) -> Loss:
-    """Mean weighted error over the batch; see `Method.loss`."""
+    """The mean of `losses`; see `Method.loss`."""
     del step
-    rng_i, rng_eps, rng_dropout = jax.random.split(rng, 3)
-    x, label = batch['x'], batch['label']
-    i = jax.random.randint(rng_i, x.shape[:1], 1, self.num_steps + 1)
-    eps = jax.random.normal(rng_eps, x.shape)
-    logsnr_t = self.schedule(i / self.num_steps)
-    z_t = diffuse(x, eps, logsnr_t)
-    target = from_x(z_t, logsnr_t, self.target_x(denoise, teacher, z_t, i, label))
-    prediction = denoise(params['student'], z_t, logsnr_t, label, rng_dropout)
-    loss = jnp.mean(weighted_mse(self.weighting, logsnr_t, target, prediction))
-    return loss, {}
+    return jnp.mean(self.losses(denoise, params['student'], teacher, batch, rng)), {}
 
   def target_x(
     self,
@@ -61,18 +84,17 @@ class Progressive:
     i: jax.Array,
     label: jax.Array | None,
   ) -> jax.Array:
-    """The x that takes the student in one step where two unclipped DDIM steps take the teacher.
+    """The x that takes the student in one step where unclipped DDIM steps take the teacher.
 
-    From t = i / N by t' = (i - 1/2) / N to t'' = (i - 1) / N; i: (B,) integers in 1..N.
+    From t = i / N in `factor` equal steps to (i - 1) / N; i: (B,) integers in 1..N.
     """
     ddim = DDIM(clip_x=False)
 
     def teach(z: jax.Array, logsnr: jax.Array) -> Prediction:
       return denoise(teacher, z, logsnr, label)
 
-    logsnr_t = self.schedule(i / self.num_steps)
-    logsnr_mid = self.schedule((i - 0.5) / self.num_steps)
-    logsnr_s = self.schedule((i - 1) / self.num_steps)
-    z_mid = ddim(None, teach, z_t, logsnr_t, logsnr_mid)
-    z_s = ddim(None, teach, z_mid, logsnr_mid, logsnr_s)
-    return jax.lax.stop_gradient(implied_x(z_t, z_s, logsnr_t, logsnr_s))
+    logsnr = [self.schedule((i - k / self.factor) / self.num_steps) for k in range(self.factor + 1)]
+    z_s = z_t
+    for k in range(self.factor):
+      z_s = ddim(None, teach, z_s, logsnr[k], logsnr[k + 1])
+    return jax.lax.stop_gradient(implied_x(z_t, z_s, logsnr[0], logsnr[-1]))

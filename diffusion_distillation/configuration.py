@@ -1,0 +1,109 @@
+"""What a config must be like, whatever is made of it: its keys, and the range of each number."""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict as Config
+
+from diffusion_distillation.errors import UserError
+
+
+def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """('train.batch_size', 64) and so on, in the config's order; sequences as tuples."""
+  for key, value in config.items():
+    if isinstance(value, Mapping | Config):
+      yield from flatten(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, tuple(value) if isinstance(value, list | tuple) else value
+
+
+def check_keys(config: Mapping[str, Any], default: Mapping[str, Any]) -> None:
+  """Raises UserError unless `config` has exactly the keys of `default`; names the nearest one."""
+  known = [key for key, _ in flatten(default)]
+  given = [key for key, _ in flatten(config)]
+  check_known(given, known)
+  missing = [key for key in known if key not in given]
+  if missing:
+    raise UserError(f'config lacks the keys {", ".join(missing)}; start from configs/default.py')
+
+
+def check_known(given: list[str], known: list[str]) -> None:
+  """Raises UserError for the first key in `given` that is not known; names the nearest one."""
+  for key in given:
+    if key not in known:
+      raise UserError(f'config has no key {key!r}{nearest(key, known)}')
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+  """'; did you mean ...?' if something near is known, else ''."""
+  close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+  return f'; did you mean {close[0]!r}?' if close else ''
+
+
+def choose(key: str, value: str, table: Mapping[str, Any]) -> Any:
+  """`table[value]`; raises UserError, naming the key and the nearest choice, where there is none."""
+  if value not in table:
+    raise UserError(f'{key}={value!r} is not one of {list(table)}{nearest(value, table)}')
+  return table[value]
+
+
+POSITIVE = [
+  'dataset.image_size',
+  'model.ch',
+  'model.emb_ch',
+  'model.ch_mult',
+  'model.num_res_blocks',
+  'model.num_groups',
+  'model.num_heads',
+  'model.head_dim',
+  'schedule.base_size',
+  'optimizer.eps',
+  'optimizer.clip_norm',
+  'train.num_updates',
+  'train.batch_size',
+  'train.micro_batches',
+  'train.learning_rate',
+  'distill.start_steps',
+  'distill.end_steps',
+  'distill.num_updates',
+  'distill.batch_size',
+  'distill.micro_batches',
+  'distill.learning_rate',
+  'max_skipped',
+  'checkpoint.every',
+  'log.every',
+  'evaluation.num_samples',
+  'evaluation.batch_size',
+  'evaluation.max_steps',
+]
+NOT_NEGATIVE = [
+  'seed',
+  'evaluation.seed',
+  'time.num_steps',
+  'train.warmup',
+  'train.weight_decay',
+  'distill.warmup',
+  'distill.weight_decay',
+  'log.measured_updates',
+  'log.seconds',
+]
+FRACTIONS = ['train.ema_decay', 'distill.ema_decay', 'model.dropout', 'optimizer.b1', 'optimizer.b2']
+AT_LEAST_TWO = ['distill.factor', 'evaluation.num_samples']
+
+
+def check_numbers(config: Config) -> None:
+  """Raises UserError for numbers that no stage could use; None stands for 'not given'."""
+  values = dict(flatten(config))
+  for keys, wanted, holds in (
+    (POSITIVE, 'positive', lambda v: 0 < v < math.inf),
+    (NOT_NEGATIVE, 'zero or more, and below 2^31', lambda v: 0 <= v < 2**31),
+    (FRACTIONS, 'in [0, 1)', lambda v: 0 <= v < 1),
+    (AT_LEAST_TWO, 'at least 2', lambda v: v >= 2),
+  ):
+    for key in keys:
+      value = values[key]
+      numbers = value if isinstance(value, tuple) else (value,)
+      if not numbers or not all(number is None or holds(number) for number in numbers):
+        raise UserError(f'{key}={value} must be {wanted}')

@@ -1,0 +1,113 @@
+"""The plan of a run as it is shown before it runs: stages, updates, network calls, and the time they will take."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from diffusion_distillation import interrupts, sharding, times
+from diffusion_distillation import workdir as workdirs
+from diffusion_distillation.configuration import Config
+from diffusion_distillation.evaluation import measure
+from diffusion_distillation.stages import Stage
+
+
+def show(stages: list[Stage], finished: set[str], step: Callable, config: Config) -> None:
+  """Prints the plan on stderr; then, from a few updates of each kind, the time that is to come.
+
+  Args:
+    stages: of the run.
+    finished: names of those that need no training any more.
+    step: the compiled `train_step`.
+    config: of the run; `log.measured_updates` = 0 leaves the estimate out.
+  """
+  for line in table(stages, finished, config):
+    _print(line)
+  repeats = config.log.measured_updates
+  if not repeats:
+    return
+  seconds: dict = {}
+  total = 0.0
+  _print(f'measuring {repeats} updates of each kind ...')
+  for stage in stages:
+    if stage.name in finished:
+      continue
+    kind = (jax.tree.structure(stage.recipe), stage.batch_size)
+    if kind not in seconds:
+      seconds[kind] = seconds_per_update(stage, step, repeats)
+    total += seconds[kind] * stage.num_updates
+    rate = f'{1000 * seconds[kind]:.3g} ms an update'
+    _print(f'  {stage.name:<18} {_duration(seconds[kind] * stage.num_updates):>10}  ({rate})')
+  call = seconds_per_call(stages[0], config)
+  calls = evaluation_calls(stages, config)
+  _print(f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)')
+  _print(f'  {"together":<18} {_duration(total + call * calls):>10}')
+
+
+def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[str]:
+  """Lines: the network, then a stage each with its updates and network calls, then the evaluation."""
+  first = stages[0]
+  count = parameter_overview.count_parameters(workdirs.abstract_params(first))
+  yield f'{count:,} parameters; {jax.device_count()} {jax.default_backend()} device(s)'
+  for stage in stages:
+    calls = network_calls(stage)
+    done = '  finished' if stage.name in finished else ''
+    yield (
+      f'  {stage.name:<18} {stage.num_steps:>5} steps {stage.num_updates:>8,} updates of '
+      f'{stage.batch_size} images {calls:>10.2e} network calls{done}'
+    )
+  yield f'  {"evaluation":<18} {evaluation_calls(stages, config):>54.2e} network calls'
+
+
+def network_calls(stage: Stage) -> int:
+  """Forward calls of one image that its training makes; the student's are differentiated as well."""
+  return stage.num_updates * stage.batch_size * (1 + stage.recipe.method.teacher_calls)
+
+
+def evaluation_calls(stages: list[Stage], config: Config) -> int:
+  """Network calls of one image that measuring every stage takes, if nothing is measured yet."""
+  return config.evaluation.num_samples * sum(
+    num_steps * measure.make(config, sampler).calls_per_step
+    for _, _, sampler, num_steps in measure.rows(stages, config)
+  )
+
+
+def seconds_per_update(stage: Stage, step: Callable, repeats: int) -> float:
+  """The mean over some updates on noise, compilation excluded."""
+  params = stage.denoise.init(jax.random.key(0), stage.image_shape)
+  state = sharding.replicate(stage.recipe.create_state(params))
+  teacher = sharding.replicate(params) if stage.parent else None
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (stage.batch_size, *stage.image_shape)).astype(np.uint8)
+  label = np.zeros(stage.batch_size, np.int32)
+  batch = sharding.put({'image': image, 'label': label})
+  began = 0.0
+  for k in range(repeats + 1):
+    interrupts.check()
+    state, _ = step(stage.recipe, state, teacher, batch)
+    jax.block_until_ready(state)
+    began = began if k else time.monotonic()
+  return (time.monotonic() - began) / repeats
+
+
+def seconds_per_call(stage: Stage, config: Config) -> float:
+  """One network call of a sampler, for one image of a full batch."""
+  params = sharding.replicate(stage.denoise.init(jax.random.key(0), stage.image_shape))
+  draw = measure.drawer(config, stage, config.evaluation.samplers[0])
+  size = sharding.round_up(config.evaluation.batch_size)
+  seconds = draw.seconds_per_image(params, times.uniform(2), size, 0, use=lambda images: None)
+  return seconds / (2 * draw.sampler.calls_per_step)
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 60:
+    return f'{seconds:.0f} s'
+  hours, minutes = divmod(round(seconds / 60), 60)
+  return f'{hours} h {minutes:02d} min' if hours else f'{seconds / 60:.1f} min'
+
+
+def _print(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,81 @@
+"""Models from elsewhere as the first stage of a workdir: sampled, measured and distilled like its own."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from diffusion_distillation import datasets, workdir
+from diffusion_distillation.checkpoints import read_json
+from diffusion_distillation.configuration import Config
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.interop import google
+from diffusion_distillation.stages import Stage, plan
+from diffusion_distillation.workdir import Model
+
+
+def from_google(config: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
+  """A checkpoint of the released code; see `interop/google.py`.
+
+  A base becomes the stage 'base'; a student, the round of the config that has its number of steps.
+
+  Raises:
+    UserError: the file, or the config that is to describe it, is wrong; nothing was written.
+  """
+  shape, num_classes = datasets.describe(config.dataset.name, config.dataset.image_size)
+  stages = plan(config, shape, num_classes)
+  checkpoint = google.read(path)
+  stage = _stage_for(checkpoint.num_sample_steps, stages, path)
+  params = google.fit(checkpoint.ema_params, workdir.abstract_params(stage), path)
+  origin = {'source': 'google', 'file': path.name, 'sha256': checkpoint.sha256}
+  return _adopt(config, into, stage, params, origin)
+
+
+def _stage_for(num_steps: int, stages: list[Stage], path: pathlib.Path) -> Stage:
+  if not num_steps:
+    return stages[0]
+  for stage in stages:
+    if stage.num_steps == num_steps:
+      return stage
+  raise UserError(
+    f'--checkpoint={path} was distilled to {num_steps} steps, but the stages of this config have '
+    f'{", ".join(str(stage.num_steps) for stage in stages)}; set distill.start_steps={num_steps}'
+  )
+
+
+def from_workdir(config: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
+  """A stage of another run, `path` = WORKDIR/STAGE: the same network and schedule, for as many steps.
+
+  Raises:
+    UserError: there is no finished stage, or it does not fit the config; nothing was written.
+  """
+  if not (path / 'stage.json').is_file():
+    raise UserError(f'--checkpoint={path} is not a stage of a run: there is no stage.json in it')
+  lineage, stored = read_json(path / 'stage.json'), workdir.read_config(path.parent, config)
+  theirs = {stage.name: stage for stage in workdir.stored_plan(path.parent, stored)}[path.name]
+  shape, num_classes = datasets.describe(config.dataset.name, config.dataset.image_size)
+  is_base = theirs.method == 'denoising'
+  stage = _stage_for(0 if is_base else theirs.num_steps, plan(config, shape, num_classes), path)
+  for what in ('denoise', 'schedule', 'image_shape'):
+    if getattr(stage, what) != getattr(theirs, what):
+      raise UserError(
+        f'--checkpoint={path}: its {what} is {getattr(theirs, what)}, but the config says '
+        f'{getattr(stage, what)}'
+      )
+  model = workdir.load_model(path.parent, theirs, stored)
+  if model is None or not lineage.get('finished'):
+    raise UserError(f'--checkpoint={path} is not finished; train it to its end first')
+  origin = {'source': 'workdir', 'file': str(path), 'sha256': model.digest}
+  return _adopt(config, into, stage, jax.device_get(model.params), origin)
+
+
+def _adopt(config: Config, into: pathlib.Path, stage: Stage, params: object, origin: dict) -> Model:
+  with workdir.lock_workdir(into):
+    workdir.claim(into, config)
+    return workdir.adopt(into, stage, params, config, origin)
+
+
+SOURCES: dict[str, Callable[[Config, pathlib.Path, pathlib.Path], Model]] = {
+  'google': from_google,
+  'workdir': from_workdir,
+}
