@@ -21,6 +21,10 @@ _SEED = flags.DEFINE_integer('seed', 0, 'sample: of the noise.', 0, 2**31 - 1)
 _SAMPLER = flags.DEFINE_string(
   'sampler', 'ddim', 'sample: ddim, ancestral, euler, heun, rk4, dpm_solver_2m.'
 )
+_GAMMA = flags.DEFINE_float(
+  'gamma', None, 'sample, ancestral: variance from small (0) to large (1).', 0, 1
+)
+_CLIP_X = flags.DEFINE_bool('clip_x', None, 'sample: clip x to [-1, 1] at each step.')
 _STEPS = flags.DEFINE_integer('steps', None, 'sample: how many; by default those of the stage.', 1)
 _TIMES = flags.DEFINE_list('times', [], 'sample: a grid of times instead of equal steps: 0,0.25,1.')
 _CLASSES = flags.DEFINE_list('classes', [], 'sample: classes to draw in turn; by default all of them.')
@@ -41,6 +45,8 @@ def main(argv: list[str]) -> None:
     num_samples=_NUM_SAMPLES.value,
     seed=_SEED.value,
     sampler=_SAMPLER.value,
+    gamma=_GAMMA.value,
+    clip_x=_CLIP_X.value,
     steps=_STEPS.value,
     times=_TIMES.value,
     classes=_CLASSES.value,

@@ -39,6 +39,8 @@ class Options:
   num_samples: int = 64
   seed: int = 0
   sampler: str = 'ddim'
+  gamma: float | None = None
+  clip_x: bool | None = None
   steps: int | None = None
   times: Sequence[str] = ()
   classes: Sequence[str] = ()
@@ -112,6 +114,8 @@ def _sample(options: Options) -> None:
   out = pictures.check_out(options.out)
   config = workdir.read_config(options.workdir, options.default)
   choose('--sampler', options.sampler, samplers.SAMPLERS)
+  given = {'gamma': options.gamma, 'clip_x': options.clip_x}
+  config.evaluation.update({key: value for key, value in given.items() if value is not None})
   model = _choose_stage(options, config).use(options.weights)
   draw = measure.drawer(config, model.stage, options.sampler)
   grid, classes = _grid(options, model.stage.num_steps), _classes(options, model.stage)

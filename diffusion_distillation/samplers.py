@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_distillation import diffusion
 from diffusion_distillation.schedules import Schedule
@@ -109,15 +110,16 @@ class Ancestral(Sampler):
 
 
 class Tableau(NamedTuple):
-  """An explicit Runge-Kutta method: stage k looks at node c[k], reached with slopes a[k]; b sums them."""
+  """An explicit Runge-Kutta method: stage k is reached by the slopes before it, weighted by a[k]; b sums them."""
 
   a: tuple[tuple[float, ...], ...]
   b: tuple[float, ...]
 
-  @property
-  def c(self) -> tuple[float, ...]:
-    """The nodes: row sums of `a`."""
-    return tuple(map(sum, self.a))
+  def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """a (S, S), b (S,) and the nodes c (S,), the row sums of a."""
+    size = len(self.b)
+    a = np.array([[*row, *(0.0,) * (size - len(row))] for row in self.a], np.float32)
+    return a, np.array(self.b, np.float32), a.sum(1)
 
 
 MIDPOINT = Tableau(((), (1 / 2,)), (0.0, 1.0))
@@ -141,21 +143,21 @@ class ProbabilityFlow(Sampler):
     phi = jnp.arctan(jnp.exp(-0.5 * logsnr_t))
     step = jnp.arctan(jnp.exp(-0.5 * logsnr_s)) - phi
     ends = jnp.isinf(logsnr_s)
+    a, b, c = (
+      jnp.where(ends.reshape(-1, *(1,) * usual.ndim), last, usual)
+      for usual, last in zip(self.tableau.arrays(), self.last.arrays(), strict=True)
+    )
 
-    def choose(usual: float, last: float) -> jax.Array:
-      return widen(jnp.where(ends, last, usual) * step, z)
+    def moved(weights: jax.Array, slopes: jax.Array) -> jax.Array:
+      return z + widen(step, z) * jnp.einsum('bk,kb...->b...', weights, slopes)
 
-    slopes: list[jax.Array] = []
+    def stage(k: jax.Array, slopes: jax.Array) -> jax.Array:
+      logsnr = jnp.where(k == 0, logsnr_t, -2.0 * jnp.log(jnp.tan(phi + c[:, k] * step)))
+      prediction = self.predict(denoise, moved(a[:, k], slopes), logsnr)
+      return slopes.at[k].set(diffusion.velocity(prediction, logsnr))
 
-    def moved(usual: tuple[float, ...], last: tuple[float, ...]) -> jax.Array:
-      return z + sum(choose(*w) * slope for *w, slope in zip(usual, last, slopes, strict=True))
-
-    for k in range(self.calls_per_step):
-      node = phi + jnp.where(ends, self.last.c[k], self.tableau.c[k]) * step
-      logsnr = -2.0 * jnp.log(jnp.tan(node)) if k else logsnr_t
-      prediction = self.predict(denoise, moved(self.tableau.a[k], self.last.a[k]), logsnr)
-      slopes.append(diffusion.velocity(prediction, logsnr))
-    return moved(self.tableau.b, self.last.b)
+    slopes = jnp.zeros((self.calls_per_step, *z.shape), z.dtype)
+    return moved(b, jax.lax.fori_loop(0, self.calls_per_step, stage, slopes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

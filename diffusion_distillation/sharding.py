@@ -35,7 +35,7 @@ def check_batch(section: str, batch_size: int, micro_batches: int) -> None:
     raise UserError(f'{jax.process_count()} processes: this version runs on the devices of one only')
   unit = micro_batches * jax.device_count()
   if batch_size % unit:
-    parts = f'{micro_batches} micro-batches on ' if micro_batches > 1 else ''
+    parts = f'{section}.micro_batches={micro_batches} times ' if micro_batches > 1 else ''
     raise UserError(
       f'{section}.batch_size={batch_size} does not divide by {parts}the {jax.device_count()} devices of '
       f'this run; set it to a multiple of {unit}'

@@ -181,6 +181,8 @@ def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list
       f'evaluation.max_steps={config.evaluation.max_steps} leaves nothing to measure: '
       f'the last stage has distill.end_steps={distill.end_steps}'
     )
+  if not config.evaluation.samplers:
+    raise UserError('evaluation.samplers=() must name one at least, such as ddim')
   for name in config.evaluation.samplers:
     make_sampler(name, config.evaluation.clip_x, config.evaluation.gamma)
   denoise = make_denoiser(config, image_shape, num_classes)

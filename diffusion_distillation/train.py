@@ -111,11 +111,13 @@ def gradients(
   def add(total: Any, m: jax.Array) -> tuple[Any, None]:
     return jax.tree.map(jnp.add, total, part(m)), None
 
-  total = part(jnp.array(0))
-  if count > 1:
+  first = jnp.array(0)
+  if count == 1:
+    total = part(first)
+  else:
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, first))
     # XLA's CPU backend runs convolutions slowly inside loops (jax issue 12868).
-    unroll = jax.default_backend() == 'cpu'
-    total, _ = jax.lax.scan(add, total, jnp.arange(1, count), unroll=unroll)
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(count), unroll=jax.default_backend() == 'cpu')
   (loss, metrics), grads = jax.tree.map(lambda value: value / count, total)
   return loss, metrics, grads
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from configs import default
-from diffusion_distillation import cli, datasets, sharding, train
+from diffusion_distillation import cli, datasets, samplers, sharding, times, train
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
+from diffusion_distillation.evaluation import measure
 from tests import tiny
 
 # Imports once, then carries out each command line in a fork of its own.
@@ -37,6 +38,7 @@ json.dump(outcomes, sys.stdout)
 
 # What is asked, and what the one line has to say. {workdir} is not there; {finished} is a finished run.
 TRAIN = ['--config=configs/digits.py', '--workdir={workdir}']
+SAMPLE = ['--mode=sample', '--workdir={finished}', '--out=x.png']
 CASES = {
   'mistyped key': ([*TRAIN, '--config.train.bach_size=8'], ['bach_size', 'batch_size']),
   'mistyped key in the file': (
@@ -59,6 +61,79 @@ CASES = {
   'rounds and devices': (
     [*TRAIN, '--config.distill.batch_size=4'],
     ['distill.batch_size=4', '8 devices'],
+  ),
+  'micro-batches and batch': (
+    [*TRAIN, '--config.train.micro_batches=3'],
+    ['train.batch_size=64', 'train.micro_batches=3', '8 devices', 'multiple of 24'],
+  ),
+  'rounds and micro-batches': (
+    [*TRAIN, '--config.distill.micro_batches=16'],
+    ['distill.batch_size=64', 'distill.micro_batches=16', 'multiple of 128'],
+  ),
+  'a factor of one': ([*TRAIN, '--config.distill.factor=1'], ['distill.factor=(1,)', 'at least 2']),
+  'a factor too large': (
+    [*TRAIN, '--config.distill.factor=(8,2)'],
+    ['start_steps=32', 'end_steps=1', 'distill.factor=(8, 2)', '128'],
+  ),
+  'unknown decay': (
+    [*TRAIN, '--config.train.decay=cosin'],
+    ['train.decay', 'cosin', "did you mean 'cosine'"],
+  ),
+  'unknown decay of rounds': ([*TRAIN, '--config.distill.decay=exp'], ['distill.decay', 'linear']),
+  'unknown weights to distill': (
+    [*TRAIN, '--config.distill.from_weights=best'],
+    ['distill.from_weights', 'best', 'last'],
+  ),
+  'unknown schedule': (
+    [*TRAIN, '--config.schedule.name=linear'],
+    ['schedule.name', "did you mean 'linear_beta'"],
+  ),
+  'unknown time input': (
+    [*TRAIN, '--config.model.time_input=cos'],
+    ['time_input', 'cos', 'inv_cos', 'sigmoid'],
+  ),
+  'unknown sampler to measure': (
+    [*TRAIN, "--config.evaluation.samplers=('ddim','hein')"],
+    ['sampler', 'hein', "did you mean 'heun'"],
+  ),
+  'variance out of range': (
+    [*TRAIN, '--config.evaluation.gamma=2'],
+    ['evaluation', 'gamma=2.0', '[0, 1]'],
+  ),
+  'nothing to measure': (
+    [*TRAIN, '--config.distill.end_steps=4', '--config.evaluation.max_steps=2'],
+    ['evaluation.max_steps=2', 'distill.end_steps=4'],
+  ),
+  'images of another size': (
+    [*TRAIN, '--config.dataset.image_size=16'],
+    ['dataset.image_size=16', 'digits', 'have 8'],
+  ),
+  'plan without config': (['--mode=plan', '--workdir={workdir}'], ['--mode=plan', '--config']),
+  'plan of a bad config': (
+    [*TRAIN, '--mode=plan', '--config.train.micro_batches=3'],
+    ['train.batch_size=64', 'train.micro_batches=3'],
+  ),
+  'import from nowhere': ([*TRAIN, '--mode=import'], ['--source', 'google', 'workdir']),
+  'import from another source': (
+    [*TRAIN, '--mode=import', '--source=gogle'],
+    ['--source', "did you mean 'google'"],
+  ),
+  'import of nothing': ([*TRAIN, '--mode=import', '--source=google'], ['--checkpoint']),
+  'import of a missing file': (
+    [*TRAIN, '--mode=import', '--source=google', '--checkpoint={workdir}/x'],
+    ['--checkpoint={workdir}/x', 'No such file'],
+  ),
+  'import of a missing stage': (
+    [*TRAIN, '--mode=import', '--source=workdir', '--checkpoint={workdir}/base'],
+    ['--checkpoint={workdir}/base', 'stage.json'],
+  ),
+  'import without config': (
+    ['--mode=import', '--source=google', '--checkpoint={typo}', '--workdir={workdir}'],
+    ['--mode=import', '--config'],
+  ),
+  'import of something else': (
+    [*TRAIN, '--mode=import', '--source=google', '--checkpoint={typo}'],
+    ['--checkpoint={typo}', 'ema_params'],
   ),
   'no such data set': ([*TRAIN, '--config.dataset.name=cifar11'], ['cifar11', 'digits']),
   'workdir below a file': ([TRAIN[0], '--workdir={typo}/run'], ['cannot write', '{typo}/run']),
@@ -107,6 +182,26 @@ CASES = {
     ['another config', 'seed was 0, is 3'],
   ),
   'sample seed': (['--mode=sample', '--workdir={finished}', '--out=x.png', '--seed=-1'], ['seed']),
+  'sample with what is no sampler': (
+    [*SAMPLE, '--sampler=dimm'],
+    ['--sampler', 'dimm', "did you mean 'ddim'"],
+  ),
+  'sample with unknown weights': (
+    [*SAMPLE, '--weights=ema_0.5'],
+    ['--weights', 'ema_0.5', "'ema', 'last'"],
+  ),
+  'sample at times that fall': ([*SAMPLE, '--times=0,0.5,0.25,1'], ['--times=0,0.5,0.25,1', 'increase']),
+  'sample at times that stop short': ([*SAMPLE, '--times=0,0.5'], ['--times=0,0.5', 'end with 1']),
+  'sample at words': ([*SAMPLE, '--times=0,half,1'], ['--times=0,half,1', 'half']),
+  'sample by times and steps': (
+    [*SAMPLE, '--times=0,1', '--steps=1'],
+    ['--steps', '--times', 'not both'],
+  ),
+  'sample in no steps': ([*SAMPLE, '--steps=0'], ['steps']),
+  'classes without classes': (
+    [*SAMPLE, '--classes=3'],
+    ['--classes=3', 'progressive_0001', 'unconditional'],
+  ),
   'sample from nothing': (['--mode=sample', '--workdir={workdir}', '--out=x.png'], ['holds no run']),
   'evaluate nothing': (['--mode=evaluate', '--workdir={workdir}'], ['holds no run']),
 }
@@ -151,27 +246,101 @@ def test_one_line_says_what_is_wrong(outcomes, case):
 
 
 def options(workdir, **changes):
-  fields = {'mode': 'sample', 'config': None, 'default': default.get_config(), 'stage': None}
-  fields |= {'num_samples': 12, 'seed': 0, 'out': workdir / 'x.npz', 'rest': [], 'workdir': workdir}
-  return cli.Options(**fields | changes)
+  fields = {'mode': 'sample', 'config': None, 'default': default.get_config(), 'workdir': workdir}
+  return cli.Options(**fields | {'num_samples': 12} | changes)
 
 
-def test_a_half_finished_conditional_run_of_colour_images_is_sampled_with_labels(tmp_path, monkeypatch):
-  """Also: without its data set, which need not be at hand to sample from a workdir."""
-  grey = datasets.load('digits', 'train')
-  colour = datasets.ImageSet('rgb', grey.images.repeat(3, axis=-1), grey.labels, 10)
-  monkeypatch.setitem(datasets.SOURCES, 'rgb', lambda split: colour)
-  config = tiny.config(model__conditional=True, dataset__name='rgb', dataset__random_flip=True)
-  workdirs.claim(tmp_path, config)
-  stages, images = workdirs.plan_for(config)
-  step = sharding.compile_step(train.train_step)
-  train.fit(step, stages[0], None, images, tmp_path, config)
-  monkeypatch.delitem(datasets.SOURCES, 'rgb')
+CONDITIONAL = {
+  'model__conditional': True,
+  'model__ch_mult': (1,),
+  'train__ema_decay': (0.9, 0.99),
+  'train__learning_rate': 0.1,
+  'dataset__name': 'rgb',
+  'dataset__random_flip': True,
+}
+
+
+@pytest.fixture(scope='module')
+def colour(tmp_path_factory):
+  """A half-finished conditional run of colour images, whose data set is not at hand any more."""
+  workdir, config = tmp_path_factory.mktemp('colour'), tiny.config(**CONDITIONAL)
+  grey = datasets.load('digits', 8, 'train')
+  rgb = datasets.ImageSet('rgb', grey.images.repeat(3, axis=-1), grey.labels, 10)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(datasets.SOURCES, 'rgb', lambda split: rgb)
+    workdirs.claim(workdir, config)
+    stages, images = workdirs.plan_for(workdir, config)
+    train.fit(sharding.compile_step(train.train_step), stages[0], None, images, workdir, config)
+  return workdir
+
+
+@pytest.fixture
+def sample(colour, tmp_path, monkeypatch, capsys):
+  """Draws from the colour run: images, labels, and the line that is printed."""
   monkeypatch.setattr('diffusion_distillation.interrupts.install', lambda: None)
-  assert cli.run(options(tmp_path)) == 0
-  with np.load(tmp_path / 'x.npz', allow_pickle=False) as arrays:
-    assert arrays['images'].shape == (12, 8, 8, 3) and arrays['images'].dtype == np.uint8
-    assert arrays['labels'].tolist() == [*range(10), 0, 1]
+
+  def draw(**changes):
+    out = tmp_path / 'x.npz'
+    assert cli.run(options(colour, out=out, **changes)) == 0
+    with np.load(out, allow_pickle=False) as arrays:
+      assert arrays['images'].shape == (12, 8, 8, 3) and arrays['images'].dtype == np.uint8
+      return arrays['images'], arrays['labels'].tolist(), capsys.readouterr().out
+
+  return draw
+
+
+def test_a_half_finished_conditional_run_of_colour_images_is_sampled_with_labels(sample):
+  """Also: without its data set, which need not be at hand to sample from a workdir."""
+  _, labels, line = sample()
+  assert labels == [*range(10), 0, 1]
+  assert line.endswith('12 images of base in 4 ddim steps, 4 network calls each (12 of 12 updates)\n')
+
+
+def test_classes_are_drawn_in_turn_and_decide_what_is_drawn(sample):
+  balanced, _, _ = sample()
+  images, labels, _ = sample(classes=['0', '1', '7'])
+  assert labels == [0, 1, 7] * 4
+  same = (images == balanced).all(axis=(1, 2, 3))
+  assert same.tolist() == [k in (0, 1) for k in range(12)]
+
+
+def test_every_sampler_is_at_hand_and_its_network_calls_are_told(sample):
+  calls = {'ddim': 3, 'ancestral': 3, 'euler': 3, 'heun': 6, 'rk4': 12, 'dpm_solver_2m': 3}
+  assert set(calls) == set(samplers.SAMPLERS)
+  drawn = set()
+  for name, nfe in calls.items():
+    images, _, line = sample(sampler=name, steps=3)
+    assert f' in 3 {name} steps, {nfe} network calls each' in line
+    drawn.add(images.tobytes())
+  assert len(drawn) == len(calls)
+
+
+def test_steps_and_times_make_the_grid(sample):
+  two, _, line = sample(steps=2)
+  assert ' in 2 ddim steps, 2 network calls' in line
+  halves, _, line = sample(times=['0', '0.5', '1'])
+  np.testing.assert_array_equal(halves, two)
+  uneven, _, _ = sample(times=['0', '0.2', '1'])
+  assert ' in 2 ddim steps, 2 network calls' in line and (uneven != two).any()
+
+
+def test_the_weights_that_are_asked_for_are_sampled(sample, colour):
+  config = workdirs.read_config(colour, default.get_config())
+  model = workdirs.load_model(colour, workdirs.stored_plan(colour, config)[0], config)
+  draw = measure.drawer(config, model.stage, 'ddim').draw
+  drawn = {name: sample(weights=name)[0] for name in ('ema', 'ema_0.99', 'last')}
+  for name, images in drawn.items():
+    np.testing.assert_array_equal(images, draw(model.all[name], times.uniform(4), 12, 0))
+  assert len({images.tobytes() for images in drawn.values()}) == 3
+  np.testing.assert_array_equal(sample()[0], drawn['ema'])
+
+
+@pytest.mark.parametrize('classes', [['10'], ['0', '-1'], ['1.5'], ['cat'], ['']])
+def test_classes_that_are_not_there_are_refused(colour, tmp_path, monkeypatch, capsys, classes):
+  monkeypatch.setattr('diffusion_distillation.interrupts.install', lambda: None)
+  assert cli.run(options(colour, out=tmp_path / 'x.npz', classes=classes)) == 2
+  error = f'error: --classes={",".join(classes)}: classes are whole numbers, 0 to 9\n'
+  assert capsys.readouterr().err == error and not (tmp_path / 'x.npz').exists()
 
 
 def test_every_kind_of_error_has_its_exit_code(tmp_path, monkeypatch, capsys):

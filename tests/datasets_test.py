@@ -44,7 +44,7 @@ def test_a_batch_larger_than_the_set_goes_round_it():
 
 
 def test_digits_are_images_with_their_labels():
-  train = datasets.load('digits', 'train')
+  train = datasets.load('digits', 8, 'train')
   assert train.images.shape == (1437, 8, 8, 1) and train.images.dtype == np.uint8
   assert train.images.min() == 0 and train.images.max() == 255
   assert len(np.unique(train.images)) == 17
@@ -54,6 +54,26 @@ def test_digits_are_images_with_their_labels():
   assert np.bincount(train.labels).min() > 100
 
 
-def test_an_unknown_set_names_those_there_are():
+def test_sets_are_described_without_being_read():
+  assert datasets.describe('digits', 8) == ((8, 8, 1), 10)
+  assert datasets.describe('lsun/bedroom', 128) == ((128, 128, 3), 0)
+  images = datasets.load('digits', 8, 'test')
+  assert datasets.describe('digits', 8) == (images.images.shape[1:], images.num_classes)
+
+
+@pytest.mark.parametrize(
+  ('name', 'image_size', 'message'),
+  [
+    ('mnist', 28, r"dataset\.name='mnist' is not known.*digits"),
+    ('cifar10', 32, r"dataset\.name='cifar10' cannot be read.*digits"),
+    ('digits', 16, r"dataset\.image_size=16, .* 'digits' have 8"),
+  ],
+)
+def test_sets_that_cannot_be_had_are_refused(name, image_size, message):
+  with pytest.raises(UserError, match=message):
+    datasets.load(name, image_size, 'train')
+
+
+def test_an_unknown_set_is_not_described():
   with pytest.raises(UserError, match=r"'mnist'.*digits"):
-    datasets.load('mnist', 'train')
+    datasets.describe('mnist', 28)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation.optimizers import Adam, LearningRate
+from diffusion_distillation.optimizers import DECAYS, Adam, LearningRate
 
 PARAMS = {'a': jnp.array([[1.0, -2.0], [0.5, 3.0]]), 'b': jnp.array([-1.0, 0.0, 2.0])}
 GRADS = {'a': jnp.array([[0.3, -1e-3], [-2.0, 5.0]]), 'b': jnp.array([1e-2, -4.0, 0.7])}
@@ -29,12 +29,14 @@ def assert_close(got, expected, **tolerance):
 @pytest.mark.parametrize(
   ('rate', 'expected'),
   [
-    (LearningRate(0.5), [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
-    (LearningRate(0.5, warmup=1), [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
-    (LearningRate(0.5, warmup=4), [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]),
-    (LearningRate(0.5, decay=5), [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]),
-    (LearningRate(0.5, decay=4), [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
-    (LearningRate(0.5, warmup=2, decay=4), [0.25, 0.375, 0.25, 0.125, 0.0, 0.0]),
+    (LearningRate(0.5, 4), [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+    (LearningRate(0.5, 4, warmup=1), [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+    (LearningRate(0.5, 2, warmup=4), [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]),
+    (LearningRate(0.5, 5, decay='linear'), [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]),
+    (LearningRate(0.5, 4, decay='linear'), [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
+    (LearningRate(0.5, 4, warmup=2, decay='linear'), [0.25, 0.375, 0.25, 0.125, 0.0, 0.0]),
+    (LearningRate(0.5, 3, decay='cosine'), [0.5, 0.375, 0.125, 0.0, 0.0, 0.0]),
+    (LearningRate(0.5, 3, warmup=2, decay='cosine'), [0.25, 0.375, 0.125, 0.0, 0.0, 0.0]),
   ],
 )
 def test_learning_rate_of_the_first_updates(rate, expected):
@@ -43,7 +45,19 @@ def test_learning_rate_of_the_first_updates(rate, expected):
   )
 
 
-def test_learning_rates_of_all_kinds_share_a_trace():
+@pytest.mark.parametrize('warmup', [0, 1, 7, 40])
+@pytest.mark.parametrize('decay', ['none', 'linear', 'cosine'])
+def test_learning_rates_of_a_whole_stage_are_warm_up_times_decay(decay, warmup):
+  """Written out in float64: min(1, (k + 1) / warmup), times the share that is left of the peak."""
+  assert list(DECAYS) == ['none', 'linear', 'cosine']
+  k = np.arange(20)
+  left = {'none': np.ones(20), 'linear': 1 - k / 20, 'cosine': np.cos(np.pi * k / 40) ** 2}[decay]
+  warm = np.minimum(1.0, (k + 1) / warmup) if warmup else np.ones(20)
+  got = jax.vmap(LearningRate(3e-4, 20, warmup, decay))(jnp.arange(20))
+  np.testing.assert_allclose(got, 3e-4 * warm * left, rtol=2e-6)
+
+
+def test_learning_rates_of_all_lengths_share_a_trace_for_each_decay():
   traces = []
 
   @jax.jit
@@ -51,9 +65,12 @@ def test_learning_rates_of_all_kinds_share_a_trace():
     traces.append(rate)
     return rate(step)
 
-  rates = [LearningRate(1.0), LearningRate(0.5, warmup=4), LearningRate(0.1, warmup=2, decay=10)]
-  np.testing.assert_allclose([at(rate, jnp.array(1)) for rate in rates], [1.0, 0.25, 0.09], rtol=1e-6)
-  assert len(traces) == 1
+  numbers = [(1.0, 10, 0), (0.5, 5, 4), (0.1, 20, 2)]
+  expected = {'none': [1.0, 0.25, 0.1], 'linear': [0.9, 0.2, 0.095]}
+  for decay, values in expected.items():
+    rates = [LearningRate(*fields, decay) for fields in numbers]
+    np.testing.assert_allclose([at(rate, jnp.array(1)) for rate in rates], values, rtol=1e-6)
+  assert [rate.decay for rate in traces] == ['none', 'linear']
 
 
 def test_first_update_is_the_sign_of_the_gradient():

@@ -3,7 +3,7 @@
 import re
 
 from configs import default
-from diffusion_distillation import cli, stages
+from diffusion_distillation import cli, configuration
 from tests import tiny
 
 TEXT = (tiny.ROOT / 'README.md').read_text()
@@ -27,7 +27,7 @@ def test_its_make_targets_and_modes_exist():
 
 
 def test_every_key_it_overrides_exists():
-  known = dict(stages.flatten(default.get_config()))
+  known = dict(configuration.flatten(default.get_config()))
   keys = re.findall(r'--config\.([\w.]+)=', TEXT)
   assert keys and all(key in known for key in keys)
 

@@ -182,7 +182,7 @@ def test_evaluate_measures_again_and_finds_the_same(finished, tmp_path):
 
 
 def test_the_held_out_split_is_held_out():
-  train, test = datasets.load('digits', 'train'), datasets.load('digits', 'test')
+  train, test = datasets.load('digits', 8, 'train'), datasets.load('digits', 8, 'test')
   assert (len(train), len(test)) == (1437, 360)
   every = np.concatenate([train.images, test.images]).reshape(1797, -1)
   from sklearn.datasets import load_digits

@@ -7,23 +7,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation import samplers
-from diffusion_distillation.diffusion import Prediction
-from diffusion_distillation.samplers import DDIM, SAMPLERS, Ancestral, sample, uniform_times
-from diffusion_distillation.schedules import Cosine
+from diffusion_distillation import samplers, times
+from diffusion_distillation.diffusion import Prediction, from_x
+from diffusion_distillation.samplers import (
+  DDIM,
+  MIDPOINT,
+  MILNE,
+  RK4,
+  SAMPLERS,
+  Ancestral,
+  DPMSolver2M,
+  Euler,
+  Heun,
+  ProbabilityFlow,
+  Sampler,
+  sample,
+)
+from diffusion_distillation.schedules import Cosine, LinearBeta
 from tests.exact import Gaussian, Mixture, scales
 
 SCHEDULE = Cosine()
 GAUSSIAN = Gaussian(mean=0.3, std=0.5)
 MIXTURE = Mixture(weights=(0.5, 0.2, 0.3), means=(-0.6, 0.1, 0.8), stds=(0.15, 0.1, 0.2))
+BIMODAL = Mixture(weights=(0.4, 0.6), means=(-0.6, 0.5), stds=(0.2, 0.3))
+ORDERS = {DDIM: 1, Euler: 1, Heun: 2, DPMSolver2M: 2, RK4: 4}
 
 
 def keys(batch, seed=0):
   return jax.vmap(lambda k: jax.random.fold_in(jax.random.key(seed), k))(jnp.arange(batch))
 
 
-def padded(num_steps, length):
-  return jnp.pad(jnp.array(uniform_times(num_steps)), (length - num_steps, 0))
+def padded(grid, length):
+  return jnp.pad(jnp.array(grid), (length + 1 - len(grid), 0))
 
 
 def usual_samplers():
@@ -36,46 +51,255 @@ def all_samplers():
   return [*usual_samplers(), Ancestral(gamma=0.5, clip_x=False), Ancestral(gamma=1.0, clip_x=False)]
 
 
+def deterministic_samplers():
+  return [step for step in usual_samplers() if not isinstance(step, Ancestral)]
+
+
+def samplers_that_end_on_x():
+  return [step for step in all_samplers() if not isinstance(step, ProbabilityFlow)]
+
+
+def by_hand(step, rng, denoise, z, logsnr):
+  """`step` from row to row of logsnr (M + 1, B)."""
+  state = step.begin(z)
+  for at, to in zip(logsnr, logsnr[1:], strict=False):
+    state = step(rng, denoise, state, at, to)
+  return step.end(state)
+
+
+def slope(nums, errors):
+  return np.polyfit(np.log(nums), np.log(errors), 1)[0]
+
+
+def flow_errors(step, data, schedule, grid, nums):
+  """Root mean square distance in float64 of where `sample` lands from the probability flow, for each N."""
+  with jax.enable_x64(True):
+    z = jnp.linspace(-2.0, 2.0, 9)[:, None, None, None]
+    run = jax.jit(lambda grid: sample(step, data, schedule, grid, z, keys(9)))
+    exact = data.probability_flow(z, float(schedule(jnp.array(1.0))))
+    xs = [run(padded(np.float64(grid(n)), max(nums))) for n in nums]
+    return np.array([np.sqrt(np.mean((x - exact) ** 2)) for x in xs])
+
+
+def test_every_deterministic_sampler_has_an_order_to_be_tested():
+  assert {type(step) for step in deterministic_samplers()} == set(ORDERS)
+
+
+@pytest.mark.parametrize('data', [GAUSSIAN, BIMODAL], ids=['gaussian', 'mixture'])
+@pytest.mark.parametrize('cls', ORDERS)
+def test_samplers_converge_to_the_probability_flow_at_their_order_by_a_quadratic_grid(cls, data):
+  nums = (128, 256, 512)
+  errors = flow_errors(cls(clip_x=False), data, LinearBeta(), times.quadratic, nums)
+  assert slope(nums, errors) == pytest.approx(-ORDERS[cls], abs=0.06)
+  assert errors[-1] < 0.01
+
+
+@pytest.mark.parametrize('data', [GAUSSIAN, BIMODAL], ids=['gaussian', 'mixture'])
+@pytest.mark.parametrize('cls', ORDERS)
+def test_samplers_converge_to_the_probability_flow_at_their_order_by_a_uniform_grid(cls, data):
+  """DPM-Solver's steps in logsnr do not shrink at the ends of this schedule: log N / N^2."""
+  nums = (512, 1024, 2048) if cls is DPMSolver2M else (128, 256, 512)
+  errors = flow_errors(cls(clip_x=False), data, SCHEDULE, times.uniform, nums)
+  logarithm = np.log(nums) if cls is DPMSolver2M else 1.0
+  assert slope(nums, errors / logarithm) == pytest.approx(-ORDERS[cls], abs=0.1)
+  assert errors[-1] < 0.01
+
+
 @pytest.mark.parametrize('data', [GAUSSIAN, MIXTURE], ids=['gaussian', 'mixture'])
-def test_ddim_converges_to_the_probability_flow_at_first_order(data):
+def test_ddim_converges_in_float32_as_well(data):
   z = jnp.linspace(-2.0, 2.0, 9)[:, None, None, None]
-  run = jax.jit(lambda times: sample(DDIM(clip_x=False), data, SCHEDULE, times, z, keys(9)))
+  run = jax.jit(lambda grid: sample(DDIM(clip_x=False), data, SCHEDULE, grid, z, keys(9)))
   exact = data.probability_flow(z, float(SCHEDULE(jnp.float32(1.0))))
   nums = np.array([32, 64, 128, 256])
-  errors = [np.sqrt(np.mean((run(padded(n, 256)) - exact) ** 2)) for n in nums]
-  slope = np.polyfit(np.log(nums), np.log(errors), 1)[0]
-  assert slope == pytest.approx(-1.0, abs=0.05)
+  errors = [np.sqrt(np.mean((run(padded(times.uniform(n), 256)) - exact) ** 2)) for n in nums]
+  assert slope(nums, errors) == pytest.approx(-1.0, abs=0.05)
   assert errors[-1] < 0.01
+
+
+def order(a, b):
+  """The order of a Runge-Kutta method, up to 4, by the conditions on its tableau (Butcher)."""
+  a = np.array([[*row, *[0.0] * (len(a) - len(row))] for row in a])
+  b, c = np.array(b), a.sum(1)
+  conditions = [
+    [(b.sum(), 1)],
+    [(b @ c, 1 / 2)],
+    [(b @ c**2, 1 / 3), (b @ a @ c, 1 / 6)],
+    [(b @ c**3, 1 / 4), (b @ (c * (a @ c)), 1 / 8), (b @ a @ c**2, 1 / 12), (b @ a @ a @ c, 1 / 24)],
+  ]
+  met = [np.allclose(*np.transpose(group), atol=1e-12) for group in conditions]
+  return [*met, False].index(False)
+
+
+@pytest.mark.parametrize(
+  ('tableau', 'expected'),
+  [(Euler.tableau, 1), (Heun.tableau, 2), (MIDPOINT, 2), (MILNE, 3), (RK4.tableau, 4)],
+  ids=['euler', 'heun', 'midpoint', 'milne', 'rk4'],
+)
+def test_tableaus_meet_the_order_conditions(tableau, expected):
+  assert [len(row) for row in tableau.a] == list(range(len(tableau.b)))  # explicit
+  assert tableau.c == pytest.approx([sum(row) for row in tableau.a])
+  assert order(tableau.a, tableau.b) == expected
+
+
+@pytest.mark.parametrize('cls', [Euler, Heun, RK4])
+def test_the_last_step_of_a_runge_kutta_sampler_is_open_and_at_most_one_order_less(cls):
+  assert max(cls.last.c) < 1.0
+  assert len(cls.last.b) == len(cls.tableau.b) == cls.calls_per_step
+  assert order(cls.last.a, cls.last.b) >= ORDERS[cls] - 1
+
+
+def euler(v, p, z, h):
+  return z + h * v(p, z)
+
+
+def heun(v, p, z, h):
+  k1 = v(p, z)
+  k2 = v(p + h, z + h * k1)
+  return z + h * (k1 + k2) / 2
+
+
+def midpoint(v, p, z, h):
+  return z + h * v(p + h / 2, z + h / 2 * v(p, z))
+
+
+def runge_kutta_4(v, p, z, h):
+  k1 = v(p, z)
+  k2 = v(p + h / 2, z + h / 2 * k1)
+  k3 = v(p + h / 2, z + h / 2 * k2)
+  k4 = v(p + h, z + h * k3)
+  return z + h * (k1 + 2 * k2 + 2 * k3 + k4) / 6
+
+
+def milne(v, p, z, h):
+  k1 = v(p, z)
+  k2 = v(p + h / 4, z + h / 4 * k1)
+  k3 = v(p + h / 2, z + h / 2 * k2)
+  k4 = v(p + 3 * h / 4, z + h / 4 * k2 + h / 2 * k3)
+  return z + h * (2 * k2 - k3 + 2 * k4) / 3
+
+
+@pytest.mark.parametrize(
+  ('cls', 'usual', 'last'), [(Euler, euler, euler), (Heun, heun, midpoint), (RK4, runge_kutta_4, milne)]
+)
+def test_runge_kutta_steps_follow_dz_dphi_equal_to_v(cls, usual, last):
+  """tan phi = sigma / alpha; v = E[alpha eps - sigma x | z] of Gaussian data, by NumPy."""
+  m, s = GAUSSIAN.mean, GAUSSIAN.std
+
+  def v(phi, z):
+    alpha, sigma = np.cos(phi), np.sin(phi)
+    return alpha * sigma * (1 - s**2) * (z - alpha * m) / (alpha**2 * s**2 + sigma**2) - sigma * m
+
+  z = np.linspace(-2.0, 2.0, 5)
+  phi_t = np.array([1.5, 1.2, 0.9, 0.5, 0.1])
+  for to, formula in ((phi_t * [0.9, 0.1, 0.5, 0.8, 0.3], usual), (0.0 * phi_t, last)):
+    with np.errstate(divide='ignore'):
+      at, to_logsnr = -2 * np.log(np.tan(phi_t)), -2 * np.log(np.tan(to))
+    with jax.enable_x64(True):
+      step = cls(clip_x=False)
+      got = step(None, GAUSSIAN, jnp.array(z)[:, None], jnp.array(at), jnp.array(to_logsnr))
+    np.testing.assert_allclose(got[:, 0], formula(v, phi_t, z, to - phi_t), rtol=1e-11, atol=1e-11)
+
+
+def test_dpm_solver_steps_are_those_of_its_algorithm():
+  """Lu et al. 2022, algorithm 2, in its own symbols, by NumPy."""
+  t = np.array([1.0, 0.85, 0.55, 0.5, 0.2, 0.0])
+  with jax.enable_x64(True):
+    logsnr = np.array(SCHEDULE(jnp.array(t)))
+    z = jnp.linspace(-2.0, 2.0, 5)[:, None]
+    got = by_hand(DPMSolver2M(clip_x=False), None, MIXTURE, z, jnp.tile(logsnr[:, None], (1, 5)))
+    x = []
+    (alpha, sigma), lamb = scales(logsnr), logsnr / 2
+    for i in range(1, 6):
+      x.append(np.array(MIXTURE(z, jnp.full(5, logsnr[i - 1])).x))
+      h = lamb[i] - lamb[i - 1]
+      d = x[-1]
+      if 1 < i < 5:
+        r = (lamb[i - 1] - lamb[i - 2]) / h
+        d = (1 + 1 / (2 * r)) * x[-1] - 1 / (2 * r) * x[-2]
+      z = sigma[i] / sigma[i - 1] * z - alpha[i] * np.expm1(-h) * d
+  np.testing.assert_allclose(got, z, rtol=1e-11, atol=1e-11)
+
+
+def test_the_first_step_of_dpm_solver_is_ddim_s_and_the_second_is_not():
+  with jax.enable_x64(True):
+    z = jnp.linspace(-2.0, 2.0, 5)[:, None]
+    logsnr = jnp.tile(jnp.array([-3.0, -1.0, 1.0])[:, None], (1, 5))
+    (one, one_ddim), (two, two_ddim) = (
+      [by_hand(cls(clip_x=False), None, MIXTURE, z, logsnr[:n]) for cls in (DPMSolver2M, DDIM)]
+      for n in (2, 3)
+    )
+  np.testing.assert_allclose(one, one_ddim, rtol=1e-12, atol=1e-12)
+  assert np.abs(two - two_ddim).max() > 0.01
 
 
 def test_ddim_on_a_gaussian_multiplies_deviations_by_a_known_factor_a_step():
   """A step from angle p to q (tan = sigma / alpha) scales (z - alpha m) by cos(p - q) if s = 1."""
   data, n = Gaussian(mean=0.3, std=1.0), 4
   z = jnp.linspace(-2.0, 2.0, 9)[:, None, None, None]
-  x = sample(DDIM(clip_x=False), data, SCHEDULE, jnp.array(uniform_times(n)), z, keys(9))
+  x = sample(DDIM(clip_x=False), data, SCHEDULE, jnp.array(times.uniform(n)), z, keys(9))
   alpha, sigma = scales(SCHEDULE(jnp.arange(n + 1) / n))
   factor = np.prod(np.cos(np.diff(np.arctan2(sigma, alpha))))
   np.testing.assert_allclose(x, 0.3 + factor * (z - alpha[-1] * 0.3), atol=1e-5)
 
 
-@pytest.mark.parametrize('step', all_samplers(), ids=str)
+@pytest.mark.parametrize('step', samplers_that_end_on_x(), ids=str)
 def test_the_last_step_returns_x_exactly_and_adds_no_noise(step):
   z = jax.random.normal(jax.random.key(0), (5, 2, 2, 1))
   logsnr_t = jnp.array([-20.0, -3.0, 0.0, 4.0, 20.0])
-  x = step(keys(5), MIXTURE, z, logsnr_t, jnp.full(5, jnp.inf))
+  x = by_hand(step, keys(5), MIXTURE, z, [logsnr_t, jnp.full(5, jnp.inf)])
   np.testing.assert_array_equal(x, MIXTURE(z, logsnr_t).x)
 
 
+def test_dpm_solver_returns_x_exactly_after_several_steps_too():
+  z = jax.random.normal(jax.random.key(0), (5, 2, 2, 1))
+  logsnr = [jnp.full(5, value) for value in (-20.0, -3.0, 4.0, jnp.inf)]
+  asked = []
+
+  def denoise(z, logsnr):
+    asked.append(MIXTURE(z, logsnr))
+    return asked[-1]
+
+  x = by_hand(DPMSolver2M(clip_x=False), None, denoise, z, logsnr)
+  np.testing.assert_array_equal(x, asked[-1].x)
+
+
 @pytest.mark.parametrize('step', usual_samplers(), ids=str)
-def test_the_network_is_not_called_at_clean_data_nor_at_padding(step):
+def test_the_network_is_not_called_at_clean_data_nor_beyond_nor_at_padding(step):
   def poisoned(z, logsnr):
-    unknown = jnp.where(jnp.isinf(logsnr), jnp.nan, 0.0)[:, None, None, None]
+    unknown = jnp.where(jnp.isfinite(logsnr), 0.0, jnp.nan)[:, None, None, None]
     return Prediction(*(part + unknown for part in GAUSSIAN(z, logsnr)))
 
   z = jnp.ones((1, 1, 1, 1))
-  run = jax.jit(lambda times: sample(step, poisoned, SCHEDULE, times, z, keys(1)))
+  run = jax.jit(lambda grid: sample(step, poisoned, SCHEDULE, grid, z, keys(1)))
   for num_steps in (1, 2, 6):
-    assert np.isfinite(run(padded(num_steps, 6))).all()
+    assert np.isfinite(run(padded(times.uniform(num_steps), 6))).all()
+
+
+@pytest.mark.parametrize('step', all_samplers(), ids=str)
+@pytest.mark.parametrize('end', [1.0, jnp.inf])
+def test_a_step_calls_the_network_as_often_as_it_says_between_its_ends(step, end):
+  asked = []
+
+  def counting(z, logsnr):
+    asked.append(float(logsnr[0]))
+    return GAUSSIAN(z, logsnr)
+
+  by_hand(step, keys(1), counting, jnp.ones((1, 1, 1, 1)), jnp.array([[-1.0], [end]]))
+  assert len(asked) == step.calls_per_step
+  assert asked[0] == -1.0
+  assert all(-1.0 <= logsnr <= end + 1e-6 for logsnr in asked)
+
+
+@pytest.mark.parametrize('step', deterministic_samplers(), ids=str)
+def test_any_grid_gives_what_stepping_by_hand_gives(step):
+  grid = jnp.array([0.0, 0.03, 0.4, 0.45, 0.9, 1.0])
+  z = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
+  logsnr = jnp.tile(SCHEDULE(grid)[::-1, None], (1, 3))
+  stepped = by_hand(step, None, BIMODAL, z, logsnr)
+  got = jax.jit(lambda grid: sample(step, BIMODAL, SCHEDULE, grid, z, keys(3)))(grid)
+  np.testing.assert_allclose(got, stepped, rtol=1e-5, atol=1e-5)
+  uniform = by_hand(step, None, BIMODAL, z, jnp.tile(SCHEDULE(jnp.arange(6) / 5)[::-1, None], (1, 3)))
+  assert np.abs(got - uniform).max() > 0.01
 
 
 @pytest.mark.parametrize('logsnr', [(-4.0, -1.0), (-1.0, 0.5), (2.0, 2.5)])
@@ -100,7 +324,7 @@ def test_an_ancestral_step_has_the_mean_and_variance_of_its_definition(gamma, lo
   noise = samplers.normal(keys(n, seed=1), (1, 1, 1))
   z_t = alpha_t * GAUSSIAN.mean + np.sqrt(v_t) * noise
   at, to = jnp.full(n, logsnr_t), jnp.full(n, logsnr_s)
-  step = jax.jit(Ancestral(gamma, clip_x=False), static_argnums=1)
+  step = jax.jit(Ancestral(gamma=gamma, clip_x=False), static_argnums=1)
   z_s = np.float64(step(keys(n), GAUSSIAN, z_t, at, to)).ravel()
   residual = z_s - alpha_s * GAUSSIAN.mean - slope * (np.float64(z_t).ravel() - alpha_t * GAUSSIAN.mean)
 
@@ -146,10 +370,28 @@ def test_clip_x_clips_the_prediction_to_pixels(step):
   clipping = dataclasses.replace(step, clip_x=True)
   wide = Gaussian(mean=0.0, std=3.0)
   z = jnp.linspace(-4.0, 4.0, 9)[:, None, None, None]
+  logsnr = [jnp.full(9, value) for value in (1.0, 2.0, jnp.inf)]
+  assert np.abs(wide(z, logsnr[0]).x).max() > 1.5
+
+  def clipped(z, logsnr):
+    return from_x(z, logsnr, jnp.clip(wide(z, logsnr).x, -1.0, 1.0))
+
+  for rows in (logsnr, logsnr[::2]):
+    got, expected, free = (
+      by_hand(step, keys(9), denoise, z, rows)
+      for step, denoise in ((clipping, wide), (step, clipped), (step, wide))
+    )
+    np.testing.assert_array_equal(got, expected)
+    assert np.abs(got - free).max() > 0.1
+
+
+@pytest.mark.parametrize('step', samplers_that_end_on_x(), ids=str)
+def test_clip_x_clips_what_is_returned(step):
+  wide = Gaussian(mean=0.0, std=3.0)
+  z = jnp.linspace(-4.0, 4.0, 9)[:, None, None, None]
   at, to = jnp.full(9, 1.0), jnp.full(9, jnp.inf)
-  x = wide(z, at).x
-  assert np.abs(x).max() > 1.5
-  np.testing.assert_array_equal(clipping(keys(9), wide, z, at, to), np.clip(x, -1.0, 1.0))
+  x = by_hand(dataclasses.replace(step, clip_x=True), keys(9), wide, z, [at, to])
+  np.testing.assert_array_equal(x, np.clip(wide(z, at).x, -1.0, 1.0))
 
 
 def test_ddim_takes_eps_from_the_clipped_x():
@@ -162,66 +404,63 @@ def test_ddim_takes_eps_from_the_clipped_x():
   np.testing.assert_allclose(DDIM()(None, wide, z, at, to), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('num_steps', [1, 2, 3, 1024])
-def test_uniform_times_are_multiples_of_one_nth(num_steps):
-  times = uniform_times(num_steps)
-  assert (times[0], times[-1]) == (0.0, 1.0)
-  assert np.count_nonzero(times) == num_steps
-  np.testing.assert_allclose(times, np.arange(num_steps + 1) / num_steps, rtol=1e-7)
-
-
-@pytest.mark.parametrize('num_steps', [0, -1])
-def test_a_grid_of_no_steps_is_refused(num_steps):
-  with pytest.raises(ValueError, match='at least 1'):
-    uniform_times(num_steps)
-
-
 @pytest.mark.parametrize('step', usual_samplers(), ids=str)
 def test_padding_a_grid_changes_nothing(step):
   z = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
-  run = jax.jit(lambda times: sample(step, GAUSSIAN, SCHEDULE, times, z, keys(3)))
-  np.testing.assert_allclose(run(padded(3, 9)), run(padded(3, 3)), rtol=1e-6, atol=1e-6)
+  run = jax.jit(lambda grid: sample(step, GAUSSIAN, SCHEDULE, grid, z, keys(3)))
+  grid = times.quadratic(3)
+  np.testing.assert_allclose(run(padded(grid, 9)), run(padded(grid, 3)), rtol=1e-6, atol=1e-6)
 
 
 def test_grids_padded_to_one_length_share_a_trace():
   traces = []
 
-  def run(times, z):
-    traces.append(times)
-    return sample(DDIM(clip_x=False), GAUSSIAN, SCHEDULE, times, z, keys(1))
+  def run(grid, z):
+    traces.append(grid)
+    return sample(DDIM(clip_x=False), GAUSSIAN, SCHEDULE, grid, z, keys(1))
 
   jitted, z = jax.jit(run), jnp.ones((1, 1, 1, 1))
-  one, many = (float(jitted(padded(n, 8), z).squeeze()) for n in (1, 8))
+  one, many = (float(jitted(padded(times.uniform(n), 8), z).squeeze()) for n in (1, 8))
   assert len(traces) == 1
   assert abs(one - many) > 0.1  # and yet it was another grid
 
 
-def test_sample_goes_down_the_grid_step_by_step_with_a_key_for_each():
-  """A sampler that writes down what it is given, digit by digit."""
-  times, rng = jnp.array([0.0, 0.2, 0.7, 1.0]), keys(2)
+class Digits(Sampler):
+  """Writes down what it is given, digit by digit, from 7 on; what it returns in the end is the negative."""
 
-  def step(rng, denoise, z, at, to):
-    return 10.0 * z + denoise(at, to)[:, None, None, None] + samplers.normal(rng, (1, 1, 1))
+  def begin(self, z):
+    return z + 7.0
+
+  def end(self, z):
+    return -z
+
+  def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
+    asked = denoise(logsnr_t, logsnr_s)[:, None, None, None]
+    return 10.0 * z + asked + samplers.normal(rng, (1, 1, 1))
+
+
+def test_sample_goes_down_the_grid_step_by_step_with_a_key_for_each():
+  grid, rng = jnp.array([0.0, 0.2, 0.7, 1.0]), keys(2)
 
   def denoise(at, to):
     return 1000.0 * jnp.minimum(to, 30.0) + at
 
-  z = expected = jnp.zeros((2, 1, 1, 1))
-  logsnr = SCHEDULE(times)
+  z = jnp.zeros((2, 1, 1, 1))
+  expected, logsnr = z + 7.0, SCHEDULE(grid)
   for i in range(3):
     noise = [jax.random.normal(jax.random.fold_in(key, i), (1, 1, 1)) for key in rng]
     at, to = logsnr[3 - i], jnp.minimum(logsnr[2 - i], 30.0)
     expected = 10.0 * expected + 1000.0 * to + at + jnp.stack(noise)
-  got = sample(step, denoise, SCHEDULE, times, z, rng)
-  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  got = sample(Digits(), denoise, SCHEDULE, grid, z, rng)
+  np.testing.assert_allclose(got, -expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('step', usual_samplers(), ids=str)
 def test_an_image_does_not_depend_on_its_batch(step):
   rng = keys(5)
   z = jax.random.normal(jax.random.key(0), (5, 2, 2, 1))
-  times = jnp.array(uniform_times(4))
-  run = jax.jit(lambda z, rng: sample(step, GAUSSIAN, SCHEDULE, times, z, rng))
+  grid = jnp.array(times.uniform(4))
+  run = jax.jit(lambda z, rng: sample(step, GAUSSIAN, SCHEDULE, grid, z, rng))
   together = run(z, rng)
   np.testing.assert_allclose(run(z[3:4], rng[3:4]), together[3:4], rtol=1e-6, atol=1e-6)
 
@@ -230,11 +469,11 @@ def test_an_image_does_not_depend_on_its_batch(step):
 def test_each_image_has_its_own_logsnr_even_where_batch_and_channels_agree(step):
   rng = keys(3)
   z = jax.random.normal(jax.random.key(0), (3, 4, 4, 3))
-  at, to = jnp.array([-2.0, 0.5, 3.0]), jnp.array([-1.0, 2.0, jnp.inf])
-  together = step(rng, GAUSSIAN, z, at, to)
+  logsnr = jnp.array([[-2.0, 0.5, 3.0], [-1.0, 2.0, 3.5], [0.0, jnp.inf, 4.5]])
+  together = by_hand(step, rng, GAUSSIAN, z, logsnr)
   for k in range(3):
     row = slice(k, k + 1)
-    alone = step(rng[row], GAUSSIAN, z[row], at[row], to[row])
+    alone = by_hand(step, rng[row], GAUSSIAN, z[row], logsnr[:, row])
     np.testing.assert_allclose(together[row], alone, rtol=1e-6, atol=1e-6)
 
 

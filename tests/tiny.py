@@ -25,6 +25,7 @@ OVERRIDES = {
   'distill.batch_size': 16,
   'checkpoint.every': 5,
   'log.every': 4,
+  'log.measured_updates': 1,
   'log.seconds': 0.0,
   'evaluation.num_samples': 48,
   'evaluation.batch_size': 32,
@@ -36,6 +37,13 @@ def config(**overrides):
   c = digits.get_config()
   c.update_from_flattened_dict(OVERRIDES | {k.replace('__', '.'): v for k, v in overrides.items()})
   return c
+
+
+def plan(**overrides):
+  """The stages of the tiny config, in a workdir that is not there, and the training images."""
+  from diffusion_distillation import workdir as workdirs  # not before conftest.py has set jax's flags
+
+  return workdirs.plan_for(ROOT / 'nowhere', config(**overrides))
 
 
 def flags():

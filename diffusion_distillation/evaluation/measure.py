@@ -86,7 +86,7 @@ def evaluate(
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
       key = _key(_describe(config, setting))
-      results['rows'].append(known.get(key) or _measure(config, setting, extractor, reference))
+      results['rows'].append(known.get(key) or measure_setting(config, setting, extractor, reference))
       write_json(partial, results)
       row = results['rows'][-1]
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
@@ -193,9 +193,10 @@ def drawer(config: Config, stage: Stage, sampler: str) -> Drawer:
   )
 
 
-def _measure(
+def measure_setting(
   config: Config, setting: Setting, extractor: features.FeatureExtractor, reference: Moments
 ) -> dict[str, Any]:
+  """One row: draws `evaluation.num_samples` images and compares their features with the reference's."""
   running = RunningMoments()
   seconds = drawer(config, setting.model.stage, setting.sampler).seconds_per_image(
     setting.model.params,
