@@ -14,18 +14,17 @@ command goes on where it was stopped. tables.md and a picture a part are written
 import argparse
 import dataclasses
 import pathlib
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+from benchmarks.ablation_report import CALLS, INTEGRATORS, OUTPUTS, UPDATES, WEIGHTINGS, figures, tables
 from configs import digits
 from diffusion_distillation import datasets, interrupts, sharding, stages, train
 from diffusion_distillation.checkpoints import read_json, write_json
@@ -34,22 +33,6 @@ from diffusion_distillation.evaluation import features, measure
 from diffusion_distillation.workdir import Model, lock_workdir
 
 START = 64  # steps that rounds begin at
-OUTPUTS = ('both', 'x', 'eps', 'v')
-WEIGHTINGS = ('snr', 'snr_trunc', 'snr_plus_one')
-NAMES = {'both': '(x, ε)', 'eps': 'ε', 'snr': 'SNR', 'snr_trunc': 'truncated', 'snr_plus_one': 'SNR+1'}
-INTEGRATORS = (
-  # caption, sampler, gamma
-  ('Stochastic, small', 'ancestral', 0.0),
-  ('Stochastic, large', 'ancestral', 1.0),
-  ('Euler', 'euler', 0.0),
-  ('DDIM', 'ddim', 0.0),
-  ('Heun', 'heun', 0.0),
-  ('RK4', 'rk4', 0.0),
-  ('DPM-Solver++(2M)', 'dpm_solver_2m', 0.0),
-)
-CALLS = (8, 16, 32, 64)
-UPDATES = (25, 50, 100, 200)  # a round; twice as many for those to 2 and to 1
-PARTS = ('outputs', 'integrators', 'updates', 'factor')
 
 
 def make_config(seed: int, scale: float, **changes: Any) -> ml_collections.ConfigDict:
@@ -206,142 +189,6 @@ RUN = {
 }
 
 
-def spread(values: Iterable[float | None]) -> str:
-  """'mean ± standard deviation' over seeds."""
-  known = [value for value in values if value is not None]
-  if not known:
-    return 'diverges'
-  deviation = statistics.stdev(known) if len(known) > 1 else 0.0
-  return f'{statistics.mean(known):.3g} ± {deviation:.2g}'
-
-
-def select(rows: list[dict[str, Any]], part: str, **key: Any) -> list[float | None]:
-  """Values of the rows of a part that have these fields, one a seed."""
-  wanted = {'part': part, **key}
-  return [row['value'] for row in rows if all(row.get(k) == v for k, v in wanted.items())]
-
-
-def markdown(header: list[str], body: list[list[str]]) -> str:
-  """A table."""
-  lines = [header, ['---'] * len(header), *body]
-  return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
-
-
-def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-  """(part, table) for every part."""
-  body = []
-  for output in OUTPUTS:
-    for weighting in WEIGHTINGS:
-      cells = [
-        spread(select(rows, 'outputs', output=output, weighting=weighting, sampler=sampler))
-        for sampler in ('ancestral', 'ddim')
-      ]
-      body.append([NAMES.get(output, output), NAMES[weighting], *cells])
-  yield 'outputs', markdown(['output', 'weighting', 'stochastic', 'DDIM'], body)
-
-  body = [
-    [caption, *(spread(select(rows, 'integrators', caption=caption, nfe=nfe)) for nfe in CALLS)]
-    for caption, *_ in INTEGRATORS
-  ]
-  yield 'integrators', markdown(['integrator', *(f'{nfe} calls' for nfe in CALLS)], body)
-
-  counts = (32, 16, 8, 4, 2, 1)
-  body = [
-    [caption, *(spread(select(rows, part, caption=caption, num_steps=n)) for n in counts)]
-    for part, caption in _curves('updates')
-  ]
-  yield 'updates', markdown(['a round', *(f'{n} steps' for n in counts)], body)
-
-  counts = (16, 4, 1)
-  body = [
-    [caption, *(spread(select(rows, part, caption=caption, num_steps=n)) for n in counts)]
-    for part, caption in _curves('factor')
-  ]
-  yield 'factor', markdown(['steps left by a round', *(f'{n} steps' for n in counts)], body)
-
-
-def _curves(part: str) -> list[tuple[str, str]]:
-  """(part of the row, caption) of the lines to show."""
-  if part == 'factor':
-    return [('updates', f'{UPDATES[-1]} updates'), ('factor', 'quarter')]
-  return [('updates', 'base'), *(('updates', f'{count} updates') for count in UPDATES)]
-
-
-def figures(rows: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
-  """(part, figure) for every part: mean over seeds, bars from the least to the greatest."""
-  figure, axes = _figure('weighting')
-  for k, output in enumerate(OUTPUTS):
-    for sampler, marker in (('ancestral', '^'), ('ddim', 'o')):
-      for j, weighting in enumerate(WEIGHTINGS):
-        values = select(rows, 'outputs', output=output, weighting=weighting, sampler=sampler)
-        label = f'{NAMES.get(output, output)}, {"stochastic" if marker == "^" else "DDIM"}'
-        x = j + 0.18 * (k - 1.5) + (0.04 if marker == 'o' else -0.04)
-        _bars(axes, [x], [values], f'C{k}', marker, label if j == 0 else None, line=False)
-  axes.set_xticks(range(len(WEIGHTINGS)), [NAMES[w] for w in WEIGHTINGS])
-  axes.legend(frameon=False, ncols=2, fontsize=8)
-  yield 'outputs', figure
-
-  figure, axes = _figure('network calls an image')
-  for k, (caption, *_) in enumerate(INTEGRATORS):
-    columns = [select(rows, 'integrators', caption=caption, nfe=nfe) for nfe in CALLS]
-    _bars(axes, list(CALLS), columns, f'C{k}', 'o', caption)
-  _log2(axes, CALLS)
-  yield 'integrators', figure
-
-  for part, counts in (('updates', (1, 2, 4, 8, 16, 32)), ('factor', (1, 4, 16))):
-    figure, axes = _figure('network calls an image')
-    for k, (source, caption) in enumerate(_curves(part)):
-      columns = [select(rows, source, caption=caption, num_steps=n) for n in counts]
-      _bars(axes, list(counts), columns, f'C{k}', 'o', caption)
-    _log2(axes, counts)
-    yield part, figure
-
-
-def _figure(xlabel: str) -> tuple[Figure, Any]:
-  figure = Figure(figsize=(6.4, 4.4), layout='constrained')
-  axes = figure.add_subplot(yscale='log', xlabel=xlabel, ylabel='FD-digits, 2000 samples')
-  axes.grid(color='#e5e7eb')
-  axes.spines[['top', 'right']].set_visible(False)
-  return figure, axes
-
-
-def _log2(axes: Any, ticks: Iterable[int]) -> None:
-  axes.set_xscale('log', base=2)
-  axes.set_xticks(list(ticks), [str(tick) for tick in ticks])
-  axes.legend(frameon=False, fontsize=8)
-
-
-def _bars(
-  axes: Any,
-  xs: list[float],
-  columns: list[list[float | None]],
-  colour: str,
-  marker: str,
-  label: str | None,
-  line: bool = True,
-) -> None:
-  """Means, with bars from the least to the greatest; columns without values are left out."""
-  known = [(x, [v for v in values if v is not None]) for x, values in zip(xs, columns, strict=True)]
-  known = [(x, values) for x, values in known if values]
-  if not known:
-    return
-  means = [statistics.mean(values) for _, values in known]
-  below = [mean - min(values) for mean, (_, values) in zip(means, known, strict=True)]
-  above = [max(values) - mean for mean, (_, values) in zip(means, known, strict=True)]
-  style = '-' if line else 'none'
-  axes.errorbar(
-    [x for x, _ in known],
-    means,
-    yerr=[below, above],
-    color=colour,
-    marker=marker,
-    markersize=4,
-    linestyle=style,
-    label=label,
-    capsize=2,
-  )
-
-
 def write(bench: Bench) -> None:
   """tables.md and the pictures, of the rows that there are."""
   text = '\n\n'.join(f'## {part}\n\n{table}' for part, table in tables(bench.rows))
@@ -356,12 +203,12 @@ def main() -> None:
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--scale', type=float, default=1.0, help='times the updates of every stage')
-  parser.add_argument('--parts', default=','.join(PARTS))
+  parser.add_argument('--parts', default=','.join(RUN))
   options = parser.parse_args()
   parts = options.parts.split(',')
   unknown = [part for part in parts if part not in RUN]
   if unknown or options.seeds < 1 or options.scale <= 0:
-    parser.error(f'--parts are some of {",".join(PARTS)}; --seeds and --scale are positive')
+    parser.error(f'--parts are some of {",".join(RUN)}; --seeds and --scale are positive')
   interrupts.install()
   began = time.monotonic()
   try:

@@ -1,0 +1,1 @@
+"""Speed and ablations, each a command that prints a table."""
