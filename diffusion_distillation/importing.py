@@ -7,7 +7,7 @@ import jax
 
 from diffusion_distillation import datasets, workdir
 from diffusion_distillation.checkpoints import read_json
-from diffusion_distillation.configuration import Config
+from diffusion_distillation.configuration import Config, choose
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import google
 from diffusion_distillation.stages import Stage, plan
@@ -52,16 +52,15 @@ def from_workdir(config: Config, path: pathlib.Path, into: pathlib.Path) -> Mode
   if not (path / 'stage.json').is_file():
     raise UserError(f'--checkpoint={path} is not a stage of a run: there is no stage.json in it')
   lineage, stored = read_json(path / 'stage.json'), workdir.read_config(path.parent, config)
-  theirs = {stage.name: stage for stage in workdir.stored_plan(path.parent, stored)}[path.name]
+  planned = {stage.name: stage for stage in workdir.stored_plan(path.parent, stored)}
+  theirs = choose(f'--checkpoint={path}: stage', path.name, planned)
   shape, num_classes = datasets.describe(config.dataset.name, config.dataset.image_size)
   is_base = theirs.method == 'denoising'
   stage = _stage_for(0 if is_base else theirs.num_steps, plan(config, shape, num_classes), path)
   for what in ('denoise', 'schedule', 'image_shape'):
     if getattr(stage, what) != getattr(theirs, what):
-      raise UserError(
-        f'--checkpoint={path}: its {what} is {getattr(theirs, what)}, but the config says '
-        f'{getattr(stage, what)}'
-      )
+      found, wanted = (' '.join(str(getattr(s, what)).split()) for s in (theirs, stage))
+      raise UserError(f'--checkpoint={path}: its {what} is {found}, but the config says {wanted}')
   model = workdir.load_model(path.parent, theirs, stored)
   if model is None or not lineage.get('finished'):
     raise UserError(f'--checkpoint={path} is not finished; train it to its end first')

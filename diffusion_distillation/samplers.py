@@ -118,8 +118,8 @@ class Tableau(NamedTuple):
   def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """a (S, S), b (S,) and the nodes c (S,), the row sums of a."""
     size = len(self.b)
-    a = np.array([[*row, *(0.0,) * (size - len(row))] for row in self.a], np.float32)
-    return a, np.array(self.b, np.float32), a.sum(1)
+    a = np.array([[*row, *(0.0,) * (size - len(row))] for row in self.a])
+    return a, np.array(self.b), a.sum(1)
 
 
 MIDPOINT = Tableau(((), (1 / 2,)), (0.0, 1.0))

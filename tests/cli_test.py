@@ -20,7 +20,8 @@ DRIVER = """
 import json, os, sys, tempfile
 import main
 from absl import app
-from diffusion_distillation import cli
+from diffusion_distillation import cli, datasets
+datasets.digits('train')  # imports what reads it
 outcomes = []
 for arguments in json.load(sys.stdin):
   with tempfile.TemporaryFile('w+') as err:
@@ -100,6 +101,7 @@ CASES = {
     [*TRAIN, '--config.evaluation.gamma=2'],
     ['evaluation', 'gamma=2.0', '[0, 1]'],
   ),
+  'no sampler to measure': ([*TRAIN, '--config.evaluation.samplers=()'], ['evaluation.samplers=()']),
   'nothing to measure': (
     [*TRAIN, '--config.distill.end_steps=4', '--config.evaluation.max_steps=2'],
     ['evaluation.max_steps=2', 'distill.end_steps=4'],
@@ -197,6 +199,7 @@ CASES = {
     [*SAMPLE, '--times=0,1', '--steps=1'],
     ['--steps', '--times', 'not both'],
   ),
+  'sample with too much noise': ([*SAMPLE, '--sampler=ancestral', '--gamma=2'], ['gamma']),
   'sample in no steps': ([*SAMPLE, '--steps=0'], ['steps']),
   'classes without classes': (
     [*SAMPLE, '--classes=3'],
@@ -318,10 +321,18 @@ def test_every_sampler_is_at_hand_and_its_network_calls_are_told(sample):
 def test_steps_and_times_make_the_grid(sample):
   two, _, line = sample(steps=2)
   assert ' in 2 ddim steps, 2 network calls' in line
-  halves, _, line = sample(times=['0', '0.5', '1'])
+  halves, _, _ = sample(times=['0', '0.5', '1'])
   np.testing.assert_array_equal(halves, two)
-  uneven, _, _ = sample(times=['0', '0.2', '1'])
+  uneven, _, line = sample(times=['0', '0.2', '1'])
   assert ' in 2 ddim steps, 2 network calls' in line and (uneven != two).any()
+
+
+def test_noise_and_clipping_can_be_chosen_anew(sample):
+  """By default they are the run's, gamma = 0 and clipped."""
+  small, _, _ = sample(sampler='ancestral')
+  np.testing.assert_array_equal(sample(sampler='ancestral', gamma=0.0, clip_x=True)[0], small)
+  for changes in ({'gamma': 1.0}, {'clip_x': False}):
+    assert (sample(sampler='ancestral', **changes)[0] != small).any(axis=(1, 2, 3)).all()
 
 
 def test_the_weights_that_are_asked_for_are_sampled(sample, colour):

@@ -7,6 +7,7 @@ import pytest
 
 from diffusion_distillation import diffusion
 from diffusion_distillation.samplers import DDIM
+from tests.exact import scales
 
 LOGSNR = np.array([-18.0, -4.0, -0.3, 0.0, 2.0, 6.0, 19.0], np.float32)
 MODERATE = np.array([-5.0, -1.0, -0.3, 0.0, 1.0, 2.5, 5.0], np.float32)
@@ -14,6 +15,11 @@ MODERATE = np.array([-5.0, -1.0, -0.3, 0.0, 1.0, 2.5, 5.0], np.float32)
 
 def images(seed, shape=(7, 4, 4, 2)):
   return jax.random.normal(jax.random.key(seed), shape)
+
+
+def output_like(output, seed):
+  """What a network with that output might say of `images`."""
+  return images(seed, (7, 4, 4, diffusion.output_channels(output, 2)))
 
 
 def per_example(function, *arguments):
@@ -51,7 +57,8 @@ def test_the_true_output_gives_back_x_and_eps(output):
   """Rounding of z is magnified by at most alpha / sigma or sigma / alpha: e^2.5 here."""
   x, eps, logsnr = images(1), images(2), jnp.array(MODERATE)
   truth = diffusion.Prediction(x, eps)
-  outputs = {'x': x, 'eps': eps, 'v': diffusion.velocity(truth, logsnr)}
+  both = jnp.concatenate([x, eps], -1)
+  outputs = {'x': x, 'eps': eps, 'v': diffusion.velocity(truth, logsnr), 'both': both}
   z = diffusion.diffuse(x, eps, logsnr)
   prediction = diffusion.OUTPUTS[output](z, logsnr, outputs[output])
   np.testing.assert_allclose(prediction.x, x, atol=1e-5)
@@ -61,13 +68,14 @@ def test_the_true_output_gives_back_x_and_eps(output):
 @pytest.mark.parametrize('output', diffusion.OUTPUTS)
 def test_every_parameterization_is_read_back_from_the_others(output):
   """Any output, true or not, gives an (x, eps) from which each output gives the same (x, eps)."""
-  z, wrong, logsnr = images(1), images(2), jnp.array(MODERATE)
+  z, wrong, logsnr = images(1), output_like(output, 2), jnp.array(MODERATE)
   x, eps = prediction = diffusion.OUTPUTS[output](z, logsnr, wrong)
   v = diffusion.velocity(prediction, logsnr)
   for other in (
     diffusion.from_x(z, logsnr, x),
     diffusion.from_eps(z, logsnr, eps),
     diffusion.from_v(z, logsnr, v),
+    diffusion.from_both(z, logsnr, jnp.concatenate([x, eps], -1)),
   ):
     scale = float(jnp.max(jnp.abs(jnp.stack(prediction))))
     np.testing.assert_allclose(other.x, x, atol=1e-5 * scale)
@@ -75,10 +83,48 @@ def test_every_parameterization_is_read_back_from_the_others(output):
 
 
 def test_every_output_explains_z():
-  z, output, logsnr = images(1), images(2), jnp.array(MODERATE)
-  for read in diffusion.OUTPUTS.values():
-    x, eps = read(z, logsnr, output)
+  z, logsnr = images(1), jnp.array(MODERATE)
+  for output, read in diffusion.OUTPUTS.items():
+    x, eps = read(z, logsnr, output_like(output, 2))
     np.testing.assert_allclose(diffusion.diffuse(x, eps, logsnr), z, atol=1e-5)
+
+
+def test_both_is_sure_of_eps_where_there_is_noise_and_of_x_where_there_is_not():
+  """x^ = sigma^2 x~ + alpha (z - sigma eps~) and eps^ = (z - alpha x^) / sigma, in float64."""
+  z, x, eps = np.random.default_rng(0).normal(size=(3, 7, 4, 4, 2))
+  alpha, sigma = (s[:, None, None, None] for s in scales(LOGSNR))
+  expected = sigma**2 * x + alpha * (z - sigma * eps)
+  with jax.enable_x64(True):
+    output = jnp.concatenate([jnp.array(x), jnp.array(eps)], -1)
+    got_x, got_eps = map(np.array, diffusion.from_both(jnp.array(z), jnp.float64(LOGSNR), output))
+  np.testing.assert_allclose(got_x, expected, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(sigma * got_eps, z - alpha * expected, rtol=1e-9, atol=1e-9)
+
+
+def test_both_is_the_eps_output_without_noise_and_the_x_output_without_signal():
+  """Of (x~, eps~), each is read where the other says nothing."""
+  z, x, eps = images(1), images(2), images(3)
+  output = jnp.concatenate([x, eps], -1)
+  for value, read, part in ((jnp.inf, diffusion.from_eps, eps), (-jnp.inf, diffusion.from_x, x)):
+    logsnr = jnp.full(7, value)
+    got, expected = diffusion.from_both(z, logsnr, output), read(z, logsnr, part)
+    np.testing.assert_array_equal(got.x, expected.x)
+    np.testing.assert_array_equal(got.eps, expected.eps)
+
+
+def test_both_magnifies_no_error_of_the_network_at_any_logsnr():
+  """x^ moves by sigma^2 or alpha sigma, eps^ by alpha^2 or alpha sigma, for 1 in either output."""
+  z, output, logsnr = images(1), output_like('both', 2), jnp.array(LOGSNR)
+  base = diffusion.from_both(z, logsnr, output)
+  for wrong in (jnp.array([1.0, 1.0, 0.0, 0.0]), jnp.array([0.0, 0.0, 1.0, 1.0])):
+    moved = diffusion.from_both(z, logsnr, output + wrong[None, None, None])
+    for part, before in zip(moved, base, strict=True):
+      assert np.abs(part - before).max() <= 1.0 + 1e-5
+
+
+@pytest.mark.parametrize(('output', 'channels'), [('x', 3), ('eps', 3), ('v', 3), ('both', 6)])
+def test_a_network_has_the_channels_of_what_it_says(output, channels):
+  assert diffusion.output_channels(output, 3) == channels
 
 
 def test_velocity_inverts_from_v_at_any_logsnr():
@@ -114,6 +160,7 @@ def test_each_image_has_its_own_logsnr_even_where_batch_and_channels_agree():
     (diffusion.from_x, a, at, b),
     (diffusion.from_eps, a, at, b),
     (diffusion.from_v, a, at, b),
+    (diffusion.from_both, a, at, jnp.concatenate([b, -b], -1)),
     (lambda x, eps, logsnr: diffusion.velocity(diffusion.Prediction(x, eps), logsnr), a, b, at),
     (diffusion.implied_x, a, b, at, to),
   ]

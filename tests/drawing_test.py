@@ -4,15 +4,15 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion_distillation import times
 from diffusion_distillation.evaluation import drawing
 from diffusion_distillation.samplers import Ancestral
-from diffusion_distillation.workdir import plan_for
 from tests import tiny
 
 
 def make(batch_size, **overrides):
   """A drawer and parameters that are zero nowhere."""
-  stage = plan_for(tiny.config(**overrides))[0][0]
+  stage = tiny.plan(**overrides)[0][0]
   params = stage.denoise.init(jax.random.key(0), (8, 8, 1))
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -29,15 +29,16 @@ def assert_same_images(a, b):
 
 def test_images_depend_on_seed_and_index_alone():
   (small, params), (large, _) = make(8), make(20)  # rounded up to 24 on 8 devices
-  twenty = small.draw(params, 3, 20, seed=5)
+  grid = times.uniform(3)
+  twenty = small.draw(params, grid, 20, seed=5)
   assert len(twenty) == 20
-  assert_same_images(twenty, large.draw(params, 3, 20, seed=5))
-  assert_same_images(twenty[:3], large.draw(params, 3, 3, seed=5))
+  assert_same_images(twenty, large.draw(params, grid, 20, seed=5))
+  assert_same_images(twenty[:3], large.draw(params, grid, 3, seed=5))
   assert len({image.tobytes() for image in twenty}) == 20
-  assert (small.draw(params, 3, 20, seed=6) != twenty).any(axis=(1, 2, 3)).all()
+  assert (small.draw(params, grid, 20, seed=6) != twenty).any(axis=(1, 2, 3)).all()
 
 
-def test_one_program_serves_all_step_counts():
+def test_one_program_serves_all_grids_of_times():
   drawer, params = make(16)
   traces = []
 
@@ -48,17 +49,22 @@ def test_one_program_serves_all_step_counts():
 
   counting = Counting(drawer.denoise.network, drawer.denoise.output)
   drawer = drawing.Drawer(counting, drawer.sampler, drawer.schedule, drawer.image_shape, 16)
-  for num_steps in (1, 2, 7, 64):
-    drawer.draw(params, num_steps, 16, 0)
+  grids = [*map(times.uniform, (1, 2, 7, 64)), times.quadratic(5), times.grid([0, 0.9, 1])]
+  drawn = [drawer.draw(params, grid, 16, 0) for grid in grids]
+  assert len({images.tobytes() for images in drawn}) == len(grids)
   assert len(traces) == 1
 
 
-def test_conditional_models_draw_balanced_classes():
+def test_conditional_models_draw_balanced_classes_or_those_that_are_given():
   drawer, params = make(16, model__conditional=True)
   labels = drawer.labels(np.arange(40))
   assert np.bincount(labels).tolist() == [4] * 10
-  images = drawer.draw(params, 2, 20, seed=0)
+  images = drawer.draw(params, times.uniform(2), 20, seed=0)
   assert images.shape == (20, 8, 8, 1)
+  assert drawer.labels(np.arange(5), [7, 2]).tolist() == [7, 2, 7, 2, 7]
+  chosen = drawer.draw(params, times.uniform(2), 20, seed=0, classes=[*range(9), 0])
+  same = (chosen == images).all(axis=(1, 2, 3))
+  assert same.tolist() == [k % 10 != 9 for k in range(20)]
   unconditional, _ = make(16)
   assert unconditional.labels(np.arange(40)) is None
 
@@ -66,10 +72,10 @@ def test_conditional_models_draw_balanced_classes():
 def test_drawing_is_timed_without_what_is_done_with_the_images():
   drawer, params = make(16)
   seen = []
-  seconds = drawer.seconds_per_image(params, 2, 40, 0, use=seen.append)
+  seconds = drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=seen.append)
   assert [len(images) for images in seen] == [16, 16, 8]
   assert 0 < seconds < 1
-  np.testing.assert_array_equal(np.concatenate(seen), drawer.draw(params, 2, 40, 0))
+  np.testing.assert_array_equal(np.concatenate(seen), drawer.draw(params, times.uniform(2), 40, 0))
 
 
 def test_a_signal_stops_drawing(monkeypatch):
@@ -79,4 +85,4 @@ def test_a_signal_stops_drawing(monkeypatch):
   drawer, params = make(16)
   monkeypatch.setattr(interrupts, '_received', [15])
   with pytest.raises(Preempted, match='SIGTERM'):
-    drawer.draw(params, 1, 16, 0)
+    drawer.draw(params, times.uniform(1), 16, 0)

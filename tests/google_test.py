@@ -1,8 +1,10 @@
 """Models from elsewhere: the released code's checkpoints, and stages of other runs."""
 
 import hashlib
+import itertools
 import json
 import pickle
+import re
 import shutil
 
 import jax
@@ -15,7 +17,7 @@ from diffusion_distillation import datasets, importing, times, train
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import digest
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import measure
+from diffusion_distillation.evaluation import features, measure
 from diffusion_distillation.interop import google
 from diffusion_distillation.stages import plan
 from tests import parity_test, tiny
@@ -43,6 +45,7 @@ SAMPLE = {
   'log.seconds': 0.0,
   'evaluation.num_samples': 16,
   'evaluation.batch_size': 16,
+  'evaluation.samplers': ('ddim',),
 }
 
 
@@ -118,6 +121,10 @@ MISFITS = {
     ['conv_in/kernel has shape (3, 3, 1, 32)', 'needs (3, 3, 3, 32)'],
   ),
   'turned round': (
+    replace('dense0/kernel', np.zeros((64, 32), np.float32)),
+    ['dense0/kernel has shape (64, 32)', 'needs (32, 64)'],
+  ),
+  'one too many': (
     replace('temb/kernel', np.zeros(3, np.float32)),
     ['temb/kernel (3,) is not in it'],
   ),
@@ -201,9 +208,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
   [
     (4, 8, 'progressive_0004'),
     (4, 4, 'base'),
-    (1, 8, 'progressive_0001'),
     (0, 8, 'base'),
-    (None, 8, 'base'),
   ],
 )
 def test_the_number_of_steps_says_which_stage_it_becomes(in_the_file, start_steps, name, tmp_path):
@@ -273,6 +278,7 @@ def test_an_imported_stage_is_distilled_further_and_measured(imported, tmp_path,
   grey = datasets.load('digits', 8, 'train')
   colour = datasets.ImageSet('cifar10', grey.images.repeat(3, axis=-1), grey.labels, 10)
   monkeypatch.setitem(datasets.SOURCES, 'cifar10', lambda split: colour)
+  monkeypatch.setattr(features, '_UPDATES', 20)
   workdir, config = tmp_path / 'run', sample_config()
   shutil.copytree(imported[0], workdir)
   train.run(config, workdir)
@@ -281,13 +287,12 @@ def test_an_imported_stage_is_distilled_further_and_measured(imported, tmp_path,
   assert sorted(path.parent.name for path in workdir.glob('*/stage.json')) == sorted(names)
   stages = [lineage(workdir / name) for name in names]
   assert stages[0] == lineage(imported[0] / names[0])
-  for parent, child in zip(stages[:-1], stages[1:], strict=True):
+  for parent, child in itertools.pairwise(stages):
     assert child['parent']['digest'] == parent['digest'] != child['digest']
   rows = json.loads((workdir / 'results.json').read_text())['rows']
-  measured = {(row['stage'], row['sampler'], row['num_steps'], row['digest']) for row in rows}
-  undistilled = {(names[0], s, n, stages[0]['digest']) for s in ('ddim', 'ancestral') for n in (4, 2, 1)}
-  students = {(stage['stage'], 'ddim', stage['num_steps'], stage['digest']) for stage in stages[1:]}
-  assert measured == undistilled | students
+  measured = {(row['stage'], row['num_steps'], row['digest']) for row in rows}
+  undistilled = {(names[0], num_steps, stages[0]['digest']) for num_steps in (4, 2, 1)}
+  assert measured == undistilled | {(s['stage'], s['num_steps'], s['digest']) for s in stages[1:]}
 
 
 def test_a_stage_that_is_there_is_not_imported_over(imported, tmp_path):
@@ -329,9 +334,9 @@ def test_a_stage_of_another_run_is_imported_with_the_same_digest(finished, name,
 @pytest.mark.parametrize(
   ('overrides', 'words'),
   [
-    ({'model__ch': 16}, ['denoise', 'ch=8', 'ch=16']),
-    ({'model__output': 'x'}, ['denoise', "output='v'", "output='x'"]),
-    ({'schedule__logsnr_min': -15.0}, ['schedule', 'logsnr_min=-20.0', 'logsnr_min=-15.0']),
+    ({'model__ch': 16}, ['denoise', r'\bch ?= ?8\b', r'\bch ?= ?16\b']),
+    ({'model__output': 'x'}, ['denoise', r"output ?= ?'v'", r"output ?= ?'x'"]),
+    ({'schedule__logsnr_min': -15.0}, ['schedule', r'logsnr_min ?= ?-20', r'logsnr_min ?= ?-15']),
     ({'schedule__name': 'linear_beta'}, ['schedule', 'Cosine', 'LinearBeta']),
   ],
 )
@@ -339,7 +344,7 @@ def test_a_stage_of_another_model_is_refused(finished, overrides, words, config,
   other = overridden(config, **overrides)
   message = refused(other, finished / 'base', tmp_path / 'run', 'workdir')
   for word in words:
-    assert word in message
+    assert re.search(word, message), message
 
 
 def test_a_stage_with_a_number_of_steps_that_the_config_has_not_is_refused(finished, config, tmp_path):
@@ -365,7 +370,8 @@ def test_a_place_that_is_no_stage_is_refused(finished, place, config, tmp_path):
 def test_a_stage_under_another_name_is_refused(finished, config, tmp_path):
   theirs = shutil.copytree(finished, tmp_path / 'theirs')
   (theirs / 'base').rename(theirs / 'mine')
-  refused(config, theirs / 'mine', tmp_path / 'run', 'workdir')
+  message = refused(config, theirs / 'mine', tmp_path / 'run', 'workdir')
+  assert "'mine' is not one of ['base'" in message
 
 
 def test_a_stage_of_another_run_is_not_imported_over_one_that_is_there(finished, config, tmp_path):

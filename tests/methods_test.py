@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion_distillation.diffusion import Prediction, diffuse
-from diffusion_distillation.methods import METHODS, Denoising
-from diffusion_distillation.schedules import Cosine
+from diffusion_distillation import times
+from diffusion_distillation.diffusion import Prediction, diffuse, from_v
+from diffusion_distillation.methods import METHODS, Denoising, Progressive
+from diffusion_distillation.schedules import Cosine, LinearBeta, ShiftedCosine
 from diffusion_distillation.unet import Denoiser, UNet
 from diffusion_distillation.weightings import WEIGHTINGS, SnrTrunc
 from tests.exact import Gaussian
@@ -20,6 +21,7 @@ SCHEDULE = Cosine()
 GAUSSIAN = Gaussian(mean=0.3, std=0.5)
 KEY = jax.random.key(0)
 FIELDS = {'num_steps': 4, 'schedule': SCHEDULE, 'weighting': SnrTrunc()}
+SHAPE = (8, 8, 8, 1)
 NETWORK = UNet(
   out_ch=1, ch=8, emb_ch=8, ch_mult=(1,), num_res_blocks=1, num_groups=4, dropout=0.1, num_classes=3
 )
@@ -61,14 +63,14 @@ def case(request, student):
   method, denoise = build(METHODS[request.param]), Denoiser(NETWORK, 'v')
   rng = np.random.default_rng(0)
   teacher = jax.tree.map(lambda p: p + jnp.float32(0.1 * rng.normal(size=p.shape)), student)
-  batch = {'x': jnp.float32(rng.uniform(-1, 1, (8, 8, 8, 1))), 'label': jnp.arange(8) % 3}
+  data = {'x': jnp.float32(rng.uniform(-1, 1, SHAPE)), 'label': jnp.arange(8) % 3}
 
   @jax.jit
-  def gradients(method, params, teacher, rng):
+  def gradients(method, params, teacher, draws, rng):
     """((loss, metrics), (gradient of params, gradient of teacher))."""
 
     def loss(params, teacher):
-      return method.loss(denoise, params, teacher, batch, rng, jnp.array(0))
+      return method.loss(denoise, params, teacher, data | draws, rng, jnp.array(0))
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, teacher)
 
@@ -76,7 +78,9 @@ def case(request, student):
     method=method,
     params=method.init(student),
     teacher=teacher,
-    gradients=lambda params, rng=KEY: gradients(method, params, teacher, rng),
+    gradients=lambda params, key=KEY, rng=KEY: gradients(
+      method, params, teacher, method.draw(key, SHAPE), rng
+    ),
   )
 
 
@@ -114,9 +118,10 @@ def test_the_teacher_has_no_gradient(case):
     np.testing.assert_array_equal(leaf, 0.0)
 
 
-def test_loss_is_a_function_of_the_key(case):
+@pytest.mark.parametrize('which', ['key', 'rng'])
+def test_loss_is_a_function_of_the_key_of_the_draws_and_of_that_of_dropout(case, which):
   moved = jax.tree.map(lambda p: p + 0.05, case.params)
-  one, same, other = (case.gradients(moved, jax.random.key(seed))[0][0] for seed in (1, 1, 2))
+  one, same, other = (case.gradients(moved, **{which: jax.random.key(seed)})[0][0] for seed in (1, 1, 2))
   assert one == same
   assert one != other
 
@@ -133,6 +138,60 @@ def test_a_method_is_an_argument_of_a_compiled_step(case):
   for method in (case.method, build(type(case.method))):
     step(method)
   assert len(traces) == 1
+
+
+VARIANTS = {
+  **{name: build(cls) for name, cls in METHODS.items()},
+  'discrete': Denoising(SCHEDULE, SnrTrunc(), times.Uniform(stratified=True), num_steps=1000),
+  'by_three': Progressive(4, SCHEDULE, SnrTrunc(), factor=3),
+  'by_four': Progressive(4, SCHEDULE, SnrTrunc(), factor=4),
+}
+every_variant = pytest.mark.parametrize('method', VARIANTS.values(), ids=VARIANTS)
+
+
+def shifted(params, z, logsnr, label, rng=None):
+  """A denoiser of one parameter."""
+  x, eps = GAUSSIAN(z, logsnr)
+  return Prediction(x + params, eps - params)
+
+
+@every_variant
+def test_draws_are_a_function_of_the_key_and_have_the_batch_in_front(method):
+  one, same, other = (method.draw(jax.random.key(seed), SHAPE) for seed in (1, 1, 2))
+  assert one['eps'].shape == SHAPE
+  for name, values in one.items():
+    assert values.shape[0] == SHAPE[0]
+    np.testing.assert_array_equal(values, same[name])
+    assert (values != other[name]).any()
+
+
+@every_variant
+def test_the_student_is_called_once_and_the_teacher_as_often_as_is_said(method):
+  calls = []
+
+  def counting(params, z, logsnr, label, rng=None):
+    calls.append(params)
+    return GAUSSIAN(z, logsnr)
+
+  data = {'x': jnp.zeros(SHAPE), 'label': None} | method.draw(KEY, SHAPE)
+  method.loss(counting, method.init('student'), 'teacher', data, None, 0)
+  assert calls.count('student') == 1
+  assert calls.count('teacher') == method.teacher_calls
+
+
+@every_variant
+def test_the_loss_of_a_batch_is_the_mean_over_its_examples(method):
+  """Each with its own draws: a batch may be cut into micro-batches."""
+  data = {'x': jax.random.uniform(KEY, SHAPE, minval=-1.0), 'label': jnp.arange(8)}
+  data |= method.draw(KEY, SHAPE)
+
+  @jax.jit
+  def loss(data):
+    return method.loss(shifted, {'student': 0.1}, 0.2, data, None, 0)[0]
+
+  alone = [loss(jax.tree.map(lambda a, k=k: a[k : k + 1], data)) for k in range(8)]
+  assert np.std(alone) > 0.01 * np.mean(alone)
+  np.testing.assert_allclose(loss(data), np.mean(alone), rtol=1e-5)
 
 
 OFF = 0.5
@@ -165,7 +224,8 @@ def base_losses():
         return denoiser(z, logsnr)
 
       method = Denoising(SCHEDULE, WEIGHTINGS[weighting]())
-      return method.loss(denoise, {'student': None}, None, {'x': x, 'label': None}, key_loss, 0)[0]
+      data = {'x': x, 'label': None} | method.draw(key_loss, x.shape)
+      return method.loss(denoise, {'student': None}, None, data, None, 0)[0]
 
     return {(w, d): loss(w, DENOISERS[d]) for w in WEIGHTINGS for d in DENOISERS}
 
@@ -203,7 +263,7 @@ def test_an_error_of_known_size_in_x_costs_its_square(base_losses):
   assert excess.mean() == pytest.approx(0.5 * OFF**2, abs=4 * error)  # logsnr <= 0 half the time
 
 
-def recorded(size=4096):
+def recorded(method, size=4096):
   """What base training asks of the student: z, logsnr, label and rng."""
   calls = []
 
@@ -211,15 +271,21 @@ def recorded(size=4096):
     calls.append((z, logsnr, label, rng))
     return GAUSSIAN(z, logsnr)
 
-  batch = {'x': jnp.full((size, 1, 1, 1), 0.5), 'label': jnp.arange(size)}
-  Denoising(SCHEDULE, SnrTrunc()).loss(recording, {'student': None}, None, batch, KEY, 0)
+  data = {'x': jnp.full((size, 1, 1, 1), 0.5), 'label': jnp.arange(size)}
+  method.loss(recording, {'student': None}, None, data | method.draw(KEY, (size, 1, 1, 1)), KEY, 0)
   return calls
 
 
-def test_base_training_draws_time_uniformly_and_noise_normally():
-  ((z, logsnr, label, rng),) = recorded()
+def time_at(logsnr):
+  """The inverse of `logsnr_at`."""
   b = np.arctan(np.exp(-10.0))
-  t = (np.arctan(np.exp(-np.float64(logsnr) / 2)) - b) / (np.arctan(np.exp(10.0)) - b)
+  return (np.arctan(np.exp(-np.float64(logsnr) / 2)) - b) / (np.arctan(np.exp(10.0)) - b)
+
+
+@pytest.mark.parametrize('law', [times.Uniform(), times.Uniform(stratified=True)], ids=str)
+def test_base_training_draws_time_uniformly_and_noise_normally(law):
+  ((z, logsnr, label, rng),) = recorded(Denoising(SCHEDULE, SnrTrunc(), law))
+  t = time_at(logsnr)
   clean = diffuse(jnp.full_like(z, 0.5), jnp.zeros_like(z), logsnr)
   sigma = diffuse(jnp.zeros_like(z), jnp.ones_like(z), logsnr)
   eps = np.ravel((z - clean) / sigma)
@@ -230,8 +296,71 @@ def test_base_training_draws_time_uniformly_and_noise_normally():
   assert rng is not None
 
 
-def test_base_training_never_asks_about_clean_data(monkeypatch):
-  """Uniform numbers lie in [0, 1): their smallest must not become t = 0."""
-  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.zeros(shape))
-  ((_, logsnr, _, _),) = recorded()
+def test_base_training_with_stratified_time_has_one_example_in_each_stratum():
+  ((_, logsnr, _, _),) = recorded(Denoising(SCHEDULE, SnrTrunc(), times.Uniform(stratified=True)), 64)
+  np.testing.assert_array_equal(np.sort(np.ceil(64 * time_at(logsnr) - 1e-4)), np.arange(64) + 1)
+
+
+@pytest.mark.parametrize('num_steps', [1, 5, 8])
+def test_in_discrete_time_base_training_asks_at_i_nths_and_as_often_at_each(num_steps):
+  size = 4096
+  ((_, logsnr, _, _),) = recorded(Denoising(SCHEDULE, SnrTrunc(), num_steps=num_steps), size)
+  i = np.round(num_steps * time_at(logsnr)).astype(int)
+  np.testing.assert_allclose(logsnr, SCHEDULE(jnp.array(i) / num_steps), rtol=1e-5, atol=1e-5)
+  counts = np.bincount(i, minlength=num_steps + 1)
+  assert counts[0] == 0
+  share = 1 / num_steps
+  assert (np.abs(counts[1:] - size * share) <= 4 * np.sqrt(size * share * (1 - share))).all()
+
+
+def test_in_discrete_stratified_time_every_i_has_its_exact_share():
+  law = times.Uniform(stratified=True)
+  draws = Denoising(SCHEDULE, SnrTrunc(), law, num_steps=8).draw(KEY, (64, 1, 1, 1))
+  np.testing.assert_array_equal(np.sort(draws['t']), np.repeat(np.arange(1, 9) / 8, 8))
+
+
+def test_in_discrete_time_the_exact_denoiser_has_the_mean_of_its_losses_at_i_nths():
+  n, size = 5, 100_000
+  method = Denoising(SCHEDULE, SnrTrunc(), num_steps=n)
+  x = GAUSSIAN.mean + GAUSSIAN.std * jax.random.normal(jax.random.key(1), (size, 1, 1, 1))
+
+  @jax.jit
+  def losses():
+    data = {'x': x, 'label': None} | method.draw(KEY, x.shape)
+    return method.losses(lambda params, z, logsnr, *_: GAUSSIAN(z, logsnr), None, data)
+
+  logsnr = logsnr_at(np.arange(1, n + 1) / n)
+  weight = np.maximum(1.0, np.exp(logsnr))
+  got = np.float64(losses())
+  error = got.std() / np.sqrt(size)
+  assert got.mean() == pytest.approx(
+    np.mean(weight * GAUSSIAN.posterior_variance(logsnr)), abs=4 * error
+  )
+
+
+@pytest.mark.parametrize('smallest', [True, False])
+def test_base_training_never_asks_about_clean_data(smallest, monkeypatch):
+  """Uniform numbers lie in [0, 1): neither the smallest nor the largest may become t = 0."""
+  extreme = 0.0 if smallest else 1.0 - 2.0**-23
+  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.full(shape, extreme))
+  ((_, logsnr, _, _),) = recorded(Denoising(SCHEDULE, SnrTrunc()))
   assert np.isfinite(logsnr).all()
+
+
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+@pytest.mark.parametrize('schedule', [Cosine(), ShiftedCosine(8), LinearBeta()], ids=str)
+def test_a_time_of_0_is_taken_for_the_first_after_it(schedule, weighting):
+  """And has a finite loss, whose gradient is finite."""
+  method = Denoising(schedule, WEIGHTINGS[weighting]())
+  x, eps = jax.random.normal(KEY, (2, 4, 2, 2, 1))
+
+  def denoise(params, z, logsnr, label, rng=None):
+    return from_v(z, logsnr, params * z)
+
+  def losses(scale, t):
+    return method.losses(denoise, scale, {'x': x, 'eps': eps, 't': jnp.full(4, t), 'label': None})
+
+  at_0, after = losses(1.0, 0.0), losses(1.0, 1e-30)
+  assert np.isfinite(at_0).all()
+  np.testing.assert_allclose(at_0, after, rtol=1e-5)
+  assert np.isfinite(jax.grad(lambda scale: losses(scale, 0.0).sum())(1.0))

@@ -280,5 +280,6 @@ def test_three_updates_in_a_row(kind, method, learning_rate, monkeypatch):
     state, metrics = step(state, params('teacher'), batch, drawn)
     found.append([metrics['loss'], metrics['grad_norm']])
   loss, norm = np.array(found).T
-  check(f'train_{kind}/loss', loss, 1e-4)
-  check(f'train_{kind}/gnorm', norm, 1e-4)
+  # Without clipping, or with another eps or b1 in Adam, they would differ by 4e-5 and more.
+  check(f'train_{kind}/loss', loss, 3e-5)
+  check(f'train_{kind}/gnorm', norm, 3e-5)

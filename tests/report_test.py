@@ -1,17 +1,23 @@
+"""What is measured, and how it is shown."""
+
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_distillation import samplers, schedules
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.evaluation import features, pictures, report
+from diffusion_distillation.evaluation import drawing, features, measure, pictures, report
+from diffusion_distillation.workdir import Model
 from tests import tiny
+from tests.exact import Gaussian
 
 
-def row(stage, sampler, nfe, value):
+def row(stage, sampler, nfe, value, weights='ema'):
   method = 'denoising' if stage == 'base' else 'progressive'
-  extra = {'num_steps': nfe, 'seconds_per_image': 0.001, 'updates': 10}
+  extra = {'num_steps': nfe, 'seconds_per_image': 0.001, 'updates': 10, 'weights': weights}
   return {'stage': stage, 'method': method, 'sampler': sampler, 'nfe': nfe, 'value': value} | extra
 
 
@@ -28,6 +34,42 @@ def test_the_table_compares_at_each_number_of_network_calls():
     {'nfe': 4, 'values': [None, 2.0, 3.0], 'ratio': None},
     {'nfe': 2, 'values': [2.5, 20.0, None], 'ratio': 1.25},
   ]
+
+
+def test_columns_are_the_students_and_the_base_under_each_sampler_by_network_calls():
+  """Heun's N steps stand beside the 2N steps of samplers that call once; further averages stand apart."""
+  rows = [
+    *ROWS,
+    row('base', 'heun', 8, 1.5),
+    row('base', 'heun', 4, 9.0),
+    row('base', 'ddim', 4, 0.1, weights='ema_0.99'),
+    row('progressive_0002', 'ddim', 2, 0.1, weights='ema_0.99'),
+  ]
+  assert report.curves(rows) == {
+    'Distilled': {2: 2.5},
+    'Base, DDIM': {4: 2.0, 2: 20.0},
+    'Base, ancestral': {4: 3.0},
+    'Base, Heun': {8: 1.5, 4: 9.0},
+  }
+  assert report.comparison(rows) == [
+    {'nfe': 8, 'values': [None, None, None, 1.5], 'ratio': None},
+    {'nfe': 4, 'values': [None, 2.0, 3.0, 9.0], 'ratio': None},
+    {'nfe': 2, 'values': [2.5, 20.0, None, None], 'ratio': 1.25},
+  ]
+
+
+def test_without_ddim_there_is_nothing_to_take_the_ratio_to():
+  rows = [row('base', 'heun', 8, 1.5), row('progressive_0004', 'ddim', 4, 2.5)]
+  assert report.comparison(rows) == [
+    {'nfe': 8, 'values': [None, 1.5], 'ratio': None},
+    {'nfe': 4, 'values': [2.5, None], 'ratio': None},
+  ]
+
+
+def test_a_model_that_was_imported_is_the_base_of_its_curves():
+  rows = [row('progressive_0008', 'ddim', 8, 3.0), row('progressive_0004', 'ddim', 4, 3.6)]
+  assert report.curves(rows) == {'Distilled': {4: 3.6}, 'Base, DDIM': {8: 3.0}}
+  assert [line['ratio'] for line in report.comparison(rows)] == [None, 1.2]
 
 
 def test_the_figure_is_log_log_with_three_curves_and_the_floor():
@@ -113,3 +155,98 @@ def test_the_stored_extractor_is_the_one_of_the_results(finished):
   images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1)).astype(np.uint8)
   assert extractor(images).shape == (7, 64)
   np.testing.assert_allclose(extractor(images)[:2], extractor(images[:2]), rtol=1e-5)
+
+
+def rows_of(**overrides):
+  config = tiny.config(**overrides)
+  stages = tiny.plan(**overrides)[0]
+  return [(stages[place].name, *rest) for place, *rest in measure.rows(stages, config)]
+
+
+def test_the_base_is_measured_under_every_sampler_and_each_student_at_its_own_steps():
+  names = tuple(samplers.SAMPLERS)
+  assert rows_of(evaluation__samplers=names) == [
+    *(('base', 'ema', name, steps) for steps in (4, 2, 1) for name in names),
+    ('progressive_0002', 'ema', 'ddim', 2),
+    ('progressive_0001', 'ema', 'ddim', 1),
+  ]
+
+
+def test_further_averages_are_measured_at_their_stages_own_steps():
+  averages = {'train__ema_decay': (0.9, 0.5, 0.2), 'distill__ema_decay': (0.0, 0.8)}
+  assert rows_of(evaluation__samplers=('heun',), distill__start_steps=2, **averages) == [
+    ('base', 'ema', 'heun', 2),
+    ('base', 'ema', 'heun', 1),
+    ('base', 'ema_0.5', 'ddim', 2),
+    ('base', 'ema_0.2', 'ddim', 2),
+    ('progressive_0001', 'ema', 'ddim', 1),
+    ('progressive_0001', 'ema_0.8', 'ddim', 1),
+  ]
+
+
+def test_rows_of_more_steps_than_wanted_are_left_out():
+  limits = {'distill__start_steps': 16, 'evaluation__max_steps': 4, 'train__ema_decay': (0.9, 0.5)}
+  assert rows_of(evaluation__samplers=('ddim',), **limits) == [
+    *(('base', 'ema', 'ddim', steps) for steps in (4, 2, 1)),
+    *((f'progressive_000{steps}', 'ema', 'ddim', steps) for steps in (4, 2, 1)),
+  ]
+
+
+def calls_of(sampler, grid):
+  """Times that a denoiser is called by a sampler on a grid, by counting."""
+  calls = []
+
+  def denoise(z, logsnr):
+    calls.append(logsnr)
+    return Gaussian(0.1, 0.3)(z, logsnr)
+
+  with jax.disable_jit():
+    z, keys = np.zeros((1, 2), np.float32), jax.random.split(jax.random.key(0), 1)
+    samplers.sample(sampler, denoise, schedules.Cosine(), grid, z, keys)
+  return len(calls)
+
+
+def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monkeypatch):
+  """Every row of an evaluation whose drawing is replaced: what is asked of the drawer is counted."""
+  overrides = {'train__ema_decay': (0.9, 0.5), 'distill__start_steps': 2, 'evaluation__gamma': 0.5}
+  config = tiny.config(evaluation__samplers=tuple(samplers.SAMPLERS), **overrides)
+  stages, images = tiny.plan(**overrides)
+  asked = []
+
+  def seconds_per_image(self, params, grid, num_samples, seed, use):
+    asked.append((self.sampler, params['of'], len(grid) - 1, calls_of(self.sampler, grid)))
+    use(images.images[:num_samples])
+    return 0.001
+
+  def draw(self, params, grid, num_samples, seed, classes=()):
+    return images.images[:num_samples]
+
+  monkeypatch.setattr(drawing.Drawer, 'seconds_per_image', seconds_per_image)
+  monkeypatch.setattr(drawing.Drawer, 'draw', draw)
+  (tmp_path / 'extractor.safetensors').symlink_to(finished / 'extractor.safetensors')
+  models = []
+  for stage in stages:
+    sets = {name: {'of': np.array(f'{stage.name} {name}')} for name in stage.weights}
+    models.append(Model(stage, 'ema', sets['ema'], f'digest of {stage.name}', 7, 1.5, sets))
+  results = measure.evaluate(config, models, images, tmp_path, again=False)
+
+  rows = results['rows']
+  assert json.loads((tmp_path / 'results.json').read_text())['rows'] == rows
+  assert len(rows) == len(asked) == 2 * len(samplers.SAMPLERS) + 2
+  for measured, (sampler, params, num_steps, calls) in zip(rows, asked, strict=True):
+    assert samplers.SAMPLERS[measured['sampler']] is type(sampler)
+    assert f'{measured["stage"]} {measured["weights"]}' == params
+    assert measured['num_steps'] == num_steps and measured['nfe'] == calls
+    assert sampler.clip_x and measured['clip_x'] is True and measured['updates'] == 7
+    assert measured.get('gamma') == (0.5 if measured['sampler'] == 'ancestral' else None)
+  of_two = {row['sampler']: row['nfe'] for row in rows if row['num_steps'] == 2}
+  assert (of_two['ddim'], of_two['heun'], of_two['rk4']) == (2, 4, 8)
+  text = (tmp_path / 'report' / 'index.html').read_text()
+  assert 'Base, Heun' in text and 'ema_0.5' in text
+
+  asked.clear()
+  again = tiny.config(
+    evaluation__samplers=('ancestral', 'ddim'), **overrides | {'evaluation__gamma': 1.0}
+  )
+  measure.evaluate(again, models, images, tmp_path, again=False)
+  assert {type(sampler) for sampler, *_ in asked} == {samplers.Ancestral}

@@ -10,6 +10,7 @@ import pytest
 from tests import tiny
 
 STAGES = ['base', 'progressive_0002', 'progressive_0001']
+COMMAND = [*tiny.flags(), '--config.log.measured_updates=0']  # starts sooner
 
 
 def outcome(workdir):
@@ -37,7 +38,7 @@ def wait_for(condition, process):
 def test_killed_again_and_again_it_ends_like_the_uninterrupted_run(finished, tmp_path):
   """SIGKILL around the saves of each stage, and while measuring."""
   workdir = tmp_path / 'workdir'
-  command = [*tiny.flags(), f'--workdir={workdir}']
+  command = [*COMMAND, f'--workdir={workdir}']
   moments = [
     lambda: (workdir / 'base' / 'checkpoints' / '5').exists(),
     lambda: (workdir / 'base' / 'checkpoints' / '12').exists(),
@@ -65,7 +66,7 @@ def test_killed_again_and_again_it_ends_like_the_uninterrupted_run(finished, tmp
 @pytest.mark.slow
 def test_sigterm_saves_first_and_says_so(finished, tmp_path):
   workdir = tmp_path / 'workdir'
-  command = [*tiny.flags(), f'--workdir={workdir}']
+  command = [*COMMAND, f'--workdir={workdir}']
   process = tiny.start_main(*command)
   assert wait_for(lambda: (workdir / 'base' / 'metrics.jsonl').exists(), process)
   process.send_signal(signal.SIGTERM)
@@ -89,7 +90,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_trained_again(finished, 
   content = bytearray(victim.read_bytes())
   content[len(content) // 2] ^= 1
   victim.write_bytes(bytes(content))
-  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  code, _, err = tiny.run_main(*COMMAND, f'--workdir={workdir}')
   assert code == 0, err
   assert f'damaged checkpoint {newest}' in err
   assert (workdir / 'progressive_0002' / 'damaged' / '8').is_dir()
@@ -106,7 +107,7 @@ def test_a_finished_stage_of_which_nothing_whole_is_left_is_not_silently_trained
   workdir = shutil.copytree(finished, tmp_path / 'workdir')
   for path in (workdir / 'base' / 'checkpoints').rglob('_METADATA'):
     cut_short(path)
-  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  code, _, err = tiny.run_main(*COMMAND, f'--workdir={workdir}')
   assert code == 3 and 'no whole checkpoint is left' in err.splitlines()[-1], err
   assert len(list((workdir / 'base' / 'damaged').iterdir())) == 2
 
@@ -114,7 +115,7 @@ def test_a_finished_stage_of_which_nothing_whole_is_left_is_not_silently_trained
 def test_damaged_results_are_measured_again(finished, tmp_path):
   workdir = shutil.copytree(finished, tmp_path / 'workdir')
   cut_short(workdir / 'results.json')
-  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  code, _, err = tiny.run_main(*COMMAND, f'--workdir={workdir}')
   assert code == 0 and 'results.json is damaged' in err, err
   assert outcome(workdir) == outcome(finished)
 
@@ -125,7 +126,7 @@ def test_a_stage_whose_parent_was_replaced_is_refused(finished, tmp_path):
   lineage = json.loads(path.read_text())
   lineage['parent']['digest'] = '0' * 64
   path.write_text(json.dumps(lineage))
-  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  code, _, err = tiny.run_main(*COMMAND, f'--workdir={workdir}')
   assert code == 2
   assert err.splitlines()[-1].startswith('error:') and 'parent' in err.splitlines()[-1]
   assert str(path) in err

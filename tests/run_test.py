@@ -30,9 +30,11 @@ def results(finished):
 
 
 def test_results_have_a_row_for_each_stage_sampler_and_step_count(results):
-  rows = {(row['stage'], row['sampler'], row['num_steps']) for row in results['rows']}
-  undistilled = {('base', sampler, n) for sampler in ('ddim', 'ancestral') for n in (4, 2, 1)}
-  assert rows == undistilled | {('progressive_0002', 'ddim', 2), ('progressive_0001', 'ddim', 1)}
+  names = ('stage', 'weights', 'sampler', 'num_steps')
+  rows = {tuple(row[name] for name in names) for row in results['rows']}
+  undistilled = {('base', 'ema', sampler, n) for sampler in ('ddim', 'ancestral') for n in (4, 2, 1)}
+  students = {('progressive_0002', 'ema', 'ddim', 2), ('progressive_0001', 'ema', 'ddim', 1)}
+  assert rows == undistilled | students
   assert len(results['rows']) == len(rows)
 
 
@@ -41,7 +43,8 @@ def test_rows_say_what_was_measured(results):
     assert row['metric'] == 'FD-digits'
     assert row['method'] == ('denoising' if row['stage'] == 'base' else 'progressive')
     assert row['nfe'] == row['num_steps']
-    assert row['num_samples'] == 48 and row['seed'] == 1
+    assert row['num_samples'] == 48 and row['seed'] == 1 and row['clip_x'] is True
+    assert row.get('gamma') == (0.0 if row['sampler'] == 'ancestral' else None)
     assert np.isfinite(row['value']) and row['value'] > results['floor']['value'] > 0
     assert 0 < row['seconds_per_image'] < 1
 
@@ -72,7 +75,8 @@ def test_lineage_leads_from_the_last_student_to_the_base(finished):
   lineages = [json.loads((finished / name / 'stage.json').read_text()) for name in STAGES]
   assert lineages[0]['parent'] is None
   for parent, child in itertools.pairwise(lineages):
-    assert child['parent'] == {'stage': parent['stage'], 'digest': parent['digest']}
+    expected = {'stage': parent['stage'], 'weights': 'ema', 'digest': parent['digest']}
+    assert child['parent'] == expected
   for lineage, steps in zip(lineages, (4, 2, 1), strict=True):
     assert lineage['finished'] and lineage['num_steps'] == steps and lineage['output'] == 'v'
     assert lineage['data_range'] == [-1.0, 1.0]
@@ -160,6 +164,7 @@ def test_a_second_run_changes_nothing_but_the_report(finished, tmp_path):
   assert changed <= {'results.json', 'report/index.html', 'report/samples.png', 'report/frechet.png'}
   old, new = (json.loads((path / 'results.json').read_text()) for path in (finished, workdir))
   assert old['rows'] == new['rows']
+  assert [line.split()[0] for line in err.splitlines() if line.endswith('  finished')] == STAGES
 
 
 def test_evaluate_measures_again_and_finds_the_same(finished, tmp_path):

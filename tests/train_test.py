@@ -329,10 +329,15 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
     np.testing.assert_allclose(ema, 0.999 * old + 0.001 * a, atol=1e-7)
 
 
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
 @pytest.mark.parametrize('place', [0, 1], ids=['base', 'round'])
-def test_gradients_do_not_depend_on_the_number_of_micro_batches(place):
-  """Over 8 devices, with labels and stratified time; without dropout, which alone depends on it."""
+def test_gradients_do_not_depend_on_the_number_of_micro_batches(place, backend, monkeypatch):
+  """Over 8 devices, with labels and stratified time; without dropout, which alone depends on it.
+
+  With the loop unrolled, as on a CPU, and left as it is, as elsewhere.
+  """
   assert jax.device_count() == 8
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   teacher = sharding.replicate(small_params(1)) if place else None
   images = IMAGES.batch(np.arange(32))
   outcomes = []
@@ -342,7 +347,8 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(place):
     examples |= recipe.method.draw(jax.random.key(2), examples['x'].shape)
     networks, batch = recipe.method.init(small_params(0)), sharding.put(examples)
     key, number = jax.random.key(3), jnp.int32(0)
-    outcomes.append(jax.jit(train.gradients)(recipe, networks, teacher, batch, key, number))
+    compiled = jax.jit(lambda *arguments: train.gradients(*arguments))
+    outcomes.append(compiled(recipe, networks, teacher, batch, key, number))
   loss, metrics, grads = outcomes[0]
   assert float(loss) > 0 and float(metrics['eps_of_label']) != 0
   assert np.abs(grads['student']['classes']).max() > 1e-3

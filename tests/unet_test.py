@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from diffusion_distillation.diffusion import OUTPUTS
+from diffusion_distillation.diffusion import OUTPUTS, output_channels
 from diffusion_distillation.schedules import Cosine
-from diffusion_distillation.unet import AttnBlock, Denoiser, ResBlock, UNet, time_embedding
+from diffusion_distillation.unet import (
+  TIME_INPUTS,
+  AttnBlock,
+  Denoiser,
+  ResBlock,
+  UNet,
+  time_embedding,
+)
+from tests.exact import scales
 
 UNCONDITIONAL = UNet(
   out_ch=2, ch=8, emb_ch=12, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), num_groups=4
@@ -160,34 +168,73 @@ def test_output_has_the_shape_of_the_image_and_its_own_channels(apply, params, i
   assert (jnp.std(output, (1, 2, 3)) > 0.1).all()
 
 
+@pytest.mark.parametrize('name', TIME_INPUTS)
+def test_time_inputs_are_their_closed_forms(name):
+  logsnr = np.array([-30.0, -20.0, -10.0, -3.0, 0.0, 1.7, 10.0, 20.0, 30.0])
+  expected = {
+    'inv_cos': np.arctan(np.exp(-np.clip(logsnr, -20, 20) / 2)) * 2 / np.pi,
+    'linear': (logsnr + 10) / 20,
+    'sigmoid': scales(logsnr)[0] ** 2,
+  }[name]
+  with jax.enable_x64(True):
+    got = np.array(TIME_INPUTS[name](jnp.array(logsnr)))
+  np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_inverse_cosine_input_is_the_time_of_the_unclipped_cosine_schedule():
+  t = np.linspace(0.01, 0.99, 9)
+  with jax.enable_x64(True):
+    got = np.array(TIME_INPUTS['inv_cos'](Cosine(-60.0, 60.0)(jnp.array(t))))
+  np.testing.assert_allclose(got, t, atol=1e-12)
+
+
 @pytest.mark.parametrize('dim', [4, 10])
-def test_time_embedding_is_sines_then_cosines_of_the_inverse_cosine_time(dim):
-  logsnr = np.array([-30.0, -20.0, -3.0, 0.0, 1.7, 20.0, 30.0])
-  u = np.arctan(np.exp(-np.clip(logsnr, -20, 20) / 2)) * 2 / np.pi
+def test_time_embedding_is_sines_then_cosines_of_a_thousandfold_input(dim):
+  u = np.array([-0.5, 0.0, 1e-3, 0.3, 1.0, 1.5])
   half = dim // 2
   angles = 1000 * u[:, None] * 10000.0 ** (-np.arange(half) / (half - 1))
   with jax.enable_x64(True):
-    got = time_embedding(jnp.array(logsnr), dim)
+    got = np.array(time_embedding(jnp.array(u), dim))
   np.testing.assert_allclose(got, np.concatenate([np.sin(angles), np.cos(angles)], 1), atol=1e-9)
 
 
-def test_time_embedding_sees_the_time_of_the_unclipped_cosine_schedule():
-  t = np.linspace(0.01, 0.99, 9)
-  with jax.enable_x64(True):
-    got = time_embedding(Cosine(-60.0, 60.0)(jnp.array(t)), 4)
-  np.testing.assert_allclose(got[:, 0], np.sin(1000 * t), atol=1e-9)
-  np.testing.assert_allclose(got[:, 3], np.cos(0.1 * t), atol=1e-9)
+def test_the_network_sees_logsnr_by_its_time_input_alone(inputs):
+  """Networks that differ in it agree at logsnr of the same input, and nowhere else."""
+  z, _, label = inputs
+  params = random_params(shapes(SMALL))
+  u = np.array([0.2, 0.6, 0.9])
+  same = {
+    'inv_cos': -2 * np.log(np.tan(np.pi / 2 * u)),
+    'linear': 20 * u - 10,
+    'sigmoid': np.log(u / (1 - u)),
+  }
+
+  @jax.jit
+  def outputs(logsnr):
+    networks = {name: dataclasses.replace(SMALL, time_input=name) for name in TIME_INPUTS}
+    return {n: network.apply({'params': params}, z, logsnr[n], label) for n, network in networks.items()}
+
+  got = outputs({name: jnp.float32(logsnr) for name, logsnr in same.items()})
+  apart = outputs({name: jnp.float32(same['linear']) for name in TIME_INPUTS})
+  for name in ('inv_cos', 'sigmoid'):
+    np.testing.assert_allclose(got[name], got['linear'], atol=1e-3)
+    assert np.abs(apart[name] - apart['linear']).max(axis=(1, 2, 3)).min() > 0.01
 
 
 def test_denoiser_reads_the_output_by_its_parameterization(inputs):
+  networks = {c: dataclasses.replace(SMALL, out_ch=c) for c in (1, 2)}
+  params = {c: random_params(shapes(network)) for c, network in networks.items()}
+
   @jax.jit
   def predictions(params):
-    raw = SMALL.apply({'params': params}, *inputs)
-    return raw, {output: Denoiser(SMALL, output)(params, *inputs) for output in OUTPUTS}
+    raw = {c: network.apply({'params': params[c]}, *inputs) for c, network in networks.items()}
+    needed = {output: output_channels(output, 1) for output in OUTPUTS}
+    return raw, {out: Denoiser(networks[c], out)(params[c], *inputs) for out, c in needed.items()}
 
-  raw, read = predictions(random_params(shapes(SMALL)))
+  raw, read = predictions(params)
   for output, prediction in read.items():
-    expected = OUTPUTS[output](*inputs[:2], raw)
+    expected = OUTPUTS[output](*inputs[:2], raw[output_channels(output, 1)])
+    assert prediction.x.shape == prediction.eps.shape == inputs[0].shape
     np.testing.assert_allclose(prediction.x, expected.x, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(prediction.eps, expected.eps, rtol=1e-4, atol=1e-4)
 
@@ -304,6 +351,7 @@ def test_check_takes_what_goes_through():
     ({'num_heads': 2, 'head_dim': 4}, SHAPE, 'not both'),
     ({'ch': 9, 'num_groups': 3}, SHAPE, 'ch=9 must be even'),
     ({'ch': 2, 'num_groups': 2}, SHAPE, 'ch=2 must be even and at least 4'),
+    ({'time_input': 'cos'}, SHAPE, "time_input='cos' is not one of .*'linear'"),
   ],
 )
 def test_check_refuses_what_does_not_and_says_why(change, shape, message):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation.diffusion import OUTPUTS, Prediction, diffuse, velocity
+from diffusion_distillation.diffusion import OUTPUTS, Prediction, output_channels
 from diffusion_distillation.weightings import WEIGHTINGS, weighted_mse
 from tests.exact import scales
 
@@ -86,20 +86,54 @@ def test_each_example_has_its_own_weight_even_where_batch_and_channels_agree(nam
   np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 
+MODERATE = np.array([-4.0, -1.0, 0.5, 3.0])
+
+
+def truth():
+  """x, eps, z of the same shape, alpha and sigma to multiply them, and every true output, in float64."""
+  x, eps = np.random.default_rng(0).normal(size=(2, len(MODERATE), 2, 2, 2))
+  alpha, sigma = (s[:, None, None, None] for s in scales(MODERATE))
+  v, both = alpha * eps - sigma * x, np.concatenate([x, eps], -1)
+  return x, eps, alpha * x + sigma * eps, alpha, sigma, {'x': x, 'eps': eps, 'v': v, 'both': both}
+
+
 @pytest.mark.parametrize('name', WEIGHTINGS)
-def test_gradient_at_the_true_output_is_zero_and_a_step_away_points_back(name):
-  logsnr = jnp.array([-4.0, -1.0, 0.5, 3.0])
-  x, eps = jax.random.normal(jax.random.key(0), (2, 4, 2, 2, 1))
-  target = Prediction(x, eps)
-  truth = {'x': x, 'eps': eps, 'v': velocity(target, logsnr)}
-  z = diffuse(x, eps, logsnr)
-  for output, read in OUTPUTS.items():
+@pytest.mark.parametrize('output', OUTPUTS)
+def test_the_loss_of_any_output_is_its_definition(output, name):
+  """What the output says of x, and of eps by z = alpha x + sigma eps, in float64."""
+  x, eps, z, alpha, sigma, _ = truth()
+  shape = (*x.shape[:-1], output_channels(output, 2))
+  y = np.random.default_rng(1).normal(size=shape)
+  first, second = y[..., :2], y[..., -2:]  # of 'both'
+  x_hat = {
+    'x': first,
+    'eps': (z - sigma * first) / alpha,
+    'v': alpha * z - sigma * first,
+    'both': sigma**2 * first + alpha * (z - sigma * second),
+  }[output]
+  prediction = Prediction(x_hat, (z - alpha * x_hat) / sigma)
+  as_float32 = OUTPUTS[output](*(jnp.float32(a) for a in (z, MODERATE, y)))
+  target = Prediction(jnp.float32(x), jnp.float32(eps))
+  loss = weighted_mse(WEIGHTINGS[name](), jnp.float32(MODERATE), target, as_float32)
+  expected = definition(name, Prediction(x, eps), prediction, alpha, sigma)
+  np.testing.assert_allclose(np.float64(loss), expected, rtol=1e-4)
 
-    def loss(y, read=read):
-      return weighted_mse(WEIGHTINGS[name](), logsnr, target, read(z, logsnr, y)).sum()
 
-    gradient = jax.jit(jax.grad(loss))
-    away = gradient(truth[output] + 1.0)
-    assert (away > 0).all(), output
-    # The loss is quadratic: rounding of the optimum, 1e-6, times the slope that one unit away has.
-    assert (jnp.abs(gradient(truth[output])) <= 1e-5 * away).all(), output
+@pytest.mark.parametrize('name', WEIGHTINGS)
+@pytest.mark.parametrize('output', OUTPUTS)
+def test_gradient_at_the_true_output_is_zero_and_a_step_away_in_any_channel_points_back(output, name):
+  x, eps, z, _, _, outputs = truth()
+
+  @jax.jit
+  @jax.grad
+  def gradient(y):
+    prediction = OUTPUTS[output](jnp.array(z), jnp.array(MODERATE), y)
+    return weighted_mse(WEIGHTINGS[name](), jnp.array(MODERATE), Prediction(x, eps), prediction).sum()
+
+  with jax.enable_x64(True):
+    optimum = np.array(gradient(jnp.array(outputs[output])))
+    for channel in range(optimum.shape[-1]):
+      step = np.eye(optimum.shape[-1])[channel][None, None, None]
+      away = np.array(gradient(jnp.array(outputs[output] + step)))[..., channel]
+      assert (away > 1e-5).all()
+      assert (np.abs(optimum[..., channel]) <= 1e-12 * away).all()
