@@ -202,7 +202,8 @@ class DPMSolver2M(Sampler):
 
   In lambda = logsnr / 2 the flow is linear but for x^, which is extrapolated from this step and the one before:
   z_s = (sigma_s / sigma_t) z - alpha_s (exp(-h) - 1) D, D = x^ + (x^ - x^_before) h / (2 h_before). The first and
-  the last step have D = x^, and are DDIM's.
+  the last step have D = x^, and are DDIM's. On equal steps of the cosine schedule the error goes as log N / N^2:
+  the steps in lambda at its ends do not shrink with N.
   """
 
   def begin(self, z: jax.Array) -> Remembered:

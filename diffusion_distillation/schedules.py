@@ -55,7 +55,9 @@ class ShiftedCosine:
   def __post_init__(self) -> None:
     Cosine(self.logsnr_min, self.logsnr_max)
     if min(self.image_size, self.base_size) < 1:
-      raise ValueError(f'base_size ({self.base_size}) must be positive')
+      raise ValueError(
+        f'image_size ({self.image_size}) and base_size ({self.base_size}) must be positive'
+      )
 
   def __call__(self, t: jax.Array) -> jax.Array:
     """As `Cosine`."""
@@ -80,6 +82,10 @@ class LinearBeta:
       raise ValueError(
         f'beta_min ({self.beta_min}) must be positive, beta_max ({self.beta_max}) no less'
       )
+    if self.beta_min + self.beta_max > 160.0:
+      raise ValueError(f'beta_max ({self.beta_max}) leaves no signal at t = 1 that float32 could hold')
+    if not -10.0 < self.logsnr_max <= 80.0:
+      raise ValueError(f'logsnr_max ({self.logsnr_max}) must lie in (-10, 80]')
 
   def __call__(self, t: jax.Array) -> jax.Array:
     """As `Cosine`."""

@@ -161,3 +161,24 @@ def test_different_schedules_do_not_share_a_trace():
   jitted = jax.jit(lambda schedule, t: schedule(t), static_argnums=0)
   near, far = (jitted(Cosine(-high, high), jnp.float32(1.0)) for high in (5.0, 10.0))
   np.testing.assert_allclose([near, far], [-5.0, -10.0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'beta_max': 200.0}, 'beta_max'),
+    ({'logsnr_max': math.nan}, 'logsnr_max'),
+    ({'logsnr_max': 1000.0}, 'logsnr_max'),
+    ({'logsnr_max': -800.0}, 'logsnr_max'),
+  ],
+)
+def test_linear_beta_refuses_what_float32_cannot_hold(fields, message):
+  with pytest.raises(ValueError, match=message):
+    LinearBeta(**fields)
+
+
+@pytest.mark.parametrize('fields', [{'beta_max': 159.0}, {'logsnr_max': 80.0}])
+def test_linear_beta_is_finite_up_to_its_bounds(fields):
+  ends = LinearBeta(**fields)(jnp.array([1.2e-38, 1.0]))
+  alpha = jnp.sqrt(jax.nn.sigmoid(ends))
+  assert np.isfinite(ends).all() and (alpha > 0).all()
