@@ -58,8 +58,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     getattr(flags.FLAGS['config'].value, 'items', None)  # raises if the file could not be loaded
     return rest
   except Exception as error:
-    text = ' '.join(str(error).split())
-    print(f'error: {text}', file=sys.stderr)
+    before, traceback, lines = str(error).partition('Traceback')
+    text = f'{before} {lines.strip().splitlines()[-1]}' if traceback else before
+    print(f'error: {" ".join(text.split())}', file=sys.stderr)
     sys.exit(UserError.exit_code)
 
 

@@ -48,14 +48,16 @@ def from_v(z: jax.Array, logsnr: jax.Array, v: jax.Array) -> Prediction:
 
 
 def from_both(z: jax.Array, logsnr: jax.Array, output: jax.Array) -> Prediction:
-  """The network predicts (x, eps) side by side, (B, H, W, 2C), and each is read where it is sure.
+  """The network predicts (x, eps) side by side, (B, H, W, 2C); x is read from each where it is sure.
 
-  Salimans & Ho 2022, section 4: x^ = sigma^2 x~ + alpha (z - sigma eps~), and the eps^ that goes with it,
-  eps^ = (z - alpha x^) / sigma = alpha^2 eps~ + sigma (z - alpha x~).
+  Salimans & Ho 2022, section 4: x^ = sigma^2 x~ + alpha (z - sigma eps~), written as the mean of two
+  estimates of x with weights sigma^2 and 1 - sigma^2. In float32 the latter is 0 at logsnr = -20, where z has
+  no signal: x^ is x~, as in the released code. eps^ follows from x^.
   """
   alpha, sigma = alpha_sigma(logsnr, z)
+  weight = jnp.square(sigma)
   x, eps = jnp.split(output, 2, axis=-1)
-  return Prediction(sigma**2 * x + alpha * (z - sigma * eps), alpha**2 * eps + sigma * (z - alpha * x))
+  return from_x(z, logsnr, weight * x + (1.0 - weight) * (z - sigma * eps) / alpha)
 
 
 def velocity(prediction: Prediction, logsnr: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 
 from diffusion_distillation import datasets, workdir
 from diffusion_distillation.checkpoints import read_json
-from diffusion_distillation.configuration import Config, choose
+from diffusion_distillation.configuration import Config, choose, flatten
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import google
 from diffusion_distillation.stages import Stage, plan
@@ -57,10 +57,12 @@ def from_workdir(config: Config, path: pathlib.Path, into: pathlib.Path) -> Mode
   shape, num_classes = datasets.describe(config.dataset.name, config.dataset.image_size)
   is_base = theirs.method == 'denoising'
   stage = _stage_for(0 if is_base else theirs.num_steps, plan(config, shape, num_classes), path)
-  for what in ('denoise', 'schedule', 'image_shape'):
-    if getattr(stage, what) != getattr(theirs, what):
-      found, wanted = (' '.join(str(getattr(s, what)).split()) for s in (theirs, stage))
-      raise UserError(f'--checkpoint={path}: its {what} is {found}, but the config says {wanted}')
+  found, wanted = (dict(flatten(workdir.describe(s))) for s in (theirs, stage))
+  for key in wanted:
+    if found.get(key) != wanted[key]:
+      raise UserError(
+        f'--checkpoint={path}: its {key} is {found.get(key)}, but the config says {wanted[key]}'
+      )
   model = workdir.load_model(path.parent, theirs, stored)
   if model is None or not lineage.get('finished'):
     raise UserError(f'--checkpoint={path} is not finished; train it to its end first')
@@ -70,6 +72,8 @@ def from_workdir(config: Config, path: pathlib.Path, into: pathlib.Path) -> Mode
 
 def _adopt(config: Config, into: pathlib.Path, stage: Stage, params: object, origin: dict) -> Model:
   with workdir.lock_workdir(into):
+    if (into / stage.name).exists():
+      raise UserError(f'{into / stage.name} is there already; import into another workdir, or remove it')
     workdir.claim(into, config)
     return workdir.adopt(into, stage, params, config, origin)
 

@@ -149,20 +149,27 @@ def cut(workdir: pathlib.Path, stages: list[Stage]) -> list[Stage]:
   return stages
 
 
+def describe(stage: Stage) -> dict[str, Any]:
+  """What its parameters mean: output, network, schedule and the shape of images."""
+  network = dataclasses.asdict(stage.denoise.network)
+  return {
+    'output': stage.denoise.output,
+    'network': {key: network[key] for key in network if key not in ('parent', 'name')},
+    'schedule': {'name': type(stage.schedule).__name__, **dataclasses.asdict(stage.schedule)},
+    'image_shape': list(stage.image_shape),
+  }
+
+
 def _lineage(stage: Stage, parent: Model | None, config: Config) -> dict[str, Any]:
   """What has to be known of a stage to use its parameters rightly."""
-  network = dataclasses.asdict(stage.denoise.network)
   return {
     'stage': stage.name,
     'method': stage.method,
     'parent': parent
     and {'stage': parent.stage.name, 'weights': parent.weights, 'digest': parent.digest},
-    'output': stage.denoise.output,
-    'network': {key: network[key] for key in network if key not in ('parent', 'name')},
-    'schedule': {'name': type(stage.schedule).__name__, **dataclasses.asdict(stage.schedule)},
+    **describe(stage),
     'num_steps': stage.num_steps,
     'data_range': [-1.0, 1.0],
-    'image_shape': list(stage.image_shape),
     'num_updates': stage.num_updates,
     'config': json.loads(config.to_json()),
   }
@@ -259,14 +266,8 @@ def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
 def adopt(
   workdir: pathlib.Path, stage: Stage, params: Params, config: Config, origin: Mapping[str, Any]
 ) -> Model:
-  """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it.
-
-  Raises:
-    UserError: there is something in its directory already.
-  """
+  """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it."""
   stage_dir = workdir / stage.name
-  if stage_dir.exists():
-    raise UserError(f'{stage_dir} is there already; import into another workdir, or remove it')
   stage = dataclasses.replace(stage, parent=None, parent_weights='')
   state = dataclasses.replace(
     stage.recipe.create_state(params), step=jnp.array(stage.num_updates, jnp.int32)

@@ -17,7 +17,8 @@ from tests.exact import Gaussian
 
 def row(stage, sampler, nfe, value, weights='ema'):
   method = 'denoising' if stage == 'base' else 'progressive'
-  extra = {'num_steps': nfe, 'seconds_per_image': 0.001, 'updates': 10, 'weights': weights}
+  num_steps = nfe // samplers.SAMPLERS[sampler].calls_per_step
+  extra = {'num_steps': num_steps, 'seconds_per_image': 0.001, 'updates': 10, 'weights': weights}
   return {'stage': stage, 'method': method, 'sampler': sampler, 'nfe': nfe, 'value': value} | extra
 
 
