@@ -1,6 +1,6 @@
 """Time of a sampler call by its number of steps, with the digits network: python benchmarks/sampling.py
 
-Prints seconds a call (the median of some), as they are and as a ratio to N calls of one step. One
+Prints seconds a call (the median of some), as they are and as a ratio to N times one step. One
 program serves all step counts, so the compilation is in none of them; its time is printed apart.
 """
 
@@ -14,9 +14,9 @@ import jax
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from configs import digits
+from diffusion_distillation import datasets, stages, times
 from diffusion_distillation.evaluation import drawing
 from diffusion_distillation.samplers import SAMPLERS
-from diffusion_distillation.workdir import plan_for
 
 REPEATS = 5
 
@@ -24,7 +24,7 @@ REPEATS = 5
 def main() -> None:
   """Prints one table a sampler."""
   config = digits.get_config()
-  base = plan_for(config)[0][0]
+  base = stages.plan(config, *datasets.describe('digits', 8))[0]
   size = config.evaluation.batch_size
   params = base.denoise.init(jax.random.key(0), base.image_shape)
   print(f'{jax.device_count()} {jax.default_backend()} device(s), {size} images a call')
@@ -33,11 +33,11 @@ def main() -> None:
 
     def seconds(num_steps: int, drawer: drawing.Drawer = drawer) -> float:
       began = time.perf_counter()
-      drawer.draw(params, num_steps, size, 0)
+      drawer.draw(params, times.uniform(num_steps), size, 0)
       return time.perf_counter() - began
 
     print(f'\n{name}: first call, with compilation, {seconds(1):.1f} s')
-    print('   N   seconds   ratio to N calls of 1 step')
+    print('   N   seconds   ratio to N times one step')
     one = 0.0
     for num_steps in (1, 2, 4, 8, 16, 32, 64):
       took = statistics.median(seconds(num_steps) for _ in range(REPEATS))

@@ -148,7 +148,7 @@ def _classes(options: Options, stage: stages.Stage) -> list[int]:
   given = list(options.classes)
   if given and not num_classes:
     raise UserError(f'--classes={",".join(given)}: stage {stage.name} is of an unconditional model')
-  if not all(c.isdigit() and int(c) < num_classes for c in given):
+  if not all(c.isdecimal() and int(c) < num_classes for c in given):
     raise UserError(f'--classes={",".join(given)}: classes are whole numbers, 0 to {num_classes - 1}')
   return [int(c) for c in given]
 

@@ -20,13 +20,23 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, 
 
 
 def check_keys(config: Mapping[str, Any], default: Mapping[str, Any]) -> None:
-  """Raises UserError unless `config` has exactly the keys of `default`; names the nearest one."""
+  """Raises UserError unless `config` has exactly the keys of `default`, and tuples of the same types.
+
+  A key that is not known is answered with the nearest one. (Types that are not in tuples are checked where the
+  flags are read.)
+  """
   known = [key for key, _ in flatten(default)]
   given = [key for key, _ in flatten(config)]
   check_known(given, known)
   missing = [key for key in known if key not in given]
   if missing:
     raise UserError(f'config lacks the keys {", ".join(missing)}; start from configs/default.py')
+  values = dict(flatten(config))
+  for key, example in flatten(default):
+    if isinstance(example, tuple):
+      wanted = (int, float) if isinstance(example[0], float) else type(example[0])
+      if not all(isinstance(entry, wanted) for entry in values[key]):
+        raise UserError(f'{key}={values[key]} must hold values like those of {example}')
 
 
 def check_known(given: list[str], known: list[str]) -> None:
@@ -90,6 +100,7 @@ NOT_NEGATIVE = [
   'log.seconds',
 ]
 FRACTIONS = ['train.ema_decay', 'distill.ema_decay', 'model.dropout', 'optimizer.b1', 'optimizer.b2']
+DISTINCT = ['train.ema_decay', 'distill.ema_decay', 'evaluation.samplers']
 AT_LEAST_TWO = ['distill.factor', 'evaluation.num_samples']
 
 
@@ -107,3 +118,6 @@ def check_numbers(config: Config) -> None:
       numbers = value if isinstance(value, tuple) else (value,)
       if not numbers or not all(number is None or holds(number) for number in numbers):
         raise UserError(f'{key}={value} must be {wanted}')
+  for key in DISTINCT:
+    if len(set(values[key])) < len(values[key]):
+      raise UserError(f'{key}={values[key]} names one twice')

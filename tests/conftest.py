@@ -19,3 +19,11 @@ def finished(tmp_path_factory):
   code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={relative}')
   assert code == 0, err
   return workdir
+
+
+@pytest.fixture(scope='session')
+def step():
+  """The compiled training step; every test that uses it shares its programs."""
+  from diffusion_distillation import sharding, train
+
+  return sharding.compile_step(train.train_step)

@@ -15,10 +15,8 @@ from diffusion_distillation import interrupts, sharding, train
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import digest
 from diffusion_distillation.datasets import batch_indices, to_x
-from diffusion_distillation.diffusion import from_v
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
-from diffusion_distillation.methods import Denoising, Method
-from diffusion_distillation.optimizers import LearningRate
+from diffusion_distillation.methods import Denoising
 from tests import tiny
 
 CONFIG = tiny.config(max_skipped=3)
@@ -47,11 +45,6 @@ def poisoned(*bad, base=STAGES[0]):
 BASE = poisoned()
 
 
-@pytest.fixture(scope='module')
-def step():
-  return sharding.compile_step(train.train_step)
-
-
 @pytest.fixture
 def workdir(tmp_path):
   workdirs.claim(tmp_path, CONFIG)
@@ -72,67 +65,6 @@ def first_state(stage):
 
 def assert_same(tree, other):
   jax.tree.map(np.testing.assert_array_equal, tree, other)
-
-
-def assert_close(tree, other, rtol):
-  """Up to rounding in float32, as a share of the largest entry of each array."""
-
-  def check(a, b):
-    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max() + 1e-9)
-
-  jax.tree.map(check, sharding.to_host(tree), sharding.to_host(other))
-
-
-@dataclasses.dataclass(frozen=True)
-class Small:
-  """A conditional denoiser that compiles at once: one dense layer over all pixels."""
-
-  def init(self, rng, shape):
-    size = int(np.prod(shape))
-    kernel, classes = jax.random.split(rng)
-    return {
-      'kernel': jax.random.normal(kernel, (size, size)) / np.sqrt(size),
-      'classes': jax.random.normal(classes, (10, size)),
-      'time': jnp.zeros(size),
-    }
-
-  def __call__(self, params, z, logsnr, label, rng=None):
-    h = z.reshape(len(z), -1) @ params['kernel'] + jax.nn.one_hot(label, 10) @ params['classes']
-    v = jnp.tanh(h + logsnr[:, None] * params['time'][None, :])
-    return from_v(z, logsnr, v.reshape(z.shape))
-
-
-@flax.struct.dataclass
-class Reporting:
-  """A method that reports a mean over its batch as well."""
-
-  method: Method
-
-  def init(self, student_params):
-    return self.method.init(student_params)
-
-  def draw(self, rng, shape):
-    return self.method.draw(rng, shape)
-
-  def loss(self, denoise, params, teacher, batch, rng, step):
-    loss, _ = self.method.loss(denoise, params, teacher, batch, rng, step)
-    return loss, {'eps_of_label': jnp.mean(batch['eps'] * batch['label'][:, None, None, None])}
-
-
-def small(place, **changes):
-  """Stage `place` of a plan with stratified time and flips, over the small denoiser; 32 images a batch."""
-  stage = tiny.plan(time__stratified=True, dataset__random_flip=True)[0][place]
-  changes |= {'denoise': Small(), 'learning_rate': LearningRate(0.01, 12)}
-  recipe = stage.recipe.replace(method=Reporting(stage.recipe.method), **changes)
-  return dataclasses.replace(stage, recipe=recipe, batch_size=32)
-
-
-def small_params(seed):
-  return Small().init(jax.random.key(seed), (8, 8, 1))
-
-
-def small_state(stage):
-  return sharding.replicate(stage.recipe.create_state(small_params(0)))
 
 
 def test_a_non_finite_loss_reaches_nothing_and_is_counted(step):
@@ -327,131 +259,3 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
   ):
     np.testing.assert_allclose(a, b, atol=2e-7)
     np.testing.assert_allclose(ema, 0.999 * old + 0.001 * a, atol=1e-7)
-
-
-@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
-@pytest.mark.parametrize('place', [0, 1], ids=['base', 'round'])
-def test_gradients_do_not_depend_on_the_number_of_micro_batches(place, backend, monkeypatch):
-  """Over 8 devices, with labels and stratified time; without dropout, which alone depends on it.
-
-  With the loop unrolled, as on a CPU, and left as it is, as elsewhere.
-  """
-  assert jax.device_count() == 8
-  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  teacher = sharding.replicate(small_params(1)) if place else None
-  images = IMAGES.batch(np.arange(32))
-  outcomes = []
-  for micro_batches in (1, 2, 4):
-    recipe = small(place, micro_batches=micro_batches).recipe
-    examples = {'x': to_x(images['image']), 'label': images['label']}
-    examples |= recipe.method.draw(jax.random.key(2), examples['x'].shape)
-    networks, batch = recipe.method.init(small_params(0)), sharding.put(examples)
-    key, number = jax.random.key(3), jnp.int32(0)
-    compiled = jax.jit(lambda *arguments: train.gradients(*arguments))
-    outcomes.append(compiled(recipe, networks, teacher, batch, key, number))
-  loss, metrics, grads = outcomes[0]
-  assert float(loss) > 0 and float(metrics['eps_of_label']) != 0
-  assert np.abs(grads['student']['classes']).max() > 1e-3
-  for other in outcomes[1:]:
-    assert_close(other, outcomes[0], rtol=1e-5)
-
-
-@pytest.mark.parametrize('place', [0, 1], ids=['base', 'round'])
-def test_updates_do_not_depend_on_the_number_of_micro_batches(step, place):
-  """The whole step, with its flips; Adam divides gradients, and their rounding, by their size."""
-  teacher = sharding.replicate(small_params(1)) if place else None
-  outcomes = []
-  for micro_batches in (1, 4):
-    stage = small(place, micro_batches=micro_batches)
-    outcomes.append(advance(step, stage, small_state(stage), 3, teacher=teacher))
-  (state, metrics), (other, other_metrics) = outcomes
-  assert_close(other_metrics, metrics, rtol=1e-5)
-  assert_close(other.params, state.params, rtol=1e-5)
-  assert_close(other.ema_params, state.ema_params, rtol=1e-5)
-  assert_close(other.opt_state, state.opt_state, rtol=1e-5)
-  assert int(other.step) == 3 and digest(state.params) != digest(small_state(stage).params)
-
-
-def test_every_average_is_the_decayed_sum_of_all_parameters_so_far(step):
-  """d^k p_0 + (1 - d) sum_j d^(k - j) p_j, of the parameters as they were recorded, in float64."""
-  decays = (0.9, 0.99, 0.0)
-  stage = small(0, ema_decay=decays)
-  state = small_state(stage)
-  recorded = [sharding.to_host(state.params['student'])]
-  for _ in range(6):
-    state, _ = advance(step, stage, state, 1)
-    recorded.append(sharding.to_host(state.params['student']))
-  assert np.abs(recorded[6]['classes'] - recorded[0]['classes']).max() > 0.03
-  for decay, average in zip(decays, state.ema_params, strict=True):
-    shares = [decay**6, *((1 - decay) * decay ** (6 - j) for j in range(1, 7))]
-    expected = jax.tree.map(lambda *p, w=shares: np.tensordot(w, np.float64(p), 1), *recorded)
-    assert_close(average, expected, rtol=1e-6)
-
-
-def test_further_averages_change_neither_the_parameters_nor_the_first_one(step):
-  def after_six(*decays):
-    stage = small(0, ema_decay=decays)
-    return sharding.to_host(advance(step, stage, small_state(stage), 6)[0])
-
-  one, three = after_six(0.9), after_six(0.9, 0.99, 0.0)
-  assert (len(one.ema_params), len(three.ema_params)) == (1, 3)
-  assert_same(three.replace(ema_params=three.ema_params[:1]), one)
-
-
-@pytest.mark.parametrize('weights', ['ema', 'last'])
-def test_a_round_is_taught_by_and_starts_from_the_weights_that_are_named(
-  step, tmp_path, monkeypatch, weights
-):
-  """A whole run, but for forecast and evaluation."""
-  changes = {'train__num_updates': 3, 'distill__num_updates': (2,), 'distill__from_weights': weights}
-  changes |= {'train__ema_decay': (0.9,), 'distill__ema_decay': (0.5,)}
-  config, (planned, images) = tiny.config(**changes), tiny.plan(**changes)
-  starts = []
-
-  def watching(recipe, state, teacher, batch):
-    if int(state.step) == 0 and teacher is not None:
-      starts.append(sharding.to_host((state.params['student'], teacher)))
-    return step(recipe, state, teacher, batch)
-
-  planned[0] = poisoned(base=planned[0])
-  monkeypatch.setattr(workdirs, 'plan_for', lambda *_: (planned, images))
-  monkeypatch.setattr(sharding, 'compile_step', lambda _: watching)
-  monkeypatch.setattr('diffusion_distillation.forecast.show', lambda *_: None)
-  monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, again: None)
-  train.run(config, tmp_path)
-
-  assert len(starts) == 2
-  for parent, child, (start, teacher) in zip(planned, planned[1:], starts, strict=False):
-    model = workdirs.load_model(tmp_path, parent, config)
-    assert digest(model.all['ema']) != digest(model.all['last'])
-    assert_same(start, model.all[weights])
-    assert_same(teacher, model.all[weights])
-    lineage = json.loads((tmp_path / child.name / 'stage.json').read_text())
-    expected = {'stage': parent.name, 'weights': weights, 'digest': digest(model.all[weights])}
-    assert lineage['parent'] == expected
-
-
-def test_a_model_has_all_the_weights_of_its_stage_by_name():
-  stage = small(0, ema_decay=(0.9, 0.99))
-  state = small_state(stage)
-  averages = tuple(small_params(seed) for seed in (1, 2))
-  model = workdirs.to_model(stage, state.replace(ema_params=averages), 0.0)
-  named = {'ema': averages[0], 'ema_0.99': averages[1], 'last': state.params['student']}
-  assert list(model.all) == list(named) == list(stage.weights)
-  assert model.weights == 'ema' and model.digest == digest(averages[0])
-  for name, params in named.items():
-    used = model.use(name)
-    assert_same(used.params, params)
-    assert (used.weights, used.digest) == (name, digest(params))
-  with pytest.raises(UserError) as error:
-    model.use('ema_0.9')
-  assert str(error.value).startswith("--weights='ema_0.9' is not one of ['ema', 'ema_0.99', 'last']")
-
-
-@pytest.mark.parametrize('section', ['train', 'distill'])
-def test_batches_have_to_divide_by_micro_batches_and_devices(section):
-  train.check_batches(tiny.config(**{f'{section}__micro_batches': 2}))
-  with pytest.raises(UserError) as error:
-    train.check_batches(tiny.config(**{f'{section}__micro_batches': 4}))
-  for words in (f'{section}.batch_size=16', f'{section}.micro_batches=4', '8 devices', 'of 32'):
-    assert words in str(error.value)
