@@ -7,7 +7,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import default
-from diffusion_distillation import cli
+from diffusion_distillation import cli, times
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
@@ -26,6 +26,7 @@ _GAMMA = flags.DEFINE_float(
 )
 _CLIP_X = flags.DEFINE_bool('clip_x', None, 'sample: clip x to [-1, 1] at each step.')
 _STEPS = flags.DEFINE_integer('steps', None, 'sample: how many; by default those of the stage.', 1)
+_GRID = flags.DEFINE_enum('grid', 'uniform', list(times.GRIDS), 'sample: how its steps are spaced.')
 _TIMES = flags.DEFINE_list('times', [], 'sample: a grid of times instead of equal steps: 0,0.25,1.')
 _CLASSES = flags.DEFINE_list('classes', [], 'sample: classes to draw in turn; by default all of them.')
 _OUT = flags.DEFINE_string('out', None, 'sample: a .png (a grid) or .npz (the arrays).')
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
     gamma=_GAMMA.value,
     clip_x=_CLIP_X.value,
     steps=_STEPS.value,
+    grid=_GRID.value,
     times=_TIMES.value,
     classes=_CLASSES.value,
     out=pathlib.Path(_OUT.value) if _OUT.value else None,

@@ -74,7 +74,13 @@ class Bench:
       raise UserError(f'{self.path} is of --scale={stored["scale"]}; use that, or another --workdir')
     self.rows: list[dict[str, Any]] = stored['rows']
 
-  def fit(self, name: str, config: ml_collections.ConfigDict, base: Model | None = None) -> list[Model]:
+  def fit(
+    self,
+    name: str,
+    config: ml_collections.ConfigDict,
+    base: Model | None = None,
+    down_to: int = 1,
+  ) -> list[Model]:
     """The base of a config, or the rounds that start from `base`; finished ones are only restored."""
     planned = stages.plan(config, (8, 8, 1), 10)
     workdir = self.workdir / f'seed_{config.seed}' / name
@@ -83,6 +89,8 @@ class Bench:
       return [train.fit(self.step, planned[0], None, self.images, workdir, config)]
     models = [base]
     for stage in planned[1:]:
+      if stage.num_steps < down_to:
+        break
       models.append(train.fit(self.step, stage, models[-1], self.images, workdir, config))
     return models[1:]
 
@@ -103,12 +111,13 @@ class Bench:
     """Adds a row unless it is there; None where training diverged."""
     if self.has(part, config.seed, sampler=sampler, num_steps=num_steps, **key):
       return
+    nfe, value = num_steps * measure.make(config, sampler).calls_per_step, None
     try:
       setting = measure.Setting(model(), sampler, num_steps)
-      measured = measure.measure_setting(config, setting, self.extractor, self.reference)
-      nfe, value = measured['nfe'], measured['value']
-    except NumericalError:
-      nfe, value = num_steps, None
+      row = measure.measure_setting(config, setting, self.extractor, self.reference)
+      value = row['value']
+    except NumericalError as error:
+      print(f'{part}: {error}', file=sys.stderr, flush=True)
     fields = {'sampler': sampler, 'num_steps': num_steps, **key, 'nfe': nfe, 'value': value}
     self.rows.append({'part': part, 'seed': config.seed, **fields})
     write_json(self.path, {'scale': self.scale, 'rows': self.rows})
@@ -159,11 +168,14 @@ def _rounds(bench: Bench, part: str, seed: int, caption: str, factor: int, updat
   counts = [steps for steps, _ in stages.rounds(START, 1, (factor,))]
   if all(bench.has(part, seed, num_steps=n, caption=caption) for n in counts):
     return
-  base = bench.base(make_config(seed, bench.scale))
-  for model in bench.fit(caption.replace(' ', '_'), config, base):
-    bench.measure(
-      part, config, lambda model=model: model, 'ddim', model.stage.num_steps, caption=caption
-    )
+
+  def model(num_steps: int) -> Model:
+    """Trained if need be, and all rounds before it; raises NumericalError if one of them diverges."""
+    base = bench.base(make_config(seed, bench.scale))
+    return bench.fit(caption.replace(' ', '_'), config, base, down_to=num_steps)[-1]
+
+  for n in counts:
+    bench.measure(part, config, lambda n=n: model(n), 'ddim', n, caption=caption)
 
 
 def run_updates(bench: Bench, seed: int) -> None:
@@ -221,7 +233,8 @@ def main() -> None:
         minutes = (time.monotonic() - began) / 60
         print(f'seed {seed}: {minutes:.0f} minutes since the start', file=sys.stderr, flush=True)
   except UserError as error:
-    sys.exit(f'error: {error}')
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(error.exit_code)
   print((options.workdir / 'tables.md').read_text())
 
 

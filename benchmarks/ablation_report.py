@@ -24,15 +24,18 @@ UPDATES = (25, 50, 100, 200)  # a round; twice as many for those to 2 and to 1
 
 
 def spread(values: Iterable[float | None]) -> str:
-  """'mean ± standard deviation' over seeds; None stands for a training that did not hold."""
+  """'mean ± standard deviation' over seeds; None is the value of a training that diverged."""
   values = list(values)
   if not values:
     return 'not measured'
   known = [value for value in values if value is not None]
-  if not known:
-    return 'diverges'
-  deviation = statistics.stdev(known) if len(known) > 1 else 0.0
-  return f'{statistics.mean(known):.3g} ± {deviation:.2g}'
+  lost = len(values) - len(known)
+  text = f'{statistics.mean(known):.3g}' if known else ''
+  if len(known) > 1:
+    text += f' ± {statistics.stdev(known):.2g}'
+  if lost:
+    text += f' ({lost} of {len(values)} diverged)'
+  return text.strip()
 
 
 def select(rows: list[dict[str, Any]], part: str, **key: Any) -> list[float | None]:

@@ -8,6 +8,14 @@ def get_config() -> ml_collections.ConfigDict:
   """The defaults; locked, so that a mistyped key is an error."""
   c = ml_collections.ConfigDict()
   c.seed = 0  # of initial parameters, batches and noise
+  _diffusion(c)
+  _training(c)
+  _watching(c)
+  return c.lock()
+
+
+def _diffusion(c: ml_collections.ConfigDict) -> None:
+  """Data, network, and what it learns."""
 
   c.dataset = ml_collections.ConfigDict()
   c.dataset.name = 'digits'  # one of datasets.SETS
@@ -43,6 +51,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.time.num_steps = 0  # base training: t in {1/N, ..., 1}; 0 for continuous time
   c.time.stratified = False  # spread t evenly over the batch: less variance
 
+
+def _training(c: ml_collections.ConfigDict) -> None:
+  """The base, and the rounds."""
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
@@ -63,7 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
   # round's; its first entry serves all rounds before: (50_000, 100_000) gives only the last 100_000.
   c.distill = ml_collections.ConfigDict()
   c.distill.start_steps = 1024  # the base model's
-  c.distill.end_steps = 1  # the last student's
+  c.distill.end_steps = 1  # the last student's; the tuples below are counted from it
   c.distill.factor = (2,)  # teacher steps that a student does in one
   c.distill.from_weights = 'ema'  # of the teacher, to teach and to start from: ema or last
   c.distill.num_updates = (50_000, 100_000, 100_000)
@@ -75,6 +86,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.distill.weight_decay = 0.0
   c.distill.ema_decay = (0.0,)  # 0: the student's last parameters are its model
 
+
+def _watching(c: ml_collections.ConfigDict) -> None:
+  """What is kept, shown and measured."""
   c.max_skipped = 20  # updates in a row with a non-finite loss or gradient before going back
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 1000  # updates
@@ -91,4 +105,3 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluation.max_steps = 1024  # rows with more steps are left out
   c.evaluation.gamma = 0.0  # ancestral: variance between small (0) and large (1)
   c.evaluation.clip_x = True  # clip the denoiser's x to [-1, 1] while sampling
-  return c.lock()

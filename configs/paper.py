@@ -6,7 +6,7 @@ from configs import default
 from diffusion_distillation.errors import UserError
 
 NUM_UPDATES = {
-  '': (50_000, 100_000, 100_000),  # section 5.2: longer for the rounds to 2 and to 1 step
+  '': (50_000, 100_000, 100_000),  # section 5.2: longer for the last two rounds, to 2 and to 1 step
   # Their ablation with shorter rounds; that the last two are twice as long here too is our choice.
   'fast': (10_000, 20_000, 20_000),
 }

@@ -21,6 +21,7 @@ from diffusion_distillation import (
   train,
   workdir,
 )
+from diffusion_distillation.checkpoints import read_json
 from diffusion_distillation.configuration import Config, check_keys, choose
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure, pictures
@@ -42,6 +43,7 @@ class Options:
   gamma: float | None = None
   clip_x: bool | None = None
   steps: int | None = None
+  grid: str = 'uniform'
   times: Sequence[str] = ()
   classes: Sequence[str] = ()
   out: pathlib.Path | None = None
@@ -93,6 +95,9 @@ def _train(options: Options) -> None:
 
 def _plan(options: Options) -> None:
   config = _config(options)
+  stored = options.workdir / 'config.json'
+  if stored.exists():
+    workdir.check_config(stored, read_json(stored), config)
   described = datasets.describe(config.dataset.name, config.dataset.image_size)
   planned = workdir.cut(options.workdir, stages.plan(config, *described))
   train.check_batches(config)
@@ -101,10 +106,12 @@ def _plan(options: Options) -> None:
 
 
 def _import(options: Options) -> None:
-  source = choose('--source', options.source or '', importing.SOURCES)
+  if options.source is None:
+    raise UserError(f'--mode=import needs --source, one of {", ".join(importing.SOURCES)}')
+  source = choose('--source', options.source, importing.SOURCES)
   if options.checkpoint is None:
     raise UserError('--mode=import needs --checkpoint, the file or directory to read')
-  model = source(_config(options), options.checkpoint, options.workdir)
+  model = source(_config(options), options.default, options.checkpoint, options.workdir)
   print(
     f'{options.workdir / model.stage.name}: imported, for {model.stage.num_steps} steps, '
     f'digest {model.digest[:12]}'
@@ -115,6 +122,8 @@ def _sample(options: Options) -> None:
   out = pictures.check_out(options.out)
   config = workdir.read_config(options.workdir, options.default)
   choose('--sampler', options.sampler, samplers.SAMPLERS)
+  if options.gamma is not None and options.sampler != 'ancestral':
+    raise UserError('--gamma is of ancestral sampling: give --sampler=ancestral, too')
   given = {'gamma': options.gamma, 'clip_x': options.clip_x}
   config.evaluation.update({key: value for key, value in given.items() if value is not None})
   model = _choose_stage(options, config).use(options.weights)
@@ -137,7 +146,7 @@ def _grid(options: Options, num_steps: int) -> np.ndarray:
   try:
     if options.times:
       return times.grid([float(t) for t in options.times])
-    return times.uniform(options.steps or num_steps)
+    return times.GRIDS[options.grid](options.steps or num_steps)
   except ValueError as error:
     raise UserError(f'--times={",".join(options.times)}: {error}, such as 0,0.25,1') from error
 

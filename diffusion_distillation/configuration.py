@@ -35,7 +35,7 @@ def check_keys(config: Mapping[str, Any], default: Mapping[str, Any]) -> None:
   for key, example in flatten(default):
     if isinstance(example, tuple):
       wanted = (int, float) if isinstance(example[0], float) else type(example[0])
-      if not all(isinstance(entry, wanted) for entry in values[key]):
+      if not all(isinstance(e, wanted) and not isinstance(e, bool) for e in values[key]):
         raise UserError(f'{key}={values[key]} must hold values like those of {example}')
 
 
@@ -116,7 +116,9 @@ def check_numbers(config: Config) -> None:
     for key in keys:
       value = values[key]
       numbers = value if isinstance(value, tuple) else (value,)
-      if not numbers or not all(number is None or holds(number) for number in numbers):
+      if not numbers:
+        raise UserError(f'{key}=() must hold one number at least')
+      if not all(number is None or holds(number) for number in numbers):
         raise UserError(f'{key}={value} must be {wanted}')
   for key in DISTINCT:
     if len(set(values[key])) < len(values[key]):

@@ -17,9 +17,14 @@ class Prediction(NamedTuple):
   eps: jax.Array
 
 
+def widen(values: jax.Array, like: jax.Array) -> jax.Array:
+  """`values` (B,) shaped (B, 1, ..., 1) to multiply `like` (B, ...)."""
+  return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
 def alpha_sigma(logsnr: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Signal and noise scale at `logsnr` (B,), shaped (B, 1, ..., 1) to multiply `like` (B, ...)."""
-  logsnr = logsnr.reshape(logsnr.shape + (1,) * (like.ndim - logsnr.ndim))
+  logsnr = widen(logsnr, like)
   return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 

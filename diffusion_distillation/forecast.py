@@ -16,7 +16,9 @@ from diffusion_distillation.stages import Stage
 
 
 def show(stages: list[Stage], finished: set[str], step: Callable, config: Config) -> None:
-  """Prints the plan on stderr; then, from a few updates of each kind, the time that is to come.
+  """Prints the plan on stderr; then, from a few updates of each kind, the time of what is not finished.
+
+  A stage that has begun, and the evaluation, count from their start.
 
   Args:
     stages: of the run.

@@ -14,14 +14,16 @@ from diffusion_distillation.stages import Stage, plan
 from diffusion_distillation.workdir import Model
 
 
-def from_google(config: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
+def from_google(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
   """A checkpoint of the released code; see `interop/google.py`.
 
-  A base becomes the stage 'base'; a student, the round of the config that has its number of steps.
+  A base becomes the stage 'base'; a student, the round of the config that has its number of steps. The file
+  says nothing of output, schedule and time input: these are the config's.
 
   Raises:
     UserError: the file, or the config that is to describe it, is wrong; nothing was written.
   """
+  del default
   shape, num_classes = datasets.describe(config.dataset.name, config.dataset.image_size)
   stages = plan(config, shape, num_classes)
   checkpoint = google.read(path)
@@ -43,15 +45,15 @@ def _stage_for(num_steps: int, stages: list[Stage], path: pathlib.Path) -> Stage
   )
 
 
-def from_workdir(config: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
-  """A stage of another run, `path` = WORKDIR/STAGE: the same network and schedule, for as many steps.
+def from_workdir(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
+  """A stage of another run, `path` = WORKDIR/STAGE: the same network and schedule; a student, for as many steps.
 
   Raises:
     UserError: there is no finished stage, or it does not fit the config; nothing was written.
   """
   if not (path / 'stage.json').is_file():
     raise UserError(f'--checkpoint={path} is not a stage of a run: there is no stage.json in it')
-  lineage, stored = read_json(path / 'stage.json'), workdir.read_config(path.parent, config)
+  lineage, stored = read_json(path / 'stage.json'), workdir.read_config(path.parent, default)
   planned = {stage.name: stage for stage in workdir.stored_plan(path.parent, stored)}
   theirs = choose(f'--checkpoint={path}: stage', path.name, planned)
   shape, num_classes = datasets.describe(config.dataset.name, config.dataset.image_size)
@@ -78,7 +80,7 @@ def _adopt(config: Config, into: pathlib.Path, stage: Stage, params: object, ori
     return workdir.adopt(into, stage, params, config, origin)
 
 
-SOURCES: dict[str, Callable[[Config, pathlib.Path, pathlib.Path], Model]] = {
+SOURCES: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]] = {
   'google': from_google,
   'workdir': from_workdir,
 }

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation import diffusion
+from diffusion_distillation.diffusion import widen
 from diffusion_distillation.schedules import Schedule
 
 Denoise = Callable[[jax.Array, jax.Array], diffusion.Prediction]
@@ -61,11 +62,6 @@ class Sampler:
 def normal(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Standard normal noise (B, *shape), each example from its own key in `rng` (B,)."""
   return jax.vmap(lambda key: jax.random.normal(key, shape))(rng)
-
-
-def widen(values: jax.Array, like: jax.Array) -> jax.Array:
-  """`values` (B,) shaped (B, 1, ..., 1) to multiply `like` (B, ...)."""
-  return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +145,7 @@ class ProbabilityFlow(Sampler):
     )
 
     def moved(weights: jax.Array, slopes: jax.Array) -> jax.Array:
-      return z + widen(step, z) * jnp.einsum('bk,kb...->b...', weights, slopes)
+      return z + widen(step, z) * jnp.sum(widen(weights.T, slopes) * slopes, axis=0)
 
     def stage(k: jax.Array, slopes: jax.Array) -> jax.Array:
       logsnr = jnp.where(k == 0, logsnr_t, -2.0 * jnp.log(jnp.tan(phi + c[:, k] * step)))
@@ -211,6 +207,7 @@ class DPMSolver2M(Sampler):
     return Remembered(z, jnp.zeros_like(z), jnp.full(z.shape[:1], -jnp.inf))
 
   def end(self, z: Remembered) -> jax.Array:
+    """Its z."""
     return z.z
 
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):

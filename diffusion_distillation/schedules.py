@@ -27,9 +27,9 @@ class Cosine:
   logsnr_max: float = 20.0
 
   def __post_init__(self) -> None:
-    if not -100.0 < self.logsnr_min < self.logsnr_max < 100.0:
+    if not -30.0 <= self.logsnr_min < self.logsnr_max <= 80.0:
       raise ValueError(
-        f'logsnr_min ({self.logsnr_min}) must lie below logsnr_max ({self.logsnr_max}), both within +-100'
+        f'logsnr_min ({self.logsnr_min}) must lie below logsnr_max ({self.logsnr_max}), within -30 and 80: beyond, float32 has no t = 1'
       )
 
   def __call__(self, t: jax.Array) -> jax.Array:

@@ -138,7 +138,7 @@ def make_sampler(name: str, clip_x: bool, gamma: float = 0.0) -> samplers.Sample
   Raises:
     UserError: there is none of that name, or gamma is not in [0, 1].
   """
-  cls = choose('sampler', name, samplers.SAMPLERS)
+  cls = choose('evaluation.samplers', name, samplers.SAMPLERS)
   fields = {'gamma': gamma} if cls is samplers.Ancestral else {}
   return _build('evaluation', cls, clip_x=clip_x, **fields)
 
@@ -175,6 +175,10 @@ def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list
   check_numbers(config)
   distill = config.distill
   steps = rounds(distill.start_steps, distill.end_steps, distill.factor)
+  if len(distill.factor) > max(1, len(steps)):
+    raise UserError(
+      f'distill.factor={distill.factor} has more entries than there are rounds, {len(steps)}'
+    )
   choose('distill.from_weights', distill.from_weights, {'ema': None, 'last': None})
   if distill.end_steps > config.evaluation.max_steps:
     raise UserError(

@@ -207,7 +207,7 @@ def _loop(
 ) -> tuple[TrainState, float]:
   """Updates until the stage is finished; returns the last state and the seconds it took in all."""
   done, began = int(state.step), time.monotonic() - seconds
-  teacher_params = None if teacher is None else teacher.params
+  teacher_params = None if teacher is None else sharding.replicate(teacher.params)
   pending: list[dict[str, jax.Array]] = []
   progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
   with progress, contextlib.closing(MetricsWriter(checkpoints.stage_dir, done)) as writer:

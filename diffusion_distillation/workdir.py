@@ -19,6 +19,7 @@ from diffusion_distillation import datasets
 from diffusion_distillation.checkpoints import Checkpoints, digest, read_json, write_json
 from diffusion_distillation.configuration import Config, check_known, choose, flatten
 from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.sharding import to_host
 from diffusion_distillation.stages import Stage, plan
 from diffusion_distillation.train_state import Params, TrainState
 
@@ -50,7 +51,9 @@ class Model:
 
   def use(self, weights: str) -> 'Model':
     """The same stage with another set of its weights; raises UserError if it has none of that name."""
-    params = choose('--weights', weights, self.all)
+    if weights == self.weights:
+      return self
+    params = choose(f'stage {self.stage.name}: weights', weights, self.all)
     return dataclasses.replace(self, weights=weights, params=params, digest=digest(params))
 
 
@@ -109,7 +112,10 @@ def read_config(workdir: pathlib.Path, default: Config) -> Config:
     raise UserError(f'--workdir={workdir} holds no run: there is no {path}')
   stored = Config(_tuples(read_json(path)))
   known = [key for key, _ in flatten(default)]
-  check_known([key for key, _ in flatten(stored)], known)
+  try:
+    check_known([key for key, _ in flatten(stored)], known)
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
   config = default.copy_and_resolve_references().unlock()
   config.update(stored)
   return config.lock()
@@ -257,8 +263,9 @@ def load_model(workdir: pathlib.Path, stage: Stage, config: Config) -> Model | N
 
 
 def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
-  """A training state, seen as what is sampled from: its first moving average."""
-  trees = dict(zip(stage.weights, [*state.ema_params, state.params['student']], strict=True))
+  """A training state, seen as what is sampled from: its first moving average. On the host."""
+  sets = to_host([*state.ema_params, state.params['student']])
+  trees = dict(zip(stage.weights, sets, strict=True))
   params = trees['ema']
   return Model(stage, 'ema', params, digest(params), int(state.step), seconds, trees)
 
@@ -272,11 +279,12 @@ def adopt(
   state = dataclasses.replace(
     stage.recipe.create_state(params), step=jnp.array(stage.num_updates, jnp.int32)
   )
-  with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
-    checkpoints.save(stage.num_updates, state, 0.0)
   model = to_model(stage, state, 0.0)
   outcome = {'finished': True, 'digest': model.digest, 'seconds': 0.0, 'imported': dict(origin)}
+  stage_dir.mkdir()
   write_json(stage_dir / 'stage.json', _lineage(stage, None, config) | outcome)
+  with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
+    checkpoints.save(stage.num_updates, state, 0.0)
   return model
 
 

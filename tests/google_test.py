@@ -301,12 +301,6 @@ def test_a_stage_that_is_there_is_not_imported_over(imported, tmp_path):
   assert content(path) == content(imported[0])
 
 
-@pytest.fixture
-def config(finished):
-  """The config of the finished run."""
-  return workdirs.read_config(finished, default.get_config())
-
-
 def test_a_run_of_another_config_takes_no_import(imported, tmp_path):
   path = shutil.copytree(imported[0], tmp_path / 'run')
   other = sample_config(seed=7)

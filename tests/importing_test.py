@@ -13,6 +13,12 @@ from diffusion_distillation.errors import UserError
 from tests.google_test import content, lineage, refused
 
 
+@pytest.fixture
+def config(finished):
+  """The config of the finished run."""
+  return workdirs.read_config(finished, default.get_config())
+
+
 def overridden(config, **overrides):
   c = config.copy_and_resolve_references()
   c.update_from_flattened_dict({k.replace('__', '.'): v for k, v in overrides.items()})

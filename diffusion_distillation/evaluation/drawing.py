@@ -57,7 +57,7 @@ class Drawer:
   ) -> Iterator[np.ndarray]:
     """Yields `num_samples` images in batches (n, H, W, C) uint8, by the times in `grid` (N + 1,)."""
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
-    size = sharding.round_up(self.batch_size)
+    size, params = sharding.round_up(self.batch_size), sharding.replicate(params)
     for start in range(0, num_samples, size):
       interrupts.check()
       index = np.arange(start, start + size, dtype=np.int32)

@@ -77,7 +77,7 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
 def comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """A line for each number of network calls, most first: the value of each curve or None.
 
-  `ratio` is distilled to the base under DDIM with the calls that the base is made for.
+  `ratio` is distilled to the base under DDIM at the most calls that it was measured with.
   """
   columns = curves(rows)
   calls = sorted({nfe for curve in columns.values() for nfe in curve}, reverse=True)

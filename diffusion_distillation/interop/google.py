@@ -41,8 +41,11 @@ def read(path: pathlib.Path) -> Checkpoint:
     tree = serialization.msgpack_restore(content)
     ema_params = tree['ema_params']
     num_sample_steps = int(tree.get('num_sample_steps') or 0)
-    if not traverse_util.flatten_dict(ema_params):
-      raise ValueError('ema_params is empty')
+    leaves = traverse_util.flatten_dict(ema_params, sep='/').values()
+    if not leaves or not all(isinstance(leaf, np.ndarray) for leaf in leaves):
+      raise ValueError('ema_params is not a tree of arrays')
+    if num_sample_steps < 0:
+      raise ValueError(f'num_sample_steps is {num_sample_steps}')
   except Exception as error:  # msgpack raises whatever the content makes it raise
     raise UserError(
       f'--checkpoint={path} is not a checkpoint of the released code, a flax msgpack file with '
