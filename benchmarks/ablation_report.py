@@ -70,15 +70,15 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 
   counts = (32, 16, 8, 4, 2, 1)
   body = [
-    [caption, *(spread(select(rows, part, caption=caption, num_steps=n)) for n in counts)]
-    for part, caption in _curves('updates')
+    [shown, *(spread(select(rows, part, caption=caption, num_steps=n)) for n in counts)]
+    for part, caption, shown in _curves('updates')
   ]
   yield 'updates', markdown(['a round', *(f'{n} step{"s" * (n > 1)}' for n in counts)], body)
 
   counts = (16, 4, 1)
   body = [
-    [caption, *(spread(select(rows, part, caption=caption, num_steps=n)) for n in counts)]
-    for part, caption in _curves('factor')
+    [shown, *(spread(select(rows, part, caption=caption, num_steps=n)) for n in counts)]
+    for part, caption, shown in _curves('factor')
   ]
   yield (
     'factor',
@@ -86,11 +86,12 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
   )
 
 
-def _curves(part: str) -> list[tuple[str, str]]:
-  """(part of the row, caption) of the lines to show."""
+def _curves(part: str) -> list[tuple[str, str, str]]:
+  """(part of the row, its caption, what is shown) of the lines of a table."""
   if part == 'factor':
-    return [('updates', f'{UPDATES[-1]} updates'), ('factor', 'quarter')]
-  return [('updates', 'base'), *(('updates', f'{count} updates') for count in UPDATES)]
+    return [('updates', f'{UPDATES[-1]} updates', 'half'), ('factor', 'quarter', 'quarter')]
+  captions = ['base', *(f'{count} updates' for count in UPDATES)]
+  return [('updates', caption, caption) for caption in captions]
 
 
 def figures(rows: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
@@ -116,9 +117,9 @@ def figures(rows: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
 
   for part, counts in (('updates', (1, 2, 4, 8, 16, 32)), ('factor', (1, 4, 16))):
     figure, axes = _figure('network calls an image')
-    for k, (source, caption) in enumerate(_curves(part)):
+    for k, (source, caption, shown) in enumerate(_curves(part)):
       columns = [select(rows, source, caption=caption, num_steps=n) for n in counts]
-      _bars(axes, list(counts), columns, f'C{k}', 'o', caption)
+      _bars(axes, list(counts), columns, f'C{k}', 'o', shown)
     _log2(axes, counts)
     yield part, figure
 

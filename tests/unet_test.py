@@ -171,7 +171,7 @@ def test_the_inverse_cosine_input_is_the_time_of_the_unclipped_cosine_schedule()
   t = np.linspace(0.01, 0.99, 9)
   with jax.enable_x64(True):
     got = np.array(TIME_INPUTS['inv_cos'](Cosine(-30.0, 60.0)(jnp.array(t))))
-  np.testing.assert_allclose(got, t, atol=1e-12)
+  np.testing.assert_allclose(got, t, atol=1e-6)  # e^-15 of angle is left out at t = 1
 
 
 @pytest.mark.parametrize('dim', [4, 10])
