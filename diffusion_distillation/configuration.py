@@ -117,7 +117,7 @@ def check_numbers(config: Config) -> None:
       value = values[key]
       numbers = value if isinstance(value, tuple) else (value,)
       if not numbers:
-        raise UserError(f'{key}=() must hold one number at least')
+        raise UserError(f'{key}=() must hold a number at least')
       if not all(number is None or holds(number) for number in numbers):
         raise UserError(f'{key}={value} must be {wanted}')
   for key in DISTINCT:

@@ -53,7 +53,7 @@ class Model:
     """The same stage with another set of its weights; raises UserError if it has none of that name."""
     if weights == self.weights:
       return self
-    params = choose(f'stage {self.stage.name}: weights', weights, self.all)
+    params = choose(f'stage {self.stage.name}: --weights', weights, self.all)
     return dataclasses.replace(self, weights=weights, params=params, digest=digest(params))
 
 

@@ -199,6 +199,15 @@ CASES = {
     [*SAMPLE, '--sampler=dimm'],
     ['--sampler', 'dimm', "did you mean 'ddim'"],
   ),
+  'gamma of another sampler': ([*SAMPLE, '--gamma=0.5'], ['--gamma', '--sampler=ancestral']),
+  'more factors than rounds': (
+    [*TRAIN, '--config.distill.factor=(2,2,2,2,2,2)'],
+    ['distill.factor=(2, 2, 2, 2, 2, 2)', 'rounds, 5'],
+  ),
+  'plan of another config': (
+    ['--mode=plan', '--config=configs/digits.py', '--workdir={finished}'],
+    ['another config', 'model.ch was 8, is 32'],
+  ),
   'sample with unknown weights': (
     [*SAMPLE, '--weights=ema_0.5'],
     ['--weights', 'ema_0.5', "'ema', 'last'"],

@@ -147,7 +147,7 @@ def refused(config, path, into, source='google'):
   """The message with which an import is refused; nothing may have been written."""
   before = content(into) if into.exists() else None
   with pytest.raises(UserError) as caught:
-    importing.SOURCES[source](config, path, into)
+    importing.SOURCES[source](config, default.get_config(), path, into)
   message = str(caught.value)
   assert '\n' not in message and str(path) in message
   assert before == (content(into) if into.exists() else None)
@@ -213,7 +213,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_the_number_of_steps_says_which_stage_it_becomes(in_the_file, start_steps, name, tmp_path):
   path = edited(lambda parameters: None, tmp_path, num_sample_steps=in_the_file)
   config = sample_config(distill__start_steps=start_steps)
-  model = importing.from_google(config, path, tmp_path / 'run')
+  model = importing.from_google(config, default.get_config(), path, tmp_path / 'run')
   assert model.stage.name == name and model.stage.num_steps == (in_the_file or start_steps)
   assert [stage.parent.name for stage in (tmp_path / 'run').glob('*/stage.json')] == [name]
   loaded = workdirs.load_model(tmp_path / 'run', model.stage, config)
@@ -297,13 +297,14 @@ def test_an_imported_stage_is_distilled_further_and_measured(imported, tmp_path,
 def test_a_stage_that_is_there_is_not_imported_over(imported, tmp_path):
   path = shutil.copytree(imported[0], tmp_path / 'run')
   with pytest.raises(UserError, match='progressive_0004 is there already'):
-    importing.from_google(sample_config(), STUDENT, path)
+    importing.from_google(sample_config(), default.get_config(), STUDENT, path)
   assert content(path) == content(imported[0])
 
 
 def test_a_run_of_another_config_takes_no_import(imported, tmp_path):
   path = shutil.copytree(imported[0], tmp_path / 'run')
-  other = sample_config(seed=7)
+  shutil.rmtree(path / 'progressive_0004')
+  before, other = content(path), sample_config(seed=7)
   with pytest.raises(UserError, match='seed was 0, is 7'):
-    importing.from_google(other, STUDENT, path)
-  assert content(path) == content(imported[0])
+    importing.from_google(other, default.get_config(), STUDENT, path)
+  assert content(path) == before

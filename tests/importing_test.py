@@ -1,7 +1,6 @@
 """Stages of another run as the first of a new one."""
 
 import json
-import re
 import shutil
 
 import pytest
@@ -30,7 +29,7 @@ def test_a_stage_of_another_run_is_imported_with_the_same_digest(finished, name,
   """Into a run with other rounds, too: only network and schedule have to be the same."""
   theirs = lineage(finished / name)
   other = overridden(config, distill__start_steps=16, train__num_updates=3, seed=4)
-  model = importing.from_workdir(other, finished / name, tmp_path / 'run')
+  model = importing.from_workdir(other, default.get_config(), finished / name, tmp_path / 'run')
   assert model.digest == theirs['digest']
   found = lineage(tmp_path / 'run' / name)
   assert found['digest'] == theirs['digest'] and found['finished'] and found['parent'] is None
@@ -45,17 +44,15 @@ def test_a_stage_of_another_run_is_imported_with_the_same_digest(finished, name,
 @pytest.mark.parametrize(
   ('overrides', 'words'),
   [
-    ({'model__ch': 16}, ['denoise', r'\bch ?= ?8\b', r'\bch ?= ?16\b']),
-    ({'model__output': 'x'}, ['denoise', r"output ?= ?'v'", r"output ?= ?'x'"]),
-    ({'schedule__logsnr_min': -15.0}, ['schedule', r'logsnr_min ?= ?-20', r'logsnr_min ?= ?-15']),
-    ({'schedule__name': 'linear_beta'}, ['schedule', 'Cosine', 'LinearBeta']),
+    ({'model__ch': 16}, 'its network.ch is 8, but the config says 16'),
+    ({'model__output': 'x'}, 'its output is v, but the config says x'),
+    ({'schedule__logsnr_min': -15.0}, 'its schedule.logsnr_min is -20.0, but the config says -15.0'),
+    ({'schedule__name': 'linear_beta'}, 'its schedule.name is Cosine, but the config says LinearBeta'),
   ],
 )
 def test_a_stage_of_another_model_is_refused(finished, overrides, words, config, tmp_path):
   other = overridden(config, **overrides)
-  message = refused(other, finished / 'base', tmp_path / 'run', 'workdir')
-  for word in words:
-    assert re.search(word, message), message
+  assert words in refused(other, finished / 'base', tmp_path / 'run', 'workdir')
 
 
 def test_a_stage_with_a_number_of_steps_that_the_config_has_not_is_refused(finished, config, tmp_path):
@@ -88,5 +85,5 @@ def test_a_stage_under_another_name_is_refused(finished, config, tmp_path):
 def test_a_stage_of_another_run_is_not_imported_over_one_that_is_there(finished, config, tmp_path):
   path = shutil.copytree(finished, tmp_path / 'run')
   with pytest.raises(UserError, match='base is there already'):
-    importing.from_workdir(config, finished / 'base', path)
+    importing.from_workdir(config, default.get_config(), finished / 'base', path)
   assert content(path) == content(finished)

@@ -78,7 +78,7 @@ def test_steps_that_the_factors_do_not_reach_are_refused(start, end, factor, nea
 def test_numbers_that_no_stage_could_use_are_refused(key, value):
   with pytest.raises(UserError) as error:
     plan(**{key.replace('.', '__'): value})
-  assert str(error.value).startswith(f'{key}={value} must be ')
+  assert str(error.value).startswith(f'{key}={value} must ')
 
 
 def test_the_plan_is_base_then_rounds_each_taught_by_the_one_before():
