@@ -10,7 +10,7 @@ from configs import default
 from diffusion_distillation import cli, times
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; prepare does without.')
 _MODE = flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
 _STAGE = flags.DEFINE_string('stage', None, 'sample: the stage; by default the last that is there.')
 _WEIGHTS = flags.DEFINE_string(
@@ -28,7 +28,9 @@ _CLIP_X = flags.DEFINE_bool('clip_x', None, 'sample: clip x to [-1, 1] at each s
 _STEPS = flags.DEFINE_integer('steps', None, 'sample: how many; by default those of the stage.', 1)
 _GRID = flags.DEFINE_enum('grid', 'uniform', list(times.GRIDS), 'sample: how its steps are spaced.')
 _TIMES = flags.DEFINE_list('times', [], 'sample: a grid of times instead of equal steps: 0,0.25,1.')
-_CLASSES = flags.DEFINE_list('classes', [], 'sample: classes to draw in turn; by default all of them.')
+_CLASSES = flags.DEFINE_list(
+  'classes', [], 'sample: classes to draw in turn, by number or name, or none; by default all.'
+)
 _OUT = flags.DEFINE_string('out', None, 'sample: a .png (a grid) or .npz (the arrays).')
 _SOURCE = flags.DEFINE_string('source', None, 'import: google (the released code) or workdir (a run).')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'import: the file, or WORKDIR/STAGE.')
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> None:
     mode=_MODE.value,
     config=_CONFIG.value,
     default=default.get_config(),
-    workdir=pathlib.Path(_WORKDIR.value).absolute(),
+    workdir=pathlib.Path(_WORKDIR.value).absolute() if _WORKDIR.value else None,
     stage=_STAGE.value,
     weights=_WEIGHTS.value,
     num_samples=_NUM_SAMPLES.value,

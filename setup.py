@@ -16,8 +16,12 @@ setuptools.setup(
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',
+    'array_record>=0.8',
     'clu>=0.0.12',
     'flax>=0.12',
+    'fsspec>=2024.6',
+    'grain>=0.2.18',
+    'importlib_resources>=6',  # tensorflow-datasets needs it, and does not say so
     'jax>=0.10',
     'jinja2>=3.1',
     'matplotlib>=3.9',
@@ -29,11 +33,15 @@ setuptools.setup(
     'safetensors>=0.5',
     'scikit-learn>=1.5',
     'tensorboardX>=2.6.2',
+    'tensorflow-datasets>=4.9.10',
     'tqdm>=4.66',
   ],
   extras_require={
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
+    'tf': ['tensorflow-cpu>=2.20'],  # to download and prepare sets; reading them needs none of it
+    'gcs': ['gcsfs'],  # folders at gs://
+    's3': ['s3fs'],  # folders at s3://
     'dev': ['mypy>=1.15', 'pytest>=8.3', 'pytest-timeout>=2.3', 'ruff>=0.9', 'scipy>=1.14'],
   },
 )

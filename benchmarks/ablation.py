@@ -28,6 +28,7 @@ from benchmarks.ablation_report import CALLS, INTEGRATORS, OUTPUTS, UPDATES, WEI
 from configs import digits
 from diffusion_distillation import datasets, interrupts, sharding, stages, train
 from diffusion_distillation.checkpoints import read_json, write_json
+from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError, UserError
 from diffusion_distillation.evaluation import features, measure
 from diffusion_distillation.workdir import Model, lock_workdir
@@ -61,12 +62,14 @@ class Bench:
 
   def __post_init__(self) -> None:
     jax.config.update('jax_compilation_cache_dir', str(self.workdir / 'compiled'))
-    self.images = datasets.load('digits', 8, 'train')
-    held_out = datasets.load('digits', 8, 'test')
+    settings = datasets.Settings.of(digits.get_config().dataset)
+    self.images, held_out = (
+      loading.Loader(datasets.open_split(settings, role)) for role in datasets.ROLES
+    )
     self.extractor = features.load_or_train(
       self.workdir / 'extractor.safetensors', self.images, held_out
     )
-    self.reference = self.extractor.moments(self.images.images)
+    self.reference = self.extractor.moments(self.images)
     self.step = sharding.compile_step(train.train_step)
     self.path = self.workdir / 'rows.json'
     stored = read_json(self.path) if self.path.exists() else {'scale': self.scale, 'rows': []}

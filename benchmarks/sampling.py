@@ -24,7 +24,7 @@ REPEATS = 5
 def main() -> None:
   """Prints one table a sampler."""
   config = digits.get_config()
-  base = stages.plan(config, *datasets.describe('digits', 8))[0]
+  base = stages.plan(config, *datasets.describe(datasets.Settings.of(config.dataset)))[0]
   size = config.evaluation.batch_size
   params = base.denoise.init(jax.random.key(0), base.image_shape)
   print(f'{jax.device_count()} {jax.default_backend()} device(s), {size} images a call')

@@ -10,6 +10,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c = paper.large(variant)
   c.dataset.name = 'lsun/bedroom'
   c.dataset.image_size = 128
+  c.dataset.resize = 'bilinear'
 
   c.model.ch = 64
   c.model.ch_mult = (1, 2, 4, 6, 8)

@@ -14,6 +14,7 @@ from diffusion_distillation import (
   forecast,
   importing,
   interrupts,
+  pixels,
   samplers,
   sharding,
   stages,
@@ -23,6 +24,7 @@ from diffusion_distillation import (
 )
 from diffusion_distillation.checkpoints import read_json
 from diffusion_distillation.configuration import Config, check_keys, choose
+from diffusion_distillation.datasets import preparing
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure, pictures
 
@@ -34,7 +36,7 @@ class Options:
   mode: str
   config: Config | None
   default: Config
-  workdir: pathlib.Path
+  workdir: pathlib.Path | None
   stage: str | None = None
   weights: str = 'ema'
   num_samples: int = 64
@@ -89,46 +91,60 @@ def _config(options: Options) -> Config:
   return options.config
 
 
+def _workdir(options: Options) -> pathlib.Path:
+  if options.workdir is None:
+    raise UserError(f'--mode={options.mode} needs --workdir, the directory of the run')
+  return options.workdir
+
+
+def _prepare(options: Options) -> None:
+  dataset = _config(options).dataset
+  broken = preparing.prepare(datasets.Settings.of(dataset), dataset.workers)
+  skipped = ', '.join(f'{count} of {role}' for role, count in broken.items())
+  print(f'{dataset.prepared}: prepared; images skipped: {skipped}')
+
+
 def _train(options: Options) -> None:
-  train.run(_config(options), options.workdir)
+  train.run(_config(options), _workdir(options))
 
 
 def _plan(options: Options) -> None:
-  config = _config(options)
-  stored = options.workdir / 'config.json'
+  config, directory = _config(options), _workdir(options)
+  stored = directory / 'config.json'
   if stored.exists():
     workdir.check_config(stored, read_json(stored), config)
-  described = datasets.describe(config.dataset.name, config.dataset.image_size)
-  planned = workdir.cut(options.workdir, stages.plan(config, *described))
+  described = datasets.describe(datasets.Settings.of(config.dataset))
+  planned = workdir.cut(directory, stages.plan(config, *described))
   train.check_batches(config)
-  finished = {stage.name for stage in planned if workdir.is_finished(options.workdir, stage)}
+  finished = {stage.name for stage in planned if workdir.is_finished(directory, stage)}
   forecast.show(planned, finished, sharding.compile_step(train.train_step), config)
 
 
 def _import(options: Options) -> None:
+  directory = _workdir(options)
   if options.source is None:
     raise UserError(f'--mode=import needs --source, one of {", ".join(importing.SOURCES)}')
   source = choose('--source', options.source, importing.SOURCES)
   if options.checkpoint is None:
     raise UserError('--mode=import needs --checkpoint, the file or directory to read')
-  model = source(_config(options), options.default, options.checkpoint, options.workdir)
+  model = source(_config(options), options.default, options.checkpoint, directory)
   print(
-    f'{options.workdir / model.stage.name}: imported, for {model.stage.num_steps} steps, '
+    f'{directory / model.stage.name}: imported, for {model.stage.num_steps} steps, '
     f'digest {model.digest[:12]}'
   )
 
 
 def _sample(options: Options) -> None:
-  out = pictures.check_out(options.out)
-  config = workdir.read_config(options.workdir, options.default)
+  out, directory = pictures.check_out(options.out), _workdir(options)
+  config = workdir.read_config(directory, options.default)
   choose('--sampler', options.sampler, samplers.SAMPLERS)
   if options.gamma is not None and options.sampler != 'ancestral':
     raise UserError('--gamma is of ancestral sampling: give --sampler=ancestral, too')
   given = {'gamma': options.gamma, 'clip_x': options.clip_x}
   config.evaluation.update({key: value for key, value in given.items() if value is not None})
-  model = _choose_stage(options, config).use(options.weights)
+  model = _choose_stage(options, directory, config).use(options.weights)
   draw = measure.drawer(config, model.stage, options.sampler)
-  grid, classes = _grid(options, model.stage.num_steps), _classes(options, model.stage)
+  grid, classes = _grid(options, model.stage.num_steps), _classes(options, model.stage, directory)
   images = draw.draw(model.params, grid, options.num_samples, options.seed, classes)
   pictures.save(out, images, draw.labels(np.arange(options.num_samples), classes))
   steps = len(grid) - 1
@@ -151,49 +167,61 @@ def _grid(options: Options, num_steps: int) -> np.ndarray:
     raise UserError(f'--times={",".join(options.times)}: {error}, such as 0,0.25,1') from error
 
 
-def _classes(options: Options, stage: stages.Stage) -> list[int]:
-  """The classes to draw in turn; none for a balanced draw of all."""
+def _classes(options: Options, stage: stages.Stage, directory: pathlib.Path) -> list[int]:
+  """The classes to draw in turn, by number or name, or 'none'; none at all for a balanced draw of all."""
   num_classes = stage.denoise.network.num_classes
   given = list(options.classes)
   if given and not num_classes:
     raise UserError(f'--classes={",".join(given)}: stage {stage.name} is of an unconditional model')
-  if not all(c.isdecimal() and int(c) < num_classes for c in given):
-    raise UserError(f'--classes={",".join(given)}: classes are whole numbers, 0 to {num_classes - 1}')
-  return [int(c) for c in given]
+  if given == ['none']:
+    if not stage.recipe.label_dropout:
+      raise UserError(
+        '--classes=none: the model was trained with dataset.label_dropout=0, all classes told'
+      )
+    return [pixels.NO_CLASS]
+  by_name = {name: label for label, name in enumerate(workdir.class_names(directory))}
+  by_number = {str(label): label for label in range(num_classes)}
+  known = by_name | by_number
+  if not all(c in known for c in given):
+    raise UserError(
+      f'--classes={",".join(given)}: classes are whole numbers, 0 to {num_classes - 1}, or their names in '
+      f'{directory / "dataset.json"}'
+    )
+  return [known[c] for c in given]
 
 
-def _choose_stage(options: Options, config: Config) -> workdir.Model:
+def _choose_stage(options: Options, directory: pathlib.Path, config: Config) -> workdir.Model:
   """The stage that was asked for, or the last that is there."""
-  planned = {stage.name: stage for stage in workdir.stored_plan(options.workdir, config)}
+  planned = {stage.name: stage for stage in workdir.stored_plan(directory, config)}
   if options.stage is not None and options.stage not in planned:
     raise UserError(f'--stage={options.stage} is not one of {", ".join(planned)}')
   for name in [options.stage] if options.stage else reversed(planned):
-    model = workdir.load_model(options.workdir, planned[name], config)
+    model = workdir.load_model(directory, planned[name], config)
     if model is not None:
       return model
-  raise UserError(
-    f'--workdir={options.workdir}: no whole checkpoint of {options.stage or "any stage"} yet'
-  )
+  raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
 
 
 def _evaluate(options: Options) -> None:
-  stored = workdir.read_config(options.workdir, options.default)
+  directory = _workdir(options)
+  stored = workdir.read_config(directory, options.default)
   config = stored
   if options.config is not None:
     config = _config(options)
-    workdir.check_config(options.workdir / 'config.json', json.loads(stored.to_json()), config)
-  planned, images = workdir.plan_for(options.workdir, config)
-  with workdir.lock_workdir(options.workdir):
-    found = [workdir.load_model(options.workdir, stage, config) for stage in planned]
+    workdir.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
+  planned, images = workdir.plan_for(directory, config)
+  with workdir.lock_workdir(directory):
+    found = [workdir.load_model(directory, stage, config) for stage in planned]
     models = [model for model in found if model is not None]
     if found[0] is None:
-      raise UserError(f'--workdir={options.workdir}: no whole checkpoint of {planned[0].name} yet')
-    measure.evaluate(config, models, images, options.workdir, again=True)
-  print(options.workdir / 'results.json')
+      raise UserError(f'--workdir={directory}: no whole checkpoint of {planned[0].name} yet')
+    measure.evaluate(config, models, images, directory, again=True)
+  print(directory / 'results.json')
 
 
 MODES: dict[str, Callable[[Options], None]] = {
   'train': _train,
+  'prepare': _prepare,
   'plan': _plan,
   'import': _import,
   'sample': _sample,

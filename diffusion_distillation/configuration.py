@@ -98,8 +98,17 @@ NOT_NEGATIVE = [
   'distill.weight_decay',
   'log.measured_updates',
   'log.seconds',
+  'dataset.in_memory_gb',
+  'dataset.workers',
 ]
-FRACTIONS = ['train.ema_decay', 'distill.ema_decay', 'model.dropout', 'optimizer.b1', 'optimizer.b2']
+FRACTIONS = [
+  'dataset.label_dropout',
+  'train.ema_decay',
+  'distill.ema_decay',
+  'model.dropout',
+  'optimizer.b1',
+  'optimizer.b2',
+]
 DISTINCT = ['train.ema_decay', 'distill.ema_decay', 'evaluation.samplers']
 AT_LEAST_TWO = ['distill.factor', 'evaluation.num_samples']
 

@@ -85,7 +85,7 @@ def seconds_per_update(stage: Stage, step: Callable, repeats: int) -> float:
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (stage.batch_size, *stage.image_shape)).astype(np.uint8)
   label = np.zeros(stage.batch_size, np.int32)
-  batch = sharding.put({'image': image, 'label': label})
+  batch = sharding.put(stage.inputs({'image': image, 'label': label}))
   began = 0.0
   for k in range(repeats + 1):
     interrupts.check()

@@ -24,7 +24,7 @@ def from_google(config: Config, default: Config, path: pathlib.Path, into: pathl
     UserError: the file, or the config that is to describe it, is wrong; nothing was written.
   """
   del default
-  shape, num_classes = datasets.describe(config.dataset.name, config.dataset.image_size)
+  shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
   stages = plan(config, shape, num_classes)
   checkpoint = google.read(path)
   stage = _stage_for(checkpoint.num_sample_steps, stages, path)
@@ -56,7 +56,7 @@ def from_workdir(config: Config, default: Config, path: pathlib.Path, into: path
   lineage, stored = read_json(path / 'stage.json'), workdir.read_config(path.parent, default)
   planned = {stage.name: stage for stage in workdir.stored_plan(path.parent, stored)}
   theirs = choose(f'--checkpoint={path}: stage', path.name, planned)
-  shape, num_classes = datasets.describe(config.dataset.name, config.dataset.image_size)
+  shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
   is_base = theirs.method == 'denoising'
   stage = _stage_for(0 if is_base else theirs.num_steps, plan(config, shape, num_classes), path)
   found, wanted = (dict(flatten(workdir.describe(s))) for s in (theirs, stage))

@@ -3,8 +3,9 @@
 The step sees global arrays; batches are split over the mesh's `data` axis, all else is replicated.
 """
 
+import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -50,6 +51,21 @@ def round_up(batch_size: int) -> int:
 def put(batch: Any) -> Any:
   """A batch (NumPy) to global arrays split over the devices."""
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(), x), batch)
+
+
+def ahead(batches: Iterable[Any], count: int = 2) -> Iterator[Any]:
+  """Yields batches as `put` gives them, `count` of them on their way before they are asked for."""
+  ready: collections.deque[Any] = collections.deque()
+  for batch in batches:
+    ready.append(put(batch))
+    if len(ready) > count:
+      yield ready.popleft()
+  yield from ready
+
+
+def part() -> tuple[int, int]:
+  """This process, of how many: the part of each batch that it reads."""
+  return jax.process_index(), jax.process_count()
 
 
 def replicate(tree: Any) -> Any:

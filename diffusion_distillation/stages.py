@@ -31,6 +31,8 @@ class Recipe:
     ema_decay: of each moving average; 0 follows the parameters.
     seed: of all noise in this stage.
     random_flip: whether images are mirrored at random.
+    dequantize: whether pixels are spread evenly over what rounds to them.
+    label_dropout: probability that an example's class is not told.
     micro_batches: parts that a batch is cut into, whose gradients are added up.
   """
 
@@ -41,6 +43,8 @@ class Recipe:
   ema_decay: tuple[Any, ...]
   seed: int | Any
   random_flip: bool = flax.struct.field(pytree_node=False, default=False)
+  dequantize: bool = flax.struct.field(pytree_node=False, default=False)
+  label_dropout: float = flax.struct.field(pytree_node=False, default=0.0)
   micro_batches: int = flax.struct.field(pytree_node=False, default=1)
 
   def create_state(self, student_params: Params) -> TrainState:
@@ -89,6 +93,11 @@ class Stage:
   def denoise(self) -> Denoiser:
     """The stage's model as it is sampled from: without dropout."""
     return without_dropout(self.recipe.denoise)
+
+  def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the step is given of a batch: `image`, and `label` if the network is told, else None."""
+    told = self.denoise.network.num_classes
+    return {'image': batch['image'], 'label': batch['label'] if told else None}
 
 
 def without_dropout(denoise: Denoiser) -> Denoiser:
@@ -150,6 +159,8 @@ def make_denoiser(config: Config, image_shape: tuple[int, ...], num_classes: int
   choose('model.output', output, OUTPUTS)
   if not fields.pop('conditional'):
     num_classes = 0
+    if config.dataset.label_dropout:
+      raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
   elif not num_classes:
     raise UserError(f'model.conditional=True, but dataset {config.dataset.name!r} has no labels')
   out_ch = output_channels(output, image_shape[-1])
@@ -242,6 +253,8 @@ def _recipe(
     ema_decay=tuple(section.ema_decay),
     seed=int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0] >> 1),
     random_flip=config.dataset.random_flip,
+    dequantize=config.dataset.dequantize,
+    label_dropout=config.dataset.label_dropout,
     micro_batches=section.micro_batches,
   )
 

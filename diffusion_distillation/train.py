@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion_distillation import forecast, interrupts, sharding
+from diffusion_distillation import forecast, interrupts, pixels, sharding
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import Checkpoints
 from diffusion_distillation.configuration import Config
-from diffusion_distillation.datasets import ImageSet, batch_indices, to_x
+from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, NumericalError
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.metrics import MetricsWriter
@@ -46,11 +46,14 @@ def train_step(
   """
   rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
   rng_flip, rng_draw, rng_dropout = jax.random.split(rng, 3)
-  x = to_x(batch['image'])
+  x, label = pixels.to_x(batch['image']), batch['label']
   if recipe.random_flip:
-    flip = jax.random.bernoulli(rng_flip, 0.5, x.shape[:1])
-    x = jnp.where(flip[:, None, None, None], x[:, :, ::-1, :], x)
-  examples = {'x': x, 'label': batch['label'], **recipe.method.draw(rng_draw, x.shape)}
+    x = pixels.flip(rng_flip, x)
+  if recipe.dequantize:
+    x = pixels.dequantize(jax.random.fold_in(rng_flip, 1), x)
+  if recipe.label_dropout:
+    label = pixels.drop_labels(jax.random.fold_in(rng_flip, 2), label, recipe.label_dropout)
+  examples = {'x': x, 'label': label, **recipe.method.draw(rng_draw, x.shape)}
   loss, metrics, grads = gradients(recipe, state.params, teacher, examples, rng_dropout, state.step)
 
   grad_norm = optax.tree.norm(grads)
@@ -130,7 +133,7 @@ def fit(
   step: Callable,
   stage: Stage,
   teacher: Model | None,
-  images: ImageSet,
+  images: Loader,
   workdir: pathlib.Path,
   config: Config,
 ) -> Model:
@@ -199,7 +202,7 @@ def _loop(
   step: Callable,
   stage: Stage,
   teacher: Model | None,
-  images: ImageSet,
+  images: Loader,
   config: Config,
   checkpoints: Checkpoints,
   state: TrainState,
@@ -210,10 +213,13 @@ def _loop(
   teacher_params = None if teacher is None else sharding.replicate(teacher.params)
   pending: list[dict[str, jax.Array]] = []
   progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
-  with progress, contextlib.closing(MetricsWriter(checkpoints.stage_dir, done)) as writer:
-    while done < stage.num_updates:
-      indices = batch_indices(len(images), int(stage.recipe.seed), done, stage.batch_size)
-      batch = sharding.put(images.batch(indices))
+  host_batches = images.shuffled(int(stage.recipe.seed), stage.batch_size, done, stage.num_updates)
+  with (
+    contextlib.closing(host_batches),
+    progress,
+    contextlib.closing(MetricsWriter(checkpoints.stage_dir, done)) as writer,
+  ):
+    for batch in sharding.ahead(map(stage.inputs, host_batches)):
       state, metrics = step(stage.recipe, state, teacher_params, batch)
       done += 1
       pending.append(metrics)
@@ -271,6 +277,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   check_batches(config)
   with workdirs.lock_workdir(workdir):
     workdirs.claim(workdir, config)
+    workdirs.claim_images(workdir, images.images)
     step = sharding.compile_step(train_step)
     done = {stage.name for stage in stages if workdirs.is_finished(workdir, stage)}
     forecast.show(stages, done, step, config)

@@ -1,6 +1,7 @@
 """The workdir: its config, and the lineage of each stage in it.
 
 workdir/config.json         what made it; the workdir alone is enough to sample from it
+workdir/dataset.json        the images it was made from, and the names of their classes
 workdir/<stage>/stage.json  parent and its digest, parameterization, schedule, step count, data range, config
 """
 
@@ -15,16 +16,19 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation import datasets
+from diffusion_distillation import datasets, sharding
 from diffusion_distillation.checkpoints import Checkpoints, digest, read_json, write_json
 from diffusion_distillation.configuration import Config, check_known, choose, flatten
+from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.sharding import to_host
 from diffusion_distillation.stages import Stage, plan
 from diffusion_distillation.train_state import Params, TrainState
 
 # Keys that may change between two runs in one workdir: they touch no parameter of any stage.
-FREE = ('evaluation.', 'log.', 'checkpoint.')
+FREE = (
+  *('evaluation.', 'log.', 'checkpoint.'),
+  *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +131,58 @@ def _tuples(value: Any) -> Any:
   return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], datasets.ImageSet]:
-  """The stages of a run in `workdir` (which need not be there), and the training images."""
-  images = datasets.load(config.dataset.name, config.dataset.image_size, 'train')
-  return cut(workdir, plan(config, images.images.shape[1:], images.num_classes)), images
+def open_images(config: Config, role: str) -> Loader:
+  """The images to train on ('train') or those held out ('eval'), not yet read; raises UserError without any."""
+  settings, section = datasets.Settings.of(config.dataset), config.dataset
+  images = datasets.open_split(settings, role)
+  if len(images) < 2:
+    raise UserError(f'{settings.key(role)}: {images.name!r} has {len(images)} image there; 2 are needed')
+  return Loader(images, section.in_memory_gb, section.workers, sharding.part())
+
+
+def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader]:
+  """The stages of a run in `workdir` (which need not be there), and the training images, not yet read.
+
+  Raises:
+    UserError: config or images do not fit, or those that the run began with were others.
+  """
+  loader = open_images(config, 'train')
+  open_images(config, 'eval')  # to find its errors now, not after training
+  check_images(workdir, loader.images)
+  shape, classes = loader.images.image_shape, loader.images.classes
+  return cut(workdir, plan(config, shape, len(classes))), loader
+
+
+def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
+  """Raises UserError unless the run in `workdir`, if there is one, began with these images."""
+  path = workdir / 'dataset.json'
+  if not path.is_file():
+    return
+  found = read_json(path)
+  if found.get('identity') != images.identity:
+    raise UserError(
+      f'{path}: this run began with other images: {found.get("num_images")} of {len(found.get("classes", []))} '
+      f'classes, now {len(images)} of {len(images.classes)}; restore them, or use another workdir'
+    )
+
+
+def claim_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
+  """Writes `dataset.json`, the names of the classes by label among it; raises UserError as `check_images` does."""
+  check_images(workdir, images)
+  value = {
+    'name': images.name,
+    'num_images': len(images),
+    'image_shape': images.image_shape,
+    'classes': images.classes,
+    'identity': images.identity,
+  }
+  write_json(workdir / 'dataset.json', value)
+
+
+def class_names(workdir: pathlib.Path) -> list[str]:
+  """Names of the classes by label, as the run found them; none for an imported model."""
+  path = workdir / 'dataset.json'
+  return [str(name) for name in read_json(path).get('classes', [])] if path.is_file() else []
 
 
 def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
@@ -264,7 +316,7 @@ def load_model(workdir: pathlib.Path, stage: Stage, config: Config) -> Model | N
 
 def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
   """A training state, seen as what is sampled from: its first moving average. On the host."""
-  sets = to_host([*state.ema_params, state.params['student']])
+  sets = sharding.to_host([*state.ema_params, state.params['student']])
   trees = dict(zip(stage.weights, sets, strict=True))
   params = trees['ema']
   return Model(stage, 'ema', params, digest(params), int(state.step), seconds, trees)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation import interrupts, samplers, sharding, times
-from diffusion_distillation.datasets import to_image
+from diffusion_distillation.pixels import to_image
 from diffusion_distillation.schedules import Schedule
 from diffusion_distillation.train_state import Params
 from diffusion_distillation.unet import Denoiser

@@ -1,12 +1,17 @@
 """Features that images are compared by: those of a small classifier trained on the data set itself.
 
 Public Inception weights say little about 8x8 digits, so a distance on these features is reported as
-"FD-<data set>", never as FID. The classifier is trained once a workdir and stored with its digest.
+"FD-<data set>", never as FID. The classifier is trained once a workdir and stored with its digest. It tells
+the set's classes apart; for a set without labels, which of four quarter turns an image was given (Gidaris et al.
+2018).
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,9 +25,10 @@ from flax import traverse_util
 
 from diffusion_distillation import interrupts
 from diffusion_distillation.checkpoints import digest
-from diffusion_distillation.datasets import ImageSet, batch_indices, to_x
+from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments
+from diffusion_distillation.pixels import to_x
 from diffusion_distillation.progress import Progress
 from diffusion_distillation.train_state import Params
 
@@ -30,7 +36,7 @@ _UPDATES, _BATCH, _LEARNING_RATE, _SHOWN = 600, 128, 2e-3, 500
 
 
 class Classifier(nn.Module):
-  """Two convolutions and two dense layers; the features are the 64 inputs of the last one."""
+  """Convolutions down to 4x4 or less, and two dense layers; the features are the 64 inputs of the last one."""
 
   num_classes: int
 
@@ -38,7 +44,8 @@ class Classifier(nn.Module):
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x: (B, H, W, C) in [-1, 1]. Returns logits (B, num_classes) and features (B, 64)."""
     h = nn.relu(nn.Conv(32, (3, 3), name='conv0')(x))
-    h = nn.relu(nn.Conv(64, (3, 3), strides=2, name='conv1')(h))
+    for k in range(1, math.ceil(math.log2(x.shape[1] / 4)) + 1):
+      h = nn.relu(nn.Conv(64, (3, 3), strides=2, name=f'conv{k}')(h))
     features = nn.relu(nn.Dense(64, name='features')(h.reshape(len(h), -1)))
     return nn.Dense(self.num_classes, name='logits')(features), features
 
@@ -50,12 +57,14 @@ class FeatureExtractor:
   Attributes:
     name: of the metric's second half, "FD-<name>".
     digest: sha256 of its parameters.
-    accuracy: on the held-out split, in [0, 1].
+    task: what its classifier was trained to tell apart: 'classes' or 'quarter turns'.
+    accuracy: of that on the held-out split, in [0, 1].
     params: of its Classifier.
   """
 
   name: str
   digest: str
+  task: str
   accuracy: float
   params: Params
 
@@ -68,10 +77,14 @@ class FeatureExtractor:
       parts.append(np.asarray(_apply(self.params, padded)[1])[: len(part)])
     return np.concatenate(parts)
 
-  def moments(self, images: np.ndarray) -> Moments:
-    """Moments of the features of `images`."""
+  def moments(self, images: Loader, indices: np.ndarray | None = None) -> Moments:
+    """Moments of the features of all images, or of those at `indices`; broken ones do not count."""
     running = RunningMoments()
-    running.add(self(images))
+    with contextlib.closing(images.in_order(_SHOWN, indices)) as batches:
+      for batch in batches:
+        interrupts.check()
+        if batch['mask'].any():
+          running.add(self(batch['image'])[batch['mask']])
     return running.result()
 
 
@@ -82,9 +95,19 @@ def _apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   return outputs
 
 
-def _train(train: ImageSet) -> Params:
+def _task(batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  """Images and what is to be told of them: their classes, or the quarter turns that they are given here."""
+  if batch['label'] is not None:
+    return batch['image'], batch['label']
+  image, turns = batch['image'].copy(), np.arange(len(batch['image']), dtype=np.int32) % 4
+  for k in range(1, 4):
+    image[k::4] = np.rot90(image[k::4], k, axes=(1, 2))
+  return image, turns
+
+
+def _train(train: Loader) -> Params:
   """The classifier's parameters, a function of the training split alone."""
-  model = Classifier(train.num_classes)
+  model = Classifier(len(train.images.classes) or 4)
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _UPDATES))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -98,23 +121,28 @@ def _train(train: ImageSet) -> Params:
     updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state)
     return optax.apply_updates(params, updates), opt_state
 
-  params = model.init(jax.random.key(0), jnp.zeros((1, *train.images.shape[1:])))['params']
+  params = model.init(jax.random.key(0), jnp.zeros((1, *train.images.image_shape)))['params']
   opt_state = optimizer.init(params)
-  with Progress('extractor', _UPDATES, images_per_step=_BATCH) as progress:
-    for step in range(_UPDATES):
+  batches = train.shuffled(0, _BATCH, 0, _UPDATES)
+  with contextlib.closing(batches), Progress('extractor', _UPDATES, images_per_step=_BATCH) as progress:
+    for batch in batches:
       interrupts.check()
-      batch = train.batch(batch_indices(len(train), 0, step, _BATCH))
-      params, opt_state = update(params, opt_state, batch['image'], batch['label'])
+      params, opt_state = update(params, opt_state, *_task(batch))
       progress.advance()
   return params
 
 
-def _accuracy(params: Params, held_out: ImageSet) -> float:
-  logits, _ = _apply(params, held_out.images)
-  return float(np.mean(np.argmax(np.asarray(logits), axis=1) == held_out.labels))
+def _accuracy(params: Params, held_out: Loader) -> float:
+  right = count = 0
+  with contextlib.closing(held_out.in_order(_SHOWN)) as batches:
+    for batch in batches:
+      image, label = _task(batch)
+      hit = np.argmax(np.asarray(_apply(params, image)[0]), axis=1) == label
+      right, count = right + int(hit[batch['mask']].sum()), count + int(batch['mask'].sum())
+  return right / max(count, 1)
 
 
-def load_or_train(path: pathlib.Path, train: ImageSet, held_out: ImageSet) -> FeatureExtractor:
+def load_or_train(path: pathlib.Path, train: Loader, held_out: Loader) -> FeatureExtractor:
   """The extractor stored at `path`, or a new one, stored there.
 
   Raises:
@@ -122,7 +150,12 @@ def load_or_train(path: pathlib.Path, train: ImageSet, held_out: ImageSet) -> Fe
   """
   if not path.exists():
     params = jax.tree.map(np.asarray, _train(train))
-    meta = {'digest': digest(params), 'accuracy': str(_accuracy(params, held_out)), 'name': train.name}
+    meta = {
+      'name': train.images.name,
+      'digest': digest(params),
+      'task': 'classes' if train.images.classes else 'quarter turns',
+      'accuracy': str(_accuracy(params, held_out)),
+    }
     temporary = path.with_suffix('.tmp')
     safetensors.numpy.save_file(traverse_util.flatten_dict(params, sep='/'), temporary, meta)
     temporary.replace(path)
@@ -131,7 +164,7 @@ def load_or_train(path: pathlib.Path, train: ImageSet, held_out: ImageSet) -> Fe
       flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
       meta = file.metadata()
     params = traverse_util.unflatten_dict(flat, sep='/')
-    extractor = FeatureExtractor(meta['name'], meta['digest'], float(meta['accuracy']), params)
+    extractor = FeatureExtractor(**meta | {'accuracy': float(meta['accuracy'])}, params=params)
   except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
     raise DamagedError(f'{path} is damaged ({error}); remove it to have it made again') from error
   if digest(params) != extractor.digest:

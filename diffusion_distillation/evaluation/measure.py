@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import datasets, times
+from diffusion_distillation import times
 from diffusion_distillation.checkpoints import read_json, write_json
 from diffusion_distillation.configuration import Config
-from diffusion_distillation.datasets import ImageSet
+from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.drawing import Drawer
@@ -23,7 +23,7 @@ from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, f
 from diffusion_distillation.progress import Progress
 from diffusion_distillation.samplers import Sampler
 from diffusion_distillation.stages import Stage, make_sampler
-from diffusion_distillation.workdir import Model
+from diffusion_distillation.workdir import Model, open_images
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, i
 
 
 def evaluate(
-  config: Config, models: list[Model], train: ImageSet, workdir: pathlib.Path, again: bool
+  config: Config, models: list[Model], train: Loader, workdir: pathlib.Path, again: bool
 ) -> dict[str, Any]:
   """Writes `results.json`, a row at a time, and `report/`.
 
@@ -70,10 +70,10 @@ def evaluate(
   Returns:
     What `results.json` holds.
   """
-  held_out = datasets.load(config.dataset.name, config.dataset.image_size, 'test')
   began = time.monotonic()
+  held_out = open_images(config, 'eval')
   extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
-  reference = extractor.moments(train.images)
+  reference = extractor.moments(train)
   results = _header(config, extractor, train, held_out, reference, models)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else _known_rows(path, extractor) | _known_rows(partial, extractor)
@@ -101,8 +101,8 @@ def evaluate(
 def _header(
   config: Config,
   extractor: features.FeatureExtractor,
-  train: ImageSet,
-  held_out: ImageSet,
+  train: Loader,
+  held_out: Loader,
   reference: Moments,
   models: list[Model],
 ) -> dict[str, Any]:
@@ -112,22 +112,24 @@ def _header(
     'metric': f'FD-{extractor.name}',
     'floor': _floor(config, extractor, train, reference),
     'held_out': {
-      'value': frechet_distance(extractor.moments(held_out.images), reference),
-      'num_samples': len(held_out),
+      'value': frechet_distance(extractor.moments(held_out), reference),
+      'num_samples': len(held_out) - len(held_out.skipped),
     },
     'extractor': {
       'name': extractor.name,
       'digest': extractor.digest,
+      'task': extractor.task,
       'held_out_accuracy': extractor.accuracy,
     },
-    'reference': {'split': 'train', 'num_images': len(train)},
+    'reference': {'split': 'train', 'num_images': len(train) - len(train.skipped)},
+    'skipped': {'train': len(train.skipped), 'held_out': len(held_out.skipped)},
     'versions': {'python': platform.python_version(), **versions},
     'seconds': {model.stage.name: model.seconds for model in models},
   }
 
 
 def _floor(
-  config: Config, extractor: features.FeatureExtractor, train: ImageSet, reference: Moments
+  config: Config, extractor: features.FeatureExtractor, train: Loader, reference: Moments
 ) -> dict[str, Any]:
   """Real against real at the same size: training images drawn with replacement, against all of them.
 
@@ -135,7 +137,7 @@ def _floor(
   """
   size = config.evaluation.num_samples
   chosen = np.random.Generator(np.random.Philox(config.evaluation.seed)).integers(len(train), size=size)
-  value = frechet_distance(extractor.moments(train.images[chosen]), reference)
+  value = frechet_distance(extractor.moments(train, chosen), reference)
   return {'value': value, 'num_samples': size, 'seed': config.evaluation.seed}
 
 

@@ -1,0 +1,54 @@
+"""Sets of images by name: digits, drawn shapes, a folder or zip, all of tensorflow-datasets; or a copy of one."""
+
+from collections.abc import Callable
+
+from diffusion_distillation.datasets import digits, folder, prepared, shapes, tfds
+from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
+from diffusion_distillation.datasets.settings import ROLES, Settings
+
+SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
+  'digits': digits.open_split,
+  'shapes': shapes.open_split,
+  'folder': folder.open_split,
+}
+
+
+def open_original(settings: Settings, role: str) -> ImageSet:
+  """A split for 'train' or 'eval', from where it comes; see `open_split`."""
+  return SOURCES.get(settings.name, tfds.open_split)(settings, role)
+
+
+def open_split(settings: Settings, role: str) -> ImageSet:
+  """A split for 'train' or 'eval': listed, not read. From the prepared copy if the config names one.
+
+  Raises:
+    UserError: there is no such set or split, or it is not where it should be; the message says what to do.
+  """
+  return (prepared.open_split if settings.prepared else open_original)(settings, role)
+
+
+def describe(settings: Settings) -> tuple[tuple[int, int, int], int]:
+  """Shape (H, W, C) of the images, and number of classes; of known sets without their being at hand.
+
+  Raises:
+    UserError: see `open_split`.
+  """
+  if settings.name in tfds.KNOWN and not settings.prepared:
+    known = tfds.KNOWN[settings.name]
+    size = settings.image_size
+    return (size, size, settings.channels or known.channels), known.num_classes
+  images = open_split(settings, 'train')
+  return images.image_shape, len(images.classes)
+
+
+__all__ = [
+  'ROLES',
+  'SOURCES',
+  'BrokenImage',
+  'ImageSet',
+  'InMemory',
+  'Settings',
+  'describe',
+  'open_original',
+  'open_split',
+]

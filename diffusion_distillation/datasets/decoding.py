@@ -1,0 +1,113 @@
+"""From an image file's bytes to the pixels that a person is shown, cropped and resized."""
+
+import dataclasses
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from diffusion_distillation.datasets.image_set import BrokenImage
+
+# What is read, whatever a file is called. (Pillow reads more; EPS, for one, by running a program.)
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF')
+SUFFIXES = (
+  *('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'),
+  *('.ppm', '.pgm', '.pbm', '.avif'),
+)
+
+
+def area(image: np.ndarray, size: int) -> np.ndarray:
+  """(H, W, C) to (size, size, C): the mean of the image over each new pixel's square, in float64.
+
+  The integral of the image along an axis is known at whole pixels and linear between them.
+  """
+  resized = image.astype(np.float64)
+  for axis in (0, 1):
+    length = resized.shape[axis]
+    total = np.insert(np.cumsum(resized, axis), 0, 0.0, axis)
+    edges = np.linspace(0.0, length, size + 1)
+    below = np.minimum(edges.astype(int), length - 1)
+    lower, upper = np.take(total, below, axis), np.take(total, below + 1, axis)
+    share = (edges - below).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+    resized = np.diff(lower + share * (upper - lower), axis=axis) * (size / length)
+  return resized
+
+
+# Pillow's filters are scaled to the new pixel, hence antialiased.
+FILTERS = {
+  'bilinear': Image.Resampling.BILINEAR,
+  'bicubic': Image.Resampling.BICUBIC,
+  'lanczos': Image.Resampling.LANCZOS,
+}
+RESIZE = ('area', *FILTERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+  """Bytes of a file to (size, size, channels) uint8: its central square, resized.
+
+  Attributes:
+    size: pixels a side.
+    channels: 1 (grey) or 3.
+    resize: one of RESIZE.
+  """
+
+  size: int
+  channels: int
+  resize: str
+
+  def __call__(self, data: bytes) -> np.ndarray:
+    """Raises BrokenImage: this is no image, or not a whole one, or its short side is below `size`."""
+    try:
+      with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # about odd metadata, and about images that are merely large
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+          if min(image.size) < self.size:
+            raise BrokenImage(
+              f'is {image.width}x{image.height}, smaller than dataset.image_size={self.size}'
+            )
+          return self.fit(as_seen(image, self.channels))
+    except BrokenImage:
+      raise
+    except Exception as error:  # Pillow raises whatever the damaged file made it raise
+      raise BrokenImage(f'cannot be decoded: {error}') from error
+
+  def fit(self, image: Image.Image) -> np.ndarray:
+    """Crops to the central square along the long edge, and resizes."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = width // 2 - side // 2, height // 2 - side // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != self.size and self.resize in FILTERS:
+      image = image.resize((self.size, self.size), FILTERS[self.resize])
+    pixels = np.asarray(image).reshape(*image.size[::-1], self.channels)
+    if side != self.size and self.resize == 'area':
+      pixels = np.round(area(pixels, self.size)).astype(np.uint8)
+    return pixels
+
+
+def as_seen(image: Image.Image, channels: int) -> Image.Image:
+  """Mode L (1 channel) or RGB (3): upright, the first frame, transparency over white, 16 bits scaled to 8.
+
+  Raises:
+    ValueError: its pixels have no known range.
+  """
+  image.load()
+  image = ImageOps.exif_transpose(image)
+  if image.mode.startswith('I'):
+    image = _eight_bits(image)
+  if image.mode == 'F':
+    raise ValueError('floating-point pixels have no known range')
+  if image.has_transparency_data:
+    image = image.convert('RGBA')
+    white = Image.new('RGBA', image.size, 'white')
+    image = Image.alpha_composite(white, image)
+  return image.convert('L' if channels == 1 else 'RGB')
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+  values = np.asarray(image).astype(np.int64)
+  if values.min() < 0 or values.max() > 65535:
+    raise ValueError('integer pixels beyond 16 bits have no known range')
+  return Image.fromarray(np.round(values / 257.0).astype(np.uint8))

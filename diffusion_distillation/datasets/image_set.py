@@ -1,0 +1,115 @@
+"""What a set of images is: a length, and image k. No jax here: worker processes import this."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from diffusion_distillation.errors import UserError
+
+Example = tuple[np.ndarray, int]
+Batch = dict[str, Any]
+
+
+class BrokenImage(Exception):
+  """An image that cannot be used; the message says which and why."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSet(abc.ABC):
+  """Images of one shape, by index. Picklable, so that worker processes can read from it.
+
+  Attributes:
+    name: for reports.
+    image_shape: (H, W, C).
+    classes: names of the classes, by label; empty without labels.
+    identity: sha256 of what it reads; equal for equal images in equal order.
+  """
+
+  name: str
+  image_shape: tuple[int, int, int]
+  classes: tuple[str, ...]
+  identity: str
+
+  @abc.abstractmethod
+  def __len__(self) -> int: ...
+
+  @abc.abstractmethod
+  def read(self, k: int) -> Example:
+    """Image k, (H, W, C) uint8, and its label, 0 without labels; raises BrokenImage."""
+
+  def batch(self, indices: np.ndarray, run: Callable[..., Iterable] = map) -> Batch:
+    """The images at `indices` (B,); for a broken one stands the next that is whole.
+
+    Args:
+      indices: each in [0, len).
+      run: `map`, or a pool's.
+
+    Returns:
+      `image` (B, H, W, C) uint8; `label` (B,) int32, or None; `whole` (B,) bool, False where another image
+      stands in; `skipped`: (index, reason) of the broken ones that were met.
+
+    Raises:
+      UserError: no image of the set is whole.
+    """
+    image = np.empty((len(indices), *self.image_shape), np.uint8)
+    label = np.empty(len(indices), np.int32)
+    whole = np.empty(len(indices), bool)
+    skipped: dict[int, str] = {}
+    for place, (example, broken) in enumerate(run(self._next_whole, map(int, indices))):
+      image[place], label[place] = example
+      whole[place] = not broken
+      skipped.update(broken)
+    return {
+      'image': image,
+      'label': label if self.classes else None,
+      'whole': whole,
+      'skipped': tuple(skipped.items()),
+    }
+
+  def _next_whole(self, k: int) -> tuple[Example, dict[int, str]]:
+    """The first example from k on (around the end) that is whole, and what was skipped on the way."""
+    skipped: dict[int, str] = {}
+    for j in range(k, k + len(self)):
+      try:
+        return self.read(j % len(self)), skipped
+      except BrokenImage as error:
+        skipped[j % len(self)] = str(error)
+    raise UserError(
+      f'dataset {self.name!r}: none of its {len(self)} images can be used; {next(iter(skipped.values()))}'
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InMemory(ImageSet):
+  """Decoded images.
+
+  Attributes:
+    images: (N, H, W, C) uint8.
+    labels: (N,) int32; zeros without labels.
+    broken: reasons, by index, of those that could not be decoded.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  broken: dict[int, str] = dataclasses.field(default_factory=dict)
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def read(self, k: int) -> Example:
+    if k in self.broken:
+      raise BrokenImage(self.broken[k])
+    return self.images[k], int(self.labels[k])
+
+  def batch(self, indices: np.ndarray, run: Callable[..., Iterable] = map) -> Batch:
+    if self.broken:
+      return super().batch(indices)
+    return {
+      'image': self.images[indices],
+      'label': self.labels[indices] if self.classes else None,
+      'whole': np.ones(len(indices), bool),
+      'skipped': (),
+    }

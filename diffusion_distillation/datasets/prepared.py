@@ -1,0 +1,135 @@
+"""A decoded, resized copy of a set as ArrayRecord, as `preparing.py` writes it; read by index.
+
+A record is the label, four bytes, little-endian, and the pixels, H * W * C bytes; or BROKEN and the reason in UTF-8.
+ArrayRecord keeps a hash of each record, and refuses one that has changed.
+
+    info.json                              what the images are, how many, and the size of each file
+    train-00000-of-00078.array_record ...  those to train on
+    eval-00000-of-00001.array_record ...   those held out
+"""
+
+import dataclasses
+import json
+import pathlib
+import struct
+from typing import Any
+
+import numpy as np
+
+from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet
+from diffusion_distillation.datasets.settings import ROLES, Settings
+from diffusion_distillation.errors import DamagedError, UserError
+
+BROKEN = -1
+INFO = 'info.json'
+AGAIN = 'remove it and run --mode=prepare again'
+
+
+def pack(image: np.ndarray, label: int) -> bytes:
+  """An example to a record."""
+  return struct.pack('<i', label) + image.tobytes()
+
+
+def pack_broken(reason: str) -> bytes:
+  """A record in the place of a broken image."""
+  return struct.pack('<i', BROKEN) + reason.encode()
+
+
+def unpack(record: bytes, image_shape: tuple[int, int, int]) -> Example:
+  """The example of a record; raises BrokenImage where there was none."""
+  (label,) = struct.unpack_from('<i', record)
+  if label == BROKEN:
+    raise BrokenImage(record[4:].decode())
+  return np.frombuffer(record, np.uint8, offset=4).reshape(image_shape), label
+
+
+def fields(settings: Settings) -> dict[str, Any]:
+  """What a copy depends on; not where the original lies."""
+  kept = dataclasses.asdict(settings)
+  return {key: value for key, value in kept.items() if key not in ('path', 'prepared')}
+
+
+def shard_paths(directory: pathlib.Path, role: str, count: int) -> list[pathlib.Path]:
+  """Names of a split's files."""
+  return [directory / f'{role}-{k:05d}-of-{count:05d}.array_record' for k in range(count)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Copy(ImageSet):
+  """A split of a copy."""
+
+  source: Any
+  directory: pathlib.Path
+  role: str
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def read(self, k: int) -> Example:
+    try:
+      record = self.source[k]
+    except RuntimeError as error:
+      raise DamagedError(
+        f'{self.directory}: the file of {self.role} with image {k} is damaged ({error}); {AGAIN}'
+      ) from error
+    return unpack(record, self.image_shape)
+
+
+def read_info(directory: pathlib.Path) -> dict[str, Any] | None:
+  """What `info.json` holds, or None without one; raises DamagedError if it is no JSON."""
+  path = directory / INFO
+  if not path.is_file():
+    return None
+  try:
+    info: dict[str, Any] = json.loads(path.read_text())
+    [info['dataset'].get, info['finished'], *(info['splits'][role]['identity'] for role in ROLES)]
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    raise DamagedError(f'{path} is damaged ({error!r}); {AGAIN}') from error
+  return info
+
+
+def check_fields(directory: pathlib.Path, info: dict[str, Any], settings: Settings) -> None:
+  """Raises UserError, with the differences, if a copy is of other images than the config asks for."""
+  wanted = json.loads(json.dumps(fields(settings)))
+  differing = [
+    f'dataset.{key} was {info["dataset"].get(key)}, is {value}'
+    for key, value in wanted.items()
+    if info['dataset'].get(key) != value
+  ]
+  if differing:
+    raise UserError(f'dataset.prepared={directory} is of other images: {"; ".join(differing)}')
+
+
+def open_split(settings: Settings, role: str) -> ImageSet:
+  """A split for 'train' or 'eval' of the finished copy in `settings.prepared`.
+
+  Raises:
+    UserError: there is no finished copy, or it is of other images.
+    DamagedError: a file of it is missing or has another size.
+  """
+  directory = pathlib.Path(settings.prepared).expanduser().absolute()
+  info = read_info(directory)
+  if info is None or not info['finished']:
+    raise UserError(
+      f'dataset.prepared={settings.prepared} holds no finished copy; run the same command with --mode=prepare, '
+      'or leave the key out'
+    )
+  check_fields(directory, info, settings)
+  split = info['splits'][role]
+  paths = shard_paths(directory, role, len(split['bytes']))
+  for path, size in zip(paths, split['bytes'], strict=True):
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+      state = 'is missing' if found is None else f'has {found} bytes instead of {size}'
+      raise DamagedError(f'{path} {state}; {AGAIN}')
+  import grain
+
+  return Copy(
+    name=info['name'],
+    image_shape=tuple(info['image_shape']),
+    classes=tuple(info['classes']),
+    identity=split['identity'],
+    source=grain.sources.ArrayRecordDataSource([str(path) for path in paths]),
+    directory=directory,
+    role=role,
+  )

@@ -1,0 +1,148 @@
+"""Writes a decoded, resized copy of a set (see `prepared.py`), so that a large set is decoded once."""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion_distillation import interrupts
+from diffusion_distillation.datasets import open_original, prepared
+from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.datasets.settings import ROLES, Settings
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.progress import Progress
+
+SHARD_BYTES = 2**28
+_BATCH = 256
+
+
+def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
+  """Copies both splits to `settings.prepared`; files that are there already are kept.
+
+  A file appears under its name when it is whole; what an interruption leaves is written again.
+
+  Args:
+    settings: what to copy, and where to.
+    workers: processes that decode.
+    shard_bytes: of a file, about; one can be lost to an interruption.
+
+  Returns:
+    Broken images of each split.
+
+  Raises:
+    UserError: the directory is used for something else, or too small, or the set cannot be read.
+    Preempted: a signal came; the same command goes on.
+  """
+  if not settings.prepared:
+    raise UserError('--mode=prepare needs dataset.prepared, the directory to write to')
+  directory = pathlib.Path(settings.prepared).expanduser().absolute()
+  sets = {role: open_original(settings, role) for role in ROLES}
+  shape = sets['train'].image_shape
+  per_shard = max(1, shard_bytes // math.prod(shape))
+  info: dict[str, Any] = {
+    'dataset': prepared.fields(settings),
+    'name': sets['train'].name,
+    'image_shape': shape,
+    'classes': sets['train'].classes,
+    'finished': False,
+    'splits': {
+      role: {'identity': images.identity, 'num_images': len(images), 'images_per_file': per_shard}
+      for role, images in sets.items()
+    },
+  }
+  _claim(directory, settings, info, sum(map(len, sets.values())) * (math.prod(shape) + 4))
+  broken = {}
+  for role, images in sets.items():
+    loader = Loader(images, workers=workers)
+    _write_split(loader, directory, role, per_shard)
+    paths = prepared.shard_paths(directory, role, math.ceil(len(images) / per_shard))
+    info['splits'][role]['bytes'] = [path.stat().st_size for path in paths]
+    broken[role] = len(loader.skipped)
+  _write_info(directory, info | {'finished': True})
+  return broken
+
+
+def _claim(directory: pathlib.Path, settings: Settings, info: dict[str, Any], size: int) -> None:
+  """Makes the directory, or checks that what is there is the beginning of the same copy."""
+  found = prepared.read_info(directory)
+  if found is not None:
+    prepared.check_fields(directory, found, settings)
+    for role in ROLES:
+      begun = {key: value for key, value in found['splits'][role].items() if key != 'bytes'}
+      if begun != info['splits'][role]:
+        raise UserError(
+          f'{directory} was begun with other images ({role}: {begun["num_images"]}, now '
+          f'{info["splits"][role]["num_images"]}); remove it, or name another directory'
+        )
+  elif directory.exists() and any(directory.iterdir()):
+    raise UserError(
+      f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another'
+    )
+  else:
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(
+        f'dataset.prepared={settings.prepared} cannot be made: {error.strerror}'
+      ) from error
+    free = shutil.disk_usage(directory).free
+    if size > free:
+      raise UserError(f'{directory} needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there')
+  _write_info(directory, info)
+
+
+def _write_info(directory: pathlib.Path, info: dict[str, Any]) -> None:
+  temporary = directory / f'{prepared.INFO}.tmp'
+  temporary.write_text(json.dumps(info, indent=2) + '\n')
+  os.replace(temporary, directory / prepared.INFO)
+
+
+def _write_split(loader: Loader, directory: pathlib.Path, role: str, per_shard: int) -> None:
+  """Writes those files of a split that are not there."""
+  size = len(loader)
+  paths = prepared.shard_paths(directory, role, math.ceil(size / per_shard))
+  ranges = {
+    path: range(k * per_shard, min((k + 1) * per_shard, size))
+    for k, path in enumerate(paths)
+    if not path.exists()
+  }
+  indices = [k for indices in ranges.values() for k in indices]
+  with Progress(f'preparing {role}', size, size - len(indices)) as progress:
+    records = _records(loader, indices)
+    for path, inside in ranges.items():
+      _write_shard(path, itertools.islice(records, len(inside)), progress)
+
+
+def _records(loader: Loader, indices: Sequence[int]) -> Iterator[bytes]:
+  """The records of the images at `indices`, in order."""
+  if not indices:
+    return
+  with contextlib.closing(loader.in_order(_BATCH, indices)) as batches:
+    for start, batch in zip(range(0, len(indices), _BATCH), batches, strict=True):
+      interrupts.check()
+      labels = np.zeros(_BATCH, int) if batch['label'] is None else batch['label']
+      for k, image, label, whole in zip(
+        indices[start : start + _BATCH], batch['image'], labels, batch['mask'], strict=False
+      ):
+        yield prepared.pack(image, label) if whole else prepared.pack_broken(loader.skipped[k])
+
+
+def _write_shard(path: pathlib.Path, records: Iterator[bytes], progress: Progress) -> None:
+  from array_record.python import array_record_module
+
+  temporary = path.with_suffix('.tmp')
+  writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1,uncompressed')
+  try:
+    for record in records:
+      writer.write(record)
+      progress.advance()
+  finally:
+    writer.close()
+  os.replace(temporary, path)

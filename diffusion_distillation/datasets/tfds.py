@@ -1,0 +1,200 @@
+"""Image sets of tensorflow-datasets, prepared as ArrayRecord; reading them needs no TensorFlow."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+from typing import Any
+
+from diffusion_distillation.configuration import nearest
+from diffusion_distillation.datasets import decoding, splits
+from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet
+from diffusion_distillation.datasets.settings import Settings
+from diffusion_distillation.errors import DamagedError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+  """What is known of a set before it is read.
+
+  Attributes:
+    channels: of its images.
+    num_classes: 0 without labels.
+    splits: for training, for evaluation.
+  """
+
+  channels: int
+  num_classes: int
+  splits: tuple[str, str]
+
+
+KNOWN = {
+  'cifar10': Info(3, 10, ('train', 'test')),
+  'celeb_a': Info(3, 0, ('train', 'test')),
+  'imagenet2012': Info(3, 1000, ('train', 'validation')),
+  'lsun/bedroom': Info(3, 0, ('train', 'validation')),
+  'lsun/church_outdoor': Info(3, 0, ('train', 'validation')),
+  'mnist': Info(1, 10, ('train', 'test')),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared(ImageSet):
+  """A split of a prepared set.
+
+  Attributes:
+    source: its random-access reader; the image as the bytes of its file.
+    image_key, label_key: names of the two features; '' without labels.
+    decoder: of the image's bytes.
+  """
+
+  source: Any
+  image_key: str
+  label_key: str
+  decoder: decoding.Decoder
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def read(self, k: int) -> Example:
+    try:
+      example = self.source[k]
+    except RuntimeError as error:  # array_record's, for a file that is not what was written
+      raise DamagedError(
+        f'dataset {self.name!r}, example {k}: {error}; prepare the set again'
+      ) from error
+    try:
+      return self.decoder(example[self.image_key]), int(example[self.label_key]) if self.label_key else 0
+    except BrokenImage as error:
+      raise BrokenImage(f'example {k} {error}') from error
+
+
+def data_dir(path: str) -> pathlib.Path:
+  """Where prepared sets are looked for: `path`, or tensorflow-datasets' own choice."""
+  chosen = path or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  return pathlib.Path(chosen).expanduser().absolute()
+
+
+def find(name: str, path: str) -> pathlib.Path | None:
+  """The newest version of a set that is there in some format; None if there is none.
+
+  `name` may end in a version: 'cifar10/3.0.2' or 'lsun/bedroom'.
+  """
+  root = data_dir(path) / name
+  if (root / 'dataset_info.json').is_file():
+    return root
+  versions = [
+    p.parent for p in root.glob('*/dataset_info.json') if re.fullmatch(r'[\d.]+', p.parent.name)
+  ]
+  return max(versions, key=lambda p: [int(n) for n in p.name.split('.') if n], default=None)
+
+
+def _check_name(name: str) -> None:
+  """Raises UserError, naming the nearest, unless tensorflow-datasets knows the set."""
+  import tensorflow_datasets as tfds
+
+  known = tfds.list_builders(with_community_datasets=False)
+  if name.split('/')[0] not in known:
+    ours = ['digits', 'shapes', 'folder']
+    raise UserError(
+      f'dataset.name={name!r} is not known: {", ".join(ours)}, or a name of tensorflow-datasets'
+      f'{nearest(name, [*ours, *KNOWN, *known])}'
+    )
+
+
+def _prepare(name: str, path: str) -> pathlib.Path:
+  """Downloads and prepares a set as ArrayRecord, if TensorFlow is at hand; else says how it is done."""
+  where = data_dir(path)
+  program = shlex.quote(
+    'import tensorflow_datasets as tfds; '
+    f'tfds.builder("{name}", data_dir="{where}", file_format="array_record").download_and_prepare()'
+  )
+  if importlib.util.find_spec('tensorflow') is None:
+    _check_name(name)
+    raise UserError(
+      f'dataset {name!r} is not prepared: there is no {where / name}/VERSION/dataset_info.json. Where it '
+      f"can be downloaded and TensorFlow is installed (pip install -e '.[tf]'), run: python -c {program}"
+    )
+  _check_name(name)
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder(name, data_dir=where, file_format='array_record')
+    builder.download_and_prepare()
+  except Exception as error:  # no network, no disk, a manual download that is missing, ...
+    first = next(iter(str(error).strip().splitlines()), repr(error))
+    raise UserError(f'dataset {name!r} cannot be prepared in {where}: {first}') from error
+  return pathlib.Path(builder.data_path)
+
+
+def builder_of(name: str, path: str) -> Any:
+  """The builder of a prepared set, prepared now if need be and TensorFlow is there.
+
+  Raises:
+    UserError: it is not prepared, or in a format that cannot be read by index; the message has the command.
+  """
+  directory = find(name, path) or _prepare(name, path)
+  info = json.loads((directory / 'dataset_info.json').read_text())
+  if info.get('fileFormat') != 'array_record':
+    target = data_dir(path) / 'array_record'
+    version = directory.relative_to(data_dir(path))
+    raise UserError(
+      f'{directory} holds {info.get("fileFormat", "tfrecord")}, which cannot be read by index. Convert it, in an '
+      'environment of its own: pip install tensorflow-datasets tensorflow apache-beam mlcroissant && '
+      f'tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record '
+      f'--out_dir={target / version}; then set dataset.path={target}'
+    )
+  import tensorflow_datasets as tfds
+
+  return tfds.builder_from_directory(directory)
+
+
+def _features(name: str, builder: Any) -> tuple[str, str, tuple[str, ...], int]:
+  """Key of the image, key of the label ('' without), names of the classes, channels."""
+  import tensorflow_datasets as tfds
+
+  features = builder.info.features
+  images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
+  labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+  if not images or (len(images) > 1 and 'image' not in images):
+    raise UserError(f'dataset {name!r} is no set of images: it has the features {", ".join(features)}')
+  image = 'image' if 'image' in images else images[0]
+  label = 'label' if 'label' in labels else labels[0] if len(labels) == 1 else ''
+  count = features[label].num_classes if label else 0
+  classes = (features[label].names or map(str, range(count))) if count else ()
+  return image, label, tuple(classes), features[image].shape[-1] or 3
+
+
+def open_split(settings: Settings, role: str) -> ImageSet:
+  """See `datasets.open_split`."""
+  import tensorflow_datasets as tfds
+
+  builder = builder_of(settings.name, settings.path)
+  image, label, classes, channels = _features(settings.name, builder)
+  names = list(builder.info.splits)
+  default = ('train', next((n for n in ('test', 'validation') if n in names), 'test'))
+  default = KNOWN[settings.name].splits if settings.name in KNOWN else default
+  spec = settings.spec(role, default)
+  try:
+    source = builder.as_data_source(spec, decoders={image: tfds.decode.SkipDecoding()})
+  except (ValueError, KeyError, AssertionError) as error:
+    raise splits.bad_spec(settings.key(role), spec, names) from error
+  if not len(source):
+    raise UserError(f'{settings.key(role)}={spec!r} holds no image')
+  lengths = {name: list(builder.info.splits[name].shard_lengths) for name in names}
+  identity = f'{builder.info.full_name} {spec} {lengths}'
+  decoder = settings.decoder(channels)
+  return Prepared(
+    name=settings.name,
+    image_shape=(settings.image_size, settings.image_size, decoder.channels),
+    classes=classes,
+    identity=hashlib.sha256(identity.encode()).hexdigest(),
+    source=source,
+    image_key=image,
+    label_key=label,
+    decoder=decoder,
+  )
