@@ -20,7 +20,6 @@ setuptools.setup(
     'clu>=0.0.12',
     'flax>=0.12',
     'fsspec>=2024.6',
-    'grain>=0.2.18',
     'importlib_resources>=6',  # tensorflow-datasets needs it, and does not say so
     'jax>=0.10',
     'jinja2>=3.1',

@@ -5,7 +5,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusion_distillation.datasets.image_set import BrokenImage
 
@@ -70,6 +70,8 @@ class Decoder:
           return self.fit(as_seen(image, self.channels))
     except BrokenImage:
       raise
+    except UnidentifiedImageError as error:
+      raise BrokenImage(f'is none of {", ".join(FORMATS)}') from error
     except Exception as error:  # Pillow raises whatever the damaged file made it raise
       raise BrokenImage(f'cannot be decoded: {error}') from error
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import fsspec
@@ -31,12 +31,13 @@ class Tree:
   classes: tuple[str, ...]
 
 
-def arrange(names: Iterable[str]) -> Tree:
+def arrange(names: Collection[str]) -> Tree:
   """Reads splits and classes off the names of image files ('train/cat/1.png').
 
   Folders that hold everything are passed over. Folders called train, test, validation and so on, and nothing beside
   them, are splits; without them all is 'train'. Below, images lie flat, or in one folder a class (and in whatever
-  folders below that). Within a split they are ordered by a hash of their names, so that any slice is a fair sample.
+  folders below that). Within a split they are ordered by a hash of their names below it, so that any slice is a
+  fair sample, and a zip of a folder is in the order of the folder.
 
   Raises:
     ValueError: some images are in folders, and some beside these; the message names one of each.
@@ -47,7 +48,7 @@ def arrange(names: Iterable[str]) -> Tree:
     if len({path.parts[below] for path in paths}) > 1:
       break
     below += 1
-  inside = {str(path): path.parts[below:] for path in paths}
+  inside = {name: path.parts[below:] for name, path in zip(names, paths, strict=True)}
   tops = {parts[0] if len(parts) > 1 else '' for parts in inside.values()}
   table: dict[str, dict[str, tuple[str, ...]]] = {'train': inside}
   if 'train' in tops and tops <= set(SPLIT_FOLDERS):
@@ -61,15 +62,15 @@ def arrange(names: Iterable[str]) -> Tree:
   label = {name: k for k, name in enumerate(classes)}
   return Tree(
     {
-      split: [(name, label.get(part[name][0], 0)) for name in sorted(part, key=_shuffled)]
+      split: [(name, label.get(part[name][0], 0)) for name in sorted(part, key=lambda n: _hash(part[n]))]
       for split, part in table.items()
     },
     classes,
   )
 
 
-def _shuffled(name: str) -> bytes:
-  return hashlib.sha256(name.encode(errors='surrogateescape')).digest()
+def _hash(parts: tuple[str, ...]) -> bytes:
+  return hashlib.sha256('/'.join(parts).encode(errors='surrogateescape')).digest()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,13 +140,13 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   others = [name for name in SPLIT_FOLDERS[1:] if name in tree.files]
   default = ('train', others[0]) if others else splits.held_out(len(tree.files['train']))
   chosen = splits.select(settings.key(role), settings.spec(role, default), tree.files)
-  described = '\n'.join(f'{name} {found[name][1]} {label}' for name, label in chosen)
+  described = f'{tree.classes} {[(found[n][1], label) for n, label in chosen]}'
   size, channels = settings.image_size, settings.channels or 3
   return Folder(
     name=pathlib.PurePosixPath(settings.path.rstrip('/')).stem or 'folder',
     image_shape=(size, size, channels),
     classes=tree.classes,
-    identity=hashlib.sha256(described.encode(errors='surrogateescape')).hexdigest(),
+    identity=hashlib.sha256(described.encode()).hexdigest(),
     files=[(found[name][0], label) for name, label in chosen],
     system=system,
     decoder=settings.decoder(channels),

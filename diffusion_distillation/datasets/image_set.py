@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -40,12 +39,8 @@ class ImageSet(abc.ABC):
   def read(self, k: int) -> Example:
     """Image k, (H, W, C) uint8, and its label, 0 without labels; raises BrokenImage."""
 
-  def batch(self, indices: np.ndarray, run: Callable[..., Iterable] = map) -> Batch:
+  def batch(self, indices: np.ndarray) -> Batch:
     """The images at `indices` (B,); for a broken one stands the next that is whole.
-
-    Args:
-      indices: each in [0, len).
-      run: `map`, or a pool's.
 
     Returns:
       `image` (B, H, W, C) uint8; `label` (B,) int32, or None; `whole` (B,) bool, False where another image
@@ -58,7 +53,7 @@ class ImageSet(abc.ABC):
     label = np.empty(len(indices), np.int32)
     whole = np.empty(len(indices), bool)
     skipped: dict[int, str] = {}
-    for place, (example, broken) in enumerate(run(self._next_whole, map(int, indices))):
+    for place, (example, broken) in enumerate(map(self._next_whole, map(int, indices))):
       image[place], label[place] = example
       whole[place] = not broken
       skipped.update(broken)
@@ -104,7 +99,7 @@ class InMemory(ImageSet):
       raise BrokenImage(self.broken[k])
     return self.images[k], int(self.labels[k])
 
-  def batch(self, indices: np.ndarray, run: Callable[..., Iterable] = map) -> Batch:
+  def batch(self, indices: np.ndarray) -> Batch:
     if self.broken:
       return super().batch(indices)
     return {

@@ -4,13 +4,16 @@ Batch i is a function of (seed, i) alone: there is nothing to save but i, and ev
 part of it.
 """
 
+import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import logging
 import math
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
@@ -21,10 +24,12 @@ from diffusion_distillation.datasets.image_set import Batch, ImageSet, InMemory
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.progress import Progress
 
+Executor = concurrent.futures.Executor
+
 _log = logging.getLogger(__name__)
 
 _NAMED = 20  # broken images that are named, each once; further ones are only counted
-_HOLD = 1024  # images decoded between two looks at signals
+_CHUNK = 256  # images a batch where a whole set is decoded into memory
 
 
 class Order(Protocol):
@@ -81,28 +86,29 @@ class InOrder:
     return indices, np.arange(self.batch_size) < len(chosen)
 
 
-@functools.cache
-def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
-  return concurrent.futures.ThreadPoolExecutor(threads)
+# Of a worker process: the set that it reads from, sent once.
+_images: ImageSet | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Read:
-  """i to this process's part of batch i; all that a worker is sent."""
+def _begin_worker(images: ImageSet) -> None:
+  """Signals to a whole process group are the main process's to answer; without it a worker is of no use."""
+  global _images
+  _images = images
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  assert parent is not None
 
-  images: ImageSet
-  order: Order
-  part: tuple[int, int]
-  threads: int
+  def follow() -> None:
+    parent.join()
+    os._exit(1)
 
-  def __call__(self, i: int) -> Batch:
-    indices, counted = self.order(i)
-    index, count = self.part
-    size = len(indices) // count
-    mine = slice(index * size, (index + 1) * size)
-    run = _pool(self.threads).map if self.threads > 1 else map
-    batch = self.images.batch(indices[mine], run)
-    return batch | {'mask': batch.pop('whole') & counted[mine]}
+  threading.Thread(target=follow, daemon=True).start()
+
+
+def _read_in_worker(indices: np.ndarray) -> Batch:
+  assert _images is not None
+  return _images.batch(indices)
 
 
 class Loader:
@@ -111,7 +117,7 @@ class Loader:
   Args:
     images: the set.
     in_memory_gb: a set that takes no more is decoded at its first use, and kept.
-    workers: processes that read ahead, each whole batches; 0 for threads of this one. Of no use to a set in memory.
+    workers: processes that read, each whole batches; 0 for threads of this one. Of no use to a set in memory.
     part: (this process, of how many): every batch is cut into as many equal parts.
   """
 
@@ -123,9 +129,10 @@ class Loader:
     part: tuple[int, int] = (0, 1),
   ) -> None:
     self.images, self.part = images, part
+    self.skipped: dict[int, str] = {}
     self._fits = len(images) * math.prod(images.image_shape) <= in_memory_gb * 1e9
     self._workers = workers
-    self.skipped: dict[int, str] = {}
+    self._executor: Executor | None = None
 
   def __len__(self) -> int:
     return len(self.images)
@@ -142,58 +149,94 @@ class Loader:
     return self.stream(order, range(len(order)))
 
   def stream(self, order: Order, steps: range) -> Generator[Batch]:
-    """Batches of this process's part, read ahead while the last one is in use.
+    """This process's part of batches, read ahead while the last one is in use.
 
     Yields:
       `image` (b, H, W, C) uint8; `label` (b,) int32, or None; `mask` (b,) bool: whether the image counts, or
       only fills the batch, for want of others or in the place of a broken one.
 
     Raises:
-      UserError: the batches do not divide by the number of processes, or no image is whole.
+      UserError: the batches do not divide by the number of processes, or no image is whole, or a worker died.
     """
-    import grain  # a second; not before it is needed
-
-    size, (_, processes) = len(order(steps.start)[0]), self.part
-    if size % processes:
-      raise UserError(f'batches of {size} images do not divide by {processes} processes')
     self._hold()
-    in_memory = isinstance(self.images, InMemory)
-    workers = 0 if in_memory else min(self._workers, len(steps))
-    read = _Read(self.images, order, self.part, 1 if workers or in_memory else _cores())
-    dataset = (
-      grain.MapDataset.range(steps.start, steps.stop)
-      .map(read)
-      .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    )
-    if workers:
-      options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-      dataset = dataset.mp_prefetch(options)
-    with contextlib.closing(iter(dataset)) as batches:
-      for batch in batches:
-        self._note(dict(batch.pop('skipped')))
-        yield batch
+    return self._stream(order, steps)
+
+  def _stream(self, order: Order, steps: range) -> Generator[Batch]:
+    executor = self._start()
+    read = _read_in_worker if self._workers and not self._in_memory else self.images.batch
+    ahead = 2 * max(1, self._workers)
+    index, count = self.part
+    waiting: collections.deque[tuple[concurrent.futures.Future[Batch], np.ndarray]] = collections.deque()
+
+    def take() -> Batch:
+      future, counted = waiting.popleft()
+      batch = future.result()
+      self._note(dict(batch.pop('skipped')))
+      return batch | {'mask': batch.pop('whole') & counted}
+
+    try:
+      for i in steps:
+        indices, counted = order(i)
+        size, rest = divmod(len(indices), count)
+        if rest:
+          raise UserError(f'batches of {len(indices)} images do not divide by {count} processes')
+        mine = slice(index * size, (index + 1) * size)
+        waiting.append((executor.submit(read, indices[mine]), counted[mine]))
+        if len(waiting) > ahead:
+          yield take()
+      while waiting:
+        yield take()
+    except concurrent.futures.BrokenExecutor as error:
+      raise UserError(
+        f'a process that reads {self.images.name} ended: {error}; it may have run out of memory: set '
+        f'dataset.workers below {self._workers}'
+      ) from error
+    finally:
+      for future, _ in waiting:
+        future.cancel()
+
+  @property
+  def _in_memory(self) -> bool:
+    return isinstance(self.images, InMemory)
+
+  def _start(self) -> Executor:
+    """Threads or processes, kept from stream to stream."""
+    if self._executor is None:
+      if self._workers and not self._in_memory:
+        self._executor = concurrent.futures.ProcessPoolExecutor(
+          self._workers, multiprocessing.get_context('spawn'), _begin_worker, (self.images,)
+        )
+      else:
+        self._executor = concurrent.futures.ThreadPoolExecutor(1 if self._in_memory else _cores())
+    return self._executor
 
   def _hold(self) -> None:
     """Decodes the set into memory, if it fits there and is not there yet."""
     images = self.images
-    if isinstance(images, InMemory) or not self._fits:
+    if self._in_memory or not self._fits:
       return
     pixels = np.empty((len(images), *images.image_shape), np.uint8)
     labels = np.zeros(len(images), np.int32)
-    broken: dict[int, str] = {}
+    reader = Loader(images, workers=self._workers if len(images) > _CHUNK * self._workers else 0)
     with Progress(f'reading {images.name}', len(images)) as progress:
-      for start in range(0, len(images), _HOLD):
+      for k, batch in enumerate(reader.in_order(_CHUNK)):
         interrupts.check()
-        indices = np.arange(start, min(start + _HOLD, len(images)))
-        batch = images.batch(indices, _pool(_cores()).map)
-        pixels[indices] = batch['image']
-        labels[indices] = 0 if batch['label'] is None else batch['label']
-        broken |= dict(batch['skipped'])
-        progress.advance(len(indices))
-    self._note(broken)
+        here = slice(k * _CHUNK, min((k + 1) * _CHUNK, len(images)))
+        size = here.stop - here.start
+        pixels[here] = batch['image'][:size]
+        labels[here] = 0 if batch['label'] is None else batch['label'][:size]
+        progress.advance(size)
+    reader.close()
+    self.skipped = reader.skipped
     self.images = InMemory(
-      images.name, images.image_shape, images.classes, images.identity, pixels, labels, broken
+      images.name, images.image_shape, images.classes, images.identity, pixels, labels, self.skipped
     )
+
+  def close(self) -> None:
+    """Ends its threads or processes; a later stream starts new ones."""
+    if self._executor is not None:
+      self._executor.shutdown(cancel_futures=True)
+      self._executor = None
 
   def _note(self, skipped: dict[int, str]) -> None:
     """Reports each broken image once."""

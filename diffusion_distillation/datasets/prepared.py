@@ -122,14 +122,14 @@ def open_split(settings: Settings, role: str) -> ImageSet:
     if found != size:
       state = 'is missing' if found is None else f'has {found} bytes instead of {size}'
       raise DamagedError(f'{path} {state}; {AGAIN}')
-  import grain
+  from array_record.python import array_record_data_source
 
   return Copy(
     name=info['name'],
     image_shape=tuple(info['image_shape']),
     classes=tuple(info['classes']),
     identity=split['identity'],
-    source=grain.sources.ArrayRecordDataSource([str(path) for path in paths]),
+    source=array_record_data_source.ArrayRecordDataSource([str(path) for path in paths]),
     directory=directory,
     role=role,
   )

@@ -53,20 +53,23 @@ def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) ->
     'classes': sets['train'].classes,
     'finished': False,
     'splits': {
-      role: {'identity': images.identity, 'num_images': len(images), 'images_per_file': per_shard}
+      role: {
+        'identity': images.identity,
+        'num_images': len(images),
+        'images_per_file': per_shard,
+        'broken': {},
+      }
       for role, images in sets.items()
     },
   }
   _claim(directory, settings, info, sum(map(len, sets.values())) * (math.prod(shape) + 4))
-  broken = {}
   for role, images in sets.items():
-    loader = Loader(images, workers=workers)
-    _write_split(loader, directory, role, per_shard)
+    with contextlib.closing(Loader(images, workers=workers)) as loader:
+      _write_split(loader, directory, role, info)
     paths = prepared.shard_paths(directory, role, math.ceil(len(images) / per_shard))
     info['splits'][role]['bytes'] = [path.stat().st_size for path in paths]
-    broken[role] = len(loader.skipped)
   _write_info(directory, info | {'finished': True})
-  return broken
+  return {role: len(info['splits'][role]['broken']) for role in ROLES}
 
 
 def _claim(directory: pathlib.Path, settings: Settings, info: dict[str, Any], size: int) -> None:
@@ -75,12 +78,14 @@ def _claim(directory: pathlib.Path, settings: Settings, info: dict[str, Any], si
   if found is not None:
     prepared.check_fields(directory, found, settings)
     for role in ROLES:
-      begun = {key: value for key, value in found['splits'][role].items() if key != 'bytes'}
-      if begun != info['splits'][role]:
+      begun = found['splits'][role]
+      keys = ('identity', 'num_images', 'images_per_file')
+      if any(begun.get(key) != info['splits'][role][key] for key in keys):
         raise UserError(
-          f'{directory} was begun with other images ({role}: {begun["num_images"]}, now '
+          f'{directory} was begun with other images ({role}: {begun.get("num_images")}, now '
           f'{info["splits"][role]["num_images"]}); remove it, or name another directory'
         )
+      info['splits'][role]['broken'] = begun.get('broken', {})
   elif directory.exists() and any(directory.iterdir()):
     raise UserError(
       f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another'
@@ -104,9 +109,10 @@ def _write_info(directory: pathlib.Path, info: dict[str, Any]) -> None:
   os.replace(temporary, directory / prepared.INFO)
 
 
-def _write_split(loader: Loader, directory: pathlib.Path, role: str, per_shard: int) -> None:
-  """Writes those files of a split that are not there."""
-  size = len(loader)
+def _write_split(loader: Loader, directory: pathlib.Path, role: str, info: dict[str, Any]) -> None:
+  """Writes those files of a split that are not there; broken images come into `info`, and `info` to disk."""
+  split, size = info['splits'][role], len(loader)
+  per_shard = split['images_per_file']
   paths = prepared.shard_paths(directory, role, math.ceil(size / per_shard))
   ranges = {
     path: range(k * per_shard, min((k + 1) * per_shard, size))
@@ -117,7 +123,10 @@ def _write_split(loader: Loader, directory: pathlib.Path, role: str, per_shard: 
   with Progress(f'preparing {role}', size, size - len(indices)) as progress:
     records = _records(loader, indices)
     for path, inside in ranges.items():
-      _write_shard(path, itertools.islice(records, len(inside)), progress)
+      temporary = _write_shard(path, itertools.islice(records, len(inside)), progress)
+      split['broken'] |= {str(k): reason for k, reason in loader.skipped.items() if k in inside}
+      _write_info(directory, info)
+      os.replace(temporary, path)
 
 
 def _records(loader: Loader, indices: Sequence[int]) -> Iterator[bytes]:
@@ -134,7 +143,8 @@ def _records(loader: Loader, indices: Sequence[int]) -> Iterator[bytes]:
         yield prepared.pack(image, label) if whole else prepared.pack_broken(loader.skipped[k])
 
 
-def _write_shard(path: pathlib.Path, records: Iterator[bytes], progress: Progress) -> None:
+def _write_shard(path: pathlib.Path, records: Iterator[bytes], progress: Progress) -> pathlib.Path:
+  """Writes records beside `path`, and returns where."""
   from array_record.python import array_record_module
 
   temporary = path.with_suffix('.tmp')
@@ -145,4 +155,4 @@ def _write_shard(path: pathlib.Path, records: Iterator[bytes], progress: Progres
       progress.advance()
   finally:
     writer.close()
-  os.replace(temporary, path)
+  return temporary
