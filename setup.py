@@ -33,6 +33,7 @@ setuptools.setup(
     'scikit-learn>=1.5',
     'tensorboardX>=2.6.2',
     'tensorflow-datasets>=4.9.10',
+    'threadpoolctl>=3.5',
     'tqdm>=4.66',
   ],
   extras_require={

@@ -73,7 +73,7 @@ def load(name, variant=''):
 
 
 def plan(config):
-  return stages.plan(config, *datasets.describe(config.dataset.name, config.dataset.image_size))
+  return stages.plan(config, *datasets.describe(datasets.Settings.of(config.dataset)))
 
 
 def conv(inputs, outputs):

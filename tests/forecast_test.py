@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import default
-from diffusion_distillation import cli, forecast, workdir
+from diffusion_distillation import cli, forecast, sharding, train, workdir
 from tests import tiny
 
 OVERRIDES = {
@@ -144,14 +144,48 @@ def test_an_update_is_timed_without_its_compilation(monkeypatch):
 
   def step(recipe, state, teacher, batch):
     now[0] += 2.0 if seen else 100.0
-    seen.append((teacher is not None, batch['image'].shape, batch['label'].shape))
+    label = batch['label']
+    seen.append((teacher is not None, batch['image'].shape, None if label is None else label.shape))
     return state, {}
 
-  for stage in STAGES[:2]:
+  told = tiny.plan(model__conditional=True)[0]
+  for stage, shape in [
+    *((stage, None) for stage in STAGES[:2]),
+    *((stage, (24,)) for stage in told[:2]),
+  ]:
     stage = dataclasses.replace(stage, batch_size=24)
     seen.clear()
     assert forecast.seconds_per_update(stage, step, 4) == 2.0
-    assert seen == [(stage.parent is not None, (24, 8, 8, 1), (24,))] * 5
+    assert seen == [(stage.parent is not None, (24, 8, 8, 1), shape)] * 5
+
+
+@pytest.mark.parametrize('conditional', [False, True])
+def test_measured_and_real_updates_are_one_program(tmp_path, monkeypatch, conditional):
+  """Of the base, and of all rounds: what is compiled for the forecast is what the run goes on with."""
+  traced, done = [], []
+
+  def train_step(recipe, state, teacher, batch):
+    traced.append(jax.tree.map(jax.typeof, (teacher is not None, batch)))
+    counts = {'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
+    return state.replace(step=state.step + 1), counts | {'loss': 0.0 * state.step}
+
+  def compile_step(step):
+    compiled = compile_really(step)
+
+    def counting(*arguments):
+      done.append(int(arguments[1].step))
+      return compiled(*arguments)
+
+    return counting
+
+  compile_really = sharding.compile_step
+  monkeypatch.setattr(sharding, 'compile_step', compile_step)
+  monkeypatch.setattr(train, 'train_step', train_step)
+  monkeypatch.setattr(forecast, 'seconds_per_call', lambda *_: 0.0)
+  monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, again: None)
+  train.run(tiny.config(model__conditional=conditional), tmp_path / 'run')
+  assert done == [0, 1, 0, 1, *range(12), *range(8), *range(8)]  # measured, measured, three stages
+  assert len(traced) == 2, traced
 
 
 def test_a_call_is_timed_for_one_image_of_a_full_batch(monkeypatch):

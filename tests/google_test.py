@@ -274,9 +274,7 @@ def test_an_imported_stage_is_sampled_without_its_data(imported, tmp_path, expec
 
 
 def test_an_imported_stage_is_distilled_further_and_measured(imported, tmp_path, monkeypatch):
-  grey = datasets.load('digits', 8, 'train')
-  colour = datasets.ImageSet('cifar10', grey.images.repeat(3, axis=-1), grey.labels, 10)
-  monkeypatch.setitem(datasets.SOURCES, 'cifar10', lambda split: colour)
+  monkeypatch.setitem(datasets.SOURCES, 'cifar10', tiny.colour_digits)
   monkeypatch.setattr(features, '_UPDATES', 20)
   workdir, config = tmp_path / 'run', sample_config()
   shutil.copytree(imported[0], workdir)

@@ -24,8 +24,15 @@ LAYERS = [
     'sharding',
     'times',
     'configuration',
+    'pixels',
   ],
-  ['weightings', 'samplers', 'unet', 'datasets', 'checkpoints', 'interop.google'],
+  ['datasets.image_set'],
+  ['datasets.decoding', 'datasets.splits', 'datasets.loading'],
+  ['datasets.settings'],
+  ['datasets.digits', 'datasets.shapes', 'datasets.folder', 'datasets.tfds', 'datasets.prepared'],
+  ['datasets'],
+  ['datasets.preparing'],
+  ['weightings', 'samplers', 'unet', 'checkpoints', 'interop.google'],
   ['methods.method'],
   ['methods.denoising', 'methods.progressive'],
   ['methods'],
@@ -55,9 +62,10 @@ def imported(path):
       names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f'{path}: relative import'
-      names = [node.module]
       deeper = [f'{node.module}.{alias.name}' for alias in node.names]
-      names += [name for name in deeper if name.removeprefix('diffusion_distillation.') in RANK]
+      names = [name for name in deeper if name.removeprefix('diffusion_distillation.') in RANK]
+      if len(names) < len(deeper):  # something of the package's own file, not modules in it alone
+        names.append(node.module)
     else:
       continue
     for name in names:
@@ -98,6 +106,29 @@ def test_only_sharding_names_devices(path):
   if module_name(path) != 'sharding':
     for word in ('Mesh', 'PartitionSpec', 'NamedSharding', 'jax.devices', 'axis_name', 'pmean'):
       assert word not in text, word
+
+
+@pytest.mark.parametrize('path', sorted((PACKAGE / 'datasets').glob('*.py')), ids=lambda p: p.stem)
+def test_what_worker_processes_import_is_without_jax(path):
+  """Nor do they import a module that imports it, at whatever distance."""
+  files, seen = {module_name(p): p for p in FILES}, set()
+  waiting = ['datasets', module_name(path)]  # Python runs a package's own file first
+  while waiting:
+    name = waiting.pop()
+    if name not in seen and name not in LAYERS[-1]:
+      seen.add(name)
+      inside, outside = imported(files[name])
+      assert not outside & {'jax', 'flax', 'optax', 'orbax', 'tensorflow'}, name
+      waiting += inside
+
+
+def test_a_worker_process_starts_without_jax_and_tensorflow():
+  program = (
+    'import sys, diffusion_distillation.datasets.loading, diffusion_distillation.datasets.prepared;'
+    'found = {"jax", "jaxlib", "flax", "tensorflow", "tensorflow_datasets"} & set(sys.modules);'
+    'assert not found, found'
+  )
+  subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT)
 
 
 def test_import_is_quick_and_starts_no_backend():

@@ -91,7 +91,7 @@ def test_what_the_page_shows_is_escaped(tmp_path):
     'rows': ROWS,
     'metric': 'FD-<b>',
     'floor': {'value': 0.5, 'num_samples': 100},
-    'extractor': {'name': 'digits', 'digest': 'ab' * 32, 'held_out_accuracy': 0.99},
+    'extractor': {'name': 'digits', 'digest': 'ab' * 32, 'task': '<i>', 'held_out_accuracy': 0.99},
     'reference': {'num_images': 7},
     'held_out': {'value': 1.0, 'num_samples': 3},
     'versions': {'jax': '1'},
@@ -101,6 +101,7 @@ def test_what_the_page_shows_is_escaped(tmp_path):
   report.write(tiny.config(), results, {'base\n4 steps': images}, tmp_path / 'report')
   text = (tmp_path / 'report' / 'index.html').read_text()
   assert 'FD-&lt;b&gt;' in text and 'FD-<b>' not in text
+  assert 'to tell &lt;i&gt; apart (99.0 %' in text
 
 
 def test_a_grid_puts_every_image_where_it_belongs():
@@ -216,11 +217,11 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
 
   def seconds_per_image(self, params, grid, num_samples, seed, use):
     asked.append((self.sampler, params['of'], len(grid) - 1, calls_of(self.sampler, grid)))
-    use(images.images[:num_samples])
+    use(images.images.images[:num_samples])
     return 0.001
 
   def draw(self, params, grid, num_samples, seed, classes=()):
-    return images.images[:num_samples]
+    return images.images.images[:num_samples]
 
   monkeypatch.setattr(drawing.Drawer, 'seconds_per_image', seconds_per_image)
   monkeypatch.setattr(drawing.Drawer, 'draw', draw)

@@ -67,6 +67,9 @@ def test_floor_and_held_out_images_are_reported_with_their_numbers(results):
 def test_results_name_extractor_versions_and_seconds(results):
   assert results['extractor']['name'] == 'digits' and len(results['extractor']['digest']) == 64
   assert results['extractor']['held_out_accuracy'] > 0.97
+  assert results['extractor']['task'] == 'classes'
+  assert results['reference']['num_images'] == 1437
+  assert results['skipped'] == {'train': 0, 'held_out': 0}
   assert {'jax', 'flax', 'optax', 'orbax-checkpoint', 'python'} <= results['versions'].keys()
   assert all(results['seconds'][stage] > 0 for stage in STAGES)
 
@@ -187,7 +190,8 @@ def test_evaluate_measures_again_and_finds_the_same(finished, tmp_path):
 
 
 def test_the_held_out_split_is_held_out():
-  train, test = datasets.load('digits', 8, 'train'), datasets.load('digits', 8, 'test')
+  settings = datasets.Settings.of(tiny.config().dataset)
+  train, test = (datasets.open_split(settings, role) for role in datasets.ROLES)
   assert (len(train), len(test)) == (1437, 360)
   every = np.concatenate([train.images, test.images]).reshape(1797, -1)
   from sklearn.datasets import load_digits

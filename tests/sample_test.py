@@ -1,5 +1,8 @@
 """Sampling by the command line, in this process: from a conditional run of colour images that is half finished."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
@@ -20,16 +23,23 @@ CONDITIONAL = {
 }
 
 
+# By label. Those that look like numbers do not shadow the labels: '9' is label 9, whatever is called so.
+NAMES = ('zero', 'one', '9', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+
+
+def named_digits(settings, role):
+  return dataclasses.replace(tiny.colour_digits(settings, role), classes=NAMES)
+
+
 @pytest.fixture(scope='module')
 def colour(tmp_path_factory):
   """A half-finished conditional run of colour images, whose data set is not at hand any more."""
   workdir, config = tmp_path_factory.mktemp('colour'), tiny.config(**CONDITIONAL)
-  grey = datasets.load('digits', 8, 'train')
-  rgb = datasets.ImageSet('rgb', grey.images.repeat(3, axis=-1), grey.labels, 10)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(datasets.SOURCES, 'rgb', lambda split: rgb)
+    patch.setitem(datasets.SOURCES, 'rgb', named_digits)
     workdirs.claim(workdir, config)
     stages, images = workdirs.plan_for(workdir, config)
+    workdirs.claim_images(workdir, images.images)
     train.fit(sharding.compile_step(train.train_step), stages[0], None, images, workdir, config)
   return workdir
 
@@ -103,9 +113,31 @@ def test_the_weights_that_are_asked_for_are_sampled(sample, colour):
   np.testing.assert_array_equal(sample()[0], drawn['ema'])
 
 
-@pytest.mark.parametrize('classes', [['10'], ['0', '-1'], ['1.5'], ['cat'], ['']])
+@pytest.mark.parametrize(
+  'classes', [['10'], ['0', '-1'], ['1.5'], ['cat'], [''], ['none', '0'], ['Zero']]
+)
 def test_classes_that_are_not_there_are_refused(colour, tmp_path, monkeypatch, capsys, classes):
   monkeypatch.setattr('diffusion_distillation.interrupts.install', lambda: None)
   assert cli.run(options(colour, out=tmp_path / 'x.npz', classes=classes)) == 2
-  error = f'error: --classes={",".join(classes)}: classes are whole numbers, 0 to 9\n'
+  error = (
+    f'error: --classes={",".join(classes)}: classes are whole numbers, 0 to 9, or their names in '
+    f'{colour / "dataset.json"}\n'
+  )
   assert capsys.readouterr().err == error and not (tmp_path / 'x.npz').exists()
+
+
+def test_classes_are_drawn_by_their_names_too(sample, colour):
+  assert json.loads((colour / 'dataset.json').read_text())['classes'] == list(NAMES)
+  images, labels, _ = sample(classes=['seven', '0', 'nine', '9'])
+  assert labels == [7, 0, 9, 9] * 3
+  np.testing.assert_array_equal(images, sample(classes=['7', '0', '9', '9'])[0])
+
+
+def test_a_model_that_was_always_told_the_class_does_not_draw_without(
+  colour, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr('diffusion_distillation.interrupts.install', lambda: None)
+  assert cli.run(options(colour, out=tmp_path / 'x.npz', classes=['none'])) == 2
+  text = capsys.readouterr().err
+  assert text.startswith('error: --classes=none: ') and 'dataset.label_dropout=0' in text
+  assert text.count('\n') == 1 and not (tmp_path / 'x.npz').exists()

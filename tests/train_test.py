@@ -14,9 +14,10 @@ import pytest
 from diffusion_distillation import interrupts, sharding, train
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import digest
-from diffusion_distillation.datasets import batch_indices, to_x
+from diffusion_distillation.datasets.loading import Shuffled
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
 from diffusion_distillation.methods import Denoising
+from diffusion_distillation.pixels import to_x
 from tests import tiny
 
 CONFIG = tiny.config(max_skipped=3)
@@ -51,10 +52,16 @@ def workdir(tmp_path):
   return tmp_path
 
 
+def host_batch(stage, k):
+  """What update k of a stage learns from."""
+  indices, _ = Shuffled(len(IMAGES), int(stage.recipe.seed), stage.batch_size)(k)
+  return IMAGES.images.batch(indices)
+
+
 def advance(step, stage, state, count, teacher=None):
   for _ in range(count):
-    indices = batch_indices(len(IMAGES), stage.recipe.seed, int(state.step), stage.batch_size)
-    state, metrics = step(stage.recipe, state, teacher, sharding.put(IMAGES.batch(indices)))
+    batch = sharding.put(stage.inputs(host_batch(stage, int(state.step))))
+    state, metrics = step(stage.recipe, state, teacher, batch)
   return state, metrics
 
 
@@ -235,8 +242,7 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
   """The step against its definition, written out: one update of the base."""
   state = first_state(BASE)
   start = sharding.to_host(state)
-  indices = batch_indices(len(IMAGES), BASE.recipe.seed, 0, BASE.batch_size)
-  batch = IMAGES.batch(indices)
+  batch = BASE.inputs(host_batch(BASE, 0))
   rng = jax.random.fold_in(jax.random.key(BASE.recipe.seed), 0)
   _, rng_draw, rng_dropout = jax.random.split(rng, 3)
   rng = jax.random.fold_in(rng_dropout, 0)  # of the one micro-batch there is

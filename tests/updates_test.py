@@ -12,11 +12,11 @@ import pytest
 from diffusion_distillation import sharding, train
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import digest
-from diffusion_distillation.datasets import to_x
 from diffusion_distillation.diffusion import from_v
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Method
 from diffusion_distillation.optimizers import LearningRate
+from diffusion_distillation.pixels import to_x
 from tests import tiny
 from tests.train_test import IMAGES, advance, assert_same, poisoned
 
@@ -31,8 +31,18 @@ def assert_close(tree, other, rtol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Told:
+  """What a stage asks of its network: whether it is told the label."""
+
+  num_classes: int = 10
+  dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Small:
   """A conditional denoiser that compiles at once: one dense layer over all pixels."""
+
+  network: Told = Told()
 
   def init(self, rng, shape):
     size = int(np.prod(shape))
@@ -92,7 +102,7 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(place, backend, 
   assert jax.device_count() == 8
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   teacher = sharding.replicate(small_params(1)) if place else None
-  images = IMAGES.batch(np.arange(32))
+  images = IMAGES.images.batch(np.arange(32))
   outcomes = []
   for micro_batches in (1, 2, 4):
     recipe = small(place, micro_batches=micro_batches).recipe

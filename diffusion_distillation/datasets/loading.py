@@ -18,6 +18,7 @@ from collections.abc import Generator, Sequence
 from typing import Protocol
 
 import numpy as np
+import threadpoolctl
 
 from diffusion_distillation import interrupts
 from diffusion_distillation.datasets.image_set import Batch, ImageSet, InMemory
@@ -94,6 +95,7 @@ def _begin_worker(images: ImageSet) -> None:
   """Signals to a whole process group are the main process's to answer; without it a worker is of no use."""
   global _images
   _images = images
+  threadpoolctl.threadpool_limits(1)  # the workers are the parallelism
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()

@@ -1,0 +1,59 @@
+"""Images of one's own, at 16 (to try the way out on a CPU), 32, 64 or 128: `configs/images.py:64`.
+
+Drawn shapes, until `dataset.name=folder dataset.path=...` says otherwise.
+"""
+
+import ml_collections
+
+from configs import default
+from diffusion_distillation.errors import UserError
+
+# Channels, their multiples at each level, heights with attention. Our choice, after the paper's networks.
+NETWORKS = {
+  '16': (32, (1, 2, 2), (4,)),
+  '32': (128, (1, 2, 2), (8, 16)),
+  '64': (128, (1, 2, 3, 4), (8, 16)),
+  '128': (64, (1, 2, 4, 6, 8), (8, 16)),
+}
+
+
+def get_config(variant: str = '64') -> ml_collections.ConfigDict:
+  """A network that predicts v, told the class; 64 steps, distilled to 1."""
+  if variant not in NETWORKS:
+    raise UserError(f'config variant :{variant} is not known; one of {", ".join(NETWORKS)}')
+  c = default.get_config()
+  c.dataset.name = 'shapes'
+  c.dataset.image_size = int(variant)
+
+  c.schedule.name = 'shifted_cosine' if int(variant) > 64 else 'cosine'
+  c.model.ch, c.model.ch_mult, c.model.attn_resolutions = NETWORKS[variant]
+  c.model.emb_ch = 4 * c.model.ch
+  c.model.head_dim = 32
+  c.model.dropout = 0.1
+  c.model.num_groups = 16
+
+  c.train.num_updates = 200_000
+  c.distill.start_steps = 64
+  c.distill.num_updates = (10_000, 20_000, 20_000)
+  c.evaluation.num_samples = 10_000
+  if variant == '16':
+    _small(c)
+  return c
+
+
+def _small(c: ml_collections.ConfigDict) -> None:
+  """Minutes on two cores, for a first look."""
+  c.model.num_res_blocks = 1
+  c.train.num_updates = 1000
+  c.train.batch_size = 64
+  c.train.learning_rate = 1e-3
+  c.train.warmup = 100
+  c.train.ema_decay = (0.995,)
+  c.distill.start_steps = 16
+  c.distill.num_updates = (100, 200)
+  c.distill.batch_size = 64
+  c.distill.learning_rate = (3e-4,)
+  c.checkpoint.every = 200
+  c.log.every = 20
+  c.evaluation.num_samples = 1000
+  c.evaluation.batch_size = 250

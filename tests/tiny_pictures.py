@@ -1,0 +1,136 @@
+"""Small sets of pictures of every kind that can be read, written here, with what must come out of them."""
+
+import dataclasses
+import io
+import sys
+import types
+import zipfile
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from diffusion_distillation import datasets
+from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet
+
+SIZE = 8
+
+
+def settings(name, **given):
+  """Settings for images of SIZE pixels, all else left to the set."""
+  empty = dict.fromkeys(('path', 'prepared', 'split', 'eval_split'), '')
+  values = empty | {'image_size': SIZE, 'channels': None, 'resize': 'area'} | given
+  return datasets.Settings(name=name, **{key: _text(value) for key, value in values.items()})
+
+
+def _text(value):
+  return value if isinstance(value, int | str | None) else str(value)
+
+
+def pixels(k, shape=(SIZE, SIZE, 3)):
+  """Those of picture k: noise, so that no two are equal."""
+  return np.random.default_rng(k).integers(0, 256, shape, np.uint8)
+
+
+def encoded(image, kind='png'):
+  """The bytes of its file."""
+  file = io.BytesIO()
+  Image.fromarray(image.squeeze()).save(file, kind)
+  return file.getvalue()
+
+
+def png(k, shape=(SIZE, SIZE, 3)):
+  """The file of picture k."""
+  return encoded(pixels(k, shape))
+
+
+def write_folder(root, count, broken=(), classes=('blue', 'green', 'red')):
+  """`count` pictures by class: PNG of the size, PNG and JPEG that are larger, and broken ones."""
+  for k in range(count):
+    directory = root / classes[k % len(classes)]
+    directory.mkdir(parents=True, exist_ok=True)
+    if k in broken:
+      (directory / f'{k}.png').write_bytes(png(k)[:-30])
+    elif k % 4 == 3:
+      (directory / f'{k}.jpg').write_bytes(encoded(pixels(k, (SIZE + 5, 2 * SIZE, 3)), 'jpeg'))
+    else:
+      larger = k % 4
+      (directory / f'{k}.png').write_bytes(png(k, (SIZE + larger, SIZE + 2 * larger, 3)))
+  return root
+
+
+def write_zip(path, folder):
+  """A zip of a folder."""
+  with zipfile.ZipFile(path, 'w') as archive:
+    for file in sorted(folder.rglob('*.*')):
+      archive.write(file, file.relative_to(folder))
+  return path
+
+
+FEATURES = {
+  'image': tfds.features.Image(shape=(None, None, 3)),
+  'label': tfds.features.ClassLabel(names=['blue', 'green', 'red']),
+}
+
+
+def example(k):
+  """An example of FEATURES."""
+  return {'image': io.BytesIO(png(k)), 'label': k % 3}
+
+
+def builder(data_dir, splits, features=None, name='TinyPictures', version='1.0.0', config=None):
+  """A builder of a set of tensorflow-datasets; `splits` are lists of examples by name."""
+
+  def info(self):
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features or FEATURES))
+
+  members = {
+    'VERSION': tfds.core.Version(version),
+    'BUILDER_CONFIGS': [tfds.core.BuilderConfig(name=config)] if config else [],
+    '_info': info,
+    '_split_generators': lambda self, _: {
+      split: self._generate_examples(examples) for split, examples in splits.items()
+    },
+    '_generate_examples': lambda self, examples: enumerate(examples),
+    '__module__': __name__,
+  }
+  bases = (tfds.core.GeneratorBasedBuilder,)
+  with tfds.core.registered.skip_registration():
+    made = types.new_class(name, bases, {}, lambda namespace: namespace.update(members))
+  return made(data_dir=data_dir, file_format='array_record', config=config)
+
+
+def prepare(data_dir, splits, **given):
+  """Prepares such a set, and returns the directory of its version."""
+  made = builder(data_dir, splits, **given)
+  made.download_and_prepare()
+  return made.data_path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Numbers(ImageSet):
+  """Image k is one pixel, k; its label says whether the process that reads it has imported jax.
+
+  Attributes:
+    size: how many there are.
+    broken: those that cannot be read.
+    reads: which were read, in this process.
+  """
+
+  size: int
+  broken: frozenset = frozenset()
+  reads: list = dataclasses.field(default_factory=list)
+
+  def __len__(self):
+    return self.size
+
+  def read(self, k):
+    self.reads.append(k)
+    if k in self.broken:
+      raise BrokenImage(f'number {k} is odd')
+    return np.full(self.image_shape, k % 256, np.uint8), int('jax' in sys.modules)
+
+
+def numbers(size, broken=(), classes=('without', 'with')):
+  """A set of numbers."""
+  return Numbers('numbers', (1, 1, 1), classes, 'numbers', size, frozenset(broken))
