@@ -107,6 +107,22 @@ def prepare(data_dir, splits, **given):
   return made.data_path
 
 
+def sources(root, count, broken=()):
+  """Settings of a small set of every kind; `broken` are pictures of the folder, and of the zip made of it."""
+  folder = write_folder(root / 'folder', count, broken)
+  archive = write_zip(root / 'pictures.zip', folder)
+  prepare(root / 'tfds', {'train': [example(k) for k in range(count)]})
+  whole = {'split': 'train', 'eval_split': 'train[:2]'}
+  part = {'split': f'train[:{count}]', 'eval_split': 'test[:2]'}
+  return {
+    'digits': settings('digits', **part),
+    'shapes': settings('shapes', **part),
+    'folder': settings('folder', path=folder, **whole),
+    'zip': settings('folder', path=archive, **whole),
+    'tfds': settings('tiny_pictures', path=root / 'tfds', **whole),
+  }
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Numbers(ImageSet):
   """Image k is one pixel, k; its label says whether the process that reads it has imported jax.

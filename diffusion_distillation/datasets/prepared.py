@@ -20,7 +20,7 @@ from diffusion_distillation.datasets.image_set import BrokenImage, Example, Imag
 from diffusion_distillation.datasets.settings import ROLES, Settings
 from diffusion_distillation.errors import DamagedError, UserError
 
-BROKEN = -1
+BROKEN = -(2**31)
 INFO = 'info.json'
 AGAIN = 'remove it and run --mode=prepare again'
 

@@ -74,7 +74,11 @@ class Prepared(ImageSet):
 
 
 def data_dir(path: str) -> pathlib.Path:
-  """Where prepared sets are looked for: `path`, or tensorflow-datasets' own choice."""
+  """Where prepared sets are looked for: `path`, or tensorflow-datasets' own choice; raises UserError for a URL."""
+  if '://' in path:
+    raise UserError(
+      f'dataset.path={path}: ArrayRecord is read from disks only; copy the set, or mount the bucket'
+    )
   chosen = path or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   return pathlib.Path(chosen).expanduser().absolute()
 
@@ -166,7 +170,7 @@ def _features(name: str, builder: Any) -> tuple[str, str, tuple[str, ...], int]:
   label = 'label' if 'label' in labels else labels[0] if len(labels) == 1 else ''
   count = features[label].num_classes if label else 0
   classes = (features[label].names or map(str, range(count))) if count else ()
-  return image, label, tuple(classes), features[image].shape[-1] or 3
+  return image, label, tuple(classes), 1 if features[image].shape[-1] == 1 else 3
 
 
 def open_split(settings: Settings, role: str) -> ImageSet:
