@@ -169,14 +169,8 @@ def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
 def claim_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
   """Writes `dataset.json`, the names of the classes by label among it; raises UserError as `check_images` does."""
   check_images(workdir, images)
-  value = {
-    'name': images.name,
-    'num_images': len(images),
-    'image_shape': images.image_shape,
-    'classes': images.classes,
-    'identity': images.identity,
-  }
-  write_json(workdir / 'dataset.json', value)
+  described = {key: getattr(images, key) for key in ('name', 'image_shape', 'classes', 'identity')}
+  write_json(workdir / 'dataset.json', described | {'num_images': len(images)})
 
 
 def class_names(workdir: pathlib.Path) -> list[str]:

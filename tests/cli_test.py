@@ -19,7 +19,7 @@ import importlib.util, json, os, sys, tempfile
 import main
 from absl import app
 from configs import digits
-from diffusion_distillation import cli
+from diffusion_distillation import cli, datasets
 datasets.open_split(datasets.Settings.of(digits.get_config().dataset), 'train')  # imports what reads it
 found = importlib.util.find_spec  # and nothing is downloaded, wherever TensorFlow is installed:
 importlib.util.find_spec = lambda name, *more: None if name == 'tensorflow' else found(name, *more)

@@ -164,9 +164,9 @@ class Loader:
     return self._stream(order, steps)
 
   def _stream(self, order: Order, steps: range) -> Generator[Batch]:
-    executor = self._start()
-    read = _read_in_worker if self._workers and not self._in_memory else self.images.batch
-    ahead = 2 * max(1, self._workers)
+    executor, parallel = self._start()
+    in_processes = isinstance(executor, concurrent.futures.ProcessPoolExecutor)
+    read = _read_in_worker if in_processes else self.images.batch
     index, count = self.part
     waiting: collections.deque[tuple[concurrent.futures.Future[Batch], np.ndarray]] = collections.deque()
 
@@ -184,7 +184,7 @@ class Loader:
           raise UserError(f'batches of {len(indices)} images do not divide by {count} processes')
         mine = slice(index * size, (index + 1) * size)
         waiting.append((executor.submit(read, indices[mine]), counted[mine]))
-        if len(waiting) > ahead:
+        if len(waiting) > 2 * parallel:
           yield take()
       while waiting:
         yield take()
@@ -201,16 +201,18 @@ class Loader:
   def _in_memory(self) -> bool:
     return isinstance(self.images, InMemory)
 
-  def _start(self) -> Executor:
-    """Threads or processes, kept from stream to stream."""
-    if self._executor is None:
-      if self._workers and not self._in_memory:
-        self._executor = concurrent.futures.ProcessPoolExecutor(
-          self._workers, multiprocessing.get_context('spawn'), _begin_worker, (self.images,)
-        )
-      else:
-        self._executor = concurrent.futures.ThreadPoolExecutor(1 if self._in_memory else _cores())
-    return self._executor
+  def _start(self) -> tuple[Executor, int]:
+    """Threads or processes, kept from stream to stream, and their number."""
+    in_processes = self._workers > 0 and not self._in_memory
+    parallel = self._workers if in_processes else 1 if self._in_memory else _cores()
+    if self._executor is None and in_processes:
+      context = multiprocessing.get_context('spawn')
+      self._executor = concurrent.futures.ProcessPoolExecutor(
+        parallel, context, _begin_worker, (self.images,)
+      )
+    elif self._executor is None:
+      self._executor = concurrent.futures.ThreadPoolExecutor(parallel)
+    return self._executor, parallel
 
   def _hold(self) -> None:
     """Decodes the set into memory, if it fits there and is not there yet."""

@@ -22,6 +22,7 @@ from diffusion_distillation.errors import DamagedError, UserError
 
 BROKEN = -(2**31)
 INFO = 'info.json'
+FORMAT = 1  # of the records
 AGAIN = 'remove it and run --mode=prepare again'
 
 
@@ -46,7 +47,9 @@ def unpack(record: bytes, image_shape: tuple[int, int, int]) -> Example:
 def fields(settings: Settings) -> dict[str, Any]:
   """What a copy depends on; not where the original lies."""
   kept = dataclasses.asdict(settings)
-  return {key: value for key, value in kept.items() if key not in ('path', 'prepared')}
+  return {key: value for key, value in kept.items() if key not in ('path', 'prepared')} | {
+    'format': FORMAT
+  }
 
 
 def shard_paths(directory: pathlib.Path, role: str, count: int) -> list[pathlib.Path]:
