@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests import tiny
 
-# As there: {workdir} is not there, {typo} is a file, {directory} is empty; the rest is what `images` makes.
+# As there: {workdir} is not there, nor is {copy}; {typo} is a file, {directory} is empty; the rest is what `images` makes.
 TRAIN = ['--config=configs/digits.py', '--workdir={workdir}']
 SAMPLE = ['--mode=sample', '--workdir={finished}', '--out=x.png']
 SHAPES = [*TRAIN, '--config.dataset.name=shapes']
@@ -15,14 +15,14 @@ FOLDER = [*TRAIN, '--config.dataset.name=folder']
 PREPARE = ['--mode=prepare', TRAIN[0]]
 CASES = {
   'no such data set': (
-    [*TRAIN, '--config.dataset.name=cifar11'],
-    ["dataset.name='cifar11' is not known", 'digits, shapes, folder', "did you mean 'cifar10'?"],
+    [*TRAIN, '--config.dataset.name=cifr10'],
+    ["dataset.name='cifr10' is not known", 'digits, shapes, folder', "did you mean 'cifar10'?"],
   ),
   'no such data set of ours': (
     [*TRAIN, '--config.dataset.name=shape'],
     ["dataset.name='shape' is not known", "did you mean 'shapes'?"],
   ),
-  'no data set at all': ([*TRAIN, '--config.dataset.name='], ["dataset.name=''"]),
+  'no data set at all': ([*TRAIN, '--config.dataset.name='], ["dataset.name='' is not known"]),
   'data set that is not prepared': (
     ['--config=configs/cifar10.py', TRAIN[1], '--config.dataset.path={directory}'],
     ["'cifar10' is not prepared", '{directory}/cifar10/VERSION', 'tensorflow', 'download_and_prepare'],
@@ -40,9 +40,9 @@ CASES = {
     [*FOLDER, '--config.dataset.path={mixed}'],
     ['dataset.path={mixed}', 'in folders (cat/1.png)', 'beside them (2.png)', 'one folder a class'],
   ),
-  'one image is too few': (
+  'folder with one image': (
     [*FOLDER, '--config.dataset.path={mixed}/cat'],
-    ['dataset.split', 'holds no image'],
+    ['{mixed}/cat', '1 image'],
   ),
   'zip that is none': (
     [*FOLDER, '--config.dataset.path={directory}/../no.zip'],
@@ -133,14 +133,14 @@ CASES = {
     ['dataset.prepared={copied}', 'dataset.split was , is train[:9]'],
   ),
   'prepare with fewer workers than none': (
-    [*PREPARE, '--config.dataset.prepared={workdir}', '--config.dataset.workers=-1'],
+    [*PREPARE, '--config.dataset.prepared={copy}', '--config.dataset.workers=-1'],
     ['dataset.workers=-1', 'zero or more'],
   ),
   'prepare images of no size': (
     [
       *PREPARE,
       '--config.dataset.name=shapes',
-      '--config.dataset.prepared={workdir}',
+      '--config.dataset.prepared={copy}',
       '--config.dataset.image_size=0',
     ],
     ['dataset.image_size=0', 'positive'],
@@ -157,7 +157,7 @@ def images(root):
   from diffusion_distillation import datasets  # not before conftest.py has set jax's flags
   from diffusion_distillation.datasets import preparing
 
-  places = {name: root / name for name in ('mixed', 'flat', 'copied', 'begun')}
+  places = {name: root / name for name in ('mixed', 'flat', 'copied', 'begun', 'copy')}
   for name in ('mixed/cat/1.png', 'mixed/2.png', *(f'flat/{k}.png' for k in range(8))):
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     Image.new('RGB', (8, 8), (40, 80, 120)).save(root / name)

@@ -15,7 +15,7 @@ from tests import bad_data, tiny
 
 # Imports once, then carries out each command line in a fork of its own.
 DRIVER = """
-import importlib.util, json, os, sys, tempfile
+import gc, importlib.util, json, os, sys, tempfile
 import main
 from absl import app
 from configs import digits
@@ -23,6 +23,7 @@ from diffusion_distillation import cli, datasets
 datasets.open_split(datasets.Settings.of(digits.get_config().dataset), 'train')  # imports what reads it
 found = importlib.util.find_spec  # and nothing is downloaded, wherever TensorFlow is installed:
 importlib.util.find_spec = lambda name, *more: None if name == 'tensorflow' else found(name, *more)
+gc.freeze()
 outcomes = []
 for arguments in json.load(sys.stdin):
   with tempfile.TemporaryFile('w+') as err:
@@ -31,7 +32,11 @@ for arguments in json.load(sys.stdin):
       os.dup2(err.fileno(), 2)
       os.dup2(err.fileno(), 1)
       sys.argv = ['main.py', *arguments]
-      app.run(main.main, flags_parser=cli.parse_flags)
+      try:
+        app.run(main.main, flags_parser=cli.parse_flags)
+      except SystemExit as end:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(end.code)  # at once: to tear everything down takes longer than to carry it out
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     err.seek(0)
     outcomes.append((code, err.read()))
@@ -267,19 +272,27 @@ def outcomes(finished, tmp_path_factory):
     env=environment,
   )
   assert done.returncode == 0, done.stderr
-  assert written(root, finished) == before and not places['workdir'].exists()
-  return places, dict(zip(CASES, json.loads(done.stdout), strict=True))
+  return (
+    places,
+    dict(zip(CASES, json.loads(done.stdout), strict=True)),
+    (before, written(root, finished)),
+  )
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_one_line_says_what_is_wrong(outcomes, case):
-  places, results = outcomes
+  places, results, _ = outcomes
   code, text = results[case]
   assert code == 2, text
   lines = text.strip().splitlines()
   assert len(lines) == 1 and lines[0].startswith('error: '), text
   for word in CASES[case][1]:
     assert word.format(**places) in lines[0]
+
+
+def test_bad_input_leaves_everything_as_it_was(outcomes):
+  places, _, (before, after) = outcomes
+  assert after == before and not places['workdir'].exists()
 
 
 def options(workdir, **changes):

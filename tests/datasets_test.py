@@ -1,79 +1,164 @@
+"""Sets of images by name; and the digits, which come with scikit-learn."""
+
+import dataclasses
+
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from diffusion_distillation import datasets
-from diffusion_distillation.datasets import batch_indices
+from diffusion_distillation.datasets import Settings, shapes, tfds
 from diffusion_distillation.errors import UserError
+from tests import tiny
 
 
-def test_pixels_survive_the_way_to_x_and_back():
-  pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-  x = datasets.to_x(pixels)
-  assert float(x.min()) == -1.0 and float(x.max()) == 1.0
-  np.testing.assert_array_equal(datasets.to_image(x), pixels)
+def settings(name, **changes):
+  fields = {'path': '', 'prepared': '', 'split': '', 'eval_split': '', 'image_size': 8}
+  return Settings(name, **fields | {'channels': None, 'resize': 'area'} | changes)
 
 
-def test_x_beyond_its_range_is_clipped_not_wrapped():
-  np.testing.assert_array_equal(datasets.to_image(np.array([-3.0, 3.0, 0.0])), [0, 255, 128])
-
-
-def test_each_epoch_visits_every_example_once():
-  stream = np.concatenate([batch_indices(10, 3, step, 4) for step in range(10)])
-  epochs = stream.reshape(4, 10)
-  for epoch in epochs:
-    assert sorted(epoch) == list(range(10))
-  assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-def test_a_batch_is_a_function_of_seed_and_step_alone():
-  late = batch_indices(10, 3, 1000, 4)
-  for step in range(20):
-    batch_indices(10, 3, step, 4)
-  np.testing.assert_array_equal(batch_indices(10, 3, 1000, 4), late)
-  assert any((batch_indices(10, 3, k, 4) != batch_indices(10, 4, k, 4)).any() for k in range(5))
-
-
-def test_the_stream_does_not_depend_on_the_batch_size():
-  by_four = np.concatenate([batch_indices(10, 3, step, 4) for step in range(15)])
-  by_six = np.concatenate([batch_indices(10, 3, step, 6) for step in range(10)])
-  np.testing.assert_array_equal(by_four, by_six)
-
-
-def test_a_batch_larger_than_the_set_goes_round_it():
-  assert np.bincount(batch_indices(10, 3, 0, 30)).tolist() == [3] * 10
+def everything(images):
+  return images.batch(np.arange(len(images)))
 
 
 def test_digits_are_images_with_their_labels():
-  train = datasets.load('digits', 8, 'train')
-  assert train.images.shape == (1437, 8, 8, 1) and train.images.dtype == np.uint8
-  assert train.images.min() == 0 and train.images.max() == 255
-  assert len(np.unique(train.images)) == 17
-  batch = train.batch(np.array([5, 2]))
-  np.testing.assert_array_equal(batch['image'][1], train.images[2])
-  np.testing.assert_array_equal(batch['label'], train.labels[[5, 2]])
-  assert np.bincount(train.labels).min() > 100
+  train = datasets.open_split(settings('digits'), 'train')
+  batch = everything(train)
+  assert len(train) == 1437 and train.image_shape == (8, 8, 1) and train.classes == tuple('0123456789')
+  assert batch['image'].shape == (1437, 8, 8, 1) and batch['image'].dtype == np.uint8
+  assert batch['label'].dtype == np.int32 and np.bincount(batch['label']).min() > 100
+  assert batch['whole'].all() and batch['skipped'] == ()
+  levels = np.unique(batch['image'])
+  np.testing.assert_array_equal(levels, np.round(np.arange(17) * 255 / 16))
 
 
-def test_sets_are_described_without_being_read():
-  assert datasets.describe('digits', 8) == ((8, 8, 1), 10)
-  assert datasets.describe('lsun/bedroom', 128) == ((128, 128, 3), 0)
-  images = datasets.load('digits', 8, 'test')
-  assert datasets.describe('digits', 8) == (images.images.shape[1:], images.num_classes)
+def test_every_digit_is_either_trained_on_or_held_out():
+  bunch = load_digits()
+  originals = [(image.tobytes(), label) for image, label in zip(bunch.images, bunch.target, strict=True)]
+  found = []
+  for role, count in (('train', 1437), ('eval', 360)):
+    batch = everything(datasets.open_split(settings('digits'), role))
+    assert len(batch['image']) == count
+    sixteenths = np.round(batch['image'][..., 0] * (16 / 255))
+    found += [(image.tobytes(), label) for image, label in zip(sixteenths, batch['label'], strict=True)]
+  assert sorted(found) == sorted(originals)
+  assert found != originals
+  assert len({image for image, _ in originals}) == 1797
+
+
+def test_a_batch_holds_what_is_read_one_by_one():
+  for name in ('digits', 'shapes'):
+    images = datasets.open_split(settings(name), 'eval')
+    indices = np.array([5, 2, 5])
+    batch = images.batch(indices)
+    for k, image, label in zip(indices, batch['image'], batch['label'], strict=True):
+      np.testing.assert_array_equal(image, images.read(k)[0])
+      assert label == images.read(k)[1]
+
+
+def test_the_digits_are_the_same_every_time_and_can_be_sliced():
+  whole = datasets.open_split(settings('digits'), 'train')
+  part = datasets.open_split(settings('digits', split='train[100:110]'), 'train')
+  assert datasets.open_split(settings('digits'), 'train').identity == whole.identity != part.identity
+  np.testing.assert_array_equal(everything(part)['image'], whole.images[100:110])
+  np.testing.assert_array_equal(everything(part)['label'], whole.labels[100:110])
+  other = datasets.open_split(settings('digits', eval_split='train[100:110]'), 'eval')
+  assert other.identity == part.identity
+
+
+def test_sets_are_described_as_they_are(tmp_path):
+  for animal in ('ant', 'bee', 'cat'):
+    (tmp_path / animal).mkdir()
+    for k in range(2):
+      Image.new('L', (9, 9)).save(tmp_path / animal / f'{k}.png')
+  expected = {
+    settings('digits'): ((8, 8, 1), 10),
+    settings('shapes', image_size=24): ((24, 24, 3), 6),
+    settings('shapes', channels=1): ((8, 8, 1), 6),
+    settings('folder', path=str(tmp_path)): ((8, 8, 3), 3),
+    settings('folder', path=str(tmp_path), channels=1, image_size=4): ((4, 4, 1), 3),
+  }
+  for chosen, (shape, num_classes) in expected.items():
+    assert datasets.describe(chosen) == (shape, num_classes)
+    for role in datasets.ROLES:
+      images = datasets.open_split(chosen, role)
+      assert (images.image_shape, len(images.classes)) == (shape, num_classes)
+      pixels, label = images.read(len(images) - 1)
+      assert pixels.shape == shape and 0 <= label < num_classes
 
 
 @pytest.mark.parametrize(
-  ('name', 'image_size', 'message'),
+  ('name', 'image_size', 'channels', 'expected'),
   [
-    ('mnist', 28, r"dataset\.name='mnist' is not known.*digits"),
-    ('cifar10', 32, r"dataset\.name='cifar10' cannot be read.*digits"),
-    ('digits', 16, r"dataset\.image_size=16, .* 'digits' have 8"),
+    ('cifar10', 32, None, ((32, 32, 3), 10)),
+    ('celeb_a', 64, None, ((64, 64, 3), 0)),
+    ('imagenet2012', 64, None, ((64, 64, 3), 1000)),
+    ('lsun/bedroom', 128, None, ((128, 128, 3), 0)),
+    ('lsun/church_outdoor', 128, 1, ((128, 128, 1), 0)),
+    ('mnist', 28, None, ((28, 28, 1), 10)),
+    ('mnist', 28, 3, ((28, 28, 3), 10)),
   ],
 )
-def test_sets_that_cannot_be_had_are_refused(name, image_size, message):
+def test_known_sets_are_described_without_being_at_hand(
+  monkeypatch, name, image_size, channels, expected
+):
+  monkeypatch.setattr(tfds, 'builder_of', None)
+  assert datasets.describe(settings(name, image_size=image_size, channels=channels)) == expected
+
+
+def test_the_copy_is_what_is_opened_and_described_where_there_is_one(tmp_path):
+  for name in ('digits', 'mnist'):
+    copied = settings(name, prepared=str(tmp_path / 'copy'))
+    for look in (datasets.describe, lambda chosen: datasets.open_split(chosen, 'eval')):
+      with pytest.raises(UserError, match=r'dataset\.prepared=.*/copy holds no finished copy'):
+        look(copied)
+  copied = settings('shapes', prepared=str(tmp_path / 'copy'))
+  assert isinstance(datasets.open_original(copied, 'train'), shapes.Shapes)
+
+
+@pytest.mark.parametrize(
+  ('name', 'near'), [('digit', 'digits'), ('shape', 'shapes'), ('Folder', 'folder'), ('minst', 'mnist')]
+)
+def test_a_set_that_there_is_not_is_answered_with_the_nearest(tmp_path, name, near):
+  for look in (datasets.describe, lambda chosen: datasets.open_split(chosen, 'train')):
+    with pytest.raises(
+      UserError, match=rf"^dataset\.name='{name}' is not known.*did you mean '{near}'\?$"
+    ):
+      look(settings(name, path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+  ('name', 'changes', 'message'),
+  [
+    ('digits', {'image_size': 16}, r'^dataset\.image_size=16, .* have 8 and 1$'),
+    ('digits', {'channels': 3}, r'dataset\.channels=3: .* have 8 and 1$'),
+    ('digits', {'split': 'tset'}, r"^dataset\.split='tset': .* train, test, .* 'test'\?$"),
+    ('digits', {'split': 'train[:0]'}, r"^dataset\.split='train\[:0\]' holds no image$"),
+    ('shapes', {'channels': 2}, r'^dataset\.channels=2 must be 1 \(grey\) or 3$'),
+    ('shapes', {'channels': 0}, r'^dataset\.channels=0 must be 1 \(grey\) or 3$'),
+    ('shapes', {'channels': 4}, r'^dataset\.channels=4 must be 1 \(grey\) or 3$'),
+    ('shapes', {'resize': 'nearest'}, r"^dataset\.resize='nearest' is not one of .*'area', 'bilinear'"),
+    ('shapes', {'prepared': 'gs://a/b'}, r'^dataset\.prepared=gs://a/b: .* name a directory$'),
+    ('folder', {}, r'^dataset\.name=folder needs dataset\.path'),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused(name, changes, message):
   with pytest.raises(UserError, match=message):
-    datasets.load(name, image_size, 'train')
+    datasets.open_split(settings(name, **changes), 'train')
 
 
-def test_an_unknown_set_is_not_described():
-  with pytest.raises(UserError, match=r"'mnist'.*digits"):
-    datasets.describe('mnist', 28)
+def test_settings_come_from_the_config():
+  section = tiny.config(dataset__split='train[:9]', dataset__eval_split='test[:5]').dataset
+  chosen = Settings.of(section)
+  assert dataclasses.asdict(chosen) == {key: section[key] for key in dataclasses.asdict(chosen)}
+  assert (Settings.key('train'), Settings.key('eval')) == ('dataset.split', 'dataset.eval_split')
+  assert [len(datasets.open_split(chosen, role)) for role in datasets.ROLES] == [9, 5]
+
+
+def test_a_split_is_the_sets_own_unless_the_config_names_one():
+  own = ('mine', 'yours')
+  assert [settings('digits').spec(role, own) for role in datasets.ROLES] == ['mine', 'yours']
+  given = settings('digits', split='a', eval_split='b')
+  assert [given.spec(role, own) for role in datasets.ROLES] == ['a', 'b']
+  assert [settings('digits', eval_split='b').spec(role, own) for role in datasets.ROLES] == ['mine', 'b']

@@ -39,7 +39,17 @@ def test_examples_are_taken_from_any_sequence():
 
 @pytest.mark.parametrize(
   'spec',
-  ['', 'train[', 'train[5]', 'train[a:b]', 'train[::2]', 'train[:201]', 'train[:101%]', 'train-test', '+'],
+  [
+    '',
+    'train[',
+    'train[5]',
+    'train[a:b]',
+    'train[::2]',
+    'train[:201]',
+    'train[:101%]',
+    'train-test',
+    '+',
+  ],
 )
 def test_what_cannot_be_read_is_answered_with_what_can(spec):
   with pytest.raises(UserError) as caught:

@@ -56,9 +56,10 @@ def colour_digits(settings, role):
   return dataclasses.replace(grey, name=settings.name, image_shape=(8, 8, 3), images=pixels)
 
 
-def flags():
-  """The tiny config as flags for main.py."""
-  values = {key: str(value).replace(' ', '') for key, value in OVERRIDES.items()}
+def flags(**overrides):
+  """The tiny config as flags for main.py; each key once, for a tuple that is given twice is added to."""
+  given = OVERRIDES | {key.replace('__', '.'): value for key, value in overrides.items()}
+  values = {key: str(value).replace(' ', '') for key, value in given.items()}
   return ['--config=configs/digits.py', *(f'--config.{key}={value}' for key, value in values.items())]
 
 

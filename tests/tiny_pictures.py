@@ -2,7 +2,12 @@
 
 import dataclasses
 import io
+import os
+import pathlib
+import subprocess
 import sys
+import textwrap
+import time
 import types
 import zipfile
 
@@ -107,6 +112,20 @@ def prepare(data_dir, splits, **given):
   return made.data_path
 
 
+def prepare_one(data_dir, features):
+  """Prepares a set of one example with these features, of which each is made of its name's length."""
+
+  def value(key, feature):
+    if isinstance(feature, tfds.features.ClassLabel):
+      return len(key) % feature.num_classes
+    if isinstance(feature, tfds.features.Image):
+      return io.BytesIO(png(len(key), (SIZE + 1, SIZE, feature.shape[-1] or 3)))
+    return key
+
+  made = {key: value(key, feature) for key, feature in features.items()}
+  return prepare(data_dir, {'train': [made]}, features=features)
+
+
 def sources(root, count, broken=()):
   """Settings of a small set of every kind; `broken` are pictures of the folder, and of the zip made of it."""
   folder = write_folder(root / 'folder', count, broken)
@@ -131,22 +150,61 @@ class Numbers(ImageSet):
     size: how many there are.
     broken: those that cannot be read.
     reads: which were read, in this process.
+    stuck: a directory; reading an image from the fifth on leaves a file there, and takes forever.
   """
 
   size: int
   broken: frozenset = frozenset()
   reads: list = dataclasses.field(default_factory=list)
+  stuck: str = ''
 
   def __len__(self):
     return self.size
 
   def read(self, k):
     self.reads.append(k)
+    if self.stuck and k > 3:
+      pathlib.Path(self.stuck, str(k)).touch()
+      time.sleep(3600)
     if k in self.broken:
       raise BrokenImage(f'number {k} is odd')
     return np.full(self.image_shape, k % 256, np.uint8), int('jax' in sys.modules)
 
 
-def numbers(size, broken=(), classes=('without', 'with')):
+def numbers(size, broken=(), classes=('without', 'with'), **given):
   """A set of numbers."""
-  return Numbers('numbers', (1, 1, 1), classes, 'numbers', size, frozenset(broken))
+  return Numbers('numbers', (1, 1, 1), classes, 'numbers', size, frozenset(broken), **given)
+
+
+def examples(images):
+  """Every image with its label, or why it is broken."""
+  found = []
+  for k in range(len(images)):
+    try:
+      image, label = images.read(k)
+      found.append((image.tobytes(), image.shape, image.dtype, label))
+    except BrokenImage as error:
+      found.append(str(error))
+  return found
+
+
+def by_pixels(ks):
+  """Labels of `example`s by their pixels: tensorflow-datasets shuffles them."""
+  return {pixels(k).tobytes(): k % 3 for k in ks}
+
+
+def found(images):
+  """The same of a set, as read."""
+  read = dict((image.tobytes(), label) for image, label in map(images.read, range(len(images))))
+  assert len(read) == len(images)
+  return read
+
+
+def run_script(path, body, *args):
+  """Runs `body` as the main process; returns when its workers have ended too, for they hold the pipes."""
+  imports = 'import multiprocessing, os, pathlib, signal, sys, time'
+  ours = 'from diffusion_distillation.datasets.loading import Loader; from tests import tiny_pictures'
+  path.write_text(f"{imports}\n{ours}\nif __name__ == '__main__':\n{textwrap.indent(body, '  ')}")
+  environment = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parent.parent)}
+  command = [sys.executable, path, *args]
+  return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
