@@ -162,3 +162,11 @@ def test_a_split_is_the_sets_own_unless_the_config_names_one():
   given = settings('digits', split='a', eval_split='b')
   assert [given.spec(role, own) for role in datasets.ROLES] == ['a', 'b']
   assert [settings('digits', eval_split='b').spec(role, own) for role in datasets.ROLES] == ['mine', 'b']
+
+
+@pytest.mark.parametrize(('channels', 'expected'), [(None, [1, 3]), (1, [1, 1]), (3, [3, 3])])
+def test_channels_are_the_sets_own_unless_the_config_says(channels, expected):
+  chosen = settings('mnist', image_size=28, channels=channels, resize='lanczos')
+  decoders = [chosen.decoder(own) for own in (1, 3)]
+  assert [decoder.channels for decoder in decoders] == expected
+  assert {(decoder.size, decoder.resize) for decoder in decoders} == {(28, 'lanczos')}

@@ -47,6 +47,7 @@ def test_examples_are_taken_from_any_sequence():
     'train[::2]',
     'train[:201]',
     'train[:101%]',
+    'all[:9]',
     'train-test',
     '+',
   ],

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs import default, digits
-from diffusion_distillation import configuration, stages, times
+from diffusion_distillation import configuration, stages, times, workdir
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Denoising, Progressive
 from diffusion_distillation.schedules import LinearBeta, ShiftedCosine
@@ -185,7 +185,7 @@ def test_conditional_networks_know_the_classes():
 
 
 def test_every_key_of_the_default_config_is_read(monkeypatch):
-  """Planning reads the keys of the model and its training; the loops name theirs in full."""
+  """Planning reads the keys of images, model and training; the loops name theirs in full."""
   config = digits.get_config()
   sections = {id(config): '', **{id(v): f'{k}.' for k, v in config.items() if hasattr(v, 'items')}}
   read = set()
@@ -197,7 +197,7 @@ def test_every_key_of_the_default_config_is_read(monkeypatch):
 
   monkeypatch.setattr(stages, 'check_numbers', lambda *_: None)
   monkeypatch.setattr(type(config), '__getitem__', recording)
-  stages.plan(config, (8, 8, 1), 10)
+  workdir.plan_for(tiny.ROOT / 'nowhere', config)
   monkeypatch.undo()
   source = '\n'.join(path.read_text() for path in (tiny.ROOT / 'diffusion_distillation').rglob('*.py'))
   for key, _ in configuration.flatten(default.get_config()):

@@ -83,6 +83,7 @@ def test_splits_can_be_sliced_and_added(pristine):
     ('eval', 'tast[:3]', r"dataset\.eval_split='tast\[:3\]': .*did you mean 'test'"),
     ('train', 'train[:90', r"dataset\.split='train\[:90': .* sliced such as train\[:90%\]$"),
     ('train', 'train[3:3]', r"dataset\.split='train\[3:3\]'"),
+    ('eval', 'test[:1%]', r"dataset\.eval_split='test\[:1%\]'"),
     ('eval', 'train[5:500]', r"dataset\.eval_split='train\[5:500\]'"),
   ],
 )
@@ -92,17 +93,14 @@ def test_splits_that_there_are_not_are_refused(role, spec, message, pristine):
     open_set(pristine, role=role, **{key: spec})
 
 
-def test_the_identity_tells_splits_and_versions_apart(pristine, path):
-  identities = [
-    open_set(pristine).identity,
-    open_set(pristine, role='eval').identity,
-    open_set(pristine, split='train[:10]').identity,
-    open_set(pristine, split='train[10:]').identity,
-  ]
-  tiny_pictures.prepare(path, {'train': map(tiny_pictures.example, TRAIN)}, version='1.0.1')
-  identities.append(open_set(path).identity)
-  assert len(set(identities)) == 5
-  assert open_set(path, 'tiny_pictures/1.0.0').identity == identities[0]
+def test_the_identity_tells_splits_and_versions_apart(tmp_path):
+  for version in ('1.0.0', '1.0.1'):
+    both = {'train': map(tiny_pictures.example, TRAIN), 'test': map(tiny_pictures.example, TEST)}
+    tiny_pictures.prepare(tmp_path, both, version=version)
+  given = [{'role': 'train'}, {'role': 'eval'}, {'split': 'train[:10]'}, {'split': 'train[10:]'}]
+  names = ('tiny_pictures/1.0.0', 'tiny_pictures/1.0.1')
+  assert len({open_set(tmp_path, name, **g).identity for name in names for g in given}) == 8
+  assert open_set(tmp_path).identity == open_set(tmp_path, names[1]).identity
 
 
 @pytest.mark.parametrize(('own', 'channels'), [(1, 1), (3, 3), (4, 3), (None, 3)])
@@ -334,14 +332,13 @@ def test_known_sets_are_described_without_being_there(name, channels, expected, 
   assert datasets.describe(given) == expected
 
 
-def test_splits_of_known_sets_are_their_own(tmp_path):
-  splits = {name: [tiny_pictures.example(k)] for k, name in enumerate(('train', 'test', 'validation'))}
-  tiny_pictures.prepare(tmp_path, splits, name='Imagenet2012')
-  tiny_pictures.prepare(
-    tmp_path, {name: [tiny_pictures.example(k)] for k, name in enumerate(('train', 'validation'))}
-  )
-  assert found(open_set(tmp_path, 'imagenet2012', 'eval')) == by_pixels([2])
-  assert found(open_set(tmp_path, role='eval')) == by_pixels([1])
+def test_for_evaluation_is_the_test_split_or_the_one_for_validation_or_what_is_known(tmp_path):
+  names = ['train', 'validation', 'test']
+  for name, count in (('Imagenet2012', 3), ('TwoSplits', 2), ('ThreeSplits', 3)):
+    splits = {split: [tiny_pictures.example(k)] for k, split in enumerate(names[:count])}
+    tiny_pictures.prepare(tmp_path, splits, name=name)
+  for name, k in (('imagenet2012', 1), ('two_splits', 1), ('three_splits', 2)):
+    assert found(open_set(tmp_path, name, 'eval')) == by_pixels([k])
 
 
 def test_a_bucket_is_refused():

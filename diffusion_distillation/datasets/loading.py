@@ -6,6 +6,7 @@ part of it.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -14,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -72,7 +73,7 @@ class Shuffled:
 
 @dataclasses.dataclass(frozen=True)
 class InOrder:
-  """Given images one after the other; the last batch is filled up with the first of them."""
+  """Given images one after the other; the last batch is filled up with nothing."""
 
   indices: Sequence[int] | np.ndarray
   batch_size: int
@@ -83,21 +84,42 @@ class InOrder:
   def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
     chosen = np.asarray(self.indices[i * self.batch_size : (i + 1) * self.batch_size], np.int64)
     missing = self.batch_size - len(chosen)
-    indices = np.pad(chosen, (0, missing), constant_values=self.indices[0])
-    return indices, np.arange(self.batch_size) < len(chosen)
+    return np.pad(chosen, (0, missing)), np.arange(self.batch_size) < len(chosen)
 
 
 # Of a worker process: the set that it reads from, sent once.
 _images: ImageSet | None = None
 
 
+class _Worker(multiprocessing.context.SpawnProcess):
+  """A process that SIGTERM does not reach."""
+
+  def terminate(self) -> None:
+    self.kill()
+
+
+class _Context(multiprocessing.context.SpawnContext):
+  Process = _Worker
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+  """What is started here never sees SIGINT and SIGTERM; this process sees them afterwards.
+
+  A signal to the whole process group is the main process's to answer.
+  """
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(images: ImageSet) -> None:
-  """Signals to a whole process group are the main process's to answer; without it a worker is of no use."""
+  """Without the main process a worker is of no use, and ends."""
   global _images
   _images = images
   threadpoolctl.threadpool_limits(1)  # the workers are the parallelism
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   assert parent is not None
 
@@ -154,8 +176,8 @@ class Loader:
     """This process's part of batches, read ahead while the last one is in use.
 
     Yields:
-      `image` (b, H, W, C) uint8; `label` (b,) int32, or None; `mask` (b,) bool: whether the image counts, or
-      only fills the batch, for want of others or in the place of a broken one.
+      `image` (b, H, W, C) uint8; `label` (b,) int32, or None; `mask` (b,) bool: False where another image
+      stands in for a broken one, and where there is none, but zeros, for want of more.
 
     Raises:
       UserError: the batches do not divide by the number of processes, or no image is whole, or a worker died.
@@ -174,7 +196,8 @@ class Loader:
       future, counted = waiting.popleft()
       batch = future.result()
       self._note(dict(batch.pop('skipped')))
-      return batch | {'mask': batch.pop('whole') & counted}
+      batch['mask'] = batch.pop('whole')
+      return {key: _spread(value, counted) for key, value in batch.items()}
 
     try:
       for i in steps:
@@ -183,7 +206,9 @@ class Loader:
         if rest:
           raise UserError(f'batches of {len(indices)} images do not divide by {count} processes')
         mine = slice(index * size, (index + 1) * size)
-        waiting.append((executor.submit(read, indices[mine]), counted[mine]))
+        with _signals_held():
+          future = executor.submit(read, indices[mine][counted[mine]])
+        waiting.append((future, counted[mine]))
         if len(waiting) > 2 * parallel:
           yield take()
       while waiting:
@@ -206,9 +231,8 @@ class Loader:
     in_processes = self._workers > 0 and not self._in_memory
     parallel = self._workers if in_processes else 1 if self._in_memory else _cores()
     if self._executor is None and in_processes:
-      context = multiprocessing.get_context('spawn')
       self._executor = concurrent.futures.ProcessPoolExecutor(
-        parallel, context, _begin_worker, (self.images,)
+        parallel, _Context(), _begin_worker, (self.images,)
       )
     elif self._executor is None:
       self._executor = concurrent.futures.ThreadPoolExecutor(parallel)
@@ -251,6 +275,15 @@ class Loader:
           _log.warning('skipped an image of %s: %s', self.images.name, reason)
         if len(self.skipped) == _NAMED:
           _log.warning('further images of %s that are skipped are only counted', self.images.name)
+
+
+def _spread(values: np.ndarray | None, counted: np.ndarray) -> np.ndarray | None:
+  """Lays the values (n, ...) out where `counted` (b,) holds; zeros elsewhere."""
+  if values is None or len(values) == len(counted):
+    return values
+  spread = np.zeros((len(counted), *values.shape[1:]), values.dtype)
+  spread[counted] = values
+  return spread
 
 
 def _cores() -> int:

@@ -10,6 +10,7 @@ ArrayRecord keeps a hash of each record, and refuses one that has changed.
 
 import dataclasses
 import json
+import math
 import pathlib
 import struct
 from typing import Any
@@ -24,6 +25,16 @@ BROKEN = -(2**31)
 INFO = 'info.json'
 FORMAT = 1  # of the records
 AGAIN = 'remove it and run --mode=prepare again'
+
+
+def shard_count(split: dict[str, Any]) -> int:
+  """Of how many files a split consists."""
+  return math.ceil(split['num_images'] / split['images_per_file'])
+
+
+def is_whole(path: pathlib.Path, split: dict[str, Any]) -> bool:
+  """Whether a file is there and has the size that it was written with."""
+  return path.is_file() and path.stat().st_size == split['bytes'].get(path.name)
 
 
 def pack(image: np.ndarray, label: int) -> bytes:
@@ -62,8 +73,8 @@ class Copy(ImageSet):
   """A split of a copy."""
 
   source: Any
-  directory: pathlib.Path
-  role: str
+  paths: list[pathlib.Path]
+  per_file: int
 
   def __len__(self) -> int:
     return len(self.source)
@@ -72,9 +83,7 @@ class Copy(ImageSet):
     try:
       record = self.source[k]
     except RuntimeError as error:
-      raise DamagedError(
-        f'{self.directory}: the file of {self.role} with image {k} is damaged ({error}); {AGAIN}'
-      ) from error
+      raise DamagedError(f'{self.paths[k // self.per_file]} is damaged ({error}); {AGAIN}') from error
     return unpack(record, self.image_shape)
 
 
@@ -85,9 +94,11 @@ def read_info(directory: pathlib.Path) -> dict[str, Any] | None:
     return None
   try:
     info: dict[str, Any] = json.loads(path.read_text())
-    [info['dataset'].get, info['finished'], *(info['splits'][role]['identity'] for role in ROLES)]
+    [info['dataset'].get, info['finished'], info['name'], info['image_shape'], info['classes']]
+    for role in ROLES:
+      [shard_count(info['splits'][role]), *(info['splits'][role][key] for key in ('identity', 'bytes'))]
   except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise DamagedError(f'{path} is damaged ({error!r}); {AGAIN}') from error
+    raise DamagedError(f'{directory}: {INFO} is damaged ({error!r}); {AGAIN}') from error
   return info
 
 
@@ -119,12 +130,11 @@ def open_split(settings: Settings, role: str) -> ImageSet:
     )
   check_fields(directory, info, settings)
   split = info['splits'][role]
-  paths = shard_paths(directory, role, len(split['bytes']))
-  for path, size in zip(paths, split['bytes'], strict=True):
-    found = path.stat().st_size if path.is_file() else None
-    if found != size:
-      state = 'is missing' if found is None else f'has {found} bytes instead of {size}'
-      raise DamagedError(f'{path} {state}; {AGAIN}')
+  paths = shard_paths(directory, role, shard_count(split))
+  for path in paths:
+    if not is_whole(path, split):
+      state = 'has another size than was written' if path.exists() else 'is missing'
+      raise DamagedError(f'{path} {state}; run --mode=prepare again')
   from array_record.python import array_record_data_source
 
   return Copy(
@@ -133,6 +143,6 @@ def open_split(settings: Settings, role: str) -> ImageSet:
     classes=tuple(info['classes']),
     identity=split['identity'],
     source=array_record_data_source.ArrayRecordDataSource([str(path) for path in paths]),
-    directory=directory,
-    role=role,
+    paths=paths,
+    per_file=split['images_per_file'],
   )

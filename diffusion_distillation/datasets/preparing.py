@@ -57,6 +57,7 @@ def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) ->
         'identity': images.identity,
         'num_images': len(images),
         'images_per_file': per_shard,
+        'bytes': {},
         'broken': {},
       }
       for role, images in sets.items()
@@ -66,8 +67,6 @@ def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) ->
   for role, images in sets.items():
     with contextlib.closing(Loader(images, workers=workers)) as loader:
       _write_split(loader, directory, role, info)
-    paths = prepared.shard_paths(directory, role, math.ceil(len(images) / per_shard))
-    info['splits'][role]['bytes'] = [path.stat().st_size for path in paths]
   _write_info(directory, info | {'finished': True})
   return {role: len(info['splits'][role]['broken']) for role in ROLES}
 
@@ -85,8 +84,8 @@ def _claim(directory: pathlib.Path, settings: Settings, info: dict[str, Any], si
           f'{directory} was begun with other images ({role}: {begun.get("num_images")}, now '
           f'{info["splits"][role]["num_images"]}); remove it, or name another directory'
         )
-      info['splits'][role]['broken'] = begun.get('broken', {})
-  elif directory.exists() and any(directory.iterdir()):
+      info['splits'][role] |= {'bytes': begun['bytes'], 'broken': begun.get('broken', {})}
+  elif directory.is_dir() and any(directory.iterdir()):
     raise UserError(
       f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another'
     )
@@ -113,17 +112,18 @@ def _write_split(loader: Loader, directory: pathlib.Path, role: str, info: dict[
   """Writes those files of a split that are not there; broken images come into `info`, and `info` to disk."""
   split, size = info['splits'][role], len(loader)
   per_shard = split['images_per_file']
-  paths = prepared.shard_paths(directory, role, math.ceil(size / per_shard))
+  paths = prepared.shard_paths(directory, role, prepared.shard_count(split))
   ranges = {
     path: range(k * per_shard, min((k + 1) * per_shard, size))
     for k, path in enumerate(paths)
-    if not path.exists()
+    if not prepared.is_whole(path, split)
   }
   indices = [k for indices in ranges.values() for k in indices]
   with Progress(f'preparing {role}', size, size - len(indices)) as progress:
     records = _records(loader, indices)
     for path, inside in ranges.items():
       temporary = _write_shard(path, itertools.islice(records, len(inside)), progress)
+      split['bytes'][path.name] = temporary.stat().st_size
       split['broken'] |= {str(k): reason for k, reason in loader.skipped.items() if k in inside}
       _write_info(directory, info)
       os.replace(temporary, path)

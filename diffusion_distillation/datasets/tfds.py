@@ -67,6 +67,8 @@ class Prepared(ImageSet):
       raise DamagedError(
         f'dataset {self.name!r}, example {k}: {error}; prepare the set again'
       ) from error
+    if not example[self.image_key]:
+      raise DamagedError(f'dataset {self.name!r}, example {k} is empty; prepare the set again')
     try:
       return self.decoder(example[self.image_key]), int(example[self.label_key]) if self.label_key else 0
     except BrokenImage as error:
@@ -142,15 +144,19 @@ def builder_of(name: str, path: str) -> Any:
     UserError: it is not prepared, or in a format that cannot be read by index; the message has the command.
   """
   directory = find(name, path) or _prepare(name, path)
-  info = json.loads((directory / 'dataset_info.json').read_text())
+  try:
+    info = json.loads((directory / 'dataset_info.json').read_text())
+    json.loads((directory / 'features.json').read_text())
+  except ValueError as error:
+    raise DamagedError(f'{directory} is damaged ({error}); prepare the set again') from error
   if info.get('fileFormat') != 'array_record':
     target = data_dir(path) / 'array_record'
     version = directory.relative_to(data_dir(path))
     raise UserError(
       f'{directory} holds {info.get("fileFormat", "tfrecord")}, which cannot be read by index. Convert it, in an '
       'environment of its own: pip install tensorflow-datasets tensorflow apache-beam mlcroissant && '
-      f'tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record '
-      f'--out_dir={target / version}; then set dataset.path={target}'
+      f'tfds convert_format --dataset_version_dir={shlex.quote(str(directory))} --out_file_format=array_record '
+      f'--out_dir={shlex.quote(str(target / version))}; then set dataset.path={target}'
     )
   import tensorflow_datasets as tfds
 
@@ -165,11 +171,13 @@ def _features(name: str, builder: Any) -> tuple[str, str, tuple[str, ...], int]:
   images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
   labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
   if not images or (len(images) > 1 and 'image' not in images):
-    raise UserError(f'dataset {name!r} is no set of images: it has the features {", ".join(features)}')
+    raise UserError(
+      f'dataset {name!r} is no set of images: it has the features {", ".join(sorted(features))}'
+    )
   image = 'image' if 'image' in images else images[0]
   label = 'label' if 'label' in labels else labels[0] if len(labels) == 1 else ''
   count = features[label].num_classes if label else 0
-  classes = (features[label].names or map(str, range(count))) if count else ()
+  classes = features[label].names if count else ()
   return image, label, tuple(classes), 1 if features[image].shape[-1] == 1 else 3
 
 
