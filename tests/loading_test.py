@@ -92,13 +92,12 @@ def test_a_shuffled_batch_larger_than_the_set_goes_round_it_and_all_of_it_counts
 
 
 @pytest.mark.parametrize(('count', 'batch_size'), [(10, 4), (8, 4), (3, 5), (1, 1)])
-def test_in_order_every_index_counts_once_and_the_rest_is_the_first(count, batch_size):
+def test_in_order_every_index_counts_once_and_the_rest_is_not_counted(count, batch_size):
   given = [7 * k + 5 for k in range(count)]
   order = InOrder(given, batch_size)
   indices, counted = map(np.concatenate, zip(*map(order, range(len(order))), strict=True))
   assert len(indices) == -(-count // batch_size) * batch_size
   np.testing.assert_array_equal(indices[counted], given)
-  assert set(indices[~counted].tolist()) <= {5}
 
 
 def test_batches_hold_the_images_at_the_shuffled_indices(images):

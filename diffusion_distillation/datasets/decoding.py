@@ -10,6 +10,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusion_distillation.datasets.image_set import BrokenImage
 
+# About odd metadata, and about images that are merely large.
+warnings.filterwarnings('ignore', module=r'PIL\.')
+
 # What is read, whatever a file is called. (Pillow reads more; EPS, for one, by running a program.)
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF')
 SUFFIXES = (
@@ -60,14 +63,12 @@ class Decoder:
   def __call__(self, data: bytes) -> np.ndarray:
     """Raises BrokenImage: this is no image, or not a whole one, or its short side is below `size`."""
     try:
-      with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # about odd metadata, and about images that are merely large
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-          if min(image.size) < self.size:
-            raise BrokenImage(
-              f'is {image.width}x{image.height}, smaller than dataset.image_size={self.size}'
-            )
-          return self.fit(as_seen(image, self.channels))
+      with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if min(image.size) < self.size:
+          raise BrokenImage(
+            f'is {image.width}x{image.height}, smaller than dataset.image_size={self.size}'
+          )
+        return self.fit(as_seen(image, self.channels))
     except BrokenImage:
       raise
     except UnidentifiedImageError as error:
@@ -114,4 +115,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
   values = np.asarray(image).astype(np.int64)
   if values.min() < 0 or values.max() > 65535:
     raise ValueError('integer pixels beyond 16 bits have no known range')
-  return Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+  grey = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+  if 'transparency' in image.info:
+    grey.putalpha(
+      Image.fromarray(np.where(values == image.info['transparency'], 0, 255).astype(np.uint8))
+    )
+  return grey

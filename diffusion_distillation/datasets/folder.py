@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import fsspec
 
@@ -18,12 +18,15 @@ SPLIT_FOLDERS = ('train', 'test', 'val', 'valid', 'validation')
 MAX_BYTES = 2**29  # of one file; larger ones are not images, or not for this
 
 
+Parts = dict[str, tuple[str, ...]]  # of the path of each image, by its name
+
+
 @dataclasses.dataclass(frozen=True)
 class Tree:
-  """What was found: each split's files, and their classes.
+  """What was found.
 
   Attributes:
-    files: (name below the root, label) by split.
+    files: (name, label) of each split's images.
     classes: names by label; empty if the images are not in folders by class.
   """
 
@@ -31,42 +34,39 @@ class Tree:
   classes: tuple[str, ...]
 
 
-def arrange(names: Collection[str]) -> Tree:
+def arrange(names: Iterable[str]) -> Tree:
   """Reads splits and classes off the names of image files ('train/cat/1.png').
 
   Folders that hold everything are passed over. Folders called train, test, validation and so on, and nothing beside
   them, are splits; without them all is 'train'. Below, images lie flat, or in one folder a class (and in whatever
-  folders below that). Within a split they are ordered by a hash of their names below it, so that any slice is a
-  fair sample, and a zip of a folder is in the order of the folder.
+  folders below that). Within a split they are ordered by a hash of their names, so that any slice is a fair sample.
 
   Raises:
     ValueError: some images are in folders, and some beside these; the message names one of each.
   """
-  paths = [pathlib.PurePosixPath(name) for name in names]
-  below = 0
-  while all(len(path.parts) > below + 1 for path in paths) and paths:
-    if len({path.parts[below] for path in paths}) > 1:
-      break
-    below += 1
-  inside = {name: path.parts[below:] for name, path in zip(names, paths, strict=True)}
+  inside = passed_over({name: tuple(name.split('/')) for name in names})
+  split_of = dict.fromkeys(inside, 'train')
   tops = {parts[0] if len(parts) > 1 else '' for parts in inside.values()}
-  table: dict[str, dict[str, tuple[str, ...]]] = {'train': inside}
   if 'train' in tops and tops <= set(SPLIT_FOLDERS):
-    table = {top: {n: p[1:] for n, p in inside.items() if p[0] == top} for top in sorted(tops)}
-  flat = [name for part in table.values() for name, parts in part.items() if len(parts) == 1]
-  deep = [name for part in table.values() for name, parts in part.items() if len(parts) > 1]
+    split_of = {name: parts[0] for name, parts in inside.items()}
+    inside = passed_over({name: parts[1:] for name, parts in inside.items()})
+  flat = [name for name, parts in inside.items() if len(parts) == 1]
+  deep = [name for name, parts in inside.items() if len(parts) > 1]
   if flat and deep:
     raise ValueError(f'has images in folders ({min(deep)}) and beside them ({min(flat)})')
-  found = {parts[0] for part in table.values() for parts in part.values()} if deep else set()
-  classes = tuple(sorted(found)) if len(found) > 1 else ()
+  classes = tuple(sorted({inside[name][0] for name in deep}))
   label = {name: k for k, name in enumerate(classes)}
-  return Tree(
-    {
-      split: [(name, label.get(part[name][0], 0)) for name in sorted(part, key=lambda n: _hash(part[n]))]
-      for split, part in table.items()
-    },
-    classes,
-  )
+  files: dict[str, list[tuple[str, int]]] = {}
+  for name in sorted(inside, key=lambda name: _hash(inside[name])):
+    files.setdefault(split_of[name], []).append((name, label.get(inside[name][0], 0)))
+  return Tree(files, classes)
+
+
+def passed_over(parts: Parts) -> Parts:
+  """The same without the folders that hold all of them."""
+  while parts and all(len(p) > 1 for p in parts.values()) and len({p[0] for p in parts.values()}) == 1:
+    parts = {name: p[1:] for name, p in parts.items()}
+  return parts
 
 
 def _hash(parts: tuple[str, ...]) -> bytes:
@@ -100,25 +100,43 @@ class Folder(ImageSet):
       raise BrokenImage(f'{path} cannot be read: {error!r}') from error
 
 
+def _walk(root: str) -> Iterator[tuple[str, int]]:
+  """Files below a local directory and their sizes; follows links, each directory once."""
+  seen: set[str] = set()
+  for directory, below, files in os.walk(root, followlinks=True):
+    real = os.path.realpath(directory)
+    if real in seen:
+      below.clear()
+      continue
+    seen.add(real)
+    for file in files:
+      path = os.path.join(directory, file)
+      if os.path.isfile(path):
+        yield path, os.path.getsize(path)
+
+
 @functools.lru_cache(maxsize=2)
 def _listing(path: str) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, int]]]:
-  """The file system of `path`, and its image files: full path and size, by name below `path`."""
-  local = '://' not in path
-  url = str(pathlib.Path(path).expanduser().absolute()) if local else path
-  if local and not pathlib.Path(url).exists():
-    raise UserError(f'dataset.path={path}: there is no such file or directory')
-  is_zip = url.lower().endswith('.zip')
+  """The file system of an absolute path or URL, and the image files there: path and size, by name below it.
+
+  Kept, since both splits of a run ask for it.
+  """
   try:
-    system, root = fsspec.core.url_to_fs(f'zip::{url}' if is_zip else url)
-    details: dict[str, Any] = system.find(root, detail=True)
+    if os.path.isdir(path):
+      system, root = fsspec.filesystem('file'), path
+      sizes = dict(_walk(path))
+    else:
+      zipped = path.lower().endswith('.zip')
+      system, root = (fsspec.filesystem('zip', fo=path), '') if zipped else fsspec.core.url_to_fs(path)
+      sizes = {full: int(info['size']) for full, info in system.find(root, detail=True).items()}
   except Exception as error:  # of any file system: no such bucket, not a zip, not allowed, not installed
     raise UserError(f'dataset.path={path} cannot be listed: {error}') from error
   found = {}
-  for full, info in details.items():
+  for full, size in sizes.items():
     name = full[len(root) :].lstrip('/')
     hidden = any(part.startswith('.') or part == '__MACOSX' for part in name.split('/'))
-    if name.lower().endswith(decoding.SUFFIXES) and not hidden and info['size'] <= MAX_BYTES:
-      found[name] = (full, int(info['size']))
+    if name.lower().endswith(decoding.SUFFIXES) and not hidden and size <= MAX_BYTES:
+      found[name] = (full, size)
   return system, found
 
 
@@ -130,7 +148,12 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   """
   if not settings.path:
     raise UserError('dataset.name=folder needs dataset.path, a directory or a .zip of images')
-  system, found = _listing(settings.path)
+  path = settings.path
+  if '://' not in path:
+    path = os.path.abspath(os.path.expanduser(path))
+    if not os.path.exists(path):
+      raise UserError(f'dataset.path={settings.path}: there is no such file or directory')
+  system, found = _listing(path)
   if not found:
     raise UserError(f'dataset.path={settings.path} holds no image ({", ".join(decoding.SUFFIXES)})')
   try:
@@ -138,15 +161,18 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   except ValueError as error:
     raise UserError(f'dataset.path={settings.path} {error}; use one folder a class, or none') from error
   others = [name for name in SPLIT_FOLDERS[1:] if name in tree.files]
+  if len(found) < 4 and not others and not settings.spec(role, ('', '')):
+    raise UserError(f'dataset.path={settings.path} holds {len(found)} images; 4 are needed at least')
   default = ('train', others[0]) if others else splits.held_out(len(tree.files['train']))
   chosen = splits.select(settings.key(role), settings.spec(role, default), tree.files)
-  described = f'{tree.classes} {[(found[n][1], label) for n, label in chosen]}'
+  top = len(os.path.commonpath([os.path.dirname(name) for name in found]))
+  described = [(name[top:].lstrip('/'), found[name][1], label) for name, label in chosen]
   size, channels = settings.image_size, settings.channels or 3
   return Folder(
     name=pathlib.PurePosixPath(settings.path.rstrip('/')).stem or 'folder',
     image_shape=(size, size, channels),
     classes=tree.classes,
-    identity=hashlib.sha256(described.encode()).hexdigest(),
+    identity=hashlib.sha256(f'{tree.classes} {described}'.encode()).hexdigest(),
     files=[(found[name][0], label) for name, label in chosen],
     system=system,
     decoder=settings.decoder(channels),

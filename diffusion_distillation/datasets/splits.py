@@ -27,7 +27,7 @@ def select(key: str, spec: str, table: Mapping[str, Sequence[Any]]) -> list[Any]
   try:
     parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
     found = [example for part in parts for example in table[part.splitname][part.from_ : part.to]]
-  except (ValueError, KeyError, AssertionError, AttributeError) as error:
+  except (ValueError, NotImplementedError) as error:
     raise bad_spec(key, spec, list(table)) from error
   if not found:
     raise UserError(f'{key}={spec!r} holds no image')
@@ -36,8 +36,8 @@ def select(key: str, spec: str, table: Mapping[str, Sequence[Any]]) -> list[Any]
 
 def bad_spec(key: str, spec: str, names: Sequence[str]) -> UserError:
   """The error for a split that there is not, or that cannot be read."""
-  name = spec.split('[')[0]
-  hint = '' if name in names else nearest(name, names)
+  given = [part.split('[')[0].strip() for part in spec.split('+')]
+  hint = next((nearest(name, names) for name in given if name not in names), '')
   return UserError(
     f'{key}={spec!r}: there are the splits {", ".join(names)}, whole or sliced such as '
     f'{names[0]}[:90%]{hint}'

@@ -193,7 +193,7 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   spec = settings.spec(role, default)
   try:
     source = builder.as_data_source(spec, decoders={image: tfds.decode.SkipDecoding()})
-  except (ValueError, KeyError, AssertionError) as error:
+  except (ValueError, NotImplementedError) as error:
     raise splits.bad_spec(settings.key(role), spec, names) from error
   if not len(source):
     raise UserError(f'{settings.key(role)}={spec!r} holds no image')
