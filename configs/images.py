@@ -18,7 +18,7 @@ NETWORKS = {
 
 
 def get_config(variant: str = '64') -> ml_collections.ConfigDict:
-  """A network that predicts v, told the class; 64 steps, distilled to 1."""
+  """A network that predicts v; 64 steps (the small one 16), distilled to 1."""
   if variant not in NETWORKS:
     raise UserError(f'config variant :{variant} is not known; one of {", ".join(NETWORKS)}')
   c = default.get_config()

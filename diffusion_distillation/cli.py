@@ -23,7 +23,7 @@ from diffusion_distillation import (
   workdir,
 )
 from diffusion_distillation.checkpoints import read_json
-from diffusion_distillation.configuration import Config, check_keys, choose
+from diffusion_distillation.configuration import Config, check_keys, check_numbers, choose
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure, pictures
@@ -98,7 +98,9 @@ def _workdir(options: Options) -> pathlib.Path:
 
 
 def _prepare(options: Options) -> None:
-  dataset = _config(options).dataset
+  config = _config(options)
+  check_numbers(config)
+  dataset = config.dataset
   broken = preparing.prepare(datasets.Settings.of(dataset), dataset.workers)
   skipped = ', '.join(f'{count} of {role}' for role, count in broken.items())
   print(f'{dataset.prepared}: prepared; images skipped: {skipped}')
@@ -173,7 +175,7 @@ def _classes(options: Options, stage: stages.Stage, directory: pathlib.Path) -> 
   given = list(options.classes)
   if given and not num_classes:
     raise UserError(f'--classes={",".join(given)}: stage {stage.name} is of an unconditional model')
-  if given == ['none']:
+  if given == ['none'] and 'none' not in workdir.class_names(directory):
     if not stage.recipe.label_dropout:
       raise UserError(
         '--classes=none: the model was trained with dataset.label_dropout=0, all classes told'
@@ -181,7 +183,7 @@ def _classes(options: Options, stage: stages.Stage, directory: pathlib.Path) -> 
     return [pixels.NO_CLASS]
   by_name = {name: label for label, name in enumerate(workdir.class_names(directory))}
   by_number = {str(label): label for label in range(num_classes)}
-  known = by_name | by_number
+  known = by_number | by_name
   if not all(c in known for c in given):
     raise UserError(
       f'--classes={",".join(given)}: classes are whole numbers, 0 to {num_classes - 1}, or their names in '

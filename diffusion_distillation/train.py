@@ -209,11 +209,12 @@ def _loop(
   seconds: float,
 ) -> tuple[TrainState, float]:
   """Updates until the stage is finished; returns the last state and the seconds it took in all."""
-  done, began = int(state.step), time.monotonic() - seconds
+  done = int(state.step)
+  host_batches = images.shuffled(int(stage.recipe.seed), stage.batch_size, done, stage.num_updates)
+  began = time.monotonic() - seconds
   teacher_params = None if teacher is None else sharding.replicate(teacher.params)
   pending: list[dict[str, jax.Array]] = []
   progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
-  host_batches = images.shuffled(int(stage.recipe.seed), stage.batch_size, done, stage.num_updates)
   with (
     contextlib.closing(host_batches),
     progress,

@@ -7,7 +7,6 @@ workdir/<stage>/stage.json  parent and its digest, parameterization, schedule, s
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import pathlib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation import datasets, sharding
+from diffusion_distillation import datasets, locks, sharding
 from diffusion_distillation.checkpoints import Checkpoints, digest, read_json, write_json
 from diffusion_distillation.configuration import Config, check_known, choose, flatten
 from diffusion_distillation.datasets.loading import Loader
@@ -62,21 +61,8 @@ class Model:
 
 
 def lock_workdir(workdir: pathlib.Path) -> IO[str]:
-  """Makes `workdir` if need be; returns the lock, to be closed, that keeps other runs out.
-
-  Raises:
-    UserError: it cannot be written, or another run is using it.
-  """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = (workdir / '.lock').open('w')
-  except OSError as error:
-    raise UserError(f'cannot write to --workdir={workdir}: {error.strerror}') from error
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise UserError(f'another run is using --workdir={workdir}') from error
-  return lock
+  """Makes `workdir` if need be; returns the lock, to be closed, that keeps other runs out; see `locks.lock`."""
+  return locks.lock(workdir, '--workdir')
 
 
 def check_config(path: pathlib.Path, made_with: Mapping[str, Any], config: Config) -> None:
@@ -133,10 +119,9 @@ def _tuples(value: Any) -> Any:
 
 def open_images(config: Config, role: str) -> Loader:
   """The images to train on ('train') or those held out ('eval'), not yet read; raises UserError without any."""
-  settings, section = datasets.Settings.of(config.dataset), config.dataset
-  images = datasets.open_split(settings, role)
-  if len(images) < 2:
-    raise UserError(f'{settings.key(role)}: {images.name!r} has {len(images)} image there; 2 are needed')
+  section = config.dataset
+  images = datasets.open_split(datasets.Settings.of(section), role)
+  images.check()
   return Loader(images, section.in_memory_gb, section.workers, sharding.part())
 
 

@@ -45,8 +45,8 @@ CASES = {
     ['{mixed}/cat', '1 image'],
   ),
   'zip that is none': (
-    [*FOLDER, '--config.dataset.path={directory}/../no.zip'],
-    ['dataset.path={directory}/../no.zip cannot be listed'],
+    [*FOLDER, '--config.dataset.path={zip}'],
+    ['dataset.path={zip} cannot be listed'],
   ),
   'classes of a flat folder': (
     [*FOLDER, '--config.dataset.path={flat}', '--config.model.conditional=True'],
@@ -161,7 +161,8 @@ def images(root):
   for name in ('mixed/cat/1.png', 'mixed/2.png', *(f'flat/{k}.png' for k in range(8))):
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     Image.new('RGB', (8, 8), (40, 80, 120)).save(root / name)
-  (root / 'no.zip').write_bytes(b'PK, but no zip')
+  places['zip'] = root / 'no.zip'
+  places['zip'].write_bytes(b'PK, but no zip')
   settings = datasets.Settings.of(tiny.config(dataset__prepared=str(places['copied'])).dataset)
   preparing.prepare(settings, workers=0)
   shutil.copytree(places['copied'], places['begun'])

@@ -34,6 +34,7 @@ def describe(settings: Settings) -> tuple[tuple[int, int, int], int]:
     UserError: see `open_split`.
   """
   if settings.name in tfds.KNOWN and not settings.prepared:
+    tfds.data_dir(settings.path)
     known = tfds.KNOWN[settings.name]
     size = settings.image_size
     return (size, size, settings.channels or known.channels), known.num_classes

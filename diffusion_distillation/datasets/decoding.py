@@ -10,6 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusion_distillation.datasets.image_set import BrokenImage
 
+_BLOCK = 2**20  # pixels that `area` has in float64 at a time
+
 # About odd metadata, and about images that are merely large.
 warnings.filterwarnings('ignore', module=r'PIL\.')
 
@@ -32,9 +34,16 @@ def _overlap(length: int, size: int) -> np.ndarray:
 
 def area(image: np.ndarray, size: int) -> np.ndarray:
   """(H, W, C) to (size, size, C): the mean of the image over each new pixel's rectangle, in float64."""
-  height, width, _ = image.shape
-  down, across = _overlap(height, size), _overlap(width, size)
-  return np.einsum('jh,hwc,kw->jkc', down, image.astype(np.float64), across, optimize=True)
+  height, width, channels = image.shape
+  across, resized = _overlap(width, size), np.empty((size, size, channels))
+  rows = max(1, size * _BLOCK // (height * width))
+  for j in range(0, size, rows):
+    down = _overlap(height, size)[j : j + rows]
+    used = np.flatnonzero(down.any(axis=0))
+    part = slice(used[0], used[-1] + 1)
+    block = image[part].astype(np.float64)
+    resized[j : j + rows] = np.einsum('jh,hwc,kw->jkc', down[:, part], block, across, optimize=True)
+  return resized
 
 
 # Pillow's filters are scaled to the new pixel, hence antialiased.

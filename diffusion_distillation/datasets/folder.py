@@ -5,6 +5,9 @@ import functools
 import hashlib
 import os
 import pathlib
+import time
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 
 import fsspec
@@ -15,6 +18,7 @@ from diffusion_distillation.datasets.settings import Settings
 from diffusion_distillation.errors import UserError
 
 SPLIT_FOLDERS = ('train', 'test', 'val', 'valid', 'validation')
+_LIKE_SPLITS = {'training', 'testing', 'eval', 'evaluation', *SPLIT_FOLDERS[1:]}
 MAX_BYTES = 2**29  # of one file; larger ones are not images, or not for this
 
 
@@ -50,6 +54,10 @@ def arrange(names: Iterable[str]) -> Tree:
   if 'train' in tops and tops <= set(SPLIT_FOLDERS):
     split_of = {name: parts[0] for name, parts in inside.items()}
     inside = passed_over({name: parts[1:] for name, parts in inside.items()})
+  elif alike := sorted(top for top in tops if top.lower() in _LIKE_SPLITS):
+    raise ValueError(
+      f'has a folder {alike[0]!r}, but splits are folders {", ".join(SPLIT_FOLDERS)}, train among them, and nothing beside'
+    )
   flat = [name for name, parts in inside.items() if len(parts) == 1]
   deep = [name for name, parts in inside.items() if len(parts) > 1]
   if flat and deep:
@@ -93,17 +101,39 @@ class Folder(ImageSet):
   def read(self, k: int) -> Example:
     path, label = self.files[k]
     try:
-      return self.decoder(self.system.cat_file(path)), label
+      return self.decoder(self._bytes(path)), label
     except BrokenImage as error:
       raise BrokenImage(f'{path} {error}') from error
-    except Exception as error:  # whatever a file system raises for one file
-      raise BrokenImage(f'{path} cannot be read: {error!r}') from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+      raise BrokenImage(f'{path} cannot be unpacked: {error}') from error
+
+  def _bytes(self, path: str) -> bytes:
+    """Of a file; tries again before it gives up, since what is skipped must not depend on a network's mood."""
+    for wait in (0.1, 1.0, 5.0, None):
+      try:
+        data: bytes = self.system.cat_file(path)
+        return data
+      except (zipfile.BadZipFile, zlib.error, EOFError):
+        raise
+      except Exception as error:  # whatever a file system raises for one file
+        lasting = isinstance(error, FileNotFoundError | PermissionError | RuntimeError)
+        if wait is None or lasting:
+          raise UserError(
+            f'{path} cannot be read: {error}; mend it, or remove it from the set'
+          ) from error
+        time.sleep(wait)
+    raise AssertionError
 
 
 def _walk(root: str) -> Iterator[tuple[str, int]]:
   """Files below a local directory and their sizes; follows links, each directory once."""
   seen: set[str] = set()
-  for directory, below, files in os.walk(root, followlinks=True):
+
+  def refuse(error: OSError) -> None:
+    raise error
+
+  for directory, below, files in os.walk(root, followlinks=True, onerror=refuse):
+    below.sort()
     real = os.path.realpath(directory)
     if real in seen:
       below.clear()
@@ -159,10 +189,14 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   try:
     tree = arrange(found)
   except ValueError as error:
-    raise UserError(f'dataset.path={settings.path} {error}; use one folder a class, or none') from error
+    raise UserError(f'dataset.path={settings.path} {error}; see docs/your_own_images.md') from error
   others = [name for name in SPLIT_FOLDERS[1:] if name in tree.files]
   if len(found) < 4 and not others and not settings.spec(role, ('', '')):
     raise UserError(f'dataset.path={settings.path} holds {len(found)} images; 4 are needed at least')
+  if role == 'eval' and settings.split and not settings.eval_split and not others:
+    raise UserError(
+      f'dataset.split={settings.split} is given: give dataset.eval_split, too, what is held out'
+    )
   default = ('train', others[0]) if others else splits.held_out(len(tree.files['train']))
   chosen = splits.select(settings.key(role), settings.spec(role, default), tree.files)
   top = len(os.path.commonpath([os.path.dirname(name) for name in found]))

@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation.errors import UserError
+from diffusion_distillation.errors import DamagedError, UserError
 
 Example = tuple[np.ndarray, int]
 Batch = dict[str, Any]
+
+
+_IN_A_ROW = 1000  # broken images after which a set is given up
 
 
 class BrokenImage(Exception):
@@ -24,7 +27,7 @@ class ImageSet(abc.ABC):
     name: for reports.
     image_shape: (H, W, C).
     classes: names of the classes, by label; empty without labels.
-    identity: sha256 of what it reads; equal for equal images in equal order.
+    identity: sha256 of what it is made of (of files: names and sizes); equal for equal images in equal order.
   """
 
   name: str
@@ -67,13 +70,32 @@ class ImageSet(abc.ABC):
   def _next_whole(self, k: int) -> tuple[Example, dict[int, str]]:
     """The first example from k on (around the end) that is whole, and what was skipped on the way."""
     skipped: dict[int, str] = {}
-    for j in range(k, k + len(self)):
+    for j in range(k, k + min(len(self), _IN_A_ROW)):
       try:
         return self.read(j % len(self)), skipped
       except BrokenImage as error:
         skipped[j % len(self)] = str(error)
     raise UserError(
-      f'dataset {self.name!r}: none of its {len(self)} images can be used; {next(iter(skipped.values()))}'
+      f'dataset {self.name!r}: none of {len(skipped)} images in a row can be used, of {len(self)}; the first: '
+      f'{next(iter(skipped.values()))}'
+    )
+
+  def check(self) -> None:
+    """Raises UserError unless two images are whole among the first ones."""
+    reasons, whole = [], 0
+    for k in range(min(len(self), _IN_A_ROW)):
+      try:
+        self.read(k)
+        whole += 1
+      except BrokenImage as error:
+        reasons.append(str(error))
+      if whole == 2:
+        return
+    found = (
+      f'{whole} of the first {whole + len(reasons)} images can be used' if reasons else f'{whole} image'
+    )
+    raise UserError(
+      f'dataset {self.name!r}: {found}, 2 are needed at least; {"".join(reasons[:1])}'.rstrip('; ')
     )
 
 
@@ -108,3 +130,11 @@ class InMemory(ImageSet):
       'whole': np.ones(len(indices), bool),
       'skipped': (),
     }
+
+
+def reading_error(what: str, error: RuntimeError, again: str) -> UserError:
+  """What ArrayRecord's error means: a damaged file, to be made `again`, or one that cannot be read now."""
+  text = str(error).splitlines()[0]
+  if ' failed: ' in text:  # a system call's
+    return UserError(f'{what} cannot be read: {text}')
+  return DamagedError(f'{what} is damaged ({text}); {again}')

@@ -13,6 +13,7 @@ import logging
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -119,6 +120,7 @@ def _begin_worker(images: ImageSet) -> None:
   """Without the main process a worker is of no use, and ends."""
   global _images
   _images = images
+  _allow_files()
   threadpoolctl.threadpool_limits(1)  # the workers are the parallelism
   parent = multiprocessing.parent_process()
   assert parent is not None
@@ -128,6 +130,13 @@ def _begin_worker(images: ImageSet) -> None:
     os._exit(1)
 
   threading.Thread(target=follow, daemon=True).start()
+
+
+def _allow_files() -> None:
+  """As many open files as the system lets this process have: ArrayRecord keeps every file of a set open."""
+  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with contextlib.suppress(ValueError, OSError):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _read_in_worker(indices: np.ndarray) -> Batch:
@@ -228,6 +237,7 @@ class Loader:
 
   def _start(self) -> tuple[Executor, int]:
     """Threads or processes, kept from stream to stream, and their number."""
+    _allow_files()
     in_processes = self._workers > 0 and not self._in_memory
     parallel = self._workers if in_processes else 1 if self._in_memory else _cores()
     if self._executor is None and in_processes:

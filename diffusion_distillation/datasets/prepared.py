@@ -11,13 +11,14 @@ ArrayRecord keeps a hash of each record, and refuses one that has changed.
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import struct
 from typing import Any
 
 import numpy as np
 
-from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet
+from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet, reading_error
 from diffusion_distillation.datasets.settings import ROLES, Settings
 from diffusion_distillation.errors import DamagedError, UserError
 
@@ -44,7 +45,7 @@ def pack(image: np.ndarray, label: int) -> bytes:
 
 def pack_broken(reason: str) -> bytes:
   """A record in the place of a broken image."""
-  return struct.pack('<i', BROKEN) + reason.encode()
+  return struct.pack('<i', BROKEN) + reason.encode(errors='backslashreplace')
 
 
 def unpack(record: bytes, image_shape: tuple[int, int, int]) -> Example:
@@ -56,11 +57,11 @@ def unpack(record: bytes, image_shape: tuple[int, int, int]) -> Example:
 
 
 def fields(settings: Settings) -> dict[str, Any]:
-  """What a copy depends on; not where the original lies."""
+  """What a copy depends on; of where the original lies, the folder's name."""
   kept = dataclasses.asdict(settings)
-  return {key: value for key, value in kept.items() if key not in ('path', 'prepared')} | {
-    'format': FORMAT
-  }
+  del kept['prepared']
+  path = pathlib.PurePath(settings.path).stem if settings.name == 'folder' else ''
+  return kept | {'path': path, 'format': FORMAT}
 
 
 def shard_paths(directory: pathlib.Path, role: str, count: int) -> list[pathlib.Path]:
@@ -83,8 +84,13 @@ class Copy(ImageSet):
     try:
       record = self.source[k]
     except RuntimeError as error:
-      raise DamagedError(f'{self.paths[k // self.per_file]} is damaged ({error}); {AGAIN}') from error
+      raise reading_error(str(self.paths[k // self.per_file]), error, AGAIN) from error
     return unpack(record, self.image_shape)
+
+
+def directory_of(settings: Settings) -> pathlib.Path:
+  """Where the copy is, or is to be."""
+  return pathlib.Path(os.path.abspath(os.path.expanduser(settings.prepared)))
 
 
 def read_info(directory: pathlib.Path) -> dict[str, Any] | None:
@@ -108,7 +114,7 @@ def check_fields(directory: pathlib.Path, info: dict[str, Any], settings: Settin
   differing = [
     f'dataset.{key} was {info["dataset"].get(key)}, is {value}'
     for key, value in wanted.items()
-    if info['dataset'].get(key) != value
+    if info['dataset'].get(key) != value and (key != 'path' or value)
   ]
   if differing:
     raise UserError(f'dataset.prepared={directory} is of other images: {"; ".join(differing)}')
@@ -121,7 +127,7 @@ def open_split(settings: Settings, role: str) -> ImageSet:
     UserError: there is no finished copy, or it is of other images.
     DamagedError: a file of it is missing or has another size.
   """
-  directory = pathlib.Path(settings.prepared).expanduser().absolute()
+  directory = directory_of(settings)
   info = read_info(directory)
   if info is None or not info['finished']:
     raise UserError(

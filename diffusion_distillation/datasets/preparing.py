@@ -7,12 +7,12 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import interrupts
+from diffusion_distillation import interrupts, locks
 from diffusion_distillation.datasets import open_original, prepared
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.datasets.settings import ROLES, Settings
@@ -42,10 +42,20 @@ def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) ->
   """
   if not settings.prepared:
     raise UserError('--mode=prepare needs dataset.prepared, the directory to write to')
-  directory = pathlib.Path(settings.prepared).expanduser().absolute()
+  directory = prepared.directory_of(settings)
+  if not directory.is_dir() or not any(directory.iterdir()) or (directory / prepared.INFO).is_file():
+    with locks.lock(directory, 'dataset.prepared'):
+      return _prepare(settings, directory, workers, shard_bytes)
+  raise UserError(f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another')
+
+
+def _prepare(
+  settings: Settings, directory: pathlib.Path, workers: int, shard_bytes: int
+) -> dict[str, int]:
   sets = {role: open_original(settings, role) for role in ROLES}
+  for images in sets.values():
+    images.check()
   shape = sets['train'].image_shape
-  per_shard = max(1, shard_bytes // math.prod(shape))
   info: dict[str, Any] = {
     'dataset': prepared.fields(settings),
     'name': sets['train'].name,
@@ -56,14 +66,15 @@ def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) ->
       role: {
         'identity': images.identity,
         'num_images': len(images),
-        'images_per_file': per_shard,
+        'images_per_file': max(1, shard_bytes // math.prod(shape)),
         'bytes': {},
         'broken': {},
       }
       for role, images in sets.items()
     },
   }
-  _claim(directory, settings, info, sum(map(len, sets.values())) * (math.prod(shape) + 4))
+  _go_on(directory, settings, info)
+  _write_info(directory, info)
   for role, images in sets.items():
     with contextlib.closing(Loader(images, workers=workers)) as loader:
       _write_split(loader, directory, role, info)
@@ -71,35 +82,29 @@ def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) ->
   return {role: len(info['splits'][role]['broken']) for role in ROLES}
 
 
-def _claim(directory: pathlib.Path, settings: Settings, info: dict[str, Any], size: int) -> None:
-  """Makes the directory, or checks that what is there is the beginning of the same copy."""
+def _go_on(directory: pathlib.Path, settings: Settings, info: dict[str, Any]) -> None:
+  """Takes over what is known of the files that are there; raises UserError unless all goes on as it began."""
   found = prepared.read_info(directory)
-  if found is not None:
-    prepared.check_fields(directory, found, settings)
-    for role in ROLES:
-      begun = found['splits'][role]
-      keys = ('identity', 'num_images', 'images_per_file')
-      if any(begun.get(key) != info['splits'][role][key] for key in keys):
-        raise UserError(
-          f'{directory} was begun with other images ({role}: {begun.get("num_images")}, now '
-          f'{info["splits"][role]["num_images"]}); remove it, or name another directory'
-        )
-      info['splits'][role] |= {'bytes': begun['bytes'], 'broken': begun.get('broken', {})}
-  elif directory.is_dir() and any(directory.iterdir()):
-    raise UserError(
-      f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another'
-    )
-  else:
-    try:
-      directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise UserError(
-        f'dataset.prepared={settings.prepared} cannot be made: {error.strerror}'
-      ) from error
+  if found is None:
+    size = math.prod(info['image_shape']) + 4
+    needed = size * sum(split['num_images'] for split in info['splits'].values())
     free = shutil.disk_usage(directory).free
-    if size > free:
-      raise UserError(f'{directory} needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there')
-  _write_info(directory, info)
+    if needed > free:
+      raise UserError(f'{directory} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there')
+    return
+  prepared.check_fields(directory, found, settings)
+  for role in ROLES:
+    begun, split = found['splits'][role], info['splits'][role]
+    differing = [
+      f'{key} was {begun[key]}, is {split[key]}'
+      for key in ('num_images', 'images_per_file', 'identity')
+      if begun[key] != split[key]
+    ]
+    if differing:
+      raise UserError(
+        f'{directory} was begun with other images ({role}: {", ".join(differing)}); remove it, or name another'
+      )
+    split |= {'bytes': begun['bytes'], 'broken': begun.get('broken', {})}
 
 
 def _write_info(directory: pathlib.Path, info: dict[str, Any]) -> None:
@@ -149,10 +154,18 @@ def _write_shard(path: pathlib.Path, records: Iterator[bytes], progress: Progres
 
   temporary = path.with_suffix('.tmp')
   writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1,uncompressed')
-  try:
+  with contextlib.ExitStack() as stack:
+    stack.callback(_written, path, writer.close)
     for record in records:
-      writer.write(record)
+      _written(path, writer.write, record)
       progress.advance()
-  finally:
-    writer.close()
   return temporary
+
+
+def _written(path: pathlib.Path, write: Callable, *args: bytes) -> None:
+  try:
+    write(*args)
+  except RuntimeError as error:
+    raise UserError(
+      f'{path} cannot be written: {str(error).splitlines()[0]}; make room, and run the same command to go on'
+    ) from error

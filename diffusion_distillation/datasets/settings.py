@@ -31,6 +31,10 @@ class Settings:
   def __post_init__(self) -> None:
     if self.channels not in (None, 1, 3):
       raise UserError(f'dataset.channels={self.channels} must be 1 (grey) or 3')
+    if self.path and self.name in ('digits', 'shapes'):
+      raise UserError(
+        f'dataset.path={self.path}, but dataset.name={self.name} reads nothing; dataset.name=folder?'
+      )
     if '://' in self.prepared:
       raise UserError(
         f'dataset.prepared={self.prepared}: ArrayRecord is read from disks only; name a directory'

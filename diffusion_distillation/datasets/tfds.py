@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusion_distillation.configuration import nearest
 from diffusion_distillation.datasets import decoding, splits
-from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet
+from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet, reading_error
 from diffusion_distillation.datasets.settings import Settings
 from diffusion_distillation.errors import DamagedError, UserError
 
@@ -64,13 +64,16 @@ class Prepared(ImageSet):
     try:
       example = self.source[k]
     except RuntimeError as error:  # array_record's, for a file that is not what was written
-      raise DamagedError(
-        f'dataset {self.name!r}, example {k}: {error}; prepare the set again'
+      raise reading_error(
+        f'dataset {self.name!r}, example {k},', error, 'prepare the set again'
       ) from error
     if not example[self.image_key]:
       raise DamagedError(f'dataset {self.name!r}, example {k} is empty; prepare the set again')
+    label = int(example[self.label_key]) if self.label_key else 0
+    if label < 0:
+      raise UserError(f'dataset {self.name!r}, example {k} has no label; choose another split')
     try:
-      return self.decoder(example[self.image_key]), int(example[self.label_key]) if self.label_key else 0
+      return self.decoder(example[self.image_key]), label
     except BrokenImage as error:
       raise BrokenImage(f'example {k} {error}') from error
 
@@ -82,7 +85,7 @@ def data_dir(path: str) -> pathlib.Path:
       f'dataset.path={path}: ArrayRecord is read from disks only; copy the set, or mount the bucket'
     )
   chosen = path or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return pathlib.Path(chosen).expanduser().absolute()
+  return pathlib.Path(os.path.abspath(os.path.expanduser(chosen)))
 
 
 def find(name: str, path: str) -> pathlib.Path | None:
@@ -108,7 +111,7 @@ def _check_name(name: str) -> None:
     ours = ['digits', 'shapes', 'folder']
     raise UserError(
       f'dataset.name={name!r} is not known: {", ".join(ours)}, or a name of tensorflow-datasets'
-      f'{nearest(name, [*ours, *KNOWN, *known])}'
+      f'{nearest(name.lower(), [*ours, *KNOWN, *known])}'
     )
 
 
@@ -145,15 +148,16 @@ def builder_of(name: str, path: str) -> Any:
   """
   directory = find(name, path) or _prepare(name, path)
   try:
-    info = json.loads((directory / 'dataset_info.json').read_text())
-    json.loads((directory / 'features.json').read_text())
-  except ValueError as error:
+    form = json.loads((directory / 'dataset_info.json').read_text()).get('fileFormat', 'tfrecord')
+    if form == 'array_record':
+      json.loads((directory / 'features.json').read_text())
+  except (ValueError, AttributeError, OSError) as error:
     raise DamagedError(f'{directory} is damaged ({error}); prepare the set again') from error
-  if info.get('fileFormat') != 'array_record':
+  if form != 'array_record':
     target = data_dir(path) / 'array_record'
     version = directory.relative_to(data_dir(path))
     raise UserError(
-      f'{directory} holds {info.get("fileFormat", "tfrecord")}, which cannot be read by index. Convert it, in an '
+      f'{directory} holds {form}, which cannot be read by index. Convert it, in an '
       'environment of its own: pip install tensorflow-datasets tensorflow apache-beam mlcroissant && '
       f'tfds convert_format --dataset_version_dir={shlex.quote(str(directory))} --out_file_format=array_record '
       f'--out_dir={shlex.quote(str(target / version))}; then set dataset.path={target}'

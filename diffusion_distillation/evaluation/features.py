@@ -80,11 +80,14 @@ class FeatureExtractor:
   def moments(self, images: Loader, indices: np.ndarray | None = None) -> Moments:
     """Moments of the features of all images, or of those at `indices`; broken ones do not count."""
     running = RunningMoments()
-    with contextlib.closing(images.in_order(_SHOWN, indices)) as batches:
+    size = len(images) if indices is None else len(indices)
+    batches = images.in_order(_SHOWN, indices)
+    with contextlib.closing(batches), Progress(f'features of {images.images.name}', size) as progress:
       for batch in batches:
         interrupts.check()
         if batch['mask'].any():
           running.add(self(batch['image'])[batch['mask']])
+        progress.advance(min(_SHOWN, size - progress.done))
     return running.result()
 
 
@@ -136,6 +139,7 @@ def _accuracy(params: Params, held_out: Loader) -> float:
   right = count = 0
   with contextlib.closing(held_out.in_order(_SHOWN)) as batches:
     for batch in batches:
+      interrupts.check()
       image, label = _task(batch)
       hit = np.argmax(np.asarray(_apply(params, image)[0]), axis=1) == label
       right, count = right + int(hit[batch['mask']].sum()), count + int(batch['mask'].sum())

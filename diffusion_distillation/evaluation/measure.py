@@ -75,6 +75,12 @@ def evaluate(
   extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
   reference = extractor.moments(train)
   results = _header(config, extractor, train, held_out, reference, models)
+  for loader in (train, held_out):
+    loader.close()
+    if loader.skipped:
+      _log.warning(
+        '%d of %d images of %s were skipped', len(loader.skipped), len(loader), loader.images.name
+      )
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else _known_rows(path, extractor) | _known_rows(partial, extractor)
   todo = [
