@@ -135,6 +135,6 @@ class InMemory(ImageSet):
 def reading_error(what: str, error: RuntimeError, again: str) -> UserError:
   """What ArrayRecord's error means: a damaged file, to be made `again`, or one that cannot be read now."""
   text = str(error).splitlines()[0]
-  if ' failed: ' in text:  # a system call's
+  if ' failed: ' in text and 'No such file' not in text:  # a system call's
     return UserError(f'{what} cannot be read: {text}')
   return DamagedError(f'{what} is damaged ({text}); {again}')

@@ -7,13 +7,14 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from diffusion_distillation import interrupts, locks
 from diffusion_distillation.datasets import open_original, prepared
+from diffusion_distillation.datasets.image_set import ImageSet
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.datasets.settings import ROLES, Settings
 from diffusion_distillation.errors import UserError
@@ -43,18 +44,19 @@ def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) ->
   if not settings.prepared:
     raise UserError('--mode=prepare needs dataset.prepared, the directory to write to')
   directory = prepared.directory_of(settings)
-  if not directory.is_dir() or not any(directory.iterdir()) or (directory / prepared.INFO).is_file():
-    with locks.lock(directory, 'dataset.prepared'):
-      return _prepare(settings, directory, workers, shard_bytes)
-  raise UserError(f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another')
+  names = {path.name for path in directory.iterdir()} - {locks.NAME} if directory.is_dir() else set()
+  if names and prepared.INFO not in names:
+    raise UserError(
+      f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another'
+    )
+  with locks.lock(directory, 'dataset.prepared'):
+    return _prepare(settings, directory, workers, shard_bytes)
 
 
 def _prepare(
   settings: Settings, directory: pathlib.Path, workers: int, shard_bytes: int
 ) -> dict[str, int]:
   sets = {role: open_original(settings, role) for role in ROLES}
-  for images in sets.values():
-    images.check()
   shape = sets['train'].image_shape
   info: dict[str, Any] = {
     'dataset': prepared.fields(settings),
@@ -74,12 +76,26 @@ def _prepare(
     },
   }
   _go_on(directory, settings, info)
+  if not all(
+    prepared.is_whole(path, info['splits'][role])
+    for role in ROLES
+    for path in prepared.shard_paths(directory, role, prepared.shard_count(info['splits'][role]))
+  ):
+    _write(directory, sets, info, workers)
+  _write_info(directory, info | {'finished': True})
+  return {role: len(info['splits'][role]['broken']) for role in ROLES}
+
+
+def _write(
+  directory: pathlib.Path, sets: Mapping[str, ImageSet], info: dict[str, Any], workers: int
+) -> None:
+  """Writes what is missing of both splits."""
+  for images in sets.values():
+    images.check()
   _write_info(directory, info)
   for role, images in sets.items():
     with contextlib.closing(Loader(images, workers=workers)) as loader:
       _write_split(loader, directory, role, info)
-  _write_info(directory, info | {'finished': True})
-  return {role: len(info['splits'][role]['broken']) for role in ROLES}
 
 
 def _go_on(directory: pathlib.Path, settings: Settings, info: dict[str, Any]) -> None:

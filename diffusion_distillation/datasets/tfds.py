@@ -69,11 +69,8 @@ class Prepared(ImageSet):
       ) from error
     if not example[self.image_key]:
       raise DamagedError(f'dataset {self.name!r}, example {k} is empty; prepare the set again')
-    label = int(example[self.label_key]) if self.label_key else 0
-    if label < 0:
-      raise UserError(f'dataset {self.name!r}, example {k} has no label; choose another split')
     try:
-      return self.decoder(example[self.image_key]), label
+      return self.decoder(example[self.image_key]), int(example[self.label_key]) if self.label_key else 0
     except BrokenImage as error:
       raise BrokenImage(f'example {k} {error}') from error
 
