@@ -38,7 +38,7 @@ CASES = {
   ),
   'folder with images beside folders': (
     [*FOLDER, '--config.dataset.path={mixed}'],
-    ['dataset.path={mixed}', 'in folders (cat/1.png)', 'beside them (2.png)', 'one folder a class'],
+    ['dataset.path={mixed}', 'in folders (cat/1.png)', 'beside them (2.png)'],
   ),
   'folder with one image': (
     [*FOLDER, '--config.dataset.path={mixed}/cat'],
