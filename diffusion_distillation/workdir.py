@@ -121,7 +121,7 @@ def open_images(config: Config, role: str) -> Loader:
   """The images to train on ('train') or those held out ('eval'), not yet read; raises UserError without any."""
   section = config.dataset
   images = datasets.open_split(datasets.Settings.of(section), role)
-  images.check()
+  images.check(datasets.Settings.key(role))
   return Loader(images, section.in_memory_gb, section.workers, sharding.part())
 
 

@@ -14,6 +14,7 @@ PACKAGE = ROOT / 'diffusion_distillation'
 LAYERS = [
   ['errors'],
   [
+    'locks',
     'schedules',
     'diffusion',
     'interrupts',

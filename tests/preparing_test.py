@@ -93,7 +93,7 @@ def test_a_record_is_the_label_and_the_pixels_or_a_mark_and_the_reason(sources, 
 
 
 def test_processes_write_the_same_files(pristine, tmp_path, monkeypatch):
-  monkeypatch.setattr(shapes.Shapes, 'check', lambda self: None)
+  monkeypatch.setattr(shapes.Shapes, 'check', lambda self, key: None)
   monkeypatch.setattr(shapes.Shapes, 'read', None)  # in this process
   preparing.prepare(to(tmp_path / 'copy'), workers=2, shard_bytes=SHARD_BYTES)
   assert content(tmp_path / 'copy') == content(pristine)

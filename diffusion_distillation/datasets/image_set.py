@@ -80,22 +80,20 @@ class ImageSet(abc.ABC):
       f'{next(iter(skipped.values()))}'
     )
 
-  def check(self) -> None:
-    """Raises UserError unless two images are whole among the first ones."""
-    reasons, whole = [], 0
+  def check(self, key: str) -> None:
+    """Raises UserError, naming the config's key, unless two images are whole among the first ones."""
+    broken, whole = [], 0
     for k in range(min(len(self), _IN_A_ROW)):
       try:
         self.read(k)
         whole += 1
       except BrokenImage as error:
-        reasons.append(str(error))
+        broken.append(str(error))
       if whole == 2:
         return
-    found = (
-      f'{whole} of the first {whole + len(reasons)} images can be used' if reasons else f'{whole} image'
-    )
+    first = f'; the first that cannot: {broken[0]}' if broken else ''
     raise UserError(
-      f'dataset {self.name!r}: {found}, 2 are needed at least; {"".join(reasons[:1])}'.rstrip('; ')
+      f'{key}: of {whole + len(broken)} images of {self.name!r} {whole} can be used, 2 are needed at least{first}'
     )
 
 

@@ -15,7 +15,9 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import threading
+import types
 from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
@@ -104,15 +106,19 @@ class _Context(multiprocessing.context.SpawnContext):
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-  """What is started here never sees SIGINT and SIGTERM; this process sees them afterwards.
+def _bare(images: ImageSet) -> Iterator[None]:
+  """A process that is started here never sees SIGINT and SIGTERM, and does not import the main module.
 
-  A signal to the whole process group is the main process's to answer.
+  A signal to the whole process group is the main process's to answer, after this. The main module imports jax.
   """
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+  main = sys.modules['__main__']
+  if type(images).__module__ != '__main__':
+    sys.modules['__main__'] = types.ModuleType('__main__')
   try:
     yield
   finally:
+    sys.modules['__main__'] = main
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -215,7 +221,7 @@ class Loader:
         if rest:
           raise UserError(f'batches of {len(indices)} images do not divide by {count} processes')
         mine = slice(index * size, (index + 1) * size)
-        with _signals_held():
+        with _bare(self.images):
           future = executor.submit(read, indices[mine][counted[mine]])
         waiting.append((future, counted[mine]))
         if len(waiting) > 2 * parallel:

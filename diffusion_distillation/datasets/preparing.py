@@ -90,8 +90,8 @@ def _write(
   directory: pathlib.Path, sets: Mapping[str, ImageSet], info: dict[str, Any], workers: int
 ) -> None:
   """Writes what is missing of both splits."""
-  for images in sets.values():
-    images.check()
+  for role, images in sets.items():
+    images.check(Settings.key(role))
   _write_info(directory, info)
   for role, images in sets.items():
     with contextlib.closing(Loader(images, workers=workers)) as loader:
