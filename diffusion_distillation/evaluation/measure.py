@@ -144,7 +144,8 @@ def _floor(
   size = config.evaluation.num_samples
   chosen = np.random.Generator(np.random.Philox(config.evaluation.seed)).integers(len(train), size=size)
   value = frechet_distance(extractor.moments(train, chosen), reference)
-  return {'value': value, 'num_samples': size, 'seed': config.evaluation.seed}
+  broken = int(np.isin(chosen, list(train.skipped)).sum())
+  return {'value': value, 'num_samples': size - broken, 'seed': config.evaluation.seed}
 
 
 def _describe(config: Config, setting: Setting) -> dict[str, Any]:
