@@ -19,6 +19,8 @@ from diffusion_distillation.errors import UserError
 
 SPLIT_FOLDERS = ('train', 'test', 'val', 'valid', 'validation')
 _LIKE_SPLITS = {'training', 'testing', 'eval', 'evaluation', *SPLIT_FOLDERS[1:]}
+_UNPACKING = (zipfile.BadZipFile, zlib.error, EOFError)  # of one member of a zip
+_WAITS = (0.1, 1.0, 5.0)  # seconds, before a read is tried again
 MAX_BYTES = 2**29  # of one file; larger ones are not images, or not for this
 
 
@@ -104,25 +106,26 @@ class Folder(ImageSet):
       return self.decoder(self._bytes(path)), label
     except BrokenImage as error:
       raise BrokenImage(f'{path} {error}') from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except _UNPACKING as error:
       raise BrokenImage(f'{path} cannot be unpacked: {error}') from error
 
   def _bytes(self, path: str) -> bytes:
     """Of a file; tries again before it gives up, since what is skipped must not depend on a network's mood."""
-    for wait in (0.1, 1.0, 5.0, None):
+    attempt = 0
+    while True:
       try:
         data: bytes = self.system.cat_file(path)
         return data
-      except (zipfile.BadZipFile, zlib.error, EOFError):
+      except _UNPACKING:
         raise
       except Exception as error:  # whatever a file system raises for one file
         lasting = isinstance(error, FileNotFoundError | PermissionError | RuntimeError)
-        if wait is None or lasting:
+        if lasting or attempt == len(_WAITS):
           raise UserError(
             f'{path} cannot be read: {error}; mend it, or remove it from the set'
           ) from error
-        time.sleep(wait)
-    raise AssertionError
+      time.sleep(_WAITS[attempt])
+      attempt += 1
 
 
 def _walk(root: str) -> Iterator[tuple[str, int]]:
