@@ -27,10 +27,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks.ablation_report import CALLS, INTEGRATORS, OUTPUTS, UPDATES, WEIGHTINGS, figures, tables
 from configs import digits
 from diffusion_distillation import datasets, interrupts, sharding, stages, train
-from diffusion_distillation.checkpoints import read_json, write_json
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError, UserError
 from diffusion_distillation.evaluation import features, measure
+from diffusion_distillation.files import read_json, write_json
 from diffusion_distillation.workdir import Model, lock_workdir
 
 START = 64  # steps that rounds begin at

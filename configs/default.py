@@ -18,28 +18,18 @@ def _diffusion(c: ml_collections.ConfigDict) -> None:
   """Data, network, and what it learns."""
 
   c.dataset = ml_collections.ConfigDict()
-  c.dataset.name = (
-    'digits'  # digits, shapes, folder, or a set of tensorflow-datasets: cifar10, lsun/bedroom, ...
-  )
-  c.dataset.path = (
-    ''  # folder: a directory, .zip or URL; tensorflow-datasets: its data_dir ('': its own choice)
-  )
+  c.dataset.name = 'digits'  # digits, shapes, folder, or a set of tensorflow-datasets such as cifar10
+  c.dataset.path = ''  # a folder's directory, .zip or URL; tensorflow-datasets' data_dir, '' for its own
   c.dataset.prepared = ''  # directory of a copy that --mode=prepare writes; '': the set itself is read
   c.dataset.split = ''  # to train on, such as train[:90%]; '': the set's own, see README
   c.dataset.eval_split = ''  # held out, to compare with
   c.dataset.image_size = 8  # pixels a side of the central square, to which images are resized
-  c.dataset.channels = config_dict.placeholder(
-    int
-  )  # 1 (grey) or 3; or as the set has them (a folder: 3)
+  c.dataset.channels = config_dict.placeholder(int)  # 1 (grey) or 3; or the set's own (a folder: 3)
   c.dataset.resize = 'area'  # area, bilinear, bicubic or lanczos; all antialiased
   c.dataset.random_flip = False  # mirror images left to right at random
   c.dataset.dequantize = False  # spread pixels evenly over the values that round to them
-  c.dataset.label_dropout = (
-    0.0  # probability that an example's class is not told to a conditional network
-  )
-  c.dataset.in_memory_gb = (
-    4.0  # a set that takes no more is decoded once and kept; others are read on and on
-  )
+  c.dataset.label_dropout = 0.0  # probability that a conditional network is not told the class
+  c.dataset.in_memory_gb = 4.0  # a set that takes no more is decoded once and kept
   c.dataset.workers = 4  # processes that read a set which is not in memory; 0 for threads
 
   c.model = ml_collections.ConfigDict()

@@ -49,24 +49,6 @@ def _seal(metadata: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(sealed).encode()).hexdigest()
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON whole or not at all."""
-  temporary = path.with_suffix(path.suffix + '.tmp')
-  temporary.write_text(json.dumps(value, indent=2) + '\n')
-  os.replace(temporary, path)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object; raises DamagedError, naming the file, where it holds none."""
-  try:
-    value = json.loads(path.read_text())
-  except ValueError as error:
-    raise DamagedError(f'{path} is damaged ({error}); restore it from a copy') from error
-  if not isinstance(value, dict):
-    raise DamagedError(f'{path} is damaged (no JSON object); restore it from a copy')
-  return value
-
-
 class _OtherStructureError(UserError):
   """A whole checkpoint of something else."""
 

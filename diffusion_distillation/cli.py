@@ -22,11 +22,11 @@ from diffusion_distillation import (
   train,
   workdir,
 )
-from diffusion_distillation.checkpoints import read_json
 from diffusion_distillation.configuration import Config, check_keys, check_numbers, choose
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure, pictures
+from diffusion_distillation.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import jax
 
 from diffusion_distillation import datasets, workdir
-from diffusion_distillation.checkpoints import read_json
 from diffusion_distillation.configuration import Config, choose, flatten
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.files import read_json
 from diffusion_distillation.interop import google
 from diffusion_distillation.stages import Stage, plan
 from diffusion_distillation.workdir import Model

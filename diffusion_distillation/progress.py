@@ -54,11 +54,6 @@ class Progress:
     elif time.monotonic() - self._last_line >= self._line_seconds:
       self._line()
 
-  @property
-  def done(self) -> int:
-    """Steps done, those before included."""
-    return self._done
-
   def note(self, text: str) -> None:
     """What stands beside the count, such as the loss."""
     self._note = text

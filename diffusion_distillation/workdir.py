@@ -15,11 +15,12 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation import datasets, locks, sharding
-from diffusion_distillation.checkpoints import Checkpoints, digest, read_json, write_json
+from diffusion_distillation import datasets, files, sharding
+from diffusion_distillation.checkpoints import Checkpoints, digest
 from diffusion_distillation.configuration import Config, check_known, choose, flatten
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.files import read_json, write_json
 from diffusion_distillation.stages import Stage, plan
 from diffusion_distillation.train_state import Params, TrainState
 
@@ -61,8 +62,8 @@ class Model:
 
 
 def lock_workdir(workdir: pathlib.Path) -> IO[str]:
-  """Makes `workdir` if need be; returns the lock, to be closed, that keeps other runs out; see `locks.lock`."""
-  return locks.lock(workdir, '--workdir')
+  """Makes `workdir` if need be; returns the lock, to be closed, that keeps other runs out; see `files.lock`."""
+  return files.lock(workdir, '--workdir')
 
 
 def check_config(path: pathlib.Path, made_with: Mapping[str, Any], config: Config) -> None:

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation.checkpoints import Checkpoints, digest, read_json, write_json
+from diffusion_distillation.checkpoints import Checkpoints, digest
 from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.files import read_json, write_json
 
 
 def state_at(step):

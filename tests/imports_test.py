@@ -14,7 +14,7 @@ PACKAGE = ROOT / 'diffusion_distillation'
 LAYERS = [
   ['errors'],
   [
-    'locks',
+    'files',
     'schedules',
     'diffusion',
     'interrupts',
@@ -27,9 +27,9 @@ LAYERS = [
     'configuration',
     'pixels',
   ],
-  ['datasets.image_set'],
-  ['datasets.decoding', 'datasets.splits', 'datasets.loading'],
-  ['datasets.settings'],
+  ['datasets.image_set', 'datasets.orders'],
+  ['datasets.decoding', 'datasets.splits', 'datasets.workers'],
+  ['datasets.settings', 'datasets.loading'],
   ['datasets.digits', 'datasets.shapes', 'datasets.folder', 'datasets.tfds', 'datasets.prepared'],
   ['datasets'],
   ['datasets.preparing'],

@@ -4,13 +4,11 @@ from collections.abc import Callable
 
 from diffusion_distillation.datasets import digits, folder, prepared, shapes, tfds
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
-from diffusion_distillation.datasets.settings import ROLES, Settings
+from diffusion_distillation.datasets.settings import OURS, ROLES, Settings
 
-SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
-  'digits': digits.open_split,
-  'shapes': shapes.open_split,
-  'folder': folder.open_split,
-}
+SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = dict(
+  zip(OURS, (digits.open_split, shapes.open_split, folder.open_split), strict=True)
+)
 
 
 def open_original(settings: Settings, role: str) -> ImageSet:

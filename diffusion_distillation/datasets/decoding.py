@@ -33,7 +33,10 @@ def _overlap(length: int, size: int) -> np.ndarray:
 
 
 def area(image: np.ndarray, size: int) -> np.ndarray:
-  """(H, W, C) to (size, size, C): the mean of the image over each new pixel's rectangle, in float64."""
+  """(H, W, C) to (size, size, C): the mean of the image over each new pixel's rectangle, in float64.
+
+  A few rows at a time, since a photo in float64 takes eight times its memory.
+  """
   height, width, channels = image.shape
   across, resized = _overlap(width, size), np.empty((size, size, channels))
   rows = max(1, size * _BLOCK // (height * width))
@@ -95,9 +98,8 @@ class Decoder:
       image = image.resize((self.size, self.size), FILTERS[self.resize])
     pixels = np.asarray(image).reshape(*image.size[::-1], self.channels)
     if side != self.size and self.resize == 'area':
-      pixels = np.floor(area(pixels, self.size) + (0.5 + 1e-6)).astype(
-        np.uint8
-      )  # halves go up, on any machine
+      halves_up = 0.5 + 1e-6  # on any machine, whatever the last bit
+      pixels = np.floor(area(pixels, self.size) + halves_up).astype(np.uint8)
     return pixels
 
 

@@ -23,7 +23,6 @@ _UNPACKING = (zipfile.BadZipFile, zlib.error, EOFError)  # of one member of a zi
 _WAITS = (0.1, 1.0, 5.0)  # seconds, before a read is tried again
 MAX_BYTES = 2**29  # of one file; larger ones are not images, or not for this
 
-
 Parts = dict[str, tuple[str, ...]]  # of the path of each image, by its name
 
 
@@ -48,7 +47,7 @@ def arrange(names: Iterable[str]) -> Tree:
   folders below that). Within a split they are ordered by a hash of their names, so that any slice is a fair sample.
 
   Raises:
-    ValueError: some images are in folders, and some beside these; the message names one of each.
+    ValueError: some images are in folders, and some beside these, or folders are called almost like splits.
   """
   inside = passed_over({name: tuple(name.split('/')) for name in names})
   split_of = dict.fromkeys(inside, 'train')
@@ -58,7 +57,8 @@ def arrange(names: Iterable[str]) -> Tree:
     inside = passed_over({name: parts[1:] for name, parts in inside.items()})
   elif alike := sorted(top for top in tops if top.lower() in _LIKE_SPLITS):
     raise ValueError(
-      f'has a folder {alike[0]!r}, but splits are folders {", ".join(SPLIT_FOLDERS)}, train among them, and nothing beside'
+      f'has a folder {alike[0]!r}, but splits are folders {", ".join(SPLIT_FOLDERS)}, train among them, and '
+      'nothing beside'
     )
   flat = [name for name, parts in inside.items() if len(parts) == 1]
   deep = [name for name, parts in inside.items() if len(parts) > 1]

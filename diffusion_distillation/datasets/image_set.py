@@ -11,7 +11,6 @@ from diffusion_distillation.errors import DamagedError, UserError
 Example = tuple[np.ndarray, int]
 Batch = dict[str, Any]
 
-
 _IN_A_ROW = 1000  # broken images after which a set is given up
 
 

@@ -1,153 +1,26 @@
-"""Batches of an image set: which images make batch i, read in parallel, ahead of their use.
-
-Batch i is a function of (seed, i) alone: there is nothing to save but i, and every process of several can read its
-part of it.
-"""
+"""Batches of an image set, read in parallel, ahead of their use; each process of several reads its part of each."""
 
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
 import logging
 import math
-import multiprocessing
 import os
-import resource
-import signal
-import sys
-import threading
-import types
-from collections.abc import Generator, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Generator, Sequence
 
 import numpy as np
-import threadpoolctl
 
 from diffusion_distillation import interrupts
+from diffusion_distillation.datasets import workers
 from diffusion_distillation.datasets.image_set import Batch, ImageSet, InMemory
+from diffusion_distillation.datasets.orders import InOrder, Order, Shuffled
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.progress import Progress
-
-Executor = concurrent.futures.Executor
 
 _log = logging.getLogger(__name__)
 
 _NAMED = 20  # broken images that are named, each once; further ones are only counted
 _CHUNK = 256  # images a batch where a whole set is decoded into memory
-
-
-class Order(Protocol):
-  """Which images make batch i."""
-
-  def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (B,), and (B,) bool: False for what only fills the batch up."""
-    ...
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-  return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shuffled:
-  """An endless stream of shuffled epochs: each visits every example once.
-
-  Attributes:
-    size: of the set.
-    seed: of the order.
-    batch_size: the stream itself does not depend on it.
-  """
-
-  size: int
-  seed: int
-  batch_size: int
-
-  def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    position = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
-    epochs, offsets = np.divmod(position, self.size)
-    indices = np.empty(self.batch_size, np.int64)
-    for epoch in np.unique(epochs):
-      here = epochs == epoch
-      indices[here] = _permutation(self.size, self.seed, int(epoch))[offsets[here]]
-    return indices, np.ones(self.batch_size, bool)
-
-
-@dataclasses.dataclass(frozen=True)
-class InOrder:
-  """Given images one after the other; the last batch is filled up with nothing."""
-
-  indices: Sequence[int] | np.ndarray
-  batch_size: int
-
-  def __len__(self) -> int:
-    return -(-len(self.indices) // self.batch_size)
-
-  def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    chosen = np.asarray(self.indices[i * self.batch_size : (i + 1) * self.batch_size], np.int64)
-    missing = self.batch_size - len(chosen)
-    return np.pad(chosen, (0, missing)), np.arange(self.batch_size) < len(chosen)
-
-
-# Of a worker process: the set that it reads from, sent once.
-_images: ImageSet | None = None
-
-
-class _Worker(multiprocessing.context.SpawnProcess):
-  """A process that SIGTERM does not reach."""
-
-  def terminate(self) -> None:
-    self.kill()
-
-
-class _Context(multiprocessing.context.SpawnContext):
-  Process = _Worker
-
-
-@contextlib.contextmanager
-def _bare(images: ImageSet) -> Iterator[None]:
-  """A process that is started here never sees SIGINT and SIGTERM, and does not import the main module.
-
-  A signal to the whole process group is the main process's to answer, after this. The main module imports jax.
-  """
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-  main = sys.modules['__main__']
-  if type(images).__module__ != '__main__':
-    sys.modules['__main__'] = types.ModuleType('__main__')
-  try:
-    yield
-  finally:
-    sys.modules['__main__'] = main
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin_worker(images: ImageSet) -> None:
-  """Without the main process a worker is of no use, and ends."""
-  global _images
-  _images = images
-  _allow_files()
-  threadpoolctl.threadpool_limits(1)  # the workers are the parallelism
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-
-  def follow() -> None:
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=follow, daemon=True).start()
-
-
-def _allow_files() -> None:
-  """As many open files as the system lets this process have: ArrayRecord keeps every file of a set open."""
-  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  with contextlib.suppress(ValueError, OSError):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _read_in_worker(indices: np.ndarray) -> Batch:
-  assert _images is not None
-  return _images.batch(indices)
 
 
 class Loader:
@@ -171,7 +44,7 @@ class Loader:
     self.skipped: dict[int, str] = {}
     self._fits = len(images) * math.prod(images.image_shape) <= in_memory_gb * 1e9
     self._workers = workers
-    self._executor: Executor | None = None
+    self._executor: concurrent.futures.Executor | None = None
 
   def __len__(self) -> int:
     return len(self.images)
@@ -203,7 +76,7 @@ class Loader:
   def _stream(self, order: Order, steps: range) -> Generator[Batch]:
     executor, parallel = self._start()
     in_processes = isinstance(executor, concurrent.futures.ProcessPoolExecutor)
-    read = _read_in_worker if in_processes else self.images.batch
+    read = workers.read if in_processes else self.images.batch
     index, count = self.part
     waiting: collections.deque[tuple[concurrent.futures.Future[Batch], np.ndarray]] = collections.deque()
 
@@ -221,7 +94,7 @@ class Loader:
         if rest:
           raise UserError(f'batches of {len(indices)} images do not divide by {count} processes')
         mine = slice(index * size, (index + 1) * size)
-        with _bare(self.images):
+        with workers.bare(self.images):
           future = executor.submit(read, indices[mine][counted[mine]])
         waiting.append((future, counted[mine]))
         if len(waiting) > 2 * parallel:
@@ -241,15 +114,13 @@ class Loader:
   def _in_memory(self) -> bool:
     return isinstance(self.images, InMemory)
 
-  def _start(self) -> tuple[Executor, int]:
+  def _start(self) -> tuple[concurrent.futures.Executor, int]:
     """Threads or processes, kept from stream to stream, and their number."""
-    _allow_files()
+    workers.allow_files()
     in_processes = self._workers > 0 and not self._in_memory
     parallel = self._workers if in_processes else 1 if self._in_memory else _cores()
     if self._executor is None and in_processes:
-      self._executor = concurrent.futures.ProcessPoolExecutor(
-        parallel, _Context(), _begin_worker, (self.images,)
-      )
+      self._executor = workers.start(self.images, parallel)
     elif self._executor is None:
       self._executor = concurrent.futures.ThreadPoolExecutor(parallel)
     return self._executor, parallel
@@ -262,7 +133,7 @@ class Loader:
     pixels = np.empty((len(images), *images.image_shape), np.uint8)
     labels = np.zeros(len(images), np.int32)
     reader = Loader(images, workers=self._workers if len(images) > _CHUNK * self._workers else 0)
-    with Progress(f'reading {images.name}', len(images)) as progress:
+    with contextlib.closing(reader), Progress(f'reading {images.name}', len(images)) as progress:
       for k, batch in enumerate(reader.in_order(_CHUNK)):
         interrupts.check()
         here = slice(k * _CHUNK, min((k + 1) * _CHUNK, len(images)))
@@ -270,7 +141,6 @@ class Loader:
         pixels[here] = batch['image'][:size]
         labels[here] = 0 if batch['label'] is None else batch['label'][:size]
         progress.advance(size)
-    reader.close()
     self.skipped = reader.skipped
     self.images = InMemory(
       images.name, images.image_shape, images.classes, images.identity, pixels, labels, self.skipped

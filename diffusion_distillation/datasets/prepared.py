@@ -21,6 +21,7 @@ import numpy as np
 from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet, reading_error
 from diffusion_distillation.datasets.settings import ROLES, Settings
 from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.files import read_json
 
 BROKEN = -(2**31)
 INFO = 'info.json'
@@ -94,17 +95,16 @@ def directory_of(settings: Settings) -> pathlib.Path:
 
 
 def read_info(directory: pathlib.Path) -> dict[str, Any] | None:
-  """What `info.json` holds, or None without one; raises DamagedError if it is no JSON."""
-  path = directory / INFO
-  if not path.is_file():
+  """What `info.json` holds, or None without one; raises DamagedError unless it is what `preparing` writes."""
+  if not (directory / INFO).is_file():
     return None
   try:
-    info: dict[str, Any] = json.loads(path.read_text())
+    info = read_json(directory / INFO)
     [info['dataset'].get, info['finished'], info['name'], info['image_shape'], info['classes']]
     for role in ROLES:
       [shard_count(info['splits'][role]), *(info['splits'][role][key] for key in ('identity', 'bytes'))]
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise DamagedError(f'{directory}: {INFO} is damaged ({error!r}); {AGAIN}') from error
+  except (DamagedError, KeyError, AttributeError, TypeError, ZeroDivisionError) as error:
+    raise DamagedError(f'{directory}: its {INFO} is damaged ({error!r}); {AGAIN}') from error
   return info
 
 

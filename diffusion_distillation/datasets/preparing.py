@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import interrupts, locks
+from diffusion_distillation import files, interrupts
 from diffusion_distillation.datasets import open_original, prepared
 from diffusion_distillation.datasets.image_set import ImageSet
 from diffusion_distillation.datasets.loading import Loader
@@ -44,12 +43,12 @@ def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) ->
   if not settings.prepared:
     raise UserError('--mode=prepare needs dataset.prepared, the directory to write to')
   directory = prepared.directory_of(settings)
-  names = {path.name for path in directory.iterdir()} - {locks.NAME} if directory.is_dir() else set()
+  names = {path.name for path in directory.iterdir()} - {files.LOCK} if directory.is_dir() else set()
   if names and prepared.INFO not in names:
     raise UserError(
       f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another'
     )
-  with locks.lock(directory, 'dataset.prepared'):
+  with files.lock(directory, 'dataset.prepared'):
     return _prepare(settings, directory, workers, shard_bytes)
 
 
@@ -82,7 +81,7 @@ def _prepare(
     for path in prepared.shard_paths(directory, role, prepared.shard_count(info['splits'][role]))
   ):
     _write(directory, sets, info, workers)
-  _write_info(directory, info | {'finished': True})
+  files.write_json(directory / prepared.INFO, info | {'finished': True})
   return {role: len(info['splits'][role]['broken']) for role in ROLES}
 
 
@@ -92,7 +91,7 @@ def _write(
   """Writes what is missing of both splits."""
   for role, images in sets.items():
     images.check(Settings.key(role))
-  _write_info(directory, info)
+  files.write_json(directory / prepared.INFO, info)
   for role, images in sets.items():
     with contextlib.closing(Loader(images, workers=workers)) as loader:
       _write_split(loader, directory, role, info)
@@ -123,12 +122,6 @@ def _go_on(directory: pathlib.Path, settings: Settings, info: dict[str, Any]) ->
     split |= {'bytes': begun['bytes'], 'broken': begun.get('broken', {})}
 
 
-def _write_info(directory: pathlib.Path, info: dict[str, Any]) -> None:
-  temporary = directory / f'{prepared.INFO}.tmp'
-  temporary.write_text(json.dumps(info, indent=2) + '\n')
-  os.replace(temporary, directory / prepared.INFO)
-
-
 def _write_split(loader: Loader, directory: pathlib.Path, role: str, info: dict[str, Any]) -> None:
   """Writes those files of a split that are not there; broken images come into `info`, and `info` to disk."""
   split, size = info['splits'][role], len(loader)
@@ -146,7 +139,7 @@ def _write_split(loader: Loader, directory: pathlib.Path, role: str, info: dict[
       temporary = _write_shard(path, itertools.islice(records, len(inside)), progress)
       split['bytes'][path.name] = temporary.stat().st_size
       split['broken'] |= {str(k): reason for k, reason in loader.skipped.items() if k in inside}
-      _write_info(directory, info)
+      files.write_json(directory / prepared.INFO, info)
       os.replace(temporary, path)
 
 

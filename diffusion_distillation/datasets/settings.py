@@ -8,6 +8,8 @@ from diffusion_distillation.datasets import decoding
 from diffusion_distillation.errors import UserError
 
 ROLES = ('train', 'eval')
+WITHOUT_FILES = ('digits', 'shapes')
+OURS = (*WITHOUT_FILES, 'folder')  # all other names are tensorflow-datasets'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Settings:
   def __post_init__(self) -> None:
     if self.channels not in (None, 1, 3):
       raise UserError(f'dataset.channels={self.channels} must be 1 (grey) or 3')
-    if self.path and self.name in ('digits', 'shapes'):
+    if self.path and self.name in WITHOUT_FILES:
       raise UserError(
         f'dataset.path={self.path}, but dataset.name={self.name} reads nothing; dataset.name=folder?'
       )

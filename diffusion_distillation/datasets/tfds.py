@@ -13,7 +13,7 @@ from typing import Any
 from diffusion_distillation.configuration import nearest
 from diffusion_distillation.datasets import decoding, splits
 from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet, reading_error
-from diffusion_distillation.datasets.settings import Settings
+from diffusion_distillation.datasets.settings import OURS, Settings
 from diffusion_distillation.errors import DamagedError, UserError
 
 
@@ -43,7 +43,7 @@ KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prepared(ImageSet):
+class Examples(ImageSet):
   """A split of a prepared set.
 
   Attributes:
@@ -105,10 +105,9 @@ def _check_name(name: str) -> None:
 
   known = tfds.list_builders(with_community_datasets=False)
   if name.split('/')[0] not in known:
-    ours = ['digits', 'shapes', 'folder']
     raise UserError(
-      f'dataset.name={name!r} is not known: {", ".join(ours)}, or a name of tensorflow-datasets'
-      f'{nearest(name.lower(), [*ours, *KNOWN, *known])}'
+      f'dataset.name={name!r} is not known: {", ".join(OURS)}, or a name of tensorflow-datasets'
+      f'{nearest(name.lower(), [*OURS, *KNOWN, *known])}'
     )
 
 
@@ -177,8 +176,7 @@ def _features(name: str, builder: Any) -> tuple[str, str, tuple[str, ...], int]:
     )
   image = 'image' if 'image' in images else images[0]
   label = 'label' if 'label' in labels else labels[0] if len(labels) == 1 else ''
-  count = features[label].num_classes if label else 0
-  classes = features[label].names if count else ()
+  classes = features[label].names if label else ()
   return image, label, tuple(classes), 1 if features[image].shape[-1] == 1 else 3
 
 
@@ -189,19 +187,19 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   builder = builder_of(settings.name, settings.path)
   image, label, classes, channels = _features(settings.name, builder)
   names = list(builder.info.splits)
-  default = ('train', next((n for n in ('test', 'validation') if n in names), 'test'))
-  default = KNOWN[settings.name].splits if settings.name in KNOWN else default
+  if settings.name in KNOWN:
+    default = KNOWN[settings.name].splits
+  else:
+    default = ('train', 'test' if 'test' in names or 'validation' not in names else 'validation')
   spec = settings.spec(role, default)
   try:
     source = builder.as_data_source(spec, decoders={image: tfds.decode.SkipDecoding()})
   except (ValueError, NotImplementedError) as error:
     raise splits.bad_spec(settings.key(role), spec, names) from error
-  if not len(source):
-    raise UserError(f'{settings.key(role)}={spec!r} holds no image')
   lengths = {name: list(builder.info.splits[name].shard_lengths) for name in names}
   identity = f'{builder.info.full_name} {spec} {lengths}'
   decoder = settings.decoder(channels)
-  return Prepared(
+  return Examples(
     name=settings.name,
     image_shape=(settings.image_size, settings.image_size, decoder.channels),
     classes=classes,

@@ -80,14 +80,14 @@ class FeatureExtractor:
   def moments(self, images: Loader, indices: np.ndarray | None = None) -> Moments:
     """Moments of the features of all images, or of those at `indices`; broken ones do not count."""
     running = RunningMoments()
-    size = len(images) if indices is None else len(indices)
-    batches = images.in_order(_SHOWN, indices)
-    with contextlib.closing(batches), Progress(f'features of {images.images.name}', size) as progress:
+    count = math.ceil((len(images) if indices is None else len(indices)) / _SHOWN)
+    batches, name = images.in_order(_SHOWN, indices), f'features of {images.images.name}'
+    with contextlib.closing(batches), Progress(name, count, images_per_step=_SHOWN) as progress:
       for batch in batches:
         interrupts.check()
         if batch['mask'].any():
           running.add(self(batch['image'])[batch['mask']])
-        progress.advance(min(_SHOWN, size - progress.done))
+        progress.advance()
     return running.result()
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from diffusion_distillation import times
-from diffusion_distillation.checkpoints import read_json, write_json
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.drawing import Drawer
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
+from diffusion_distillation.files import read_json, write_json
 from diffusion_distillation.progress import Progress
 from diffusion_distillation.samplers import Sampler
 from diffusion_distillation.stages import Stage, make_sampler
