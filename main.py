@@ -19,14 +19,16 @@ _WEIGHTS = flags.DEFINE_string(
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 64, 'sample: how many images.', 1)
 _SEED = flags.DEFINE_integer('seed', 0, 'sample: of the noise.', 0, 2**31 - 1)
 _SAMPLER = flags.DEFINE_string(
-  'sampler', 'ddim', 'sample: ddim, ancestral, euler, heun, rk4, dpm_solver_2m.'
+  'sampler',
+  None,
+  "sample: ddim, ancestral, euler, heun, rk4, dpm_solver_2m, multistep_consistency; by default the stage's own.",
 )
 _GAMMA = flags.DEFINE_float(
   'gamma', None, 'sample, ancestral: variance from small (0) to large (1).', 0, 1
 )
 _CLIP_X = flags.DEFINE_bool('clip_x', None, 'sample: clip x to [-1, 1] at each step.')
 _STEPS = flags.DEFINE_integer('steps', None, 'sample: how many; by default those of the stage.', 1)
-_GRID = flags.DEFINE_enum('grid', 'uniform', list(times.GRIDS), 'sample: how its steps are spaced.')
+_GRID = flags.DEFINE_enum('grid', 'uniform', times.GRIDS, 'sample: how its steps are spaced.')
 _TIMES = flags.DEFINE_list('times', [], 'sample: a grid of times instead of equal steps: 0,0.25,1.')
 _CLASSES = flags.DEFINE_list(
   'classes', [], 'sample: classes to draw in turn, by number or name, or none; by default all.'

@@ -31,7 +31,8 @@ from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError, UserError
 from diffusion_distillation.evaluation import features, measure
 from diffusion_distillation.files import read_json, write_json
-from diffusion_distillation.workdir import Model, lock_workdir
+from diffusion_distillation.lineage import Model
+from diffusion_distillation.workdir import lock_workdir
 
 START = 64  # steps that rounds begin at
 

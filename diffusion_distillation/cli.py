@@ -14,6 +14,7 @@ from diffusion_distillation import (
   forecast,
   importing,
   interrupts,
+  lineage,
   pixels,
   samplers,
   sharding,
@@ -27,6 +28,7 @@ from diffusion_distillation.datasets import preparing
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure, pictures
 from diffusion_distillation.files import read_json
+from diffusion_distillation.recipe import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Options:
   weights: str = 'ema'
   num_samples: int = 64
   seed: int = 0
-  sampler: str = 'ddim'
+  sampler: str | None = None
   gamma: float | None = None
   clip_x: bool | None = None
   steps: int | None = None
@@ -118,8 +120,9 @@ def _plan(options: Options) -> None:
   described = datasets.describe(datasets.Settings.of(config.dataset))
   planned = workdir.cut(directory, stages.plan(config, *described))
   train.check_batches(config)
-  finished = {stage.name for stage in planned if workdir.is_finished(directory, stage)}
-  forecast.show(planned, finished, sharding.compile_step(train.train_step), config)
+  finished = {stage.name for stage in planned if lineage.is_finished(directory, stage)}
+  weights = {stage.name: train.load_distance(stage) for stage in planned}
+  forecast.show(planned, finished, sharding.compile_step(train.train_step), config, weights)
 
 
 def _import(options: Options) -> None:
@@ -139,37 +142,39 @@ def _import(options: Options) -> None:
 def _sample(options: Options) -> None:
   out, directory = pictures.check_out(options.out), _workdir(options)
   config = workdir.read_config(directory, options.default)
-  choose('--sampler', options.sampler, samplers.SAMPLERS)
+  if options.sampler is not None:
+    choose('--sampler', options.sampler, samplers.SAMPLERS)
   if options.gamma is not None and options.sampler != 'ancestral':
     raise UserError('--gamma is of ancestral sampling: give --sampler=ancestral, too')
   given = {'gamma': options.gamma, 'clip_x': options.clip_x}
   config.evaluation.update({key: value for key, value in given.items() if value is not None})
   model = _choose_stage(options, directory, config).use(options.weights)
-  draw = measure.drawer(config, model.stage, options.sampler)
-  grid, classes = _grid(options, model.stage.num_steps), _classes(options, model.stage, directory)
+  sampler = options.sampler or model.stage.sampler
+  draw = measure.drawer(config, model.stage, sampler)
+  grid, classes = _grid(options, model.stage), _classes(options, model.stage, directory)
   images = draw.draw(model.params, grid, options.num_samples, options.seed, classes)
   pictures.save(out, images, draw.labels(np.arange(options.num_samples), classes))
   steps = len(grid) - 1
   print(
-    f'{out}: {options.num_samples} images of {model.stage.name} in {steps} {options.sampler} steps, '
+    f'{out}: {options.num_samples} images of {model.stage.name} in {steps} {sampler} steps, '
     f'{steps * draw.sampler.calls_per_step} network calls each '
     f'({model.step} of {model.stage.num_updates} updates)'
   )
 
 
-def _grid(options: Options, num_steps: int) -> np.ndarray:
+def _grid(options: Options, stage: Stage) -> np.ndarray:
   """The times to sample at: those given, or equal steps."""
   if options.times and options.steps:
     raise UserError('give --steps or --times, not both')
   try:
     if options.times:
       return times.grid([float(t) for t in options.times])
-    return times.GRIDS[options.grid](options.steps or num_steps)
+    return times.make_grid(options.grid, options.steps or stage.num_steps, stage.schedule)
   except ValueError as error:
     raise UserError(f'--times={",".join(options.times)}: {error}, such as 0,0.25,1') from error
 
 
-def _classes(options: Options, stage: stages.Stage, directory: pathlib.Path) -> list[int]:
+def _classes(options: Options, stage: Stage, directory: pathlib.Path) -> list[int]:
   """The classes to draw in turn, by number or name, or 'none'; none at all for a balanced draw of all."""
   num_classes = stage.denoise.network.num_classes
   given = list(options.classes)
@@ -192,13 +197,13 @@ def _classes(options: Options, stage: stages.Stage, directory: pathlib.Path) -> 
   return [known[c] for c in given]
 
 
-def _choose_stage(options: Options, directory: pathlib.Path, config: Config) -> workdir.Model:
+def _choose_stage(options: Options, directory: pathlib.Path, config: Config) -> lineage.Model:
   """The stage that was asked for, or the last that is there."""
   planned = {stage.name: stage for stage in workdir.stored_plan(directory, config)}
   if options.stage is not None and options.stage not in planned:
     raise UserError(f'--stage={options.stage} is not one of {", ".join(planned)}')
   for name in [options.stage] if options.stage else reversed(planned):
-    model = workdir.load_model(directory, planned[name], config)
+    model = lineage.load_model(directory, planned[name], config)
     if model is not None:
       return model
   raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
@@ -213,7 +218,7 @@ def _evaluate(options: Options) -> None:
     workdir.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
   planned, images = workdir.plan_for(directory, config)
   with workdir.lock_workdir(directory):
-    found = [workdir.load_model(directory, stage, config) for stage in planned]
+    found = [lineage.load_model(directory, stage, config) for stage in planned]
     models = [model for model in found if model is not None]
     if found[0] is None:
       raise UserError(f'--workdir={directory}: no whole checkpoint of {planned[0].name} yet')

@@ -59,6 +59,8 @@ def choose(key: str, value: str, table: Mapping[str, Any]) -> Any:
   return table[value]
 
 
+STUDENTS = ('knowledge', 'consistency', 'dmd', 'dmd2')
+MATCHING = ('dmd', 'dmd2')
 POSITIVE = [
   'dataset.image_size',
   'model.ch',
@@ -82,6 +84,19 @@ POSITIVE = [
   'distill.micro_batches',
   'distill.learning_rate',
   'max_skipped',
+  'time.log_std',
+  'pairs.num_pairs',
+  'pairs.num_steps',
+  'pairs.batch_size',
+  'consistency.start_intervals',
+  'consistency.end_intervals',
+  'consistency.sample_steps',
+  *(
+    f'{name}.{key}'
+    for name in STUDENTS
+    for key in ('num_updates', 'batch_size', 'micro_batches', 'learning_rate', 'clip_norm')
+  ),
+  *(f'{name}.{key}' for name in MATCHING for key in ('num_steps', 'fake_learning_rate', 'fake_updates')),
   'checkpoint.every',
   'log.every',
   'evaluation.num_samples',
@@ -97,6 +112,9 @@ NOT_NEGATIVE = [
   'distill.warmup',
   'distill.weight_decay',
   'log.measured_updates',
+  'log.health_every',
+  *(f'{name}.{key}' for name in STUDENTS for key in ('warmup', 'weight_decay')),
+  *(f'{name}.{key}' for name in MATCHING for key in ('regression', 'gan_generator', 'gan_fake')),
   'log.seconds',
   'dataset.in_memory_gb',
   'dataset.workers',
@@ -105,11 +123,19 @@ FRACTIONS = [
   'dataset.label_dropout',
   'train.ema_decay',
   'distill.ema_decay',
+  *(f'{name}.ema_decay' for name in STUDENTS),
   'model.dropout',
   'optimizer.b1',
   'optimizer.b2',
 ]
-DISTINCT = ['train.ema_decay', 'distill.ema_decay', 'evaluation.samplers']
+DISTINCT = [
+  'train.ema_decay',
+  'distill.ema_decay',
+  *(f'{name}.ema_decay' for name in STUDENTS),
+  'evaluation.samplers',
+  'methods',
+  'consistency.sample_steps',
+]
 AT_LEAST_TWO = ['distill.factor', 'evaluation.num_samples']
 
 

@@ -9,6 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+SIGMA_DATA = (
+  0.5  # of EDM's preconditioning: the standard deviation of pixels, the same for all its data sets
+)
+
 
 class Prediction(NamedTuple):
   """What a denoiser believes of z = alpha x + sigma eps; both (B, H, W, C)."""
@@ -65,6 +69,29 @@ def from_both(z: jax.Array, logsnr: jax.Array, output: jax.Array) -> Prediction:
   return from_x(z, logsnr, weight * x + (1.0 - weight) * (z - sigma * eps) / alpha)
 
 
+def edm_input(z: jax.Array, logsnr: jax.Array) -> jax.Array:
+  """What EDM's network is given (Karras et al. 2022, Table 1): z at unit variance, for data of SIGMA_DATA.
+
+  c_in y with y = z / alpha, written without the division.
+  """
+  alpha, sigma = alpha_sigma(logsnr, z)
+  return z * jax.lax.rsqrt(jnp.square(sigma) + jnp.square(SIGMA_DATA * alpha))
+
+
+def from_edm(z: jax.Array, logsnr: jax.Array, output: jax.Array) -> Prediction:
+  """The network predicts EDM's F, given `edm_input` (Karras et al. 2022, Eq. 7).
+
+  x^ = c_skip y + c_out F of y = z / alpha at noise s = sigma / alpha, with both factors multiplied out:
+  x^ = (SIGMA_DATA^2 alpha z / r + SIGMA_DATA sigma F) / r, r^2 = sigma^2 + SIGMA_DATA^2 alpha^2. At SIGMA_DATA = 1
+  it is `from_v` of -F.
+  """
+  alpha, sigma = alpha_sigma(logsnr, z)
+  scale = jax.lax.rsqrt(jnp.square(sigma) + jnp.square(SIGMA_DATA * alpha))
+  x = scale * (scale * SIGMA_DATA**2 * alpha * z + SIGMA_DATA * sigma * output)
+  eps = scale * (scale * sigma * z - SIGMA_DATA * alpha * output)
+  return Prediction(x, eps)
+
+
 def velocity(prediction: Prediction, logsnr: jax.Array) -> jax.Array:
   """v = alpha eps - sigma x, the inverse of `from_v`."""
   alpha, sigma = alpha_sigma(logsnr, prediction.x)
@@ -83,7 +110,7 @@ def implied_x(z_t: jax.Array, z_s: jax.Array, logsnr_t: jax.Array, logsnr_s: jax
   return (z_s - ratio * z_t) / (alpha_s - ratio * alpha_t)
 
 
-OUTPUTS = {'x': from_x, 'eps': from_eps, 'v': from_v, 'both': from_both}
+OUTPUTS = {'x': from_x, 'eps': from_eps, 'v': from_v, 'both': from_both, 'edm': from_edm}
 
 
 def output_channels(output: str, channels: int) -> int:

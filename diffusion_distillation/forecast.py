@@ -2,20 +2,26 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 from clu import parameter_overview
 
-from diffusion_distillation import interrupts, sharding, times
-from diffusion_distillation import workdir as workdirs
+from diffusion_distillation import interrupts, lineage, sharding, times
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.evaluation import measure
-from diffusion_distillation.stages import Stage
+from diffusion_distillation.recipe import Stage
+from diffusion_distillation.train_state import Params
 
 
-def show(stages: list[Stage], finished: set[str], step: Callable, config: Config) -> None:
+def show(
+  stages: list[Stage],
+  finished: set[str],
+  step: Callable,
+  config: Config,
+  distances: Mapping[str, Params] | None = None,
+) -> None:
   """Prints the plan on stderr; then, from a few updates of each kind, the time of what is not finished.
 
   A stage that has begun, and the evaluation, count from their start.
@@ -25,6 +31,7 @@ def show(stages: list[Stage], finished: set[str], step: Callable, config: Config
     finished: names of those that need no training any more.
     step: the compiled `train_step`.
     config: of the run; `log.measured_updates` = 0 leaves the estimate out.
+    distances: weights of a stage's distance, by stage, where it has some.
   """
   for line in table(stages, finished, config):
     _print(line)
@@ -39,11 +46,14 @@ def show(stages: list[Stage], finished: set[str], step: Callable, config: Config
       continue
     kind = (jax.tree.structure(stage.recipe), stage.batch_size)
     if kind not in seconds:
-      seconds[kind] = seconds_per_update(stage, step, repeats)
+      seconds[kind] = seconds_per_update(stage, step, repeats, (distances or {}).get(stage.name))
     total += seconds[kind] * stage.num_updates
     rate = f'{1000 * seconds[kind]:.3g} ms an update'
     _print(f'  {stage.name:<18} {_duration(seconds[kind] * stage.num_updates):>10}  ({rate})')
   call = seconds_per_call(stages[0], config)
+  if of_pairs := pairs_calls(stages, finished):
+    total += call * of_pairs
+    _print(f'  {"pairs":<18} {_duration(call * of_pairs):>10}')
   calls = evaluation_calls(stages, config)
   _print(f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)')
   _print(f'  {"together":<18} {_duration(total + call * calls):>10}')
@@ -52,10 +62,14 @@ def show(stages: list[Stage], finished: set[str], step: Callable, config: Config
 def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[str]:
   """Lines: the network, then a stage each with its updates and network calls, then the evaluation."""
   first = stages[0]
-  count = parameter_overview.count_parameters(workdirs.abstract_params(first))
+  count = parameter_overview.count_parameters(lineage.abstract_params(first))
   yield f'{count:,} parameters; {jax.device_count()} {jax.default_backend()} device(s)'
+  with_pairs = next((stage for stage in stages if stage.pairs and stage.name not in finished), None)
   for stage in stages:
     calls = network_calls(stage)
+    if stage.pairs is not None and stage is with_pairs:
+      drawn = f'{stage.pairs.num_steps:>5} steps {stage.pairs.count:>8,} pairs'
+      yield f'  {"pairs":<18} {drawn:<37} {pairs_calls(stages, finished):>10.2e} network calls'
     done = '  finished' if stage.name in finished else ''
     yield (
       f'  {stage.name:<18} {stage.num_steps:>5} steps {stage.num_updates:>8,} updates of '
@@ -64,9 +78,17 @@ def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[s
   yield f'  {"evaluation":<18} {evaluation_calls(stages, config):>54.2e} network calls'
 
 
-def network_calls(stage: Stage) -> int:
-  """Forward calls of one image that its training makes; the student's are differentiated as well."""
-  return stage.num_updates * stage.batch_size * (1 + stage.recipe.method.teacher_calls)
+def network_calls(stage: Stage) -> float:
+  """Forward calls of one image that its training makes; those of trained networks are differentiated as well."""
+  return stage.num_updates * stage.batch_size * stage.recipe.method.calls
+
+
+def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
+  """Network calls of one image that the pairs of stages take which are not finished; all have the same pairs."""
+  for stage in stages:
+    if stage.pairs is not None and stage.name not in finished:
+      return stage.pairs.count * stage.pairs.num_steps * stage.pairs.sampler.calls_per_step
+  return 0
 
 
 def evaluation_calls(stages: list[Stage], config: Config) -> int:
@@ -77,22 +99,29 @@ def evaluation_calls(stages: list[Stage], config: Config) -> int:
   )
 
 
-def seconds_per_update(stage: Stage, step: Callable, repeats: int) -> float:
-  """The mean over some updates on noise, compilation excluded."""
+def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Params = None) -> float:
+  """The mean over some updates on noise, in whole periods of the method, compilation excluded."""
   params = stage.denoise.init(jax.random.key(0), stage.image_shape)
   state = sharding.replicate(stage.recipe.create_state(params))
-  teacher = sharding.replicate(params) if stage.parent else None
+  networks = {'teacher': params if stage.parent else None, 'distance': distance}
+  frozen = sharding.replicate({name: tree for name, tree in networks.items() if tree is not None})
   rng = np.random.default_rng(0)
-  image = rng.integers(0, 256, (stage.batch_size, *stage.image_shape)).astype(np.uint8)
+  shape = (stage.batch_size, *stage.image_shape)
   label = np.zeros(stage.batch_size, np.int32)
-  batch = sharding.put(stage.inputs({'image': image, 'label': label}))
+  told = label if stage.denoise.network.num_classes else None
+  noise = rng.normal(size=shape).astype(np.float32)
+  pairs = {'noise': noise, 'image': noise, 'label': told} if stage.pairs else None
+  image = rng.integers(0, 256, shape).astype(np.uint8)
+  batch = sharding.put(stage.inputs({'image': image, 'label': label}, pairs))
+  period = stage.recipe.method.period
+  timed = -(-repeats // period) * period
   began = 0.0
-  for k in range(repeats + 1):
+  for k in range(period + timed):
     interrupts.check()
-    state, _ = step(stage.recipe, state, teacher, batch)
+    began = time.monotonic() if k == period else began
+    state, _ = step(stage.recipe.at(k), state, frozen, batch)
     jax.block_until_ready(state)
-    began = began if k else time.monotonic()
-  return (time.monotonic() - began) / repeats
+  return (time.monotonic() - began) / timed
 
 
 def seconds_per_call(stage: Stage, config: Config) -> float:

@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import jax
 
-from diffusion_distillation import datasets, workdir
+from diffusion_distillation import datasets, lineage, workdir
 from diffusion_distillation.configuration import Config, choose, flatten
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.files import read_json
 from diffusion_distillation.interop import google
-from diffusion_distillation.stages import Stage, plan
-from diffusion_distillation.workdir import Model
+from diffusion_distillation.lineage import Model
+from diffusion_distillation.recipe import Stage
+from diffusion_distillation.stages import plan
 
 
 def from_google(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
@@ -28,7 +29,7 @@ def from_google(config: Config, default: Config, path: pathlib.Path, into: pathl
   stages = plan(config, shape, num_classes)
   checkpoint = google.read(path)
   stage = _stage_for(checkpoint.num_sample_steps, stages, path)
-  params = google.fit(checkpoint.ema_params, workdir.abstract_params(stage), path)
+  params = google.fit(checkpoint.ema_params, lineage.abstract_params(stage), path)
   origin = {'source': 'google', 'file': path.name, 'sha256': checkpoint.sha256}
   return _adopt(config, into, stage, params, origin)
 
@@ -53,20 +54,20 @@ def from_workdir(config: Config, default: Config, path: pathlib.Path, into: path
   """
   if not (path / 'stage.json').is_file():
     raise UserError(f'--checkpoint={path} is not a stage of a run: there is no stage.json in it')
-  lineage, stored = read_json(path / 'stage.json'), workdir.read_config(path.parent, default)
+  found_in, stored = read_json(path / 'stage.json'), workdir.read_config(path.parent, default)
   planned = {stage.name: stage for stage in workdir.stored_plan(path.parent, stored)}
   theirs = choose(f'--checkpoint={path}: stage', path.name, planned)
   shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
   is_base = theirs.method == 'denoising'
   stage = _stage_for(0 if is_base else theirs.num_steps, plan(config, shape, num_classes), path)
-  found, wanted = (dict(flatten(workdir.describe(s))) for s in (theirs, stage))
+  found, wanted = (dict(flatten(lineage.describe(s))) for s in (theirs, stage))
   for key in wanted:
     if found.get(key) != wanted[key]:
       raise UserError(
         f'--checkpoint={path}: its {key} is {found.get(key)}, but the config says {wanted[key]}'
       )
-  model = workdir.load_model(path.parent, theirs, stored)
-  if model is None or not lineage.get('finished'):
+  model = lineage.load_model(path.parent, theirs, stored)
+  if model is None or not found_in.get('finished'):
     raise UserError(f'--checkpoint={path} is not finished; train it to its end first')
   origin = {'source': 'workdir', 'file': str(path), 'sha256': model.digest}
   return _adopt(config, into, stage, jax.device_get(model.params), origin)
@@ -77,7 +78,7 @@ def _adopt(config: Config, into: pathlib.Path, stage: Stage, params: object, ori
     if (into / stage.name).exists():
       raise UserError(f'{into / stage.name} is there already; import into another workdir, or remove it')
     workdir.claim(into, config)
-    return workdir.adopt(into, stage, params, config, origin)
+    return lineage.adopt(into, stage, params, config, origin)
 
 
 SOURCES: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]] = {

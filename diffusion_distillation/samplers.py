@@ -105,6 +105,20 @@ class Ancestral(Sampler):
     return mean + jnp.where(sigma_s > 0.0, std, 0.0) * normal(rng, z.shape[1:])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultistepConsistency(Sampler):
+  """To x^, and back to time s with new noise: multistep consistency sampling (Song et al. 2023, algorithm 1).
+
+  z_s = alpha_s x^ + sigma_s eps; DMD2's students of several steps are sampled the same way.
+  """
+
+  def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
+    if rng is None:
+      raise ValueError('renoising draws noise: it needs one key an image')
+    x, _ = self.predict(denoise, z, logsnr_t)
+    return diffusion.diffuse(x, normal(rng, z.shape[1:]), logsnr_s)
+
+
 class Tableau(NamedTuple):
   """An explicit Runge-Kutta method: stage k is reached by the slopes before it, weighted by a[k]; b sums them."""
 
@@ -225,6 +239,7 @@ class DPMSolver2M(Sampler):
 SAMPLERS: dict[str, type[Sampler]] = {
   'ddim': DDIM,
   'ancestral': Ancestral,
+  'multistep_consistency': MultistepConsistency,
   'euler': Euler,
   'heun': Heun,
   'rk4': RK4,

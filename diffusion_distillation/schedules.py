@@ -38,6 +38,12 @@ class Cosine:
     a = math.atan(math.exp(-0.5 * self.logsnr_min)) - b
     return _clean_at_zero(t, -2.0 * jnp.log(jnp.tan(a * t + b)))
 
+  def inverse(self, logsnr: jax.Array) -> jax.Array:
+    """The t of a finite logsnr; outside (0, 1] for one that is out of range."""
+    b = math.atan(math.exp(-0.5 * self.logsnr_max))
+    a = math.atan(math.exp(-0.5 * self.logsnr_min)) - b
+    return (jnp.arctan(jnp.exp(-0.5 * logsnr)) - b) / a
+
 
 @dataclasses.dataclass(frozen=True)
 class ShiftedCosine:
@@ -61,8 +67,15 @@ class ShiftedCosine:
 
   def __call__(self, t: jax.Array) -> jax.Array:
     """As `Cosine`."""
-    shift = 2.0 * math.log(self.base_size / self.image_size)
-    return Cosine(self.logsnr_min, self.logsnr_max)(t) + shift
+    return Cosine(self.logsnr_min, self.logsnr_max)(t) + self._shift
+
+  def inverse(self, logsnr: jax.Array) -> jax.Array:
+    """As `Cosine`."""
+    return Cosine(self.logsnr_min, self.logsnr_max).inverse(logsnr - self._shift)
+
+  @property
+  def _shift(self) -> float:
+    return 2.0 * math.log(self.base_size / self.image_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +106,51 @@ class LinearBeta:
     integral = start + self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * jnp.square(t)
     return _clean_at_zero(t, -jnp.log(jnp.expm1(integral)))
 
+  def inverse(self, logsnr: jax.Array) -> jax.Array:
+    """As `Cosine`: the positive root of B(t) = log(1 + exp(-logsnr))."""
+    integral = jax.nn.softplus(-logsnr) - math.log1p(math.exp(-self.logsnr_max))
+    slope = self.beta_max - self.beta_min
+    return (
+      2.0
+      * integral
+      / (self.beta_min + jnp.sqrt(jnp.maximum(self.beta_min**2 + 2.0 * slope * integral, 0.0)))
+    )
 
-Schedule = Cosine | ShiftedCosine | LinearBeta
+
+@dataclasses.dataclass(frozen=True)
+class Karras:
+  """EDM's noise levels (Karras et al. 2022, Eq. 5): even steps of t are even steps of (sigma / alpha)^(1 / rho).
+
+  EDM adds noise of scale s to x; here s = sigma / alpha, from s_min at t -> 0 to s_max at t = 1: logsnr = -2 log s.
+  """
+
+  s_min: float = 0.002
+  s_max: float = 80.0
+  rho: float = 7.0
+
+  def __post_init__(self) -> None:
+    if not 0.0 < self.s_min < self.s_max < 1e6:
+      raise ValueError(
+        f's_min ({self.s_min}) must be positive and below s_max ({self.s_max}), that below 1e6'
+      )
+    if not 1.0 <= self.rho <= 100.0:
+      raise ValueError(f'rho={self.rho} must lie in [1, 100]')
+
+  def __call__(self, t: jax.Array) -> jax.Array:
+    """As `Cosine`."""
+    low, high = (s ** (1.0 / self.rho) for s in (self.s_min, self.s_max))
+    return _clean_at_zero(t, -2.0 * self.rho * jnp.log(low + t * (high - low)))
+
+  def inverse(self, logsnr: jax.Array) -> jax.Array:
+    """As `Cosine`."""
+    low, high = (s ** (1.0 / self.rho) for s in (self.s_min, self.s_max))
+    return (jnp.exp(-0.5 * logsnr / self.rho) - low) / (high - low)
+
+
+Schedule = Cosine | ShiftedCosine | LinearBeta | Karras
 SCHEDULES: dict[str, type] = {
   'cosine': Cosine,
   'shifted_cosine': ShiftedCosine,
   'linear_beta': LinearBeta,
+  'karras': Karras,
 }

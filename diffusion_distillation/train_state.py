@@ -18,7 +18,7 @@ class TrainState:
     step: updates tried so far, skipped ones included.
     params: the networks in training, by name.
     ema_params: the student's moving averages, one for each decay; the first is what is sampled.
-    opt_state: the optimizer's.
+    opt_state: the optimizer's, by network.
     skipped: updates that were not made because loss or gradient was not finite.
     skipped_in_a_row: the same, since the last one that was made.
   """
@@ -26,7 +26,7 @@ class TrainState:
   step: jax.Array
   params: dict[str, Params]
   ema_params: tuple[Params, ...]
-  opt_state: optax.OptState
+  opt_state: dict[str, optax.OptState]
   skipped: jax.Array
   skipped_in_a_row: jax.Array
 
@@ -40,7 +40,7 @@ class TrainState:
       step=jnp.zeros((), jnp.int32),
       params=params,
       ema_params=tuple(jax.tree.map(jnp.copy, params['student']) for _ in range(num_averages)),
-      opt_state=optimizer.init(params),
+      opt_state={name: optimizer.init(network) for name, network in params.items()},
       skipped=jnp.zeros((), jnp.int32),
       skipped_in_a_row=jnp.zeros((), jnp.int32),
     )

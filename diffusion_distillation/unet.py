@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from diffusion_distillation import diffusion
 
 Params = Any
+BOTTLENECK = (
+  'bottleneck'  # the collection that the innermost activations are sown into, if one asks for it
+)
 
 
 def inverse_cosine(logsnr: jax.Array) -> jax.Array:
@@ -27,7 +30,12 @@ def linear(logsnr: jax.Array) -> jax.Array:
   return (logsnr + 10.0) / 20.0
 
 
-TIME_INPUTS = {'inv_cos': inverse_cosine, 'linear': linear, 'sigmoid': jax.nn.sigmoid}
+def edm(logsnr: jax.Array) -> jax.Array:
+  """EDM's c_noise (Karras et al. 2022, Table 1): a quarter of log(sigma / alpha)."""
+  return -0.125 * logsnr
+
+
+TIME_INPUTS = {'inv_cos': inverse_cosine, 'linear': linear, 'sigmoid': jax.nn.sigmoid, 'edm': edm}
 
 
 def time_embedding(u: jax.Array, dim: int) -> jax.Array:
@@ -109,7 +117,7 @@ class UNet(nn.Module):
     num_groups: groups of every GroupNorm; must divide every width.
     dropout: rate inside residual blocks.
     num_classes: 0 for an unconditional network.
-    time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr) or 'sigmoid' (alpha^2).
+    time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2) or 'edm'.
     resblock_resample: resample inside residual blocks, or by a convolution beside them.
   """
 
@@ -199,6 +207,7 @@ class UNet(nn.Module):
     h = ResBlock(ch, self.num_groups, self.dropout, name='mid.block_1')(h, emb, det)
     h = attention(h, 'mid.attn_1')
     h = ResBlock(ch, self.num_groups, self.dropout, name='mid.block_2')(h, emb, det)
+    self.sow(BOTTLENECK, 'h', h)
 
     for level in reversed(range(levels)):
       for b in range(self.num_res_blocks + 1):
@@ -241,5 +250,17 @@ class Denoiser:
   ) -> diffusion.Prediction:
     """z: (B, H, W, C); logsnr: (B,); label: (B,) or None; dropout only if `rng` is given."""
     rngs = None if rng is None else {'dropout': rng}
-    output: Any = self.network.apply({'params': params}, z, logsnr, label, rng is None, rngs=rngs)
+    args = ({'params': params}, self._input(z, logsnr), logsnr, label, rng is None)
+    output: Any = self.network.apply(*args, rngs=rngs)
     return diffusion.OUTPUTS[self.output](z, logsnr, output)
+
+  def bottleneck(
+    self, params: Params, z: jax.Array, logsnr: jax.Array, label: jax.Array | None
+  ) -> jax.Array:
+    """The network's innermost activations, (B, h, w, c); the way up is not computed."""
+    args = ({'params': params}, self._input(z, logsnr), logsnr, label)
+    _, sown = self.network.apply(*args, mutable=[BOTTLENECK])
+    return sown[BOTTLENECK]['h'][0]
+
+  def _input(self, z: jax.Array, logsnr: jax.Array) -> jax.Array:
+    return diffusion.edm_input(z, logsnr) if self.output == 'edm' else z

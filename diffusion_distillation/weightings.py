@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.diffusion import Prediction
+from diffusion_distillation.diffusion import SIGMA_DATA, Prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,21 @@ class SnrPlusOne:
     return 1.0 + jnp.exp(logsnr)
 
 
+@dataclasses.dataclass(frozen=True)
+class Edm:
+  """|F - F^|^2: SNR + 1 / SIGMA_DATA^2, of the output of EDM's network (Karras et al. 2022, Table 1)."""
+
+  def __call__(self, logsnr: jax.Array) -> jax.Array:
+    return jnp.exp(logsnr) + SIGMA_DATA**-2
+
+
 Weighting = Callable[[jax.Array], jax.Array]
 WEIGHTINGS: dict[str, type] = {
   'constant': Constant,
   'snr': Snr,
   'snr_trunc': SnrTrunc,
   'snr_plus_one': SnrPlusOne,
+  'edm': Edm,
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import serialization
 
 from configs import default
-from diffusion_distillation import datasets, stages, workdir
+from diffusion_distillation import datasets, lineage, stages
 from diffusion_distillation.configuration import check_keys, flatten
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Denoising
@@ -189,8 +189,8 @@ def test_network_and_optimizer_have_the_sizes_that_the_layer_list_gives(name):
     resample=True,
   )
   print(f'{name}: {expected:,} parameters')
-  state = workdir.abstract_state(base)
-  assert size_of(workdir.abstract_params(base)) == size_of(state.params) == expected
+  state = lineage.abstract_state(base)
+  assert size_of(lineage.abstract_params(base)) == size_of(state.params) == expected
   assert [size_of(average) for average in state.ema_params] == [expected]
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape]
   assert size_of(moments) == 2 * expected  # Adam's two

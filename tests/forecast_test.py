@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import default
-from diffusion_distillation import cli, forecast, sharding, train, workdir
+from diffusion_distillation import cli, forecast, lineage, sharding, train
 from tests import tiny
 
 OVERRIDES = {
@@ -72,7 +72,7 @@ def show(capsys, finished=(), stages=STAGES, **overrides):
 
 def test_the_table_has_updates_and_network_calls_of_every_stage(capsys, measured):
   plan, _ = show(capsys)
-  parameters = sum(leaf.size for leaf in jax.tree.leaves(workdir.abstract_params(STAGES[0])))
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(lineage.abstract_params(STAGES[0])))
   assert plan[0] == f'{parameters:,} parameters; 8 cpu device(s)'
   lines = {line.split()[0]: ' '.join(line.split()[1:]) for line in plan[1:]}
   assert list(lines) == [*NAMES, 'evaluation']

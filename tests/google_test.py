@@ -12,8 +12,7 @@ import pytest
 from flax import serialization, traverse_util
 
 from configs import default
-from diffusion_distillation import datasets, importing, times, train
-from diffusion_distillation import workdir as workdirs
+from diffusion_distillation import datasets, importing, lineage, times, train
 from diffusion_distillation.checkpoints import digest
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import features, measure
@@ -60,7 +59,7 @@ def content(workdir):
   return {path.relative_to(workdir): path.read_bytes() for path in files}
 
 
-def lineage(stage_dir):
+def read_lineage(stage_dir):
   return json.loads((stage_dir / 'stage.json').read_text())
 
 
@@ -71,7 +70,7 @@ def leaves(tree):
 @pytest.fixture
 def expected():
   """Names and shapes that our network wants."""
-  return workdirs.abstract_params(plan(sample_config(), (8, 8, 3), 10)[0])
+  return lineage.abstract_params(plan(sample_config(), (8, 8, 3), 10)[0])
 
 
 @pytest.mark.parametrize(('path', 'num_steps'), [(STUDENT, 4), (TEACHER, 8)])
@@ -216,7 +215,7 @@ def test_the_number_of_steps_says_which_stage_it_becomes(in_the_file, start_step
   model = importing.from_google(config, default.get_config(), path, tmp_path / 'run')
   assert model.stage.name == name and model.stage.num_steps == (in_the_file or start_steps)
   assert [stage.parent.name for stage in (tmp_path / 'run').glob('*/stage.json')] == [name]
-  loaded = workdirs.load_model(tmp_path / 'run', model.stage, config)
+  loaded = lineage.load_model(tmp_path / 'run', model.stage, config)
   assert loaded.digest == model.digest and loaded.step == model.stage.num_updates
 
 
@@ -250,7 +249,7 @@ def imported(tmp_path_factory):
 def test_an_imported_stage_says_where_it_is_from(imported, expected):
   workdir, out = imported
   params = google.fit(google.read(STUDENT).ema_params, expected, STUDENT)
-  found = lineage(workdir / 'progressive_0004')
+  found = read_lineage(workdir / 'progressive_0004')
   assert found['finished'] and found['parent'] is None and found['num_steps'] == 4
   assert found['digest'] == digest(params)
   sha256 = hashlib.sha256(STUDENT.read_bytes()).hexdigest()
@@ -282,8 +281,8 @@ def test_an_imported_stage_is_distilled_further_and_measured(imported, tmp_path,
 
   names = ['progressive_0004', 'progressive_0002', 'progressive_0001']
   assert sorted(path.parent.name for path in workdir.glob('*/stage.json')) == sorted(names)
-  stages = [lineage(workdir / name) for name in names]
-  assert stages[0] == lineage(imported[0] / names[0])
+  stages = [read_lineage(workdir / name) for name in names]
+  assert stages[0] == read_lineage(imported[0] / names[0])
   for parent, child in itertools.pairwise(stages):
     assert child['parent']['digest'] == parent['digest'] != child['digest']
   rows = json.loads((workdir / 'results.json').read_text())['rows']

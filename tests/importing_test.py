@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from configs import default
-from diffusion_distillation import importing
+from diffusion_distillation import importing, lineage
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.errors import UserError
-from tests.google_test import content, lineage, refused
+from tests.google_test import content, read_lineage, refused
 
 
 @pytest.fixture
@@ -27,18 +27,18 @@ def overridden(config, **overrides):
 @pytest.mark.parametrize('name', ['base', 'progressive_0002'])
 def test_a_stage_of_another_run_is_imported_with_the_same_digest(finished, name, config, tmp_path):
   """Into a run with other rounds, too: only network and schedule have to be the same."""
-  theirs = lineage(finished / name)
+  theirs = read_lineage(finished / name)
   other = overridden(config, distill__start_steps=16, train__num_updates=3, seed=4)
   model = importing.from_workdir(other, default.get_config(), finished / name, tmp_path / 'run')
   assert model.digest == theirs['digest']
-  found = lineage(tmp_path / 'run' / name)
+  found = read_lineage(tmp_path / 'run' / name)
   assert found['digest'] == theirs['digest'] and found['finished'] and found['parent'] is None
   origin = {'source': 'workdir', 'file': str(finished / name), 'sha256': theirs['digest']}
   assert found['imported'] == origin
   stored = workdirs.read_config(tmp_path / 'run', default.get_config())
   first, *rounds = workdirs.stored_plan(tmp_path / 'run', stored)
   assert first.name == name and first.parent is None and rounds[0].parent == name
-  assert workdirs.load_model(tmp_path / 'run', first, stored).digest == theirs['digest']
+  assert lineage.load_model(tmp_path / 'run', first, stored).digest == theirs['digest']
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_stage_with_a_number_of_steps_that_the_config_has_not_is_refused(finis
 
 def test_an_unfinished_stage_is_refused(finished, config, tmp_path):
   theirs = shutil.copytree(finished, tmp_path / 'theirs')
-  unfinished = {key: value for key, value in lineage(theirs / 'base').items() if key != 'digest'}
+  unfinished = {key: value for key, value in read_lineage(theirs / 'base').items() if key != 'digest'}
   (theirs / 'base' / 'stage.json').write_text(json.dumps(unfinished | {'finished': False}))
   assert 'not finished' in refused(config, theirs / 'base', tmp_path / 'run', 'workdir')
   shutil.rmtree(theirs / 'base' / 'checkpoints')

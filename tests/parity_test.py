@@ -18,8 +18,8 @@ from diffusion_distillation import diffusion, samplers, times, train
 from diffusion_distillation.interop import google
 from diffusion_distillation.methods import Denoising, Progressive
 from diffusion_distillation.optimizers import Adam, LearningRate
+from diffusion_distillation.recipe import Recipe
 from diffusion_distillation.schedules import Cosine
-from diffusion_distillation.stages import Recipe
 from diffusion_distillation.unet import Denoiser, UNet
 from diffusion_distillation.weightings import WEIGHTINGS, SnrTrunc
 

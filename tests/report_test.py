@@ -10,7 +10,7 @@ from PIL import Image
 from diffusion_distillation import samplers, schedules
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.evaluation import drawing, features, measure, pictures, report
-from diffusion_distillation.workdir import Model
+from diffusion_distillation.lineage import Model
 from tests import tiny
 from tests.exact import Gaussian
 

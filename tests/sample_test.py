@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from diffusion_distillation import cli, datasets, samplers, sharding, times, train
+from diffusion_distillation import cli, datasets, lineage, samplers, sharding, times, train
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.evaluation import measure
 from tests import tiny
@@ -104,7 +104,7 @@ def test_noise_and_clipping_can_be_chosen_anew(sample):
 
 def test_the_weights_that_are_asked_for_are_sampled(sample, colour):
   config = workdirs.read_config(colour, default.get_config())
-  model = workdirs.load_model(colour, workdirs.stored_plan(colour, config)[0], config)
+  model = lineage.load_model(colour, workdirs.stored_plan(colour, config)[0], config)
   draw = measure.drawer(config, model.stage, 'ddim').draw
   drawn = {name: sample(weights=name)[0] for name in ('ema', 'ema_0.99', 'last')}
   for name, images in drawn.items():

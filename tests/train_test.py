@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion_distillation import interrupts, sharding, train
+from diffusion_distillation import interrupts, lineage, sharding, train
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import digest
 from diffusion_distillation.datasets.loading import Shuffled
@@ -110,8 +110,7 @@ def test_too_many_in_a_row_go_back_once_and_then_stop_naming_stage_and_step(step
     train.fit(step, poisoned(8, 9, 10), None, IMAGES, workdir, CONFIG)
   assert 'back to step 10' in caplog.text
   assert all(
-    np.isfinite(leaf).all()
-    for leaf in jax.tree.leaves(workdirs.load_model(workdir, BASE, CONFIG).params)
+    np.isfinite(leaf).all() for leaf in jax.tree.leaves(lineage.load_model(workdir, BASE, CONFIG).params)
   )
 
 
@@ -128,7 +127,7 @@ def test_what_does_not_happen_again_is_survived(step, workdir):
   model = train.fit(faulty, BASE, None, IMAGES, workdir, CONFIG)
   assert calls == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 11]
   assert (
-    model.digest == workdirs.to_model(BASE, advance(step, BASE, first_state(BASE), 12)[0], 0.0).digest
+    model.digest == lineage.to_model(BASE, advance(step, BASE, first_state(BASE), 12)[0], 0.0).digest
   )
 
 
@@ -151,7 +150,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
       teacher = models[-1] if models else None
       with pytest.raises(Preempted, match='SIGTERM'):
         train.fit(stopping(at), stage, teacher, IMAGES, workdir, CONFIG)
-      assert workdirs.load_model(workdir, stage, CONFIG).step == at + 1
+      assert lineage.load_model(workdir, stage, CONFIG).step == at + 1
       interrupts.install()
       models.append(train.fit(step, stage, teacher, IMAGES, workdir, CONFIG))
   finally:
@@ -177,7 +176,7 @@ def test_parameters_that_were_exchanged_are_noticed(step, workdir):
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
     train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
-    workdirs.load_model(workdir, BASE, CONFIG)
+    lineage.load_model(workdir, BASE, CONFIG)
 
 
 def test_another_parameterization_is_refused_as_a_teacher(step, workdir):

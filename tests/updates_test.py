@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation import sharding, train
+from diffusion_distillation import lineage, sharding, train
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import digest
 from diffusion_distillation.diffusion import from_v
@@ -185,7 +185,7 @@ def test_a_round_is_taught_by_and_starts_from_the_weights_that_are_named(
 
   assert len(starts) == 2
   for parent, child, (start, teacher) in zip(planned, planned[1:], starts, strict=False):
-    model = workdirs.load_model(tmp_path, parent, config)
+    model = lineage.load_model(tmp_path, parent, config)
     assert digest(model.all['ema']) != digest(model.all['last'])
     assert_same(start, model.all[weights])
     assert_same(teacher, model.all[weights])
@@ -198,7 +198,7 @@ def test_a_model_has_all_the_weights_of_its_stage_by_name():
   stage = small(0, ema_decay=(0.9, 0.99))
   state = small_state(stage)
   averages = tuple(small_params(seed) for seed in (1, 2))
-  model = workdirs.to_model(stage, state.replace(ema_params=averages), 0.0)
+  model = lineage.to_model(stage, state.replace(ema_params=averages), 0.0)
   named = {'ema': averages[0], 'ema_0.99': averages[1], 'last': state.params['student']}
   assert list(model.all) == list(named) == list(stage.weights)
   assert model.weights == 'ema' and model.digest == digest(averages[0])

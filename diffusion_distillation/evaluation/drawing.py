@@ -77,6 +77,16 @@ class Drawer:
     """All of `batches`, (num_samples, H, W, C) uint8."""
     return np.concatenate(list(self.batches(params, grid, num_samples, seed, classes)))
 
+  def pairs(
+    self, params: Params, grid: np.ndarray, seed: int, index: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Noise, image (n, H, W, C) in [-1, 1] as the sampler leaves it, and label, of the images at `index` (n,)."""
+    grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
+    padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
+    given = sharding.put((padded, self.labels(padded)))
+    z, x = _run(self, sharding.replicate(params), grid, np.int32(seed), *given)
+    return np.asarray(z)[: len(index)], np.asarray(x)[: len(index)], self.labels(index)
+
   def seconds_per_image(
     self, params: Params, grid: np.ndarray, num_samples: int, seed: int, use: Callable
   ) -> float:
@@ -91,14 +101,15 @@ class Drawer:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _draw(
+def _run(
   drawer: Drawer,
   params: Params,
   grid: jax.Array,
   seed: jax.Array,
   index: jax.Array,
   label: jax.Array | None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+  """The noise that each image starts from, and the image."""
   keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.key(seed), k))(index)
   noise_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
   z = samplers.normal(noise_keys, drawer.image_shape)
@@ -110,4 +121,10 @@ def _draw(
     z,
     step_keys,
   )
-  return to_image(x)
+  return z, x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(drawer: Drawer, *args: jax.Array | Params) -> jax.Array:
+  """The images alone, uint8."""
+  return to_image(_run(drawer, *args)[1])

@@ -14,7 +14,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +22,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from diffusion_distillation import interrupts
+from diffusion_distillation import classifier, interrupts
 from diffusion_distillation.checkpoints import digest
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
@@ -33,21 +32,6 @@ from diffusion_distillation.progress import Progress
 from diffusion_distillation.train_state import Params
 
 _UPDATES, _BATCH, _LEARNING_RATE, _SHOWN = 600, 128, 2e-3, 500
-
-
-class Classifier(nn.Module):
-  """Convolutions down to 4x4 or less, and two dense layers; the features are the 64 inputs of the last one."""
-
-  num_classes: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x: (B, H, W, C) in [-1, 1]. Returns logits (B, num_classes) and features (B, 64)."""
-    h = nn.relu(nn.Conv(32, (3, 3), name='conv0')(x))
-    for k in range(1, math.ceil(math.log2(x.shape[1] / 4)) + 1):
-      h = nn.relu(nn.Conv(64, (3, 3), strides=2, name=f'conv{k}')(h))
-    features = nn.relu(nn.Dense(64, name='features')(h.reshape(len(h), -1)))
-    return nn.Dense(self.num_classes, name='logits')(features), features
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,9 +77,7 @@ class FeatureExtractor:
 
 @jax.jit
 def _apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-  num_classes = params['logits']['bias'].shape[0]
-  outputs: Any = Classifier(num_classes).apply({'params': params}, to_x(images))
-  return outputs
+  return classifier.apply(params, to_x(images))
 
 
 def _task(batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +92,7 @@ def _task(batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _train(train: Loader) -> Params:
   """The classifier's parameters, a function of the training split alone."""
-  model = Classifier(len(train.images.classes) or 4)
+  model = classifier.Classifier(len(train.images.classes) or 4)
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _UPDATES))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))

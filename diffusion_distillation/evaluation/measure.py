@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import os
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_distillation import times
+from diffusion_distillation.building import make_sampler
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
@@ -20,10 +22,11 @@ from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.drawing import Drawer
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
 from diffusion_distillation.files import read_json, write_json
+from diffusion_distillation.lineage import Model
 from diffusion_distillation.progress import Progress
+from diffusion_distillation.recipe import Stage
 from diffusion_distillation.samplers import Sampler
-from diffusion_distillation.stages import Stage, make_sampler
-from diffusion_distillation.workdir import Model, open_images
+from diffusion_distillation.workdir import open_images
 
 _log = logging.getLogger(__name__)
 
@@ -42,16 +45,15 @@ class Setting:
 def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:
   """What is measured: (place of the stage in the list, weights, sampler, number of steps).
 
-  The first stage under every sampler at every stage's step count, each student at its own, and all of them at
-  their own with their further moving averages; not beyond `evaluation.max_steps`.
+  The first stage under every sampler at every stage's step counts, each student under its own at its own, and all
+  of them there with their further moving averages; not beyond `evaluation.max_steps`.
   """
-  found = [
-    (0, 'ema', sampler, stage.num_steps) for stage in stages for sampler in config.evaluation.samplers
-  ]
+  counts = list(dict.fromkeys(steps for stage in stages for steps in stage.measured_steps))
+  found = [(0, 'ema', sampler, steps) for steps in counts for sampler in config.evaluation.samplers]
   for place, stage in enumerate(stages):
     for weights in stage.weights[:-1]:
       if place or weights != 'ema':
-        found.append((place, weights, 'ddim', stage.num_steps))
+        found += [(place, weights, stage.sampler, steps) for steps in stage.measured_steps]
   yield from (row for row in found if row[-1] <= config.evaluation.max_steps)
 
 
@@ -75,6 +77,7 @@ def evaluate(
   extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
   reference = extractor.moments(train)
   results = _header(config, extractor, train, held_out, reference, models)
+  results['stages'] = _origins([model.stage for model in models], results['seconds'], workdir)
   for loader in (train, held_out):
     loader.close()
     if loader.skipped:
@@ -98,7 +101,8 @@ def evaluate(
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
   results['seconds']['evaluation'] = time.monotonic() - began
-  report.write(config, results, grid_rows(config, models), workdir / 'report')
+  watched = {model.stage.name: _watched(workdir / model.stage.name) for model in models}
+  report.write(config, results, grid_rows(config, models), watched, workdir / 'report')
   write_json(partial, results)
   os.replace(partial, path)
   return results
@@ -134,6 +138,36 @@ def _header(
   }
 
 
+def _origins(
+  stages: list[Stage], seconds: dict[str, float], workdir: pathlib.Path
+) -> dict[str, dict[str, Any]]:
+  """What each stage comes from, and the seconds of training from the first one's model to its own.
+
+  Those are its own, those of its teacher and of the stage that it starts from, and of drawing the pairs that it
+  learns from; each counted once, the first stage not at all.
+  """
+  path = workdir / 'pairs' / 'pairs.json'
+  drawing = read_json(path)['seconds'] if path.is_file() else 0.0
+  found: dict[str, dict[str, Any]] = {}
+  needs: dict[str, set[str]] = {}
+  for stage in stages:
+    own = {stage.name} if stage.parent else set()
+    from_pairs = {'pairs'} if stage.pairs else set()
+    before = [needs.get(name or '', set()) for name in (stage.parent, stage.start)]
+    needs[stage.name] = own | from_pairs | set().union(*before)
+    cost = sum(drawing if name == 'pairs' else seconds[name] for name in needs[stage.name])
+    origin = {'method': stage.method, 'parent': stage.parent, 'start': stage.start or stage.parent}
+    found[stage.name] = origin | {'cost': cost}
+  return found
+
+
+def _watched(stage_dir: pathlib.Path) -> report.Watched:
+  """What was seen of a stage's health while it was trained."""
+  metrics, picture = stage_dir / 'metrics.jsonl', stage_dir / 'denoisings.png'
+  lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+  return report.Watched(lines, picture.read_bytes() if picture.is_file() else None)
+
+
 def _floor(
   config: Config, extractor: features.FeatureExtractor, train: Loader, reference: Moments
 ) -> dict[str, Any]:
@@ -157,6 +191,7 @@ def _describe(config: Config, setting: Setting) -> dict[str, Any]:
     'method': setting.model.stage.method,
     'sampler': setting.sampler,
     'num_steps': setting.num_steps,
+    'grid': 'uniform' if setting.model.stage.parent else config.evaluation.grid,
     'nfe': setting.num_steps * sampler.calls_per_step,
     'num_samples': config.evaluation.num_samples,
     'seed': config.evaluation.seed,
@@ -202,6 +237,13 @@ def drawer(config: Config, stage: Stage, sampler: str) -> Drawer:
   )
 
 
+def grid(config: Config, setting: Setting) -> np.ndarray:
+  """The times of a row: those that a student was made for; the config's choice for the base."""
+  stage = setting.model.stage
+  name = 'uniform' if stage.parent else config.evaluation.grid
+  return times.make_grid(name, setting.num_steps, stage.schedule)
+
+
 def measure_setting(
   config: Config, setting: Setting, extractor: features.FeatureExtractor, reference: Moments
 ) -> dict[str, Any]:
@@ -209,7 +251,7 @@ def measure_setting(
   running = RunningMoments()
   seconds = drawer(config, setting.model.stage, setting.sampler).seconds_per_image(
     setting.model.params,
-    times.uniform(setting.num_steps),
+    grid(config, setting),
     config.evaluation.num_samples,
     config.evaluation.seed,
     use=lambda images: running.add(extractor(images)),
@@ -229,6 +271,7 @@ def grid_rows(config: Config, models: list[Model], columns: int = 16) -> dict[st
       continue
     steps = model.stage.num_steps
     caption = f'{model.stage.name}\n{steps} step{"s" * (steps > 1)}'
-    draw = drawer(config, model.stage, 'ddim').draw
-    drawn[caption] = draw(model.params, times.uniform(steps), columns, config.evaluation.seed)
+    draw = drawer(config, model.stage, model.stage.sampler).draw
+    by = grid(config, Setting(model, model.stage.sampler, steps))
+    drawn[caption] = draw(model.params, by, columns, config.evaluation.seed)
   return drawn

@@ -1,7 +1,9 @@
 """The report: a figure, a grid of samples, and one self-contained page that shows both."""
 
 import base64
+import dataclasses
 import io
+import itertools
 import pathlib
 from typing import Any
 
@@ -20,6 +22,14 @@ _CAPTIONS = {
   'heun': 'Heun',
   'rk4': 'RK4',
   'dpm_solver_2m': 'DPM-Solver++(2M)',
+  'multistep_consistency': 'multistep consistency',
+}
+_FAMILIES = {
+  'progressive': 'Progressive',
+  'knowledge': 'Knowledge',
+  'consistency': 'Consistency',
+  'dmd': 'DMD',
+  'dmd2': 'DMD2',
 }
 _STYLES = [
   # colour, marker
@@ -30,22 +40,43 @@ _STYLES = [
   ('#0e7490', 'v'),
   ('#a16207', 'P'),
   ('#be185d', 'X'),
+  ('#4d7c0f', '*'),
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Watched:
+  """What was seen of a stage while it was trained: lines of its metrics.jsonl, and a picture as PNG or None."""
+
+  lines: list[dict[str, float]]
+  picture: bytes | None
+
+
 def write(
-  config: Config, results: dict[str, Any], grid_rows: dict[str, np.ndarray], directory: pathlib.Path
+  config: Config,
+  results: dict[str, Any],
+  grid_rows: dict[str, np.ndarray],
+  watched: dict[str, Watched],
+  directory: pathlib.Path,
 ) -> None:
-  """Writes `frechet.png`, `samples.png` and `index.html`.
+  """Writes `index.html`, and its figures `frechet.png`, `samples.png`, `cost.png` and `health.png`.
+
+  The last two only where there are students, and such as were looked at while they were trained.
 
   Args:
     config: of the run, to be shown.
     results: what `results.json` holds.
     grid_rows: captions and (n, H, W, C) uint8 images, all rows from the same noise.
+    watched: what was seen of each stage in training.
     directory: made if need be.
   """
   directory.mkdir(exist_ok=True)
   figures = {'frechet': _png(distance_figure(results)), 'samples': _png(samples_figure(grid_rows))}
+  if any(row['stage'] != results['rows'][0]['stage'] for row in results['rows']):
+    figures['cost'] = _png(cost_figure(results))
+  seen = {name: w.lines for name, w in watched.items() if any('diversity' in line for line in w.lines)}
+  if seen:
+    figures['health'] = _png(health_figure(seen))
   for name, png in figures.items():
     (directory / f'{name}.png').write_bytes(png)
   environment = jinja2.Environment(
@@ -57,27 +88,36 @@ def write(
     config=list(flatten(config)),
     curves=list(curves(results['rows'])),
     base_nfe=max(curves(results['rows']).get('Base, DDIM', {0: 0})),
-    figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
+    figures={name: _base64(png) for name, png in figures.items()},
+    denoisings={name: _base64(w.picture) for name, w in watched.items() if w.picture is not None},
   )
   (directory / 'index.html').write_text(html)
 
 
+def family(row: dict[str, Any]) -> str:
+  """What a student's curve is called: rounds belong together, all else is a stage of its own."""
+  name = 'progressive' if row['method'] == 'progressive' else row['stage']
+  return _FAMILIES.get(name, name)
+
+
 def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-  """Values by network calls: what was distilled, then the first stage under each sampler."""
+  """Values by network calls: each family of students, then the first stage under each sampler."""
   base = rows[0]['stage']
-  found: dict[str, dict[int, float]] = {'Distilled': {}}
+  students: dict[str, dict[int, float]] = {}
+  of_base: dict[str, dict[int, float]] = {}
   for row in rows:
-    if row['weights'] != 'ema':
-      continue
-    caption = f'Base, {_CAPTIONS[row["sampler"]]}' if row['stage'] == base else 'Distilled'
-    found.setdefault(caption, {})[row['nfe']] = row['value']
-  return found
+    if row['weights'] == 'ema' and row['stage'] == base:
+      caption = f'Base, {_CAPTIONS[row["sampler"]]}'
+      of_base.setdefault(caption, {})[row['nfe']] = row['value']
+    elif row['weights'] == 'ema':
+      students.setdefault(family(row), {})[row['nfe']] = row['value']
+  return students | of_base
 
 
 def comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """A line for each number of network calls, most first: the value of each curve or None.
 
-  `ratio` is distilled to the base under DDIM at the most calls that it was measured with.
+  `ratios` are the students' to the base under DDIM at the most calls that it was measured with.
   """
   columns = curves(rows)
   calls = sorted({nfe for curve in columns.values() for nfe in curve}, reverse=True)
@@ -85,36 +125,91 @@ def comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   base = of_base[max(of_base)] if of_base else None
   lines = []
   for nfe in calls:
-    distilled = columns['Distilled'].get(nfe)
-    ratio = distilled / base if distilled is not None and base else None
-    values = [curve.get(nfe) for curve in columns.values()]
-    lines.append({'nfe': nfe, 'values': values, 'ratio': ratio})
+    values = {caption: curve.get(nfe) for caption, curve in columns.items()}
+    ratios = [
+      value / base if base and value is not None and not caption.startswith('Base, ') else None
+      for caption, value in values.items()
+    ]
+    lines.append({'nfe': nfe, 'values': list(values.values()), 'ratios': ratios})
   return lines
 
 
 def distance_figure(results: dict[str, Any]) -> Figure:
   """Frechet distance by network calls, log-log (as Salimans & Ho 2022, Figure 4)."""
-  figure = Figure(figsize=(6.4, 4.4), layout='constrained')
-  axes = figure.add_subplot()
+  figure, axes = _axes()
   ticks: set[int] = set()
   columns = curves(results['rows'])
-  for (caption, curve), (colour, marker) in zip(columns.items(), _STYLES, strict=False):
+  for (caption, curve), (colour, marker) in zip(columns.items(), itertools.cycle(_STYLES), strict=False):
     calls = sorted(curve)
     ticks.update(calls)
     values = [curve[nfe] for nfe in calls]
     axes.plot(calls, values, marker=marker, color=colour, label=caption, linewidth=1.8)
-  floor = results['floor']['value']
-  axes.axhline(floor, color='#6b7280', linestyle='--', linewidth=1.2, label='Real against real')
+  _floor(axes, results)
   axes.set_xscale('log', base=2)
-  axes.set_yscale('log')
   axes.set_xticks(sorted(ticks), [str(nfe) for nfe in sorted(ticks)])
   axes.minorticks_off()
   axes.set_xlabel('network calls an image')
-  axes.set_ylabel(f'{results["metric"]}, {results["floor"]["num_samples"]} samples')
+  axes.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def cost_figure(results: dict[str, Any]) -> Figure:
+  """Frechet distance by the seconds of training from the base to each student; the number of calls at each point."""
+  figure, axes = _axes()
+  base = results['rows'][0]['stage']
+  points: dict[str, list[tuple[float, float, int]]] = {}
+  for row in results['rows']:
+    if row['stage'] != base and row['weights'] == 'ema':
+      cost = results['stages'][row['stage']]['cost']
+      points.setdefault(family(row), []).append((cost, row['value'], row['nfe']))
+  for (caption, curve), (colour, marker) in zip(points.items(), itertools.cycle(_STYLES), strict=False):
+    costs, values, calls = zip(*sorted(curve), strict=True)
+    axes.plot(costs, values, marker=marker, color=colour, label=caption, linewidth=1.0)
+    for cost, value, nfe in zip(costs, values, calls, strict=True):
+      axes.annotate(str(nfe), (cost, value), textcoords='offset points', xytext=(5, 5), fontsize=8)
+  _floor(axes, results)
+  axes.set_xlim(left=0.0)
+  axes.set_xlabel('seconds of training after the base; the number is of network calls')
+  axes.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def health_figure(watched: dict[str, list[dict[str, float]]]) -> Figure:
+  """Curves of the students' training by share of their updates: diversity, lag of the fake score, DM gradient."""
+  names = {
+    'diversity': 'diversity, as a ratio to the data',
+    'fake_score_lag': 'lag of the fake score',
+    'dm_gradient': 'size of the DM gradient',
+  }
+  shown = [name for name in names if any(name in line for lines in watched.values() for line in lines)]
+  figure = Figure(figsize=(3.6 * len(shown), 3.2), layout='constrained')
+  for place, name in enumerate(shown, start=1):
+    axes = figure.add_subplot(1, len(shown), place)
+    for (stage, lines), (colour, _) in zip(watched.items(), itertools.cycle(_STYLES), strict=False):
+      points = [(line['step'] / lines[-1]['step'], line[name]) for line in lines if name in line]
+      if points:
+        axes.plot(*zip(*points, strict=True), color=colour, label=stage, linewidth=1.2)
+    axes.set_title(names[name], fontsize=9)
+    axes.set_xlabel('share of the updates', fontsize=8)
+    axes.grid(color='#e5e7eb')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
+  return figure
+
+
+def _axes() -> tuple[Figure, Axes]:
+  figure = Figure(figsize=(6.4, 4.4), layout='constrained')
+  axes = figure.add_subplot()
+  axes.set_yscale('log')
   axes.grid(color='#e5e7eb')
   axes.spines[['top', 'right']].set_visible(False)
-  axes.legend(frameon=False)
-  return figure
+  return figure, axes
+
+
+def _floor(axes: Axes, results: dict[str, Any]) -> None:
+  floor = results['floor']
+  axes.axhline(floor['value'], color='#6b7280', linestyle='--', linewidth=1.2, label='Real against real')
+  axes.set_ylabel(f'{results["metric"]}, {floor["num_samples"]} samples')
 
 
 def samples_figure(grid_rows: dict[str, np.ndarray]) -> Figure:
@@ -136,3 +231,7 @@ def _png(figure: Figure) -> bytes:
   file = io.BytesIO()
   figure.savefig(file, format='png', dpi=160, bbox_inches='tight')
   return file.getvalue()
+
+
+def _base64(png: bytes) -> str:
+  return base64.b64encode(png).decode()

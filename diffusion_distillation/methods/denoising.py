@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from diffusion_distillation import times
 from diffusion_distillation.diffusion import Prediction, diffuse
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params
+from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
 from diffusion_distillation.schedules import Schedule
 from diffusion_distillation.weightings import Weighting, weighted_mse
 
 
 @flax.struct.dataclass
-class Denoising:
+class Denoising(OneNetwork):
   """Weighted error of the denoiser (Salimans & Ho 2022, algorithm 1).
 
   Attributes:
@@ -26,17 +26,13 @@ class Denoising:
 
   schedule: Schedule = flax.struct.field(pytree_node=False)
   weighting: Weighting = flax.struct.field(pytree_node=False)
-  law: times.Uniform = flax.struct.field(pytree_node=False, default=times.Uniform())
+  law: times.Law = flax.struct.field(pytree_node=False, default=times.Uniform())
   num_steps: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
-  def teacher_calls(self) -> int:
-    """None: the data is at hand."""
-    return 0
-
-  def init(self, student_params: Params) -> dict[str, Params]:
-    """The student alone."""
-    return {'student': student_params}
+  def calls(self) -> float:
+    """The student's."""
+    return 1
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
     """`t` (B,) in (0, 1] and `eps` (B, H, W, C)."""
@@ -60,11 +56,11 @@ class Denoising:
     self,
     denoise: DenoiseFn,
     params: Mapping[str, Params],
-    teacher: Params,
+    frozen: Mapping[str, Params],
     batch: Batch,
     rng: jax.Array | None,
     step: jax.Array,
   ) -> Loss:
     """The mean of `losses`; see `Method.loss`."""
-    del teacher, step
+    del frozen, step
     return jnp.mean(self.losses(denoise, params['student'], batch, rng)), {}

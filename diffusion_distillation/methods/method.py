@@ -1,7 +1,7 @@
 """What training asks of a method, and gives to it."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 
@@ -24,6 +24,12 @@ class DenoiseFn(Protocol):
     rng: jax.Array | None = None,
   ) -> Prediction: ...
 
+  def bottleneck(
+    self, params: Params, z: jax.Array, logsnr: jax.Array, label: jax.Array | None
+  ) -> jax.Array:
+    """The network's innermost activations, (B, h, w, c); asked for by GAN heads only."""
+    ...
+
 
 class Method(Protocol):
   """What `train_step` asks of a method; in practice a frozen `flax.struct.dataclass`.
@@ -33,12 +39,29 @@ class Method(Protocol):
   """
 
   @property
-  def teacher_calls(self) -> int:
-    """Network calls of the teacher for each example of an update; the student has one more."""
+  def networks(self) -> tuple[str, ...]:
+    """Those whose parameters this update changes, the student's among them or not."""
     ...
 
-  def init(self, student_params: Params) -> dict[str, Params]:
-    """The networks it trains, by name, from the student's initial parameters."""
+  @property
+  def calls(self) -> float:
+    """Network calls for each example of an update, of all networks together, in the mean over a period."""
+    ...
+
+  @property
+  def period(self) -> int:
+    """Updates until `at` repeats."""
+    ...
+
+  def at(self, step: int) -> Self:
+    """The method as update `step` carries it out: where networks take turns, some are not in `networks`.
+
+    Chosen on the host, a program each: a condition inside one would slow XLA's CPU convolutions down 20 times.
+    """
+    ...
+
+  def init(self, student: Params, teacher: Params, rng: jax.Array) -> dict[str, Params]:
+    """All networks it trains, by name, from the student's initial parameters and the teacher's."""
     ...
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
@@ -52,13 +75,38 @@ class Method(Protocol):
     self,
     denoise: DenoiseFn,
     params: Mapping[str, Params],
-    teacher: Params,
+    frozen: Mapping[str, Params],
     batch: Batch,
     rng: jax.Array | None,
     step: jax.Array,
   ) -> Loss:
     """A scalar, and scalars to report.
 
-    `batch` has `x` (B, H, W, C) in [-1, 1], `label` (B,) or None, and what `draw` drew; `rng` is dropout's.
+    Args:
+      denoise: the network.
+      params: those in training, by name.
+      frozen: `teacher`, unless that is the data; `average`, the student's first moving average; `distance`, the
+        weights of a distance that has some.
+      batch: `x` (B, H, W, C) in [-1, 1], `label` (B,) or None, what `draw` drew, and, where the stage learns
+        from stored pairs, `pairs`: their `noise` and `image` (B, H, W, C) and `label`.
+      rng: dropout's.
+      step: the number of the update.
     """
     ...
+
+
+class OneNetwork:
+  """What methods share that train the student alone, at every update."""
+
+  networks = ('student',)
+  period = 1
+
+  def at(self, step: int) -> Self:
+    """Itself."""
+    del step
+    return self
+
+  def init(self, student: Params, teacher: Params, rng: jax.Array) -> dict[str, Params]:
+    """The student."""
+    del teacher, rng
+    return {'student': student}

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from diffusion_distillation import times
 from diffusion_distillation.diffusion import Prediction, diffuse, from_x, implied_x
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params
+from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
 from diffusion_distillation.samplers import DDIM
 from diffusion_distillation.schedules import Schedule
 from diffusion_distillation.weightings import Weighting, weighted_mse
 
 
 @flax.struct.dataclass
-class Progressive:
+class Progressive(OneNetwork):
   """One round of progressive distillation (Salimans & Ho 2022, algorithm 2).
 
   Attributes:
@@ -30,16 +30,12 @@ class Progressive:
   schedule: Schedule = flax.struct.field(pytree_node=False)
   weighting: Weighting = flax.struct.field(pytree_node=False)
   factor: int = flax.struct.field(pytree_node=False, default=2)
-  law: times.Uniform = flax.struct.field(pytree_node=False, default=times.Uniform())
+  law: times.Law = flax.struct.field(pytree_node=False, default=times.Uniform())
 
   @property
-  def teacher_calls(self) -> int:
-    """One for each of its steps."""
-    return self.factor
-
-  def init(self, student_params: Params) -> dict[str, Params]:
-    """The student alone."""
-    return {'student': student_params}
+  def calls(self) -> float:
+    """The student's, and one of the teacher for each of its steps."""
+    return 1 + self.factor
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
     """`i` (B,) integers in 1..N, for t = i / N, and `eps` (B, H, W, C)."""
@@ -67,14 +63,14 @@ class Progressive:
     self,
     denoise: DenoiseFn,
     params: Mapping[str, Params],
-    teacher: Params,
+    frozen: Mapping[str, Params],
     batch: Batch,
     rng: jax.Array | None,
     step: jax.Array,
   ) -> Loss:
     """The mean of `losses`; see `Method.loss`."""
     del step
-    return jnp.mean(self.losses(denoise, params['student'], teacher, batch, rng)), {}
+    return jnp.mean(self.losses(denoise, params['student'], frozen['teacher'], batch, rng)), {}
 
   def target_x(
     self,

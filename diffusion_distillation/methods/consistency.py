@@ -1,0 +1,100 @@
+"""Consistency distillation: the student says the same of two neighbours on one path of the teacher."""
+
+from collections.abc import Mapping
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from diffusion_distillation import times
+from diffusion_distillation.diffusion import Prediction, diffuse, widen
+from diffusion_distillation.distances import L2, Distance
+from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
+from diffusion_distillation.samplers import DDIM, Sampler
+from diffusion_distillation.schedules import Schedule
+from diffusion_distillation.weightings import Constant, Weighting
+
+
+@flax.struct.dataclass
+class Consistency(OneNetwork):
+  """Consistency distillation (Song et al. 2023, algorithm 2).
+
+  The consistency function is the denoiser's x^ at t > 0 and z itself at t = 0, which outputs such as v reach
+  continuously: no further boundary condition is needed.
+
+  Attributes:
+    num_updates: K, of the stage. An argument of the compiled step, as the next two.
+    start_intervals: s_0, intervals of [0, 1] in the first update.
+    end_intervals: s_1, in the last one; the same as s_0 for a fixed grid.
+    schedule: t to logsnr.
+    weighting: logsnr to the weight on the distance.
+    distance: between images.
+    solver: the teacher's one step, unclipped.
+    law: of t, before it is rounded up to the end of an interval.
+    follows_average: whether the target is the student's moving average, or the student itself.
+  """
+
+  num_updates: int | jax.Array
+  start_intervals: int | jax.Array
+  end_intervals: int | jax.Array
+  schedule: Schedule = flax.struct.field(pytree_node=False)
+  weighting: Weighting = flax.struct.field(pytree_node=False, default=Constant())
+  distance: Distance = flax.struct.field(pytree_node=False, default=L2())
+  solver: Sampler = flax.struct.field(pytree_node=False, default=DDIM(clip_x=False))
+  law: times.Law = flax.struct.field(pytree_node=False, default=times.Uniform())
+  follows_average: bool = flax.struct.field(pytree_node=False, default=True)
+
+  @property
+  def calls(self) -> float:
+    """The student's, the target's, and the solver's."""
+    return 2 + self.solver.calls_per_step
+
+  def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
+    """`t` (B,) in (0, 1], in no interval yet, and `eps` (B, H, W, C)."""
+    rng_t, rng_eps = jax.random.split(rng)
+    return {'t': self.law(rng_t, shape[0]), 'eps': jax.random.normal(rng_eps, shape)}
+
+  def num_intervals(self, step: jax.Array) -> jax.Array:
+    """N(k), whose square grows linearly over the stage (Song et al. 2023, appendix C)."""
+    start, end = jnp.float32(self.start_intervals), jnp.float32(self.end_intervals)
+    squared = step / self.num_updates * ((end + 1.0) ** 2 - start**2) + start**2
+    return jnp.clip(jnp.ceil(jnp.sqrt(squared) - 1.0) + 1.0, start, end)
+
+  def losses(
+    self,
+    denoise: DenoiseFn,
+    student: Params,
+    frozen: Mapping[str, Params],
+    batch: Batch,
+    rng: jax.Array | None,
+    step: jax.Array,
+  ) -> jax.Array:
+    """Weighted distance of each example, (B,)."""
+    count, label = self.num_intervals(step), batch['label']
+    i = times.interval(batch['t'], count)
+    logsnr_t, logsnr_s = self.schedule(i / count), self.schedule((i - 1) / count)
+    z_t = diffuse(batch['x'], batch['eps'], logsnr_t)
+
+    def teach(z: jax.Array, logsnr: jax.Array) -> Prediction:
+      return denoise(frozen['teacher'], z, logsnr, label)
+
+    z_s = self.solver(None, teach, z_t, logsnr_t, logsnr_s)
+    follower = frozen['average'] if self.follows_average else student
+    clean = i == 1  # there z_s is an image; the network is not asked, but the program has one shape
+    x_s = denoise(follower, z_s, jnp.where(clean, 0.0, logsnr_s), label).x
+    target = jax.lax.stop_gradient(jnp.where(widen(clean, z_s), z_s, x_s))
+    x_t = denoise(student, z_t, logsnr_t, label, rng).x
+    return self.weighting(logsnr_t) * self.distance(x_t, target, frozen.get('distance'))
+
+  def loss(
+    self,
+    denoise: DenoiseFn,
+    params: Mapping[str, Params],
+    frozen: Mapping[str, Params],
+    batch: Batch,
+    rng: jax.Array | None,
+    step: jax.Array,
+  ) -> Loss:
+    """The mean of `losses`; see `Method.loss`."""
+    losses = self.losses(denoise, params['student'], frozen, batch, rng, step)
+    return jnp.mean(losses), {'intervals': self.num_intervals(step)}
