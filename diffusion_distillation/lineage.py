@@ -71,14 +71,14 @@ class Parents:
   Attributes:
     teacher: its parent's model, or None.
     start: the model that it starts from; None: its teacher.
-    pairs: digest of the pairs that it learns from, or ''.
-    distance: digest of the weights of its distance, or ''.
+    pairs: digest of the pairs that it learns from, or None.
+    distance: digest of the weights of its distance, or None.
   """
 
   teacher: Model | None = None
   start: Model | None = None
-  pairs: str = ''
-  distance: str = ''
+  pairs: str | None = None
+  distance: str | None = None
 
   def describe(self) -> dict[str, Any]:
     """As stage.json has it."""
@@ -158,7 +158,7 @@ _CHECKED = (
 def _check_lineage(
   path: pathlib.Path, found: dict[str, Any], expected: dict[str, Any], config: Config
 ) -> None:
-  check_config(path, found.get('config') or {}, config)
+  check_config(path, found.get('config') or {}, config, path.parent.name)
   expected = json.loads(json.dumps(expected))
   for key in _CHECKED:
     if found.get(key) != expected[key]:

@@ -62,8 +62,8 @@ class Sources:
     return lineage.Parents(
       self.teacher,
       self.start,
-      '' if self.pairs is None else self.pairs.digest,
-      '' if self.distance is None else digest(self.distance),
+      None if self.pairs is None else self.pairs.digest,
+      None if self.distance is None else digest(self.distance),
     )
 
   @property
@@ -236,15 +236,13 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     models: dict[str, Model] = {}
     for stage in stages:
       teacher = models[stage.parent].use(stage.parent_weights) if stage.parent else None
-      sources = Sources(images, teacher, distance=distances_of[stage.name])
-      if teacher is not None and stage.start is not None:
-        sources = dataclasses.replace(sources, start=models[stage.start])
+      start = models[stage.start] if stage.start else None
+      sources = Sources(images, teacher, start, distance=distances_of[stage.name])
       if teacher is not None and stage.pairs is not None:
         sources = dataclasses.replace(sources, pairs=ensure(workdir, stage.pairs, teacher))
       if teacher is not None and watching.watches(config, stage) and stage.name not in done:
-        sources = dataclasses.replace(
-          sources, health=watching.begin(config, stage, workdir, teacher, images)
-        )
+        health = watching.begin(config, stage, workdir, teacher, images)
+        sources = dataclasses.replace(sources, health=health)
       models[stage.name] = fit(step, stage, sources, workdir, config)
     measure.evaluate(config, list(models.values()), images, workdir, again=False)
 

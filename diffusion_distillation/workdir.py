@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import IO, Any
 
-from diffusion_distillation import datasets, files, sharding
+from diffusion_distillation import configuration, datasets, files, sharding
 from diffusion_distillation.configuration import Config, check_known, flatten
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
@@ -18,10 +18,13 @@ from diffusion_distillation.files import read_json, write_json
 from diffusion_distillation.recipe import Stage
 from diffusion_distillation.stages import plan
 
-# Keys that may change between two runs in one workdir: they touch no parameter of any stage.
+# Keys that may change between two runs in one workdir: they touch no parameter of any stage, or only those of the
+# student that the section is of, whose own stage.json is compared with them.
+STUDENTS = tuple(f'{name}.' for name in configuration.STUDENTS)
 FREE = (
   *('evaluation.', 'log.', 'checkpoint.'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
+  *('methods', 'pairs.', *STUDENTS),
 )
 
 
@@ -30,16 +33,20 @@ def lock_workdir(workdir: pathlib.Path) -> IO[str]:
   return files.lock(workdir, '--workdir')
 
 
-def check_config(path: pathlib.Path, made_with: Mapping[str, Any], config: Config) -> None:
+def check_config(
+  path: pathlib.Path, made_with: Mapping[str, Any], config: Config, stage: str = ''
+) -> None:
   """Raises UserError, with the differing keys, if what `path` belongs to was made with another config.
 
-  Keys of FREE sections may differ; keys that an older version did not have are not compared.
+  Keys of FREE sections may differ, but for the section of `stage`; keys that an older version did not have are not
+  compared.
   """
+  free = tuple(key for key in FREE if key != f'{stage}.')
   old, new = dict(flatten(made_with)), dict(flatten(json.loads(config.to_json())))
   differing = [
     f'{key} was {value}, is {new.get(key, "absent")}'
     for key, value in sorted(old.items())
-    if not key.startswith(FREE) and value != new.get(key, 'absent')
+    if not key.startswith(free) and value != new.get(key, 'absent')
   ]
   if differing:
     raise UserError(

@@ -142,7 +142,7 @@ def test_every_stage_is_as_in_the_paper(name, variant):
 
   for stage in [base, *rounds]:
     is_base, recipe = stage is base, stage.recipe
-    network, rate = recipe.denoise.network, recipe.learning_rate
+    network, rate = recipe.denoise.network, recipe.learning_rate['student']
     assert stage.batch_size == paper['batch'] and stage.image_shape == paper['shape']
     assert rate.peak == (paper['rate'] if is_base else 1e-4)
     assert (rate.warmup, rate.decay) == ((1000, 'none') if is_base else (0, 'linear'))

@@ -244,7 +244,7 @@ def test_a_conditional_model_is_sampled_by_name_or_without_a_class(whole, tmp_pa
 def test_a_flat_folder_has_no_classes_and_is_measured_by_quarter_turns(tmp_path, monkeypatch):
   """A whole run, but for the updates, which change nothing."""
 
-  def train_step(recipe, state, teacher, batch):
+  def train_step(recipe, state, frozen, batch):
     assert batch['label'] is None
     counts = {'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
     return state.replace(step=state.step + 1), counts | {'loss': 0.0 * state.step}

@@ -11,7 +11,7 @@ from scipy import stats
 from diffusion_distillation import times
 from diffusion_distillation.diffusion import Prediction, diffuse, from_v
 from diffusion_distillation.methods import Denoising
-from diffusion_distillation.schedules import Cosine, LinearBeta, ShiftedCosine
+from diffusion_distillation.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
 from diffusion_distillation.weightings import WEIGHTINGS, SnrTrunc
 from tests.methods_test import GAUSSIAN, KEY, SCHEDULE
 
@@ -55,7 +55,7 @@ def base_losses():
 
       method = Denoising(SCHEDULE, WEIGHTINGS[weighting]())
       data = {'x': x, 'label': None} | method.draw(key_loss, x.shape)
-      return method.loss(denoise, {'student': None}, None, data, None, 0)[0]
+      return method.loss(denoise, {'student': None}, {}, data, None, 0)[0]
 
     return {(w, d): loss(w, DENOISERS[d]) for w in WEIGHTINGS for d in DENOISERS}
 
@@ -72,6 +72,7 @@ def test_the_exact_denoiser_has_the_least_loss_there_is(base_losses, weighting):
     'snr': snr,
     'snr_trunc': np.maximum(1.0, snr),
     'snr_plus_one': 1.0 + snr,
+    'edm': snr + 1 / 0.5**2,
   }[weighting]
   least = np.mean(weight * GAUSSIAN.posterior_variance(logsnr))
   losses = base_losses[weighting, 'exact']
@@ -102,7 +103,7 @@ def recorded(method, size=4096):
     return GAUSSIAN(z, logsnr)
 
   data = {'x': jnp.full((size, 1, 1, 1), 0.5), 'label': jnp.arange(size)}
-  method.loss(recording, {'student': None}, None, data | method.draw(KEY, (size, 1, 1, 1)), KEY, 0)
+  method.loss(recording, {'student': None}, {}, data | method.draw(KEY, (size, 1, 1, 1)), KEY, 0)
   return calls
 
 
@@ -178,7 +179,7 @@ def test_base_training_never_asks_about_clean_data(smallest, monkeypatch):
 
 
 @pytest.mark.parametrize('weighting', WEIGHTINGS)
-@pytest.mark.parametrize('schedule', [Cosine(), ShiftedCosine(8), LinearBeta()], ids=str)
+@pytest.mark.parametrize('schedule', [Cosine(), ShiftedCosine(8), LinearBeta(), Karras()], ids=str)
 def test_a_time_of_0_is_taken_for_the_first_after_it(schedule, weighting):
   """And has a finite loss, whose gradient is finite."""
   method = Denoising(schedule, WEIGHTINGS[weighting]())

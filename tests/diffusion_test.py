@@ -28,6 +28,21 @@ def per_example(function, *arguments):
   return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
 
 
+def edm(logsnr):
+  """c_skip, c_out and c_in of Karras et al. 2022, Table 1, at s = sigma / alpha, in float64; to multiply images."""
+  alpha, sigma = (scale[:, None, None, None] for scale in scales(logsnr))
+  s, data = sigma / alpha, 0.5
+  total = s**2 + data**2
+  return data**2 / total, s * data / np.sqrt(total), 1 / np.sqrt(total)
+
+
+def edm_output(x, z, logsnr):
+  """The F of x, given z; in float64."""
+  c_skip, c_out, _ = edm(logsnr)
+  alpha = scales(logsnr)[0][:, None, None, None]
+  return (np.float64(x) - c_skip * np.float64(z) / alpha) / c_out
+
+
 def test_scales_are_those_of_the_definition():
   """alpha^2 / sigma^2 = exp(logsnr) and alpha^2 + sigma^2 = 1, for every image on its own."""
   alpha, sigma = diffusion.alpha_sigma(jnp.array(LOGSNR), images(0))
@@ -58,8 +73,9 @@ def test_the_true_output_gives_back_x_and_eps(output):
   x, eps, logsnr = images(1), images(2), jnp.array(MODERATE)
   truth = diffusion.Prediction(x, eps)
   both = jnp.concatenate([x, eps], -1)
-  outputs = {'x': x, 'eps': eps, 'v': diffusion.velocity(truth, logsnr), 'both': both}
   z = diffusion.diffuse(x, eps, logsnr)
+  outputs = {'x': x, 'eps': eps, 'v': diffusion.velocity(truth, logsnr), 'both': both}
+  outputs['edm'] = jnp.float32(edm_output(x, z, MODERATE))
   prediction = diffusion.OUTPUTS[output](z, logsnr, outputs[output])
   np.testing.assert_allclose(prediction.x, x, atol=1e-5)
   np.testing.assert_allclose(prediction.eps, eps, atol=1e-5)
@@ -76,6 +92,7 @@ def test_every_parameterization_is_read_back_from_the_others(output):
     diffusion.from_eps(z, logsnr, eps),
     diffusion.from_v(z, logsnr, v),
     diffusion.from_both(z, logsnr, jnp.concatenate([x, eps], -1)),
+    diffusion.from_edm(z, logsnr, jnp.float32(edm_output(x, z, MODERATE))),
   ):
     scale = float(jnp.max(jnp.abs(jnp.stack(prediction))))
     np.testing.assert_allclose(other.x, x, atol=1e-5 * scale)
@@ -123,8 +140,57 @@ def test_both_magnifies_no_error_of_the_network_at_any_logsnr():
       assert np.abs(part - before).max() <= 1.0 + 8 * 2**-24 * np.exp(9.5)
 
 
-@pytest.mark.parametrize(('output', 'channels'), [('x', 3), ('eps', 3), ('v', 3), ('both', 6)])
-def test_a_network_has_the_channels_of_what_it_says(output, channels):
+def test_edm_is_its_preconditioning_at_any_logsnr():
+  """x^ = c_skip y + c_out F and eps^ = (z - alpha x^) / sigma, of a network that is given c_in y; y = z / alpha."""
+  z, output = np.random.default_rng(0).normal(size=(2, 7, 4, 4, 2))
+  alpha, sigma = (s[:, None, None, None] for s in scales(LOGSNR))
+  c_skip, c_out, c_in = edm(LOGSNR)
+  x = c_skip * z / alpha + c_out * output
+  with jax.enable_x64(True):
+    at = jnp.float64(LOGSNR)
+    got_x, got_eps = map(np.array, diffusion.from_edm(jnp.array(z), at, jnp.array(output)))
+    given = np.array(diffusion.edm_input(jnp.array(z), at))
+  np.testing.assert_allclose(got_x, x, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(sigma * got_eps, z - alpha * x, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(given, c_in * z / alpha, rtol=1e-9)
+
+
+def test_edm_s_network_is_given_and_has_to_say_what_has_unit_variance():
+  """For data of standard deviation 0.5, at any logsnr: to four standard deviations of the mean of n squares."""
+  n = 100_000
+  x, eps = np.random.default_rng(0).normal(size=(2, 7, n, 1, 1)) * np.reshape(
+    [0.5, 1.0], (2, 1, 1, 1, 1)
+  )
+  alpha, sigma = (s[:, None, None, None] for s in scales(LOGSNR))
+  with jax.enable_x64(True):
+    z = alpha * x + sigma * eps
+    given = np.array(diffusion.edm_input(jnp.array(z), jnp.float64(LOGSNR)))
+  for values in (given, edm_output(x, z, LOGSNR)):
+    np.testing.assert_allclose(np.mean(values**2, (1, 2, 3)), 1.0, atol=4 * np.sqrt(2 / n))
+
+
+def test_edm_magnifies_no_error_of_the_network_at_any_logsnr():
+  """x^ moves by 0.5 sigma / r < 1 and eps^ by 0.5 alpha / r <= 1 for 1 in F: in float32, everywhere."""
+  z, output, logsnr = images(1), images(2), jnp.array(LOGSNR)
+  base, moved = (diffusion.from_edm(z, logsnr, output + wrong) for wrong in (0.0, 1.0))
+  for part, before in zip(moved, base, strict=True):
+    assert np.abs(part - before).max() <= 1.0 + 1e-5
+  np.testing.assert_allclose(diffusion.diffuse(*base, logsnr), z, atol=5e-6)
+
+
+def test_for_data_of_unit_variance_edm_is_v_with_its_sign_changed(monkeypatch):
+  monkeypatch.setattr(diffusion, 'SIGMA_DATA', 1.0)
+  z, output, logsnr = images(1), images(2), jnp.array(LOGSNR)
+  for part, of_v in zip(
+    diffusion.from_edm(z, logsnr, output), diffusion.from_v(z, logsnr, -output), strict=True
+  ):
+    np.testing.assert_allclose(part, of_v, atol=2e-6)
+  np.testing.assert_allclose(diffusion.edm_input(z, logsnr), z, rtol=1e-6)
+
+
+@pytest.mark.parametrize('output', diffusion.OUTPUTS)
+def test_a_network_has_the_channels_of_what_it_says(output):
+  channels = {'x': 3, 'eps': 3, 'v': 3, 'both': 6, 'edm': 3}[output]
   assert diffusion.output_channels(output, 3) == channels
 
 
@@ -162,6 +228,8 @@ def test_each_image_has_its_own_logsnr_even_where_batch_and_channels_agree():
     (diffusion.from_eps, a, at, b),
     (diffusion.from_v, a, at, b),
     (diffusion.from_both, a, at, jnp.concatenate([b, -b], -1)),
+    (diffusion.from_edm, a, at, b),
+    (diffusion.edm_input, a, at),
     (lambda x, eps, logsnr: diffusion.velocity(diffusion.Prediction(x, eps), logsnr), a, b, at),
     (diffusion.implied_x, a, b, at, to),
   ]

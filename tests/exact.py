@@ -49,6 +49,11 @@ class Gaussian:
     normal = (z - scales(logsnr_t)[0] * self.mean) / np.sqrt(self.variance(logsnr_t))
     return scales(logsnr_s)[0] * self.mean + np.sqrt(self.variance(logsnr_s)) * normal
 
+  def consistency(self, z, logsnr):
+    """Where the flow ends: the exact consistency function, that of a denoiser's arguments."""
+    alpha, sigma = alpha_sigma(logsnr, z)
+    return self.mean + self.std * (z - alpha * self.mean) / jnp.sqrt((alpha * self.std) ** 2 + sigma**2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:

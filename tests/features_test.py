@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.checkpoints import digest
+from diffusion_distillation.classifier import Classifier
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.evaluation import features
@@ -59,12 +60,12 @@ def few(monkeypatch):
 @pytest.fixture(scope='module')
 def extractor():
   """One that nobody has trained."""
-  params = features.Classifier(3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))['params']
+  params = Classifier(3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))['params']
   return features.FeatureExtractor('noise', 'digest', 'classes', 0.5, params)
 
 
 def shapes(size, channels=3, num_classes=10):
-  model = features.Classifier(num_classes)
+  model = Classifier(num_classes)
   x = jnp.zeros((2, size, size, channels))
   params = jax.eval_shape(model.init, jax.random.key(0), x)['params']
   return {name: layer['kernel'].shape for name, layer in params.items()}

@@ -51,8 +51,8 @@ def measured(monkeypatch):
   """Replaces measuring: 2 s an update of the base, 4 s of a round, 1/16 s a call; returns what was measured."""
   names = []
 
-  def seconds_per_update(stage, step, repeats):
-    assert (step, repeats) == ('the step', 3)
+  def seconds_per_update(stage, step, repeats, distance):
+    assert (step, repeats, distance) == ('the step', 3, None)
     names.append(stage.name)
     return 4.0 if stage.parent else 2.0
 
@@ -142,10 +142,10 @@ def test_an_update_is_timed_without_its_compilation(monkeypatch):
   now, seen = [0.0], []
   monkeypatch.setattr('time.monotonic', lambda: now[0])
 
-  def step(recipe, state, teacher, batch):
+  def step(recipe, state, frozen, batch):
     now[0] += 2.0 if seen else 100.0
     label = batch['label']
-    seen.append((teacher is not None, batch['image'].shape, None if label is None else label.shape))
+    seen.append((list(frozen), batch['image'].shape, None if label is None else label.shape))
     return state, {}
 
   told = tiny.plan(model__conditional=True, model__ch_mult=(1,))[0]
@@ -153,7 +153,57 @@ def test_an_update_is_timed_without_its_compilation(monkeypatch):
     stage = dataclasses.replace(stage, batch_size=24)
     seen.clear()
     assert forecast.seconds_per_update(stage, step, 4) == 2.0
-    assert seen == [(stage.parent is not None, (24, 8, 8, 1), shape)] * 5
+    assert seen == [(['teacher'] if stage.parent else [], (24, 8, 8, 1), shape)] * 5
+
+
+PAIRED = OVERRIDES | {
+  'methods': ('knowledge', 'dmd', 'dmd2'),
+  **{
+    f'{name}__{key}': 16
+    for name in ('knowledge', 'dmd', 'dmd2')
+    for key in ('num_updates', 'batch_size')
+  },
+  'dmd2__num_updates': 15,
+  'pairs__num_pairs': 100,
+  'pairs__sampler': 'heun',
+  'pairs__num_steps': 6,
+}
+
+
+def test_pairs_are_drawn_once_for_all_that_learn_from_them(capsys, measured):
+  """100 pairs by 6 steps of Heun; no more once all that need them are finished."""
+  stages = tiny.plan(**PAIRED)[0]
+  plan, estimate = show(capsys, stages=stages, **PAIRED)
+  assert list(parse(plan)) == ['base', 'pairs', 'knowledge', 'dmd', 'dmd2', 'evaluation']
+  assert parse(plan)['pairs'] == (pytest.approx(100 * 6 * 2, rel=5e-3), False)
+  took = {line.split()[0]: line for line in estimate[1:]}
+  assert seconds_of(took['pairs'][20:]) == pytest.approx(100 * 6 * 2 / 16, rel=0.03)
+  whole = (
+    12 * 2.0
+    + (16 + 16 + 15) * 4.0
+    + (1200 + forecast.evaluation_calls(stages, tiny.config(**PAIRED))) / 16
+  )
+  assert seconds_of(took['together'][20:]) == pytest.approx(whole, rel=0.03)
+  plan, estimate = show(capsys, finished=['base', 'knowledge'], stages=stages, **PAIRED)
+  assert list(parse(plan)) == ['base', 'knowledge', 'pairs', 'dmd', 'dmd2', 'evaluation']
+  plan, estimate = show(capsys, finished=['base', 'knowledge', 'dmd'], stages=stages, **PAIRED)
+  assert 'pairs' not in parse(plan) and not [line for line in estimate if 'pairs' in line]
+
+
+def test_networks_that_take_turns_are_timed_in_whole_periods(monkeypatch):
+  """DMD2: the generator's update, every fifth, takes 11 s, the others 1 s; 4 are asked for, 5 are timed."""
+  now, turns = [0.0], []
+  monkeypatch.setattr('time.monotonic', lambda: now[0])
+
+  def step(recipe, state, frozen, batch):
+    turns.append(recipe.method.generator_turn)
+    now[0] += 11.0 if turns[-1] else 1.0
+    return state, {}
+
+  stage = tiny.plan(**PAIRED)[0][-1]
+  assert stage.name == 'dmd2'
+  assert forecast.seconds_per_update(stage, step, 4) == (11 + 4) / 5
+  assert turns == [False, False, False, False, True] * 2
 
 
 @pytest.mark.parametrize('conditional', [False, True])
@@ -161,8 +211,8 @@ def test_measured_and_real_updates_are_one_program(tmp_path, monkeypatch, condit
   """Of the base, and of all rounds: what is compiled for the forecast is what the run goes on with."""
   traced, done = [], []
 
-  def train_step(recipe, state, teacher, batch):
-    traced.append(jax.tree.map(jax.typeof, (teacher is not None, batch)))
+  def train_step(recipe, state, frozen, batch):
+    traced.append((list(frozen), jax.tree.map(jax.typeof, batch)))
     counts = {'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
     return state.replace(step=state.step + 1), counts | {'loss': 0.0 * state.step}
 

@@ -40,6 +40,7 @@ SAMPLE = {
   'checkpoint.every': 2,
   'log.every': 1,
   'log.measured_updates': 0,
+  'log.health_every': 0,
   'log.seconds': 0.0,
   'evaluation.num_samples': 16,
   'evaluation.batch_size': 16,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation import diffusion, samplers, times, train
+from diffusion_distillation import diffusion, samplers, times, update
 from diffusion_distillation.interop import google
 from diffusion_distillation.methods import Denoising, Progressive
 from diffusion_distillation.optimizers import Adam, LearningRate
@@ -203,7 +203,7 @@ def test_three_updates_in_a_row(kind, method, learning_rate, monkeypatch):
     denoise=OURS,
     method=method(SCHEDULE, SnrTrunc()),
     optimizer=Adam(),
-    learning_rate=LearningRate(learning_rate, 50_000),
+    learning_rate={'student': LearningRate(learning_rate, 50_000)},
     ema_decay=(0.0,),
     seed=0,
   )
@@ -211,7 +211,7 @@ def test_three_updates_in_a_row(kind, method, learning_rate, monkeypatch):
   @jax.jit
   def step(state, teacher, batch, drawn):
     monkeypatch.setattr(type(recipe.method), 'draw', lambda *_: drawn)
-    return train.train_step(recipe, state, teacher, batch)
+    return update.train_step(recipe, state, {'teacher': teacher}, batch)
 
   state, found = recipe.create_state(params('student')), []
   for k in range(3):

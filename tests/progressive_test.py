@@ -81,7 +81,9 @@ def test_loss_and_gradient_are_zero_at_the_target_and_grow_away_from_it():
     for weighting in WEIGHTINGS.values():
       method = Progressive(4, SCHEDULE, weighting())
       denoise = teacher_and_student(GAUSSIAN, method)
-      values.append(method.loss(denoise, {'student': shift}, None, batch(method), None, 0)[0])
+      values.append(
+        method.loss(denoise, {'student': shift}, {'teacher': None}, batch(method), None, 0)[0]
+      )
     return jnp.stack(values)
 
   assert (losses(0.1) > 1e-3).all()
@@ -101,7 +103,7 @@ def test_no_gradient_flows_into_the_teacher():
   method = Progressive(4, SCHEDULE, SnrTrunc())
 
   def loss(student, teacher):
-    return method.loss(shifted, {'student': student}, teacher, batch(method), None, 0)[0]
+    return method.loss(shifted, {'student': student}, {'teacher': teacher}, batch(method), None, 0)[0]
 
   by_student, by_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(0.1, -0.2)
   assert by_teacher == 0.0
@@ -109,17 +111,17 @@ def test_no_gradient_flows_into_the_teacher():
 
 
 def test_rounds_share_one_trace():
-  traces = []
+  traces, networks = [], ({'student': 0.1}, {'teacher': 0.0})
 
   @jax.jit
   def loss(method):
     traces.append(method)
-    return method.loss(shifted, {'student': 0.1}, 0.0, batch(method), None, 0)[0]
+    return method.loss(shifted, *networks, batch(method), None, 0)[0]
 
   many, few = (loss(Progressive(n, SCHEDULE, SnrTrunc())) for n in (4, 1))
   assert len(traces) == 1
   single = Progressive(1, SCHEDULE, SnrTrunc())
-  alone = jax.jit(lambda: single.loss(shifted, {'student': 0.1}, 0.0, batch(single), None, 0)[0])()
+  alone = jax.jit(lambda: single.loss(shifted, *networks, batch(single), None, 0)[0])()
   np.testing.assert_allclose(few, alone, rtol=1e-5)
   assert abs(many - few) > 1e-3 * few
 
@@ -137,7 +139,7 @@ def recorded(method):
     return GAUSSIAN(z, logsnr)
 
   data = batch(method) | {'label': jnp.arange(512) % 7}
-  method.loss(recording, {'student': 'student'}, 'teacher', data, KEY, 0)
+  method.loss(recording, {'student': 'student'}, {'teacher': 'teacher'}, data, KEY, 0)
   return calls
 
 

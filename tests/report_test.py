@@ -1,5 +1,6 @@
 """What is measured, and how it is shown."""
 
+import base64
 import json
 
 import jax
@@ -16,7 +17,7 @@ from tests.exact import Gaussian
 
 
 def row(stage, sampler, nfe, value, weights='ema'):
-  method = 'denoising' if stage == 'base' else 'progressive'
+  method = {'base': 'denoising', 'dmd2': 'dmd'}.get(stage, stage.partition('_')[0])
   num_steps = nfe // samplers.SAMPLERS[sampler].calls_per_step
   extra = {'num_steps': num_steps, 'seconds_per_image': 0.001, 'updates': 10, 'weights': weights}
   return {'stage': stage, 'method': method, 'sampler': sampler, 'nfe': nfe, 'value': value} | extra
@@ -32,8 +33,8 @@ ROWS = [
 
 def test_the_table_compares_at_each_number_of_network_calls():
   assert report.comparison(ROWS) == [
-    {'nfe': 4, 'values': [None, 2.0, 3.0], 'ratio': None},
-    {'nfe': 2, 'values': [2.5, 20.0, None], 'ratio': 1.25},
+    {'nfe': 4, 'values': [None, 2.0, 3.0], 'ratios': [None, None, None]},
+    {'nfe': 2, 'values': [2.5, 20.0, None], 'ratios': [1.25, None, None]},
   ]
 
 
@@ -47,30 +48,58 @@ def test_columns_are_the_students_and_the_base_under_each_sampler_by_network_cal
     row('progressive_0002', 'ddim', 2, 0.1, weights='ema_0.99'),
   ]
   assert report.curves(rows) == {
-    'Distilled': {2: 2.5},
+    'Progressive': {2: 2.5},
     'Base, DDIM': {4: 2.0, 2: 20.0},
     'Base, ancestral': {4: 3.0},
     'Base, Heun': {8: 1.5, 4: 9.0},
   }
   assert report.comparison(rows) == [
-    {'nfe': 8, 'values': [None, None, None, 1.5], 'ratio': None},
-    {'nfe': 4, 'values': [None, 2.0, 3.0, 9.0], 'ratio': None},
-    {'nfe': 2, 'values': [2.5, 20.0, None, None], 'ratio': 1.25},
+    {'nfe': 8, 'values': [None, None, None, 1.5], 'ratios': [None] * 4},
+    {'nfe': 4, 'values': [None, 2.0, 3.0, 9.0], 'ratios': [None] * 4},
+    {'nfe': 2, 'values': [2.5, 20.0, None, None], 'ratios': [1.25, None, None, None]},
   ]
+
+
+STUDENTS = [
+  row('progressive_0001', 'ddim', 1, 3.0),
+  row('knowledge', 'ddim', 1, 6.0),
+  row('consistency', 'multistep_consistency', 1, 5.0),
+  row('consistency', 'multistep_consistency', 2, 4.0),
+  row('dmd', 'ddim', 1, 2.4),
+  row('dmd', 'ddim', 1, 0.1, weights='ema_0.99'),
+  row('dmd2', 'ddim', 1, 2.2),
+]
+
+
+def test_rounds_are_one_column_and_every_other_student_has_its_own():
+  rows = [*ROWS, *STUDENTS]
+  students = {caption: curve for caption, curve in report.curves(rows).items() if 'Base' not in caption}
+  assert students == {
+    'Progressive': {2: 2.5, 1: 3.0},
+    'Knowledge': {1: 6.0},
+    'Consistency': {1: 5.0, 2: 4.0},
+    'DMD': {1: 2.4},
+    'DMD2': {1: 2.2},
+  }
+  assert list(report.curves(rows)) == [*students, 'Base, DDIM', 'Base, ancestral']
+  four, two, one = report.comparison(rows)
+  assert four['ratios'] == [None] * 7
+  assert two['ratios'] == [1.25, None, 2.0, None, None, None, None]
+  assert one['ratios'] == [1.5, 3.0, 2.5, 1.2, 1.1, None, None]
 
 
 def test_without_ddim_there_is_nothing_to_take_the_ratio_to():
   rows = [row('base', 'heun', 8, 1.5), row('progressive_0004', 'ddim', 4, 2.5)]
   assert report.comparison(rows) == [
-    {'nfe': 8, 'values': [None, 1.5], 'ratio': None},
-    {'nfe': 4, 'values': [2.5, None], 'ratio': None},
+    {'nfe': 8, 'values': [None, 1.5], 'ratios': [None, None]},
+    {'nfe': 4, 'values': [2.5, None], 'ratios': [None, None]},
   ]
 
 
 def test_a_model_that_was_imported_is_the_base_of_its_curves():
   rows = [row('progressive_0008', 'ddim', 8, 3.0), row('progressive_0004', 'ddim', 4, 3.6)]
-  assert report.curves(rows) == {'Distilled': {4: 3.6}, 'Base, DDIM': {8: 3.0}}
-  assert [line['ratio'] for line in report.comparison(rows)] == [None, 1.2]
+  assert report.curves(rows) == {'Progressive': {4: 3.6}, 'Base, DDIM': {8: 3.0}}
+  assert [line['ratios'] for line in report.comparison(rows)] == [[None, None], [1.2, None]]
 
 
 def test_the_figure_is_log_log_with_three_curves_and_the_floor():
@@ -80,15 +109,57 @@ def test_the_figure_is_log_log_with_three_curves_and_the_floor():
   (axes,) = figure.axes
   assert axes.get_xscale() == axes.get_yscale() == 'log'
   curves = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
-  assert curves['Distilled'] == [(2, 2.5)]
+  assert curves['Progressive'] == [(2, 2.5)]
   assert curves['Base, DDIM'] == [(2, 20.0), (4, 2.0)]
   assert curves['Base, ancestral'] == [(4, 3.0)]
   assert [y for _, y in curves['Real against real']] == [0.5, 0.5]
 
 
-def test_what_the_page_shows_is_escaped(tmp_path):
-  results = {
-    'rows': ROWS,
+def test_the_figure_of_cost_has_each_student_at_its_seconds_with_its_calls():
+  rows = [*ROWS, *STUDENTS]
+  costs = {'base': 0.0, 'progressive_0002': 7.0, 'progressive_0001': 9.0, 'knowledge': 5.0}
+  costs |= {'consistency': 3.0, 'dmd': 2.0, 'dmd2': 4.0}
+  stages = {name: {'cost': cost} for name, cost in costs.items()}
+  figure = report.cost_figure(results_of(rows) | {'stages': stages})
+  (axes,) = figure.axes
+  curves = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+  floor = curves.pop('Real against real')
+  assert [y for _, y in floor] == [0.5, 0.5]
+  assert curves == {
+    'Progressive': [(7.0, 2.5), (9.0, 3.0)],
+    'Knowledge': [(5.0, 6.0)],
+    'Consistency': [(3.0, 4.0), (3.0, 5.0)],
+    'DMD': [(2.0, 2.4)],
+    'DMD2': [(4.0, 2.2)],
+  }
+  calls = {tuple(map(float, text.xy)): text.get_text() for text in axes.texts}
+  assert calls == {
+    point: '2' if point in ((7.0, 2.5), (3.0, 4.0)) else '1' for at in curves.values() for point in at
+  }
+
+
+def test_the_figure_of_health_has_what_was_seen_by_share_of_the_updates():
+  dmd = [
+    {'step': 5, 'loss': 1.0, 'dm_gradient': 0.3},
+    {'step': 10, 'diversity': 0.5, 'fake_score_lag': 1.2, 'dm_gradient': 0.2},
+  ]
+  watched = {'dmd': dmd, 'knowledge': [{'step': 4, 'diversity': 0.75}, {'step': 16, 'diversity': 1.0}]}
+  figure = report.health_figure(watched)
+  found = {
+    axes.get_title(): {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    for axes in figure.axes
+  }
+  assert found == {
+    'diversity, as a ratio to the data': {'dmd': [(1.0, 0.5)], 'knowledge': [(0.25, 0.75), (1.0, 1.0)]},
+    'lag of the fake score': {'dmd': [(1.0, 1.2)]},
+    'size of the DM gradient': {'dmd': [(0.5, 0.3), (1.0, 0.2)]},
+  }
+
+
+def results_of(rows):
+  """What the page shows beside its rows."""
+  return {
+    'rows': rows,
     'metric': 'FD-<b>',
     'floor': {'value': 0.5, 'num_samples': 100},
     'extractor': {'name': 'digits', 'digest': 'ab' * 32, 'task': '<i>', 'held_out_accuracy': 0.99},
@@ -96,12 +167,34 @@ def test_what_the_page_shows_is_escaped(tmp_path):
     'held_out': {'value': 1.0, 'num_samples': 3},
     'versions': {'jax': '1'},
     'seconds': {'base': 2.0},
+    'stages': {'base': {'cost': 0.0}, 'progressive_0002': {'cost': 7.0}},
   }
+
+
+def written(directory, rows, watched):
+  """The page, and the names of the figures beside it."""
   images = np.zeros((3, 8, 8, 1), np.uint8)
-  report.write(tiny.config(), results, {'base\n4 steps': images}, tmp_path / 'report')
-  text = (tmp_path / 'report' / 'index.html').read_text()
+  report.write(tiny.config(), results_of(rows), {'base\n4 steps': images}, watched, directory)
+  return (directory / 'index.html').read_text(), {path.stem for path in directory.glob('*.png')}
+
+
+def test_what_the_page_shows_is_escaped(tmp_path):
+  text, _ = written(tmp_path / 'report', ROWS, {})
   assert 'FD-&lt;b&gt;' in text and 'FD-<b>' not in text
   assert 'to tell &lt;i&gt; apart (99.0 %' in text
+
+
+def test_cost_and_health_are_shown_where_there_are_students_and_such_as_were_looked_at(tmp_path):
+  lines = [{'step': 4, 'loss': 1.0}]
+  seen = report.Watched([*lines, {'step': 8, 'diversity': 0.9}], b'a picture')
+  usual = {'frechet', 'samples'}
+  text, figures = written(tmp_path / 'base', ROWS[:3], {'base': report.Watched(lines, None)})
+  assert figures == usual and text.count('<img') == 2
+  text, figures = written(tmp_path / 'students', ROWS, {'base': report.Watched(lines, None)})
+  assert figures == {*usual, 'cost'} and text.count('<img') == 3
+  text, figures = written(tmp_path / 'watched', ROWS, {'progressive_0002': seen})
+  assert figures == {*usual, 'cost', 'health'} and text.count('<img') == 5
+  assert base64.b64encode(b'a picture').decode() in text
 
 
 def test_a_grid_puts_every_image_where_it_belongs():
@@ -239,6 +332,7 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
     assert samplers.SAMPLERS[measured['sampler']] is type(sampler)
     assert f'{measured["stage"]} {measured["weights"]}' == params
     assert measured['num_steps'] == num_steps and measured['nfe'] == calls
+    assert measured['grid'] == 'uniform'
     assert sampler.clip_x and measured['clip_x'] is True and measured['updates'] == 7
     assert measured.get('gamma') == (0.5 if measured['sampler'] == 'ancestral' else None)
   of_two = {row['sampler']: row['nfe'] for row in rows if row['num_steps'] == 2}

@@ -42,7 +42,7 @@ def test_rows_say_what_was_measured(results):
   for row in results['rows']:
     assert row['metric'] == 'FD-digits'
     assert row['method'] == ('denoising' if row['stage'] == 'base' else 'progressive')
-    assert row['nfe'] == row['num_steps']
+    assert row['nfe'] == row['num_steps'] and row['grid'] == 'uniform'
     assert row['num_samples'] == 48 and row['seed'] == 1 and row['clip_x'] is True
     assert row.get('gamma') == (0.0 if row['sampler'] == 'ancestral' else None)
     assert np.isfinite(row['value']) and row['value'] > results['floor']['value'] > 0
@@ -74,15 +74,28 @@ def test_results_name_extractor_versions_and_seconds(results):
   assert all(results['seconds'][stage] > 0 for stage in STAGES)
 
 
+def test_results_tell_what_each_stage_comes_from_and_what_it_cost(results):
+  """The seconds of all that was trained from the base on."""
+  stages, seconds = results['stages'], results['seconds']
+  assert list(stages) == STAGES
+  assert stages['base'] == {'method': 'denoising', 'parent': None, 'start': None, 'cost': 0.0}
+  cost = 0.0
+  for parent, name in itertools.pairwise(STAGES):
+    cost += seconds[name]
+    expected = {'method': 'progressive', 'parent': parent, 'start': parent}
+    assert stages[name] == expected | {'cost': pytest.approx(cost)}
+
+
 def test_lineage_leads_from_the_last_student_to_the_base(finished):
   lineages = [json.loads((finished / name / 'stage.json').read_text()) for name in STAGES]
-  assert lineages[0]['parent'] is None
+  assert lineages[0]['parent'] is lineages[0]['start'] is None
   for parent, child in itertools.pairwise(lineages):
     expected = {'stage': parent['stage'], 'weights': 'ema', 'digest': parent['digest']}
-    assert child['parent'] == expected
+    assert child['parent'] == child['start'] == expected
   for lineage, steps in zip(lineages, (4, 2, 1), strict=True):
     assert lineage['finished'] and lineage['num_steps'] == steps and lineage['output'] == 'v'
-    assert lineage['data_range'] == [-1.0, 1.0]
+    assert lineage['data_range'] == [-1.0, 1.0] and lineage['sampler'] == 'ddim'
+    assert lineage['pairs'] == lineage['distance'] == ''
     assert lineage['schedule'] == {'name': 'Cosine', 'logsnr_min': -20.0, 'logsnr_max': 20.0}
     assert lineage['config']['train']['num_updates'] == 12
 
@@ -122,7 +135,7 @@ class Page(html.parser.HTMLParser):
 def test_the_report_is_one_page_that_fetches_nothing(finished, results):
   text = (finished / 'report' / 'index.html').read_text()
   page = Page(text)
-  assert page.tags.count('img') == 2
+  assert page.tags.count('img') == 3
   assert all(link.startswith('data:image/png;base64,') for link in page.links)
   assert 'width=device-width' in text
   assert all(f'{row["value"]:.4f}' in text for row in results['rows'])
@@ -130,7 +143,7 @@ def test_the_report_is_one_page_that_fetches_nothing(finished, results):
 
 
 def test_the_report_has_its_pictures(finished):
-  for name in ('frechet', 'samples'):
+  for name in ('frechet', 'samples', 'cost'):
     with Image.open(finished / 'report' / f'{name}.png') as image:
       assert image.width > 400 and np.asarray(image.convert('L')).std() > 5
 
@@ -164,7 +177,8 @@ def test_a_second_run_changes_nothing_but_the_report(finished, tmp_path):
   assert code == 0, err
   before, after = tree_digest(finished), tree_digest(workdir)
   changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-  assert changed <= {'results.json', 'report/index.html', 'report/samples.png', 'report/frechet.png'}
+  figures = {f'report/{name}.png' for name in ('samples', 'frechet', 'cost')}
+  assert changed <= {'results.json', 'report/index.html', *figures}
   old, new = (json.loads((path / 'results.json').read_text()) for path in (finished, workdir))
   assert old['rows'] == new['rows']
   assert [line.split()[0] for line in err.splitlines() if line.endswith('  finished')] == STAGES

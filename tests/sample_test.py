@@ -40,7 +40,8 @@ def colour(tmp_path_factory):
     workdirs.claim(workdir, config)
     stages, images = workdirs.plan_for(workdir, config)
     workdirs.claim_images(workdir, images.images)
-    train.fit(sharding.compile_step(train.train_step), stages[0], None, images, workdir, config)
+    step, sources = sharding.compile_step(train.train_step), train.Sources(images)
+    train.fit(step, stages[0], sources, workdir, config)
   return workdir
 
 
@@ -75,7 +76,8 @@ def test_classes_are_drawn_in_turn_and_decide_what_is_drawn(sample):
 
 
 def test_every_sampler_is_at_hand_and_its_network_calls_are_told(sample):
-  calls = {'ddim': 3, 'ancestral': 3, 'euler': 3, 'heun': 6, 'rk4': 12, 'dpm_solver_2m': 3}
+  calls = {'ddim': 3, 'ancestral': 3, 'multistep_consistency': 3, 'euler': 3}
+  calls |= {'heun': 6, 'rk4': 12, 'dpm_solver_2m': 3}
   assert set(calls) == set(samplers.SAMPLERS)
   drawn = set()
   for name, nfe in calls.items():

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from diffusion_distillation import samplers, times
-from diffusion_distillation.diffusion import Prediction, from_x
+from diffusion_distillation.diffusion import Prediction, alpha_sigma, from_x
 from diffusion_distillation.samplers import (
   DDIM,
   SAMPLERS,
   Ancestral,
   DPMSolver2M,
+  MultistepConsistency,
   ProbabilityFlow,
   Sampler,
   sample,
@@ -25,6 +26,7 @@ from tests.exact import Gaussian, Mixture, scales
 SCHEDULE = Cosine()
 GAUSSIAN = Gaussian(mean=0.3, std=0.5)
 MIXTURE = Mixture(weights=(0.5, 0.2, 0.3), means=(-0.6, 0.1, 0.8), stds=(0.15, 0.1, 0.2))
+STOCHASTIC = (Ancestral, MultistepConsistency)
 BIMODAL = Mixture(weights=(0.4, 0.6), means=(-0.6, 0.5), stds=(0.2, 0.3))
 
 
@@ -47,7 +49,7 @@ def all_samplers():
 
 
 def deterministic_samplers():
-  return [step for step in usual_samplers() if not isinstance(step, Ancestral)]
+  return [step for step in usual_samplers() if not isinstance(step, STOCHASTIC)]
 
 
 def samplers_that_end_on_x():
@@ -173,15 +175,50 @@ def test_ancestral_sampling_of_one_known_image_has_the_marginals_of_the_forward_
     assert np.var(z) == pytest.approx(sigma**2, rel=4 * np.sqrt(2 / n))
 
 
-def test_ancestral_sampling_needs_keys():
+@pytest.mark.parametrize('cls', STOCHASTIC)
+def test_a_sampler_that_draws_noise_needs_keys(cls):
   with pytest.raises(ValueError, match='key'):
-    Ancestral()(None, GAUSSIAN, jnp.zeros((1, 1, 1, 1)), jnp.zeros(1), jnp.ones(1))
+    cls()(None, GAUSSIAN, jnp.zeros((1, 1, 1, 1)), jnp.zeros(1), jnp.ones(1))
 
 
 @pytest.mark.parametrize('gamma', [-0.1, 1.1, float('nan')])
 def test_gamma_outside_0_to_1_is_refused(gamma):
   with pytest.raises(ValueError, match='gamma'):
     Ancestral(gamma=gamma)
+
+
+@pytest.mark.parametrize('logsnr', [(-4.0, -1.0), (2.0, 2.5)])
+def test_a_multistep_consistency_step_adds_new_noise_to_x(logsnr):
+  """z_s given z_t is N(alpha_s x^(z_t), sigma_s^2): of z_t's own noise nothing is left but what x^ has."""
+  n = 40_000
+  alpha_s, sigma_s = (s[1] for s in scales(logsnr))
+  z_t = samplers.normal(keys(n, seed=1), (1, 1, 1))
+  at, to = (jnp.full(n, value) for value in logsnr)
+  z_s = MultistepConsistency(clip_x=False)(keys(n), GAUSSIAN, z_t, at, to)
+  noise = np.ravel((np.float64(z_s) - alpha_s * np.float64(GAUSSIAN(z_t, at).x)) / sigma_s)
+  assert abs(noise.mean()) < 4 / np.sqrt(n)
+  assert noise.var() == pytest.approx(1.0, rel=4 * np.sqrt(2 / n))
+  assert abs(np.corrcoef(noise, np.ravel(z_t))[0, 1]) < 4 / np.sqrt(n)
+
+
+def test_of_a_perfect_consistency_function_any_number_of_steps_draws_from_the_data():
+  """x^ of z is where the probability flow takes it: exact samples for a Gaussian, in 1, 2 or 5 steps."""
+  n = 40_000
+
+  def consistent(z, logsnr):
+    alpha, sigma = alpha_sigma(logsnr, z)
+    deviation = jnp.sqrt(alpha**2 * GAUSSIAN.std**2 + sigma**2)
+    x = GAUSSIAN.mean + GAUSSIAN.std * (z - alpha * GAUSSIAN.mean) / deviation
+    return from_x(z, logsnr, x)
+
+  z = samplers.normal(keys(n, seed=1), (1, 1, 1))
+  step = MultistepConsistency(clip_x=False)
+  run = jax.jit(lambda grid: sample(step, consistent, SCHEDULE, grid, z, keys(n)))
+  drawn = [np.float64(run(padded(times.uniform(steps), 5))) for steps in (1, 2, 5)]
+  for x in drawn:
+    assert x.mean() == pytest.approx(GAUSSIAN.mean, abs=4 * GAUSSIAN.std / np.sqrt(n))
+    assert x.var() == pytest.approx(GAUSSIAN.std**2, rel=4 * np.sqrt(2 / n))
+  assert np.abs(drawn[0] - drawn[1]).max() > 0.5
 
 
 def test_ddim_needs_no_keys():

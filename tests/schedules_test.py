@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation.schedules import SCHEDULES, Cosine, LinearBeta, ShiftedCosine
+from diffusion_distillation.schedules import SCHEDULES, Cosine, Karras, LinearBeta, ShiftedCosine
 
 RANGES = [(-20.0, 20.0), (-12.0, 7.5), (-3.0, 15.0)]
 NEEDED = {'shifted_cosine': {'image_size': 128}}
@@ -28,6 +28,24 @@ def test_clean_data_has_infinite_logsnr_and_no_other_time_has(name):
 def test_shape_of_t_is_kept(name):
   assert build(name)(jnp.full((2, 3), 0.5)).shape == (2, 3)
   assert build(name)(jnp.float32(0.5)).shape == ()
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_the_inverse_of_a_schedule_gives_back_its_time(name):
+  t = np.linspace(0.01, 1.0, 100)
+  with jax.enable_x64(True):
+    schedule = build(name)
+    np.testing.assert_allclose(schedule.inverse(schedule(jnp.array(t))), t, rtol=1e-9)
+  np.testing.assert_allclose(schedule.inverse(schedule(jnp.float32(t))), t, atol=5e-7)
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_the_inverse_of_what_a_schedule_does_not_reach_lies_outside_its_time(name):
+  schedule = build(name)
+  cleanest, noisiest = schedule(jnp.array([1e-30, 1.0]))
+  beyond = jnp.array([cleanest + 1.0, 60.0, noisiest - 1.0, -60.0])
+  t = schedule.inverse(beyond)
+  assert (t[:2] < 0.0).all() and (t[2:] > 1.0).all() and np.isfinite(t).all()
 
 
 @pytest.mark.parametrize(('low', 'high'), RANGES)
@@ -112,6 +130,19 @@ def test_linear_beta_begins_at_the_upper_end_of_its_range(high):
   np.testing.assert_allclose(LinearBeta(logsnr_max=high)(jnp.float32(1e-30)), high, rtol=1e-5)
 
 
+@pytest.mark.parametrize('fields', [(0.002, 80.0, 7.0), (0.01, 10.0, 1.0), (0.002, 80.0, 3.0)])
+def test_karras_has_evenly_spaced_roots_of_its_noise_levels(fields):
+  """Karras et al. 2022, Eq. 5, from i = 0 (the most noise) to N - 1; s = sigma / alpha, logsnr = -2 log s."""
+  low, high, rho = fields
+  count = 18
+  i = np.arange(count)
+  roots = high ** (1 / rho) + i / (count - 1) * (low ** (1 / rho) - high ** (1 / rho))
+  t = np.maximum(1 - i / (count - 1), 1e-300)
+  with jax.enable_x64(True):
+    logsnr = Karras(*fields)(jnp.array(t))
+  np.testing.assert_allclose(np.exp(-0.5 * np.array(logsnr)), roots**rho, rtol=1e-9)
+
+
 def test_with_a_wide_range_cosine_has_alpha_cos_and_sigma_sin():
   t = np.linspace(0.01, 0.99, 99)
   with jax.enable_x64(True):
@@ -141,6 +172,30 @@ def test_shifted_cosine_refuses_an_image_without_pixels(image_size, base_size):
 def test_linear_beta_refuses_betas_that_are_not_positive_or_fall(betas):
   with pytest.raises(ValueError, match='beta_min'):
     LinearBeta(*betas)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'s_min': 0.0}, 's_min'),
+    ({'s_min': 80.0}, 's_min'),
+    ({'s_min': math.nan}, 's_min'),
+    ({'s_min': 1e-30}, 's_min'),
+    ({'s_max': math.inf}, 's_max'),
+    ({'s_max': 1e7}, 's_max'),
+    ({'rho': 0.5}, 'rho'),
+    ({'rho': math.nan}, 'rho'),
+  ],
+)
+def test_karras_refuses_noise_that_does_not_rise_or_that_float32_cannot_hold(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Karras(**fields)
+
+
+@pytest.mark.parametrize('fields', [{'s_max': 9e5}, {'rho': 1.0}, {'rho': 100.0}])
+def test_karras_is_finite_up_to_its_bounds(fields):
+  ends = Karras(**fields)(jnp.array([1.2e-38, 1.0]))
+  assert np.isfinite(ends).all() and (jnp.sqrt(jax.nn.sigmoid(ends)) > 0).all()
 
 
 @pytest.mark.parametrize('name', SCHEDULES)

@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from configs import default, digits
-from diffusion_distillation import configuration, stages, times, workdir
+from diffusion_distillation import configuration, stages, students, times, workdir
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Denoising, Progressive
-from diffusion_distillation.schedules import LinearBeta, ShiftedCosine
+from diffusion_distillation.schedules import Karras, LinearBeta, ShiftedCosine
 from tests import tiny
 
 
@@ -73,6 +73,8 @@ def test_steps_that_the_factors_do_not_reach_are_refused(start, end, factor, nea
     ('train.micro_batches', 0),
     ('time.num_steps', -1),
     ('log.measured_updates', -1),
+    ('log.health_every', -1),
+    ('time.log_std', 0.0),
   ],
 )
 def test_numbers_that_no_stage_could_use_are_refused(key, value):
@@ -97,7 +99,7 @@ def test_updates_and_learning_rates_of_the_rounds_are_aligned_to_the_last():
   numbers = {'distill__num_updates': (30, 50, 70), 'distill__learning_rate': (4e-4, 1e-4)}
   planned = plan(distill__start_steps=16, distill__decay='cosine', **numbers)
   assert [stage.num_updates for stage in planned] == [12, 30, 30, 50, 70]
-  rates = [stage.recipe.learning_rate for stage in planned]
+  rates = [stage.recipe.learning_rate['student'] for stage in planned]
   assert [rate.peak for rate in rates] == [1e-3, 4e-4, 4e-4, 4e-4, 1e-4]
   assert [rate.num_updates for rate in rates] == [12, 30, 30, 50, 70]
   assert [(rate.decay, rate.warmup) for rate in rates] == [('none', 100), *[('cosine', 0)] * 4]
@@ -112,7 +114,7 @@ def test_every_stage_has_its_factor_and_the_name_of_its_steps():
   planned = plan(distill__start_steps=64, distill__factor=(4, 2, 2))
   assert [stage.num_steps for stage in planned] == [64, 16, 4, 2, 1]
   assert [stage.recipe.method.factor for stage in planned[1:]] == [4, 4, 2, 2]
-  assert [stage.recipe.method.teacher_calls for stage in planned] == [0, 4, 4, 2, 2]
+  assert [stage.recipe.method.calls for stage in planned] == [1, 1 + 4, 1 + 4, 1 + 2, 1 + 2]
   assert [stage.name for stage in planned[1:3]] == ['progressive_0016', 'progressive_0004']
 
 
@@ -153,6 +155,7 @@ def test_the_schedule_is_made_of_the_keys_that_it_knows():
   shifted = scheduled(name='shifted_cosine', base_size=4, logsnr_min=-15.0)
   assert shifted == ShiftedCosine(image_size=8, base_size=4, logsnr_min=-15.0, logsnr_max=20.0)
   assert scheduled(name='linear_beta', beta_max=10.0) == LinearBeta(0.1, 10.0, 20.0)
+  assert scheduled(name='karras', s_max=10.0, rho=5.0) == Karras(0.002, 10.0, 5.0)
   with pytest.raises(UserError, match=r"schedule\.name='cosin' .* did you mean 'cosine'"):
     scheduled(name='cosin')
   with pytest.raises(UserError, match=r'config\.schedule: beta_min \(-1\.0\)'):
@@ -187,6 +190,7 @@ def test_conditional_networks_know_the_classes():
 def test_every_key_of_the_default_config_is_read(monkeypatch):
   """Planning reads the keys of images, model and training; the loops name theirs in full."""
   config = digits.get_config()
+  config.methods = ('progressive', *students.STUDENTS)
   sections = {id(config): '', **{id(v): f'{k}.' for k, v in config.items() if hasattr(v, 'items')}}
   read = set()
   original = type(config).__getitem__

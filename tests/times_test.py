@@ -7,8 +7,10 @@ import pytest
 from scipy import stats
 
 from diffusion_distillation import times
+from diffusion_distillation.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
 
 LAWS = [times.Uniform(), times.Uniform(stratified=True)]
+SCHEDULES = [Cosine(), Cosine(-3.0, 7.0), ShiftedCosine(256), LinearBeta(), Karras()]
 
 
 def draws(law, count, batches, seed=0):
@@ -63,7 +65,39 @@ def test_the_mean_of_a_batch_has_the_variance_of_its_law(law):
   assert means.var() == pytest.approx(variance, rel=4 * np.sqrt((kurtosis - 1) / batches))
 
 
-@pytest.mark.parametrize('law', LAWS, ids=str)
+def log_noise(schedule, t):
+  """log(sigma / alpha) at t, in float64."""
+  return -0.5 * np.float64(schedule(jnp.float32(t)))
+
+
+@pytest.mark.parametrize('uniform', LAWS, ids=str)
+@pytest.mark.parametrize('schedule', [Cosine(), LinearBeta(), Karras()], ids=str)
+def test_log_normal_draws_have_noise_levels_with_a_normal_logarithm(schedule, uniform):
+  t = draws(times.LogNormal(schedule, -1.0, 1.1, uniform), 16, 256)
+  quantiles = stats.norm(-1.0, 1.1).cdf(log_noise(schedule, t))
+  assert stats.kstest(quantiles[:, 3], 'uniform').pvalue > 0.01
+  if uniform.stratified:
+    inner = np.sort(quantiles, 1) * 16 - np.arange(16)
+    assert (inner > -1e-3).all() and (inner < 1 + 1e-3).all()
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES, ids=str)
+def test_log_normal_draws_are_cut_to_the_schedule(schedule):
+  """To its noisiest time, and to the first after 0 that float32 tells apart beside 1."""
+  much, little = (draws(times.LogNormal(schedule, mean), 8, 64) for mean in (60.0, -60.0))
+  assert (much == 1.0).all() and (little == 2.0**-23).all()
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES, ids=str)
+@pytest.mark.parametrize('smallest', [True, False])
+def test_no_log_normal_draw_is_0_and_none_exceeds_1(schedule, smallest, monkeypatch):
+  extreme = 0.0 if smallest else 1.0 - 2.0**-23
+  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.full(shape, extreme))
+  t = times.LogNormal(schedule)(jax.random.key(0), 8)
+  assert (t > 0.0).all() and (t <= 1.0).all()
+
+
+@pytest.mark.parametrize('law', [*LAWS, times.LogNormal(Cosine())], ids=str)
 def test_draws_are_a_function_of_the_key(law):
   one, same, other = (law(jax.random.key(seed), 8) for seed in (1, 1, 2))
   np.testing.assert_array_equal(one, same)
@@ -94,21 +128,43 @@ def test_the_number_of_intervals_may_be_traced():
 
 
 @pytest.mark.parametrize('num_steps', [1, 2, 3, 1024])
-def test_grids_have_n_steps_from_0_to_1(num_steps):
+@pytest.mark.parametrize('schedule', SCHEDULES, ids=str)
+def test_grids_have_n_steps_from_0_to_1(num_steps, schedule):
   line = np.arange(num_steps + 1) / num_steps
-  for name, expected in {'uniform': line, 'quadratic': line**2}.items():
-    grid = times.GRIDS[name](num_steps)
+  expected = {'uniform': line, 'quadratic': line**2, 'karras': None}
+  assert tuple(expected) == times.GRIDS
+  for name, values in expected.items():
+    grid = times.make_grid(name, num_steps, schedule)
     assert (grid[0], grid[-1]) == (0.0, 1.0)
-    assert grid.dtype == np.float32
+    assert grid.dtype == np.float32 and grid.shape == (num_steps + 1,)
     assert (np.diff(grid) > 0.0).all()
-    np.testing.assert_allclose(grid, expected, rtol=1e-6)
+    if values is not None:
+      np.testing.assert_allclose(grid, values, rtol=1e-6)
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES, ids=str)
+def test_the_karras_grid_has_edm_s_noise_levels(schedule):
+  """Karras et al. 2022, Eq. 5, with rho = 7 from 80 to 0.002 or the schedule's ends; then clean data."""
+  count = 18
+  grid = times.make_grid('karras', count, schedule)
+  least, most = np.exp(log_noise(schedule, [1e-30, 1.0]))
+  low, high = max(least, 0.002), min(most, 80.0)
+  roots = low ** (1 / 7) + np.arange(count) / (count - 1) * (high ** (1 / 7) - low ** (1 / 7))
+  levels = np.exp(log_noise(schedule, grid[1:]))
+  np.testing.assert_allclose(levels[:-1], roots[:-1] ** 7, rtol=1e-3)
+  assert levels[-1] == most  # all noise, even where the schedule has more than 80
+
+
+def test_the_karras_grid_of_edm_s_own_schedule_is_uniform_from_its_least_noise_on():
+  expected = [0.0, *np.arange(8) / 7]
+  np.testing.assert_allclose(times.make_grid('karras', 8, Karras()), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize('num_steps', [0, -1])
 @pytest.mark.parametrize('name', times.GRIDS)
 def test_a_grid_of_no_steps_is_refused(name, num_steps):
   with pytest.raises(ValueError, match='at least 1'):
-    times.GRIDS[name](num_steps)
+    times.make_grid(name, num_steps, Cosine())
 
 
 def test_times_of_one_s_own_choice_are_a_grid():

@@ -27,6 +27,7 @@ OVERRIDES = {
   'checkpoint.every': 5,
   'log.every': 4,
   'log.measured_updates': 1,
+  'log.health_every': 0,
   'log.seconds': 0.0,
   'evaluation.num_samples': 48,
   'evaluation.batch_size': 32,

@@ -23,6 +23,7 @@ from tests import tiny
 CONFIG = tiny.config(max_skipped=3)
 STAGES, IMAGES = tiny.plan(max_skipped=3)
 STUDENT = STAGES[1]
+SOURCES = train.Sources(IMAGES)
 
 
 @flax.struct.dataclass
@@ -31,8 +32,8 @@ class Poisoned(Denoising):
 
   bad: jax.Array = dataclasses.field(default_factory=lambda: jnp.array([-1]))
 
-  def loss(self, denoise, params, teacher, batch, rng, step):
-    loss, metrics = Denoising.loss(self, denoise, params, teacher, batch, rng, step)
+  def loss(self, denoise, params, frozen, batch, rng, step):
+    loss, metrics = Denoising.loss(self, denoise, params, frozen, batch, rng, step)
     return jnp.where(jnp.any(step == self.bad), jnp.nan, 1.0) * loss, metrics
 
 
@@ -61,7 +62,8 @@ def host_batch(stage, k):
 def advance(step, stage, state, count, teacher=None):
   for _ in range(count):
     batch = sharding.put(stage.inputs(host_batch(stage, int(state.step))))
-    state, metrics = step(stage.recipe, state, teacher, batch)
+    frozen = {} if teacher is None else {'teacher': teacher}
+    state, metrics = step(stage.recipe, state, frozen, batch)
   return state, metrics
 
 
@@ -99,7 +101,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(step):
 
 
 def test_some_skipped_updates_do_not_stop_a_run(step, workdir):
-  model = train.fit(step, poisoned(3, 4, 8), None, IMAGES, workdir, CONFIG)
+  model = train.fit(step, poisoned(3, 4, 8), SOURCES, workdir, CONFIG)
   assert model.step == 12
   lines = [json.loads(line) for line in (workdir / 'base' / 'metrics.jsonl').read_text().splitlines()]
   assert [line['skipped'] for line in lines] == [1, 2, 3]
@@ -107,7 +109,7 @@ def test_some_skipped_updates_do_not_stop_a_run(step, workdir):
 
 def test_too_many_in_a_row_go_back_once_and_then_stop_naming_stage_and_step(step, workdir, caplog):
   with pytest.raises(NumericalError, match=r'stage base: .* 3 updates in a row up to step 12'):
-    train.fit(step, poisoned(8, 9, 10), None, IMAGES, workdir, CONFIG)
+    train.fit(step, poisoned(8, 9, 10), SOURCES, workdir, CONFIG)
   assert 'back to step 10' in caplog.text
   assert all(
     np.isfinite(leaf).all() for leaf in jax.tree.leaves(lineage.load_model(workdir, BASE, CONFIG).params)
@@ -118,13 +120,13 @@ def test_what_does_not_happen_again_is_survived(step, workdir):
   """A fault of the machine: NaN the first time a step is taken, not the second time."""
   calls = []
 
-  def faulty(recipe, state, teacher, batch):
+  def faulty(recipe, state, frozen, batch):
     calls.append(int(state.step))
     bad = calls.count(int(state.step)) == 1 and int(state.step) in (5, 6, 7)
     stage = poisoned(*([int(state.step)] if bad else []))
-    return step(stage.recipe, state, teacher, batch)
+    return step(stage.recipe, state, frozen, batch)
 
-  model = train.fit(faulty, BASE, None, IMAGES, workdir, CONFIG)
+  model = train.fit(faulty, BASE, SOURCES, workdir, CONFIG)
   assert calls == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 11]
   assert (
     model.digest == lineage.to_model(BASE, advance(step, BASE, first_state(BASE), 12)[0], 0.0).digest
@@ -135,10 +137,10 @@ def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
   """Stopped after 7 of 12 updates, by a signal; and once more in the round."""
 
   def stopping(at):
-    def call(recipe, state, teacher, batch):
+    def call(recipe, state, frozen, batch):
       if int(state.step) == at:
         signal.raise_signal(signal.SIGTERM)
-      return step(recipe, state, teacher, batch)
+      return step(recipe, state, frozen, batch)
 
     return call
 
@@ -147,12 +149,12 @@ def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
   try:
     for stage, at in ((BASE, 7), (STUDENT, 2)):
       interrupts.install()
-      teacher = models[-1] if models else None
+      sources = train.Sources(IMAGES, teacher=models[-1] if models else None)
       with pytest.raises(Preempted, match='SIGTERM'):
-        train.fit(stopping(at), stage, teacher, IMAGES, workdir, CONFIG)
+        train.fit(stopping(at), stage, sources, workdir, CONFIG)
       assert lineage.load_model(workdir, stage, CONFIG).step == at + 1
       interrupts.install()
-      models.append(train.fit(step, stage, teacher, IMAGES, workdir, CONFIG))
+      models.append(train.fit(step, stage, sources, workdir, CONFIG))
   finally:
     for number, handler in handlers.items():
       signal.signal(number, handler)
@@ -164,44 +166,44 @@ def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
 
 
 def test_a_finished_stage_returns_at_once(step, workdir):
-  model = train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
-  again = train.fit(None, BASE, None, IMAGES, workdir, CONFIG)
+  model = train.fit(step, BASE, SOURCES, workdir, CONFIG)
+  again = train.fit(None, BASE, SOURCES, workdir, CONFIG)
   assert again.digest == model.digest and again.seconds == model.seconds
 
 
 def test_parameters_that_were_exchanged_are_noticed(step, workdir):
-  train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+  train.fit(step, BASE, SOURCES, workdir, CONFIG)
   path = workdir / 'base' / 'stage.json'
   path.write_text(path.read_text().replace(json.loads(path.read_text())['digest'], 'f' * 64))
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
-    train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+    train.fit(step, BASE, SOURCES, workdir, CONFIG)
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
     lineage.load_model(workdir, BASE, CONFIG)
 
 
 def test_another_parameterization_is_refused_as_a_teacher(step, workdir):
-  train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+  train.fit(step, BASE, SOURCES, workdir, CONFIG)
   path = workdir / 'base' / 'stage.json'
   path.write_text(path.read_text().replace('"output": "v"', '"output": "eps"', 1))
   with pytest.raises(UserError, match='output is eps, but this run needs v'):
-    train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+    train.fit(step, BASE, SOURCES, workdir, CONFIG)
 
 
 def test_another_config_is_refused_even_without_config_json(step, workdir):
-  train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+  train.fit(step, BASE, SOURCES, workdir, CONFIG)
   (workdir / 'config.json').unlink()
   before = (workdir / 'base' / 'stage.json').read_text()
   other = tiny.config(max_skipped=3, train__learning_rate=0.5)
   with pytest.raises(UserError, match=r'another config: train\.learning_rate was 0\.001, is 0\.5'):
-    train.fit(step, BASE, None, IMAGES, workdir, other)
+    train.fit(step, BASE, SOURCES, workdir, other)
   assert (workdir / 'base' / 'stage.json').read_text() == before
 
 
 def test_checkpoints_without_lineage_are_refused(step, workdir):
-  train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+  train.fit(step, BASE, SOURCES, workdir, CONFIG)
   (workdir / 'base' / 'stage.json').unlink()
   with pytest.raises(DamagedError, match=r'stage\.json is missing'):
-    train.fit(step, BASE, None, IMAGES, workdir, CONFIG)
+    train.fit(step, BASE, SOURCES, workdir, CONFIG)
 
 
 def test_rounds_share_one_compiled_step(step):
@@ -249,7 +251,7 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
   example = {'x': x, 'label': None} | BASE.recipe.method.draw(rng_draw, x.shape)
 
   def loss_fn(params):
-    return BASE.recipe.method.loss(BASE.recipe.denoise, params, None, example, rng, 0)[0]
+    return BASE.recipe.method.loss(BASE.recipe.denoise, params, {}, example, rng, 0)[0]
 
   loss, grads = jax.jit(jax.value_and_grad(loss_fn))(start.params)
   tx = optax.chain(
@@ -257,8 +259,10 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
   )  # first of 100 warm-up updates
   updates, _ = tx.update(grads, tx.init(start.params))
   expected = optax.apply_updates(start.params, updates)
-  state, metrics = step(BASE.recipe, state, None, sharding.put(batch))
+  state, metrics = step(BASE.recipe, state, {}, sharding.put(batch))
   assert float(metrics['loss']) == pytest.approx(float(loss), rel=1e-5)
+  norm = optax.tree.norm(updates) / (1e-3 / 100)
+  assert float(metrics['update_norm']) == pytest.approx(float(norm), rel=1e-4)
   for a, b, ema, old in zip(
     *map(jax.tree.leaves, (state.params, expected, state.ema_params, start.params)), strict=True
   ):

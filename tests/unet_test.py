@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from diffusion_distillation.diffusion import OUTPUTS, output_channels
+from diffusion_distillation.diffusion import OUTPUTS, edm_input, output_channels
 from diffusion_distillation.schedules import Cosine
 from diffusion_distillation.unet import (
   TIME_INPUTS,
@@ -161,6 +161,7 @@ def test_time_inputs_are_their_closed_forms(name):
     'inv_cos': np.arctan(np.exp(-np.clip(logsnr, -20, 20) / 2)) * 2 / np.pi,
     'linear': (logsnr + 10) / 20,
     'sigmoid': scales(logsnr)[0] ** 2,
+    'edm': np.log(scales(logsnr)[1] / scales(logsnr)[0]) / 4,
   }[name]
   with jax.enable_x64(True):
     got = np.array(TIME_INPUTS[name](jnp.array(logsnr)))
@@ -193,6 +194,7 @@ def test_the_network_sees_logsnr_by_its_time_input_alone(inputs):
     'inv_cos': -2 * np.log(np.tan(np.pi / 2 * u)),
     'linear': 20 * u - 10,
     'sigmoid': np.log(u / (1 - u)),
+    'edm': -8 * u,
   }
 
   @jax.jit
@@ -202,7 +204,7 @@ def test_the_network_sees_logsnr_by_its_time_input_alone(inputs):
 
   got = outputs({name: jnp.float32(logsnr) for name, logsnr in same.items()})
   apart = outputs({name: jnp.float32(same['linear']) for name in TIME_INPUTS})
-  for name in ('inv_cos', 'sigmoid'):
+  for name in TIME_INPUTS.keys() - {'linear'}:
     np.testing.assert_allclose(got[name], got['linear'], atol=1e-3)
     assert np.abs(apart[name] - apart['linear']).max(axis=(1, 2, 3)).min() > 0.01
 
@@ -211,18 +213,21 @@ def test_denoiser_reads_the_output_by_its_parameterization(inputs):
   networks = {c: dataclasses.replace(SMALL, out_ch=c) for c in (1, 2)}
   params = {c: random_params(shapes(network)) for c, network in networks.items()}
 
+  needed = {output: output_channels(output, 1) for output in OUTPUTS}
+  given = {out: (edm_input(*inputs[:2]), *inputs[1:]) if out == 'edm' else inputs for out in OUTPUTS}
+
   @jax.jit
   def predictions(params):
-    raw = {c: network.apply({'params': params[c]}, *inputs) for c, network in networks.items()}
-    needed = {output: output_channels(output, 1) for output in OUTPUTS}
+    raw = {out: networks[c].apply({'params': params[c]}, *given[out]) for out, c in needed.items()}
     return raw, {out: Denoiser(networks[c], out)(params[c], *inputs) for out, c in needed.items()}
 
   raw, read = predictions(params)
   for output, prediction in read.items():
-    expected = OUTPUTS[output](*inputs[:2], raw[output_channels(output, 1)])
+    expected = OUTPUTS[output](*inputs[:2], raw[output])
     assert prediction.x.shape == prediction.eps.shape == inputs[0].shape
     np.testing.assert_allclose(prediction.x, expected.x, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(prediction.eps, expected.eps, rtol=1e-4, atol=1e-4)
+  assert np.abs(raw['edm'] - raw['x']).max() > 0.01  # the same network, which was given something else
 
 
 def test_denoiser_refuses_a_parameterization_that_does_not_exist():

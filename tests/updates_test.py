@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation import lineage, sharding, train
+from diffusion_distillation import lineage, sharding, train, update
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import digest
 from diffusion_distillation.diffusion import from_v
@@ -17,6 +17,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Method
 from diffusion_distillation.optimizers import LearningRate
 from diffusion_distillation.pixels import to_x
+from diffusion_distillation.students import STUDENTS
 from tests import tiny
 from tests.train_test import IMAGES, advance, assert_same, poisoned
 
@@ -64,22 +65,23 @@ class Reporting:
   """A method that reports a mean over its batch as well."""
 
   method: Method
+  networks = ('student',)
 
-  def init(self, student_params):
-    return self.method.init(student_params)
+  def init(self, student, teacher, rng):
+    return self.method.init(student, teacher, rng)
 
   def draw(self, rng, shape):
     return self.method.draw(rng, shape)
 
-  def loss(self, denoise, params, teacher, batch, rng, step):
-    loss, _ = self.method.loss(denoise, params, teacher, batch, rng, step)
+  def loss(self, denoise, params, frozen, batch, rng, step):
+    loss, _ = self.method.loss(denoise, params, frozen, batch, rng, step)
     return loss, {'eps_of_label': jnp.mean(batch['eps'] * batch['label'][:, None, None, None])}
 
 
 def small(place, **changes):
   """Stage `place` of a plan with stratified time and flips, over the small denoiser; 32 images a batch."""
   stage = tiny.plan(time__stratified=True, dataset__random_flip=True)[0][place]
-  changes |= {'denoise': Small(), 'learning_rate': LearningRate(0.01, 12)}
+  changes |= {'denoise': Small(), 'learning_rate': {'student': LearningRate(0.01, 12)}}
   recipe = stage.recipe.replace(method=Reporting(stage.recipe.method), **changes)
   return dataclasses.replace(stage, recipe=recipe, batch_size=32)
 
@@ -101,17 +103,17 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(place, backend, 
   """
   assert jax.device_count() == 8
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  teacher = sharding.replicate(small_params(1)) if place else None
+  frozen = sharding.replicate({'teacher': small_params(1)} if place else {})
   images = IMAGES.images.batch(np.arange(32))
   outcomes = []
   for micro_batches in (1, 2, 4):
     recipe = small(place, micro_batches=micro_batches).recipe
     examples = {'x': to_x(images['image']), 'label': images['label']}
     examples |= recipe.method.draw(jax.random.key(2), examples['x'].shape)
-    networks, batch = recipe.method.init(small_params(0)), sharding.put(examples)
+    networks, batch = {'student': small_params(0)}, sharding.put(examples)
     key, number = jax.random.key(3), jnp.int32(0)
-    compiled = jax.jit(lambda *arguments: train.gradients(*arguments))
-    outcomes.append(compiled(recipe, networks, teacher, batch, key, number))
+    compiled = jax.jit(lambda *arguments: update.gradients(*arguments))
+    outcomes.append(compiled(recipe, networks, frozen, batch, key, number))
   loss, metrics, grads = outcomes[0]
   assert float(loss) > 0 and float(metrics['eps_of_label']) != 0
   assert np.abs(grads['student']['classes']).max() > 1e-3
@@ -171,10 +173,10 @@ def test_a_round_is_taught_by_and_starts_from_the_weights_that_are_named(
   config, (planned, images) = tiny.config(**changes), tiny.plan(**changes)
   starts = []
 
-  def watching(recipe, state, teacher, batch):
-    if int(state.step) == 0 and teacher is not None:
-      starts.append(sharding.to_host((state.params['student'], teacher)))
-    return step(recipe, state, teacher, batch)
+  def watching(recipe, state, frozen, batch):
+    if int(state.step) == 0 and frozen:
+      starts.append(sharding.to_host((state.params['student'], frozen['teacher'])))
+    return step(recipe, state, frozen, batch)
 
   planned[0] = poisoned(base=planned[0])
   monkeypatch.setattr(workdirs, 'plan_for', lambda *_: (planned, images))
@@ -189,9 +191,9 @@ def test_a_round_is_taught_by_and_starts_from_the_weights_that_are_named(
     assert digest(model.all['ema']) != digest(model.all['last'])
     assert_same(start, model.all[weights])
     assert_same(teacher, model.all[weights])
-    lineage = json.loads((tmp_path / child.name / 'stage.json').read_text())
+    found = json.loads((tmp_path / child.name / 'stage.json').read_text())
     expected = {'stage': parent.name, 'weights': weights, 'digest': digest(model.all[weights])}
-    assert lineage['parent'] == expected
+    assert found['parent'] == found['start'] == expected
 
 
 def test_a_model_has_all_the_weights_of_its_stage_by_name():
@@ -211,10 +213,15 @@ def test_a_model_has_all_the_weights_of_its_stage_by_name():
   assert "--weights='ema_0.9' is not one of ['ema', 'ema_0.99', 'last']" in str(error.value)
 
 
-@pytest.mark.parametrize('section', ['train', 'distill'])
+@pytest.mark.parametrize('section', ['train', 'distill', *STUDENTS])
 def test_batches_have_to_divide_by_micro_batches_and_devices(section):
-  train.check_batches(tiny.config(**{f'{section}__micro_batches': 2}))
+  methods = (section,) if section in STUDENTS else ('progressive',)
+  changes = {'methods': methods, f'{section}__batch_size': 16}
+  train.check_batches(tiny.config(**changes, **{f'{section}__micro_batches': 2}))
+  too_many = {f'{section}__micro_batches': 4}
   with pytest.raises(UserError) as error:
-    train.check_batches(tiny.config(**{f'{section}__micro_batches': 4}))
+    train.check_batches(tiny.config(**changes, **too_many))
   for words in (f'{section}.batch_size=16', f'{section}.micro_batches=4', '8 devices', 'of 32'):
     assert words in str(error.value)
+  if section in STUDENTS:  # nor does it matter where it is not asked for
+    train.check_batches(tiny.config(**too_many))

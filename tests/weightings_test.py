@@ -1,4 +1,4 @@
-"""Weightings: the identities that relate errors in x, eps and v."""
+"""Weightings: the identities that relate errors in x, eps, v and EDM's F."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 
 from diffusion_distillation.diffusion import OUTPUTS, Prediction, output_channels
 from diffusion_distillation.weightings import WEIGHTINGS, weighted_mse
+from tests.diffusion_test import edm, edm_output
 from tests.exact import scales
 
 LOGSNR = np.linspace(-20.0, 20.0, 41)
@@ -31,17 +32,20 @@ def errors():
 
 
 def definition(name, target, prediction, alpha, sigma):
-  """The loss each weighting stands for, as an error in x, eps or v."""
+  """The loss each weighting stands for, as an error in x, eps, v or F."""
   x_mse = mean_square(target.x, prediction.x)
   eps_mse = mean_square(target.eps, prediction.eps)
   v_mse = mean_square(
     alpha * target.eps - sigma * target.x, alpha * prediction.eps - sigma * prediction.x
   )
+  z, logsnr = alpha * target.x + sigma * target.eps, 2 * np.log(alpha / sigma).ravel()
+  f_mse = mean_square(edm_output(target.x, z, logsnr), edm_output(prediction.x, z, logsnr))
   return {
     'constant': x_mse,
     'snr': eps_mse,
     'snr_trunc': np.maximum(x_mse, eps_mse),
     'snr_plus_one': v_mse,
+    'edm': f_mse,
   }[name]
 
 
@@ -93,8 +97,9 @@ def truth():
   """x, eps, z of the same shape, alpha and sigma to multiply them, and every true output, in float64."""
   x, eps = np.random.default_rng(0).normal(size=(2, len(MODERATE), 2, 2, 2))
   alpha, sigma = (s[:, None, None, None] for s in scales(MODERATE))
-  v, both = alpha * eps - sigma * x, np.concatenate([x, eps], -1)
-  return x, eps, alpha * x + sigma * eps, alpha, sigma, {'x': x, 'eps': eps, 'v': v, 'both': both}
+  v, both, z = alpha * eps - sigma * x, np.concatenate([x, eps], -1), alpha * x + sigma * eps
+  outputs = {'x': x, 'eps': eps, 'v': v, 'both': both, 'edm': edm_output(x, z, MODERATE)}
+  return x, eps, z, alpha, sigma, outputs
 
 
 @pytest.mark.parametrize('name', WEIGHTINGS)
@@ -105,11 +110,13 @@ def test_the_loss_of_any_output_is_its_definition(output, name):
   shape = (*x.shape[:-1], output_channels(output, 2))
   y = np.random.default_rng(1).normal(size=shape)
   first, second = y[..., :2], y[..., -2:]  # of 'both'
+  c_skip, c_out, _ = edm(MODERATE)
   x_hat = {
     'x': first,
     'eps': (z - sigma * first) / alpha,
     'v': alpha * z - sigma * first,
     'both': sigma**2 * first + alpha * (z - sigma * second),
+    'edm': c_skip * z / alpha + c_out * first,
   }[output]
   prediction = Prediction(x_hat, (z - alpha * x_hat) / sigma)
   as_float32 = OUTPUTS[output](*(jnp.float32(a) for a in (z, MODERATE, y)))

@@ -1,0 +1,24 @@
+"""Digits with an EDM teacher (Karras et al. 2022): its preconditioning, loss, noise levels and time grid, then DMD."""
+
+import ml_collections
+
+from configs import digits_methods
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The network and the numbers of updates of configs/digits.py; 18 steps of Heun."""
+  c = digits_methods.get_config()
+  c.methods = ('dmd',)
+  c.model.output = 'edm'
+  c.model.time_input = 'edm'
+  c.schedule.name = 'karras'
+  c.weighting = 'edm'
+  c.time.law = 'lognormal'
+
+  c.distill.start_steps = 18
+  c.pairs.sampler = 'heun'
+  c.pairs.num_steps = 18
+  c.pairs.grid = 'karras'
+  c.evaluation.samplers = ('heun',)
+  c.evaluation.grid = 'karras'
+  return c

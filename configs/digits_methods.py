@@ -1,0 +1,36 @@
+"""One teacher, all methods: digits by rounds, knowledge and consistency distillation, DMD and DMD2."""
+
+import ml_collections
+
+from configs import digits
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The base of configs/digits.py and its rounds; each other method with no more training than these together."""
+  c = digits.get_config()
+  c.methods = ('progressive', 'knowledge', 'consistency', 'dmd', 'dmd2')
+
+  c.pairs.num_pairs = 6144
+  c.pairs.sampler = 'dpm_solver_2m'
+  c.pairs.num_steps = 12
+
+  for name in c.methods[1:]:
+    c[name].batch_size = 64
+    c[name].learning_rate = 3e-4
+    c[name].warmup = 20
+    c[name].decay = 'linear'
+    c[name].ema_decay = (0.99,)
+    c[name].clip_norm = 1.0
+  c.consistency.num_updates = 1200
+  c.consistency.learning_rate = 1e-3
+  c.consistency.ema_decay = (0.95,)
+  c.consistency.start_intervals = 4
+  c.consistency.end_intervals = 32
+  c.consistency.solver = 'ddim'
+  c.knowledge.num_updates = 600
+  c.knowledge.learning_rate = 5e-4
+  c.dmd.num_updates = 600
+
+  c.log.health_every = 50
+  c.evaluation.samplers = ('ddim',)
+  return c
