@@ -90,12 +90,13 @@ class Bench:
     workdir = self.workdir / f'seed_{config.seed}' / name
     workdir.mkdir(parents=True, exist_ok=True)
     if base is None:
-      return [train.fit(self.step, planned[0], None, self.images, workdir, config)]
+      return [train.fit(self.step, planned[0], train.Sources(self.images), workdir, config)]
     models = [base]
     for stage in planned[1:]:
       if stage.num_steps < down_to:
         break
-      models.append(train.fit(self.step, stage, models[-1], self.images, workdir, config))
+      sources = train.Sources(self.images, models[-1])
+      models.append(train.fit(self.step, stage, sources, workdir, config))
     return models[1:]
 
   def has(self, part: str, seed: int, **key: Any) -> bool:

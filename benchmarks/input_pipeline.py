@@ -40,7 +40,7 @@ def flops_per_image(config: Config) -> float:
   base = stages.plan(config, *described)[0]
   image = jax.ShapeDtypeStruct((8, *base.image_shape), jnp.uint8)
   batch = base.inputs({'image': image, 'label': jax.ShapeDtypeStruct((8,), jnp.int32)})
-  lowered = jax.jit(train.train_step).lower(base.recipe, lineage.abstract_state(base), None, batch)
+  lowered = jax.jit(train.train_step).lower(base.recipe, lineage.abstract_state(base), {}, batch)
   cost = lowered.cost_analysis()
   return float(cost['flops']) / 8
 
@@ -96,11 +96,11 @@ def waits(root: pathlib.Path, args: argparse.Namespace) -> None:
     state = sharding.replicate(base.recipe.create_state(params))
     taken = sharding.ahead(map(base.inputs, batches))  # type: ignore[call-overload]
     for _ in range(2):
-      state, _ = step(base.recipe, state, None, next(taken))
+      state, _ = step(base.recipe, state, {}, next(taken))
     jax.block_until_ready(state)
     began = time.perf_counter()
     for batch in itertools.islice(taken, count):
-      state, _ = step(base.recipe, state, None, batch)
+      state, _ = step(base.recipe, state, {}, batch)
     jax.block_until_ready(state)
     return (time.perf_counter() - began) / count
 

@@ -14,22 +14,33 @@ def get_config() -> ml_collections.ConfigDict:
   c.pairs.sampler = 'dpm_solver_2m'
   c.pairs.num_steps = 12
 
-  for name in c.methods[1:]:
+  for name in ('knowledge', 'consistency', 'dmd', 'dmd2'):
     c[name].batch_size = 64
-    c[name].learning_rate = 3e-4
     c[name].warmup = 20
     c[name].decay = 'linear'
     c[name].ema_decay = (0.99,)
     c[name].clip_norm = 1.0
-  c.consistency.num_updates = 1200
+
+  c.knowledge.num_updates = 1200
+  c.knowledge.learning_rate = 5e-4
+
+  c.consistency.num_updates = 1500
   c.consistency.learning_rate = 1e-3
   c.consistency.ema_decay = (0.95,)
   c.consistency.start_intervals = 4
   c.consistency.end_intervals = 32
   c.consistency.solver = 'ddim'
-  c.knowledge.num_updates = 600
-  c.knowledge.learning_rate = 5e-4
-  c.dmd.num_updates = 600
+
+  c.dmd.num_updates = 800
+  c.dmd.learning_rate = 3e-4
+  c.dmd.fake_learning_rate = 3e-4
+
+  c.dmd2.num_updates = 1200
+  c.dmd2.fake_updates = 3
+  c.dmd2.learning_rate = 5e-4
+  c.dmd2.fake_learning_rate = 1e-3
+  c.dmd2.gan_generator = 0.01
+  c.dmd2.gan_fake = 0.03
 
   c.log.health_every = 50
   c.evaluation.samplers = ('ddim',)

@@ -68,8 +68,11 @@ def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[s
   for stage in stages:
     calls = network_calls(stage)
     if stage.pairs is not None and stage is with_pairs:
-      drawn = f'{stage.pairs.num_steps:>5} steps {stage.pairs.count:>8,} pairs'
-      yield f'  {"pairs":<18} {drawn:<37} {pairs_calls(stages, finished):>10.2e} network calls'
+      drawn, calls_of_pairs = stage.pairs, pairs_calls(stages, finished)
+      yield (
+        f'  {"pairs":<18} {drawn.num_steps:>5} steps {drawn.count:>8,} {"pairs":<20} '
+        f'{calls_of_pairs:>10.2e} network calls'
+      )
     done = '  finished' if stage.name in finished else ''
     yield (
       f'  {stage.name:<18} {stage.num_steps:>5} steps {stage.num_updates:>8,} updates of '

@@ -1,7 +1,7 @@
 """Students that go to few steps at once: knowledge and consistency distillation, DMD and DMD2. Pure."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusion_distillation import building, samplers, times
@@ -12,18 +12,33 @@ from diffusion_distillation.methods import DMD, Consistency, Gan, Knowledge, Met
 from diffusion_distillation.recipe import Pairs, Stage, without_dropout
 from diffusion_distillation.weightings import WEIGHTINGS
 
-# One step, or one without noise between: a stored image is a function of its noise.
+# Without noise of their own: a stored image is a function of its noise.
 DETERMINISTIC = {
   name: samplers.SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4', 'dpm_solver_2m')
 }
 SOLVERS = {name: samplers.SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4')}
 
 
-def _stage(config: Config, base: Stage, name: str, method: Method, **fields: Any) -> Stage:
-  """A stage of the base's student, trained as the section of its name says."""
+def _stage(
+  config: Config,
+  base: Stage,
+  name: str,
+  method: Method,
+  fake_rates: Mapping[str, float] | None = None,
+  **fields: Any,
+) -> Stage:
+  """A stage of the base's student, trained as the section of its name says.
+
+  Args:
+    config: of the run.
+    base: its teacher.
+    name: of the stage and its section.
+    method: its loss.
+    fake_rates: learning rates of the networks beside the student.
+    **fields: further ones of the stage.
+  """
   section = config[name]
-  given = {'student': section.learning_rate, **fields.pop('rates', {})}
-  rates = {network: given.get(network, given['student']) for network in ('student', *method.networks)}
+  rates = {**(fake_rates or {}), 'student': section.learning_rate}
   denoise = without_dropout(base.recipe.denoise)
   args = (denoise, method, rates, section.num_updates)
   return dataclasses.replace(
@@ -127,7 +142,7 @@ def matching(config: Config, base: Stage, name: str) -> Stage:
   if section.num_steps > 1:
     fields['sampler'] = 'multistep_consistency'
   rates = dict.fromkeys(('fake_score', 'head'), section.fake_learning_rate)
-  return _stage(config, base, name, method, rates=rates, **fields)
+  return _stage(config, base, name, method, rates, **fields)
 
 
 STUDENTS: dict[str, Callable[[Config, Stage], Stage]] = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_distillation import samplers, schedules
+from diffusion_distillation import samplers, schedules, times
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.evaluation import drawing, features, measure, pictures, report
 from diffusion_distillation.lineage import Model
@@ -123,8 +123,7 @@ def test_the_figure_of_cost_has_each_student_at_its_seconds_with_its_calls():
   figure = report.cost_figure(results_of(rows) | {'stages': stages})
   (axes,) = figure.axes
   curves = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
-  floor = curves.pop('Real against real')
-  assert [y for _, y in floor] == [0.5, 0.5]
+  assert [y for _, y in curves.pop('Real against real')] == [0.5, 0.5]
   assert curves == {
     'Progressive': [(7.0, 2.5), (9.0, 3.0)],
     'Knowledge': [(5.0, 6.0)],
@@ -303,13 +302,14 @@ def calls_of(sampler, grid):
 
 def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monkeypatch):
   """Every row of an evaluation whose drawing is replaced: what is asked of the drawer is counted."""
-  overrides = {'train__ema_decay': (0.9, 0.5), 'distill__start_steps': 2, 'evaluation__gamma': 0.5}
+  overrides = {'train__ema_decay': (0.9, 0.5), 'distill__start_steps': 2}
+  overrides |= {'evaluation__gamma': 0.5, 'evaluation__grid': 'karras'}
   config = tiny.config(evaluation__samplers=tuple(samplers.SAMPLERS), **overrides)
   stages, images = tiny.plan(**overrides)
   asked = []
 
   def seconds_per_image(self, params, grid, num_samples, seed, use):
-    asked.append((self.sampler, params['of'], len(grid) - 1, calls_of(self.sampler, grid)))
+    asked.append((self.sampler, params['of'], grid, calls_of(self.sampler, grid)))
     use(images.images.images[:num_samples])
     return 0.001
 
@@ -328,11 +328,13 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
   rows = results['rows']
   assert json.loads((tmp_path / 'results.json').read_text())['rows'] == rows
   assert len(rows) == len(asked) == 2 * len(samplers.SAMPLERS) + 2
-  for measured, (sampler, params, num_steps, calls) in zip(rows, asked, strict=True):
+  for measured, (sampler, params, grid, calls) in zip(rows, asked, strict=True):
     assert samplers.SAMPLERS[measured['sampler']] is type(sampler)
     assert f'{measured["stage"]} {measured["weights"]}' == params
-    assert measured['num_steps'] == num_steps and measured['nfe'] == calls
-    assert measured['grid'] == 'uniform'
+    assert measured['nfe'] == calls
+    assert measured['grid'] == ('karras' if measured['stage'] == 'base' else 'uniform')
+    expected = times.make_grid(measured['grid'], measured['num_steps'], schedules.Cosine())
+    np.testing.assert_array_equal(grid, expected)
     assert sampler.clip_x and measured['clip_x'] is True and measured['updates'] == 7
     assert measured.get('gamma') == (0.5 if measured['sampler'] == 'ancestral' else None)
   of_two = {row['sampler']: row['nfe'] for row in rows if row['num_steps'] == 2}

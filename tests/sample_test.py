@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from diffusion_distillation import cli, datasets, lineage, samplers, sharding, times, train
+from diffusion_distillation import cli, datasets, lineage, samplers, schedules, sharding, times, train
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.evaluation import measure
 from tests import tiny
@@ -92,6 +92,11 @@ def test_steps_and_times_make_the_grid(sample):
   assert ' in 2 ddim steps, 2 network calls' in line
   halves, _, _ = sample(times=['0', '0.5', '1'])
   np.testing.assert_array_equal(halves, two)
+  for name in ('quadratic', 'karras'):
+    grid = times.make_grid(name, 3, schedules.Cosine())
+    by_name, _, line = sample(steps=3, grid=name)
+    assert ' in 3 ddim steps, 3 network calls' in line
+    np.testing.assert_array_equal(by_name, sample(times=list(map(str, grid)))[0])
   uneven, _, line = sample(times=['0', '0.2', '1'])
   assert ' in 2 ddim steps, 2 network calls' in line and (uneven != two).any()
 

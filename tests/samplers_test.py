@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion_distillation import samplers, times
-from diffusion_distillation.diffusion import Prediction, alpha_sigma, from_x
+from diffusion_distillation.diffusion import Prediction, from_x
 from diffusion_distillation.samplers import (
   DDIM,
   SAMPLERS,
@@ -206,10 +206,7 @@ def test_of_a_perfect_consistency_function_any_number_of_steps_draws_from_the_da
   n = 40_000
 
   def consistent(z, logsnr):
-    alpha, sigma = alpha_sigma(logsnr, z)
-    deviation = jnp.sqrt(alpha**2 * GAUSSIAN.std**2 + sigma**2)
-    x = GAUSSIAN.mean + GAUSSIAN.std * (z - alpha * GAUSSIAN.mean) / deviation
-    return from_x(z, logsnr, x)
+    return from_x(z, logsnr, GAUSSIAN.consistency(z, logsnr))
 
   z = samplers.normal(keys(n, seed=1), (1, 1, 1))
   step = MultistepConsistency(clip_x=False)

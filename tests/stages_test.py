@@ -191,6 +191,7 @@ def test_every_key_of_the_default_config_is_read(monkeypatch):
   """Planning reads the keys of images, model and training; the loops name theirs in full."""
   config = digits.get_config()
   config.methods = ('progressive', *students.STUDENTS)
+  config.dmd2.regression, config.time.law = 0.25, 'lognormal'  # which have keys of their own
   sections = {id(config): '', **{id(v): f'{k}.' for k, v in config.items() if hasattr(v, 'items')}}
   read = set()
   original = type(config).__getitem__
