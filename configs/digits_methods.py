@@ -31,11 +31,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.consistency.end_intervals = 32
   c.consistency.solver = 'ddim'
 
-  c.dmd.num_updates = 800
+  c.dmd.num_updates = 500
   c.dmd.learning_rate = 3e-4
-  c.dmd.fake_learning_rate = 3e-4
+  c.dmd.fake_learning_rate = 5e-5
 
-  c.dmd2.num_updates = 1200
+  c.dmd2.num_updates = 900
   c.dmd2.fake_updates = 3
   c.dmd2.learning_rate = 5e-4
   c.dmd2.fake_learning_rate = 1e-3

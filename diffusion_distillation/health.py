@@ -156,7 +156,7 @@ class Health:
     logsnr = self._stage.schedule(jnp.array(_TIMES))
     networks = (self._teacher, state.params['fake_score'])
     rows = _denoisings(self._stage.denoise, networks, images, logsnr, label)
-    sheet = np.concatenate([images, *np.asarray(rows)])
+    sheet = np.concatenate([images, np.asarray(rows)])
     picture = pictures.to_pil(pictures.grid(pictures.enlarge(sheet, 32), len(images)))
     temporary = self._stage_dir / 'denoisings.tmp'
     picture.save(temporary, format='png')

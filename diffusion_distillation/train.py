@@ -19,7 +19,7 @@ from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import Checkpoints, digest
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.errors import DamagedError, NumericalError
+from diffusion_distillation.errors import DamagedError, NumericalError, Preempted
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.lineage import Model
 from diffusion_distillation.metrics import MetricsWriter
@@ -175,7 +175,10 @@ def _loop(
       if last or look or done % config.log.every == 0:
         values = _summary(jax.device_get(pending), config.max_skipped, done)
         if health is not None:
-          values |= health.lag(values) | (health.look(state) if look else {})
+          values |= health.lag(values)
+          if look:
+            with contextlib.suppress(Preempted):  # a signal while it draws; the state is saved below
+              values |= health.look(state)
         writer.write(done, values)
         progress.note(f'loss {values["loss"]:.3g}' if 'loss' in values else 'loss not finite')
         pending = []

@@ -11,7 +11,7 @@ from scipy import stats
 from diffusion_distillation import distances, times
 from diffusion_distillation.diffusion import Prediction
 from diffusion_distillation.methods import Consistency
-from diffusion_distillation.samplers import DDIM, RK4, Euler, Heun, MultistepConsistency, sample
+from diffusion_distillation.samplers import DDIM, Euler, Heun, MultistepConsistency, sample
 from diffusion_distillation.schedules import Cosine
 from diffusion_distillation.weightings import Snr
 from tests.exact import Gaussian, scales
@@ -46,7 +46,7 @@ def frozen(average=0.0):
 
 @pytest.mark.parametrize(
   ('solver', 'order'),
-  [(DDIM, 1), (Euler, 1), (Heun, 2), (RK4, 4)],
+  [(DDIM, 1), (Euler, 1), (Heun, 2)],
   ids=lambda p: getattr(p, '__name__', p),
 )
 def test_the_exact_consistency_function_is_a_fixed_point_up_to_the_solvers_error(solver, order):
@@ -81,6 +81,8 @@ def test_in_the_first_interval_the_target_is_the_teachers_image_and_the_network_
 
   for at, t in ((method(8, solver=Heun(clip_x=False)), [0.01, 0.125]), (method(1), [0.2, 1.0])):
     data, logsnr = batch(t), SCHEDULE(jnp.full(len(t) * SIZE, 1.0 / at.end_intervals))
+    with jax.disable_jit():
+      assert all(np.isfinite(asked).all() for _, _, asked, _ in recorded(at, data)[0])
 
     def losses(student, at=at, data=data):
       return at.losses(finite, student, frozen(1e6), data, None, 0)
@@ -108,8 +110,9 @@ def recorded(at, data, rng=None):
 
 @pytest.mark.parametrize('follower', ['average', 'student'])
 def test_who_is_asked_what(follower):
-  """The teacher and the student at the end of the interval, whom it follows at its beginning; dropout in one place."""
+  """Teacher and student at the end of the interval, whom it follows at its beginning; no x is clipped."""
   data = batch([0.26, 0.5, 0.51, 1.0])
+  data['x'] *= 3.0
   at = method(4, follows_average=follower == 'average')
   calls, losses = recorded(at, data, KEY)
   ends, begins = (np.repeat(np.array(i) / 4, SIZE) for i in ([2, 2, 3, 4], [1, 1, 2, 3]))
@@ -118,6 +121,7 @@ def test_who_is_asked_what(follower):
     np.testing.assert_allclose(logsnr, SCHEDULE(jnp.array(t)), rtol=1e-5, atol=1e-5)
   assert [rng is not None for *_, rng in calls] == [False, False, True]
   teacher, follows, student = (GAUSSIAN(z, logsnr) for _, z, logsnr, _ in calls)
+  assert np.abs(teacher.x).max() > 1.5
   alpha, sigma = (a[:, None, None, None] for a in scales(calls[1][2]))
   np.testing.assert_allclose(calls[1][1], alpha * teacher.x + sigma * teacher.eps, atol=1e-5)
   expected = np.square(student.x - follows.x)[:, 0, 0, 0]
@@ -136,7 +140,7 @@ def test_the_weight_is_that_of_the_end_of_the_interval_and_the_distance_is_the_o
 
 @pytest.mark.parametrize(('start', 'end'), [(2, 150), (10, 1280), (1, 2), (18, 18), (1, 1)])
 def test_the_number_of_intervals_over_a_stage(start, end):
-  """ceil(sqrt(k/K ((s_1 + 1)^2 - s_0^2) + s_0^2) - 1) + 1 in integers: the least n with K n^2 no less; s_1 at most."""
+  """ceil(sqrt(k/K ((s_1 + 1)^2 - s_0^2) + s_0^2) - 1) + 1, by integers, and s_1 at most."""
   total = 500
   at = Consistency(total, start, end, SCHEDULE)
   got = np.array(jax.vmap(at.num_intervals)(jnp.arange(total + 1)))

@@ -1,4 +1,4 @@
-"""Distances between images: their limits, their invariances, LPIPS against NumPy, and files that do not fit."""
+"""Distances between images: limits, invariances, LPIPS against NumPy, and files that do not fit."""
 
 import jax
 import jax.numpy as jnp
@@ -121,10 +121,14 @@ def test_lpips_is_that_of_its_package(lpips, of_lpips):
   assert np.abs(slope).max() > 1e-4
 
 
-def test_lpips_of_equal_images_is_zero_and_has_a_finite_gradient(lpips):
-  values, slope = lpips(X, X)
-  np.testing.assert_array_equal(values, 0.0)
-  np.testing.assert_array_equal(slope, 0.0)
+def assert_least(same, apart):
+  """Value and gradient between equal images are zero up to rounding, beside those between others."""
+  assert (np.abs(same[0]) < 1e-10 * apart[0]).all()
+  assert np.abs(same[1]).max() < 1e-4 * np.abs(apart[1]).max()
+
+
+def test_lpips_of_equal_images_is_zero_and_has_no_gradient(lpips):
+  assert_least(lpips(X, X), lpips(X, Y))
 
 
 def test_lpips_takes_colours_in_their_order_and_grey_for_three_equal_ones(of_lpips):
@@ -169,8 +173,8 @@ def test_pseudo_huber_by_its_definition_over_sums():
 
 
 def test_pseudo_huber_is_l2_for_small_differences_and_its_root_for_large_ones():
-  small = X + 1e-3 * (Y - X)
-  np.testing.assert_allclose(PseudoHuber(0.1)(X, small), L2()(X, small) / 0.2, rtol=1e-3)
+  small = X + 0.05 * (Y - X)
+  np.testing.assert_allclose(PseudoHuber(1.0)(X, small), L2()(X, small) / 2.0, rtol=1e-3)
   large = X + 1e3 * (Y - X)
   np.testing.assert_allclose(PseudoHuber(0.1)(X, large), np.sqrt(L2()(X, large)), rtol=1e-3)
 
@@ -189,13 +193,10 @@ def test_features_are_zero_at_equality_symmetric_and_positive_between_different_
     return jnp.sum(values), values
 
   both = jax.jit(jax.grad(total, has_aux=True))
-  slope, same = both(X, X)
-  np.testing.assert_array_equal(same, 0.0)
-  np.testing.assert_array_equal(slope, 0.0)
-  slope, apart = both(X, Y)
-  _, back = both(Y, X)
-  np.testing.assert_allclose(apart, back, rtol=1e-5)
-  assert (apart > 0.01).all() and np.abs(slope).max() > 1e-3
+  (same, apart, back) = (both(*images)[::-1] for images in ((X, X), (X, Y), (Y, X)))
+  assert_least(same, apart)
+  np.testing.assert_allclose(apart[0], back[0], rtol=1e-5)
+  assert (apart[0] > 0.01).all() and np.abs(apart[1]).max() > 1e-3
 
 
 def test_features_by_definition(of_classifier):

@@ -1,6 +1,7 @@
 """DMD where generator and scores are Gaussian: its gradient, where it leads, and what it draws."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -34,6 +35,10 @@ def generator(scale, shift):
   return {'scale': jnp.array(scale), 'shift': jnp.array(shift)}
 
 
+def numbers(params):
+  return {name: float(value) for name, value in params.items()}
+
+
 def law(student):
   """That of its images, as the parameters of a denoiser."""
   return {'mean': student['shift'], 'std': jnp.abs(student['scale'])}
@@ -64,8 +69,9 @@ def quadrature(pixels=2):
   return jnp.array(z), jnp.array(eps), weights
 
 
+@jax.jit
 def slopes(student, fake, t):
-  """d losses / d parameters (n,) for each parameter, the sizes (n,), and images, at the nodes of quadrature."""
+  """d losses / d parameter (n,) for each parameter; losses, sizes and images; at the nodes of quadrature."""
   z, eps, _ = quadrature()
   batch = {'t': jnp.full(len(z), t), 'eps': eps, 'z': z, 'label': None}
 
@@ -77,11 +83,12 @@ def slopes(student, fake, t):
   return jax.jacfwd(losses, has_aux=True)(student)
 
 
-ELSEWHERE = [(0.8, -0.2), (0.2, 0.9), (-0.6, 0.3)]
+TIMES = [0.02, 0.3, 0.7, 0.98]
+ELSEWHERE = [(0.8, -0.2), (0.2, 0.9), (-0.6, 0.25)]
 
 
-@pytest.mark.parametrize('t', [0.02, 0.3, 0.7, 0.98])
 @pytest.mark.parametrize('student', ELSEWHERE, ids=str)
+@pytest.mark.parametrize('t', TIMES)
 def test_the_gradient_is_that_of_the_divergence_up_to_the_weight_of_each_image(student, t):
   """Of two pixels' loss: (alpha / sigma)^2 mean|x - mu_real| is what it has been divided by (Eq. 8)."""
   with jax.enable_x64(True):
@@ -96,9 +103,7 @@ def test_the_gradient_is_that_of_the_divergence_up_to_the_weight_of_each_image(s
       for name, slope in by_parameter.items()
     }
     exact = jax.grad(divergence)(student, logsnr)
-    for name, slope in exact.items():
-      assert got[name] == pytest.approx(slope, rel=1e-6, abs=1e-9)
-    assert max(map(abs, got.values())) > 1e-3 * (alpha / sigma) ** 2
+    assert got == pytest.approx(numbers(exact), rel=1e-6)
 
 
 @pytest.mark.parametrize('student', ELSEWHERE, ids=str)
@@ -108,7 +113,7 @@ def test_the_gradient_is_zero_where_the_fake_score_is_the_real_one_whatever_the_
     np.testing.assert_array_equal(values, 0.0)
 
 
-@pytest.mark.parametrize('t', [0.02, 0.3, 0.7, 0.98])
+@pytest.mark.parametrize('t', TIMES)
 @pytest.mark.parametrize(
   ('off', 'name', 'sign'),
   [
@@ -146,8 +151,9 @@ def test_images_that_the_teacher_believes_in_already_have_a_finite_gradient():
   assert np.isfinite(losses).all()
 
 
-def trained(dmd, student, num_periods, pairs=None):
-  """The state after training by `train_step`, a loop of periods, from a fake score that is the teacher's."""
+@functools.cache
+def training(dmd, num_periods, pairs=None):
+  """A function: from a generator to it and its fake score after training by `train_step`."""
   shape = (64, 2, 2, 1)
   recipe = Recipe(
     denoise=denoise,
@@ -165,23 +171,28 @@ def trained(dmd, student, num_periods, pairs=None):
     batch = {'image': jnp.zeros(shape, jnp.uint8), 'label': None}
     if pairs is not None:
       batch['pairs'] = pairs(jax.random.fold_in(KEY, k), shape)
-    for step in range(dmd.period):
-      state, _ = update.train_step(recipe.at(step), state, {'teacher': DATA}, batch)
-    return state
 
-  return jax.jit(lambda state: jax.lax.fori_loop(0, num_periods, period, state))(
-    recipe.create_state(student, DATA)
-  )
+    def step(k, state):
+      return update.train_step(recipe.at(k), state, {'teacher': DATA}, batch)[0]
+
+    state = jax.lax.fori_loop(0, dmd.period - 1, lambda _, state: step(0, state), state)
+    return step(dmd.period - 1, state)
+
+  run = jax.jit(lambda state: jax.lax.fori_loop(0, num_periods, period, state).params)
+
+  def train(student):
+    params = run(recipe.create_state(student, DATA))
+    return numbers(params['student']), numbers(params['fake_score'])
+
+  return train
 
 
 @pytest.mark.parametrize('student', [(1.0, -0.5), (-0.2, 0.8)], ids=str)
 def test_a_linear_generator_converges_to_the_law_of_the_data_by_its_scores_alone(student):
-  """The fake score is trained meanwhile, five times as often; the sign of the scale is nobody's business."""
-  state = trained(method(fake_updates=5), generator(*student), 300)
-  found = law(state.params['student'])
-  assert found == pytest.approx(DATA, abs=0.01)
-  assert state.params['fake_score'] == pytest.approx(found, abs=0.02)
-  assert np.sign(state.params['student']['scale']) == np.sign(student[0])
+  """The fake score is trained meanwhile, five times as often; the scale keeps its sign."""
+  found, fake_score = training(method(fake_updates=5), 300)(generator(*student))
+  assert found == pytest.approx({'scale': np.copysign(0.5, student[0]), 'shift': 0.3}, abs=0.01)
+  assert fake_score == pytest.approx({'std': 0.5, 'mean': 0.3}, abs=0.02)
 
 
 def exact_pairs(key, shape):
@@ -194,9 +205,9 @@ def exact_pairs(key, shape):
 @pytest.mark.parametrize('student', [(1.0, -0.5), (-0.05, 0.8)], ids=str)
 def test_with_pairs_it_converges_to_the_teachers_own_map(student):
   """Which noise belongs to which image is known: the scale is positive now."""
-  state = trained(method(regression=1.0), generator(*student), 600, exact_pairs)
-  assert state.params['student'] == pytest.approx({'scale': 0.5, 'shift': 0.3}, abs=0.01)
-  assert state.params['fake_score'] == pytest.approx(DATA, abs=0.02)
+  found, fake_score = training(method(regression=1.0), 600, exact_pairs)(generator(*student))
+  assert found == pytest.approx({'scale': 0.5, 'shift': 0.3}, abs=0.01)
+  assert fake_score == pytest.approx({'std': 0.5, 'mean': 0.3}, abs=0.02)
 
 
 def asked(dmd, params, size=4000):

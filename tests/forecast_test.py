@@ -164,24 +164,24 @@ PAIRED = OVERRIDES | {
     for key in ('num_updates', 'batch_size')
   },
   'dmd2__num_updates': 15,
-  'pairs__num_pairs': 100,
+  'pairs__num_pairs': 160,
   'pairs__sampler': 'heun',
   'pairs__num_steps': 6,
 }
 
 
 def test_pairs_are_drawn_once_for_all_that_learn_from_them(capsys, measured):
-  """100 pairs by 6 steps of Heun; no more once all that need them are finished."""
+  """160 pairs by 6 steps of Heun; no more once all that need them are finished."""
   stages = tiny.plan(**PAIRED)[0]
   plan, estimate = show(capsys, stages=stages, **PAIRED)
   assert list(parse(plan)) == ['base', 'pairs', 'knowledge', 'dmd', 'dmd2', 'evaluation']
-  assert parse(plan)['pairs'] == (pytest.approx(100 * 6 * 2, rel=5e-3), False)
+  assert parse(plan)['pairs'] == (pytest.approx(160 * 6 * 2, rel=5e-3), False)
   took = {line.split()[0]: line for line in estimate[1:]}
-  assert seconds_of(took['pairs'][20:]) == pytest.approx(100 * 6 * 2 / 16, rel=0.03)
+  assert seconds_of(took['pairs'][20:]) == pytest.approx(160 * 6 * 2 / 16, rel=0.03)
   whole = (
     12 * 2.0
     + (16 + 16 + 15) * 4.0
-    + (1200 + forecast.evaluation_calls(stages, tiny.config(**PAIRED))) / 16
+    + (1920 + forecast.evaluation_calls(stages, tiny.config(**PAIRED))) / 16
   )
   assert seconds_of(took['together'][20:]) == pytest.approx(whole, rel=0.03)
   plan, estimate = show(capsys, finished=['base', 'knowledge'], stages=stages, **PAIRED)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_distillation import health
+from diffusion_distillation import health, interrupts, lineage, train
+from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.diffusion import Prediction
+from diffusion_distillation.errors import Preempted
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.health import Figures, Health
 from diffusion_distillation.metrics import MetricsWriter
@@ -273,3 +275,32 @@ def test_it_is_time_to_look_every_so_often_and_at_the_end(watch):
 def test_students_of_few_steps_are_looked_at_unless_it_is_switched_off(every, parent, steps, looked_at):
   stage = types.SimpleNamespace(parent=parent, num_steps=steps)
   assert health.watches(tiny.config(log__health_every=every), stage) is looked_at
+
+
+def test_a_signal_while_samples_are_drawn_loses_nothing(watch, tmp_path, monkeypatch):
+  """Drawing stops at once; the update before it is saved all the same."""
+  config, (stages, images) = tiny.config(checkpoint__every=100), tiny.plan()
+  monkeypatch.setattr(interrupts, '_received', [])
+
+  def step(recipe, state, frozen, batch):
+    counts = {'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
+    return state.replace(step=state.step + 1), counts | {'loss': 1.0}
+
+  def draw(*_):
+    interrupts._received.append(15)
+    interrupts.check()
+
+  monkeypatch.setattr(measure, 'drawer', lambda *_: types.SimpleNamespace(draw=draw))
+  workdirs.claim(tmp_path, config)
+  with pytest.raises(Preempted):
+    train.fit(step, stages[0], train.Sources(images, health=watch()), tmp_path, config)
+  assert lineage.load_model(tmp_path, stages[0], config).step == 10
+  lines = (tmp_path / 'base' / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == [4, 8, 10]
+
+
+@pytest.mark.xfail(strict=True, reason='measure._watched reads every line', raises=ValueError)
+def test_a_half_written_line_of_metrics_is_left_out_of_the_report(tmp_path):
+  """`--mode=evaluate` after a kill: the stage's own writer drops such a line, too."""
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 4, "loss": 1.0}\n{"step": 8, "lo')
+  assert measure._watched(tmp_path).lines == [{'step': 4, 'loss': 1.0}]

@@ -1,7 +1,5 @@
 """Knowledge distillation: regression on stored pairs, and on nothing else."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,19 +72,8 @@ def test_the_student_is_asked_once_at_the_end_of_time_of_the_pairs_noise_and_lab
   assert METHOD.draw(KEY, NOISE.shape) == {}
 
 
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-  """A distance that has weights."""
-
-  def __call__(self, x, y, weights=None):
-    return weights * distances.L2()(x, y)
-
-
-def test_the_distance_is_that_given_with_its_weights():
+def test_the_distance_is_that_given():
   batch, params = pairs(NOISE, NOISE + 0.5), {'student': {'scale': 1.0, 'shift': 0.0}}
   huber = Knowledge(SCHEDULE, distances.PseudoHuber(1.2))
   got = huber.loss(linear, params, {}, batch, None, 0)[0]
   assert got == pytest.approx(np.hypot(0.5, 1.2) - 1.2, rel=1e-5)
-  scaled = Knowledge(SCHEDULE, Scaled())
-  got = scaled.loss(linear, params, {'distance': jnp.array(3.0)}, batch, None, 0)[0]
-  assert got == pytest.approx(3.0 * 0.5**2, rel=1e-5)

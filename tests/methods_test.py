@@ -11,6 +11,7 @@ import pytest
 
 from diffusion_distillation import times
 from diffusion_distillation.diffusion import Prediction
+from diffusion_distillation.distances import L2
 from diffusion_distillation.methods import DMD, METHODS, Consistency, Denoising, Gan, Progressive
 from diffusion_distillation.samplers import Heun
 from diffusion_distillation.schedules import Cosine
@@ -29,7 +30,7 @@ FIELDS = {
   'start_intervals': 2,
   'end_intervals': 8,
 }
-GAN = Gan(width=8, generator_weight=0.7, fake_weight=0.3)
+GAN = Gan(width=16, generator_weight=0.7, fake_weight=0.3)
 SHAPE = (8, 8, 8, 1)
 NETWORK = UNet(
   out_ch=1, ch=8, emb_ch=8, ch_mult=(1,), num_res_blocks=1, num_groups=4, dropout=0.1, num_classes=3
@@ -71,7 +72,7 @@ def case(request, student):
   """A method with a small network, its parameters, a different teacher's, and one compiled gradient."""
   method = build(METHODS[request.param])
   if request.param == 'dmd':
-    method = dataclasses.replace(method, gan=GAN)
+    method = dataclasses.replace(method, gan=GAN.replace(width=NETWORK.ch))
   denoise, rng = Denoiser(NETWORK, 'v'), np.random.default_rng(0)
   teacher = jax.tree.map(lambda p: p + jnp.float32(0.1 * rng.normal(size=p.shape)), student)
   label = jnp.arange(8) % 3
@@ -243,6 +244,28 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_examples(method):
   alone = [loss(jnp.full(8, k)) for k in range(8)]
   assert np.std(alone) > 0.01 * np.mean(alone)
   np.testing.assert_allclose(loss(jnp.arange(8)), np.mean(alone), rtol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """A distance that has weights."""
+
+  def __call__(self, x, y, weights=None):
+    return weights * L2()(x, y)
+
+
+@pytest.mark.parametrize('name', ['dmd', 'knowledge', 'consistency'])
+def test_the_weights_of_a_distance_reach_it(name):
+  method, data = VARIANTS[name], given(VARIANTS[name])
+
+  def loss(distance, frozen=FROZEN):
+    chosen = dataclasses.replace(method, distance=distance)
+    return chosen.loss(Shifted(), networks(method), frozen, data, None, 0)[0]
+
+  none, once, thrice = (loss(Scaled(), FROZEN | {'distance': jnp.array(w)}) for w in (0.0, 1.0, 3.0))
+  assert once > none
+  np.testing.assert_allclose(once, loss(L2()), rtol=1e-5)
+  np.testing.assert_allclose(thrice - none, 3 * (once - none), rtol=1e-4)
 
 
 @every_variant
