@@ -39,7 +39,9 @@ _SAMPLES = 256
 _TIMES = (0.3, 0.5, 0.7, 0.9)  # of the noised samples in the picture
 _KEPT = 0.9  # of the running loss, from one line of metrics to the next
 
-LEAST_DIVERSITY = 0.5  # below it a warning
+LEAST_DIVERSITY = (
+  0.5  # below it a warning, but not in the first fifth: what starts from the base draws its mean
+)
 MOST_LAG = 2.0  # above it a warning
 
 
@@ -120,9 +122,10 @@ class Health:
       self._picture(state, images[:8], draw.labels(np.arange(8)))
     figures = Figures.of(images, self._extractor)
     diversity = figures.spread / max(self.data.spread, 1e-12)
+    begun = int(state.step) <= stage.num_updates / 5
     self._warn(
       'diversity',
-      diversity < LEAST_DIVERSITY,
+      diversity < LEAST_DIVERSITY and not begun,
       f'the samples have {diversity:.2f} of the diversity of the data',
     )
     return {

@@ -28,6 +28,7 @@ def from_google(config: Config, default: Config, path: pathlib.Path, into: pathl
   shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
   stages = plan(config, shape, num_classes)
   checkpoint = google.read(path)
+  stages = [stage for stage in stages if stage.method in ('denoising', 'progressive')]
   stage = _stage_for(checkpoint.num_sample_steps, stages, path)
   params = google.fit(checkpoint.ema_params, lineage.abstract_params(stage), path)
   origin = {'source': 'google', 'file': path.name, 'sha256': checkpoint.sha256}
@@ -35,14 +36,14 @@ def from_google(config: Config, default: Config, path: pathlib.Path, into: pathl
 
 
 def _stage_for(num_steps: int, stages: list[Stage], path: pathlib.Path) -> Stage:
-  if not num_steps:
-    return stages[0]
+  """The one of `stages`, all of the checkpoint's method, that has its number of steps; the first for a base."""
   for stage in stages:
-    if stage.num_steps == num_steps:
+    if not num_steps or stage.num_steps == num_steps:
       return stage
   raise UserError(
-    f'--checkpoint={path} was distilled to {num_steps} steps, but the stages of this config have '
-    f'{", ".join(str(stage.num_steps) for stage in stages)}; set distill.start_steps={num_steps}'
+    f'--checkpoint={path} was distilled to {num_steps} steps, but the stages of this config that are made in the same '
+    f'way have {", ".join(str(stage.num_steps) for stage in stages) or "none"}; see methods and '
+    f'distill.start_steps={num_steps}'
   )
 
 
@@ -59,7 +60,9 @@ def from_workdir(config: Config, default: Config, path: pathlib.Path, into: path
   theirs = choose(f'--checkpoint={path}: stage', path.name, planned)
   shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
   is_base = theirs.method == 'denoising'
-  stage = _stage_for(0 if is_base else theirs.num_steps, plan(config, shape, num_classes), path)
+  stages = [stage for stage in plan(config, shape, num_classes) if stage.method == theirs.method]
+  named = [stage for stage in stages if stage.name == theirs.name]
+  stage = _stage_for(0 if is_base else theirs.num_steps, named or stages, path)
   found, wanted = (dict(flatten(lineage.describe(s))) for s in (theirs, stage))
   for key in wanted:
     if found.get(key) != wanted[key]:

@@ -205,7 +205,7 @@ def adopt(
 ) -> Model:
   """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it."""
   stage_dir = workdir / stage.name
-  stage = dataclasses.replace(stage, parent=None, parent_weights='')
+  stage = stage.without_parents()
   state = dataclasses.replace(
     stage.recipe.create_state(params), step=jnp.array(stage.num_updates, jnp.int32)
   )

@@ -126,6 +126,12 @@ class Stage:
     """The stage's model as it is sampled from: without dropout."""
     return without_dropout(self.recipe.denoise)
 
+  def without_parents(self) -> 'Stage':
+    """The stage as it stands where its model came from elsewhere: nothing of the run has made it."""
+    return dataclasses.replace(
+      self, parent=None, parent_weights='', start=None, pairs=None, distance_weights=''
+    )
+
   def inputs(self, batch: Mapping[str, Any], pairs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What the step is given: `image`, and `label` if the network is told, else None; and `pairs`, where there are."""
     told = self.denoise.network.num_classes

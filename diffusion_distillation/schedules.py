@@ -129,9 +129,9 @@ class Karras:
   rho: float = 7.0
 
   def __post_init__(self) -> None:
-    if not 0.0 < self.s_min < self.s_max < 1e6:
+    if not 4e-18 < self.s_min < self.s_max < 1e6:
       raise ValueError(
-        f's_min ({self.s_min}) must be positive and below s_max ({self.s_max}), that below 1e6'
+        f's_min ({self.s_min}) must lie below s_max ({self.s_max}), both between 4e-18 and 1e6, for float32'
       )
     if not 1.0 <= self.rho <= 100.0:
       raise ValueError(f'rho={self.rho} must lie in [1, 100]')

@@ -118,13 +118,14 @@ def matching(config: Config, base: Stage, name: str) -> Stage:
         f'{name}.gan_fake needs innermost channels that divide by 8; the model has {width}'
       )
     gan = Gan(width, section.gan_generator, section.gan_fake)
+  distance = building.make_distance(config, name)
   method = building.build(
     name,
     DMD,
     schedule=base.schedule,
     weighting=choose('weighting', config.weighting, WEIGHTINGS)(),
     law=building.make_law(config, base.schedule),
-    distance=building.make_distance(config, name) if section.regression else L2(),
+    distance=distance if section.regression else L2(),
     gan=gan,
     **{
       key: section[key]

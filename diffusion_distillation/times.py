@@ -46,7 +46,8 @@ class LogNormal:
 
   def __call__(self, rng: jax.Array, count: int) -> jax.Array:
     """(count,) times in (0, 1]."""
-    log_s = self.mean + self.std * jax.scipy.special.ndtri(self.uniform(rng, count))
+    quantile = jnp.minimum(self.uniform(rng, count), 1.0 - jnp.finfo(jnp.float32).epsneg)
+    log_s = self.mean + self.std * jax.scipy.special.ndtri(quantile)
     tiny = jnp.finfo(jnp.float32).eps
     return jnp.clip(self.schedule.inverse(-2.0 * log_s), tiny, 1.0)
 

@@ -251,7 +251,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 def load_distance(stage: Stage) -> Params:
-  """The weights of the distance of a stage's method, or None; raises UserError as `distances.load` does."""
+  """The weights of the distance that a stage is trained with, or None; raises UserError as `distances.load` does."""
   distance = getattr(stage.recipe.method, 'distance', None)
   key = f'{stage.name}.distance_weights'
-  return distance and distances.load(distance, stage.distance_weights, stage.image_shape, key)
+  if distance is None or stage.parent is None:
+    return None
+  return distances.load(distance, stage.distance_weights, stage.image_shape, key)

@@ -4,7 +4,6 @@ workdir/config.json   what made it; the workdir alone is enough to sample from i
 workdir/dataset.json  the images it was made from, and the names of their classes
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -154,7 +153,7 @@ def cut(workdir: pathlib.Path, stages: list[Stage]) -> list[Stage]:
   for k, stage in reversed(list(enumerate(stages))):
     path = workdir / stage.name / 'stage.json'
     if path.is_file() and read_json(path).get('imported'):
-      found = [dataclasses.replace(stage, parent=None, parent_weights=''), *stages[k + 1 :]]
+      found = [stage.without_parents(), *stages[k + 1 :]]
       names = {stage.name for stage in found}
       for student in found[1:]:
         for needed in (student.parent, student.start):

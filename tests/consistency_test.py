@@ -112,7 +112,7 @@ def recorded(at, data, rng=None):
 def test_who_is_asked_what(follower):
   """Teacher and student at the end of the interval, whom it follows at its beginning; no x is clipped."""
   data = batch([0.26, 0.5, 0.51, 1.0])
-  data['x'] *= 3.0
+  data['x'] *= 10.0
   at = method(4, follows_average=follower == 'average')
   calls, losses = recorded(at, data, KEY)
   ends, begins = (np.repeat(np.array(i) / 4, SIZE) for i in ([2, 2, 3, 4], [1, 1, 2, 3]))

@@ -173,8 +173,8 @@ def test_pseudo_huber_by_its_definition_over_sums():
 
 
 def test_pseudo_huber_is_l2_for_small_differences_and_its_root_for_large_ones():
-  small = X + 0.05 * (Y - X)
-  np.testing.assert_allclose(PseudoHuber(1.0)(X, small), L2()(X, small) / 2.0, rtol=1e-3)
+  small = X + 0.02 * (Y - X)
+  np.testing.assert_allclose(PseudoHuber(0.5)(X, small), L2()(X, small) / (2 * 0.5), rtol=1e-3)
   large = X + 1e3 * (Y - X)
   np.testing.assert_allclose(PseudoHuber(0.1)(X, large), np.sqrt(L2()(X, large)), rtol=1e-3)
 

@@ -123,8 +123,8 @@ def watch(loader, tmp_path):
   return make
 
 
-def state(**params):
-  return types.SimpleNamespace(ema_params=('the average', 'another'), params=params)
+def state(step=STAGE.num_updates, **params):
+  return types.SimpleNamespace(step=step, ema_params=('the average', 'another'), params=params)
 
 
 def real(loader):
@@ -177,6 +177,15 @@ def test_too_little_diversity_is_warned_of_once_until_there_is_enough_again(
   share = Figures.of(poor, features).spread / looking.data.spread
   assert share < 0.5
   assert heard[1] == [f'stage dmd: the samples have {share:.2f} of the diversity of the data']
+
+
+def test_a_student_that_has_just_begun_may_draw_nothing_but_the_mean(watch, loader, draws, caplog):
+  looking, draws.images = watch(), np.repeat(real(loader)[:1], 256, axis=0)
+  first = STAGE.num_updates // 5
+  looking.look(state(step=first, student=0.0))
+  assert not warnings(caplog)
+  looking.look(state(step=first + 1, student=0.0))
+  assert len(warnings(caplog)) == 1
 
 
 def test_a_loss_that_stays_has_lag_1_and_one_that_jumps_more_than_2(watch, caplog):
