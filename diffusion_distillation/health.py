@@ -7,7 +7,6 @@ stage_dir/denoisings.png   DMD: samples, noised, as the teacher and as the fake 
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_distillation import times
+from diffusion_distillation import metrics, times
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import diffuse
@@ -102,11 +101,10 @@ class Health:
 
   def resume(self, done: int) -> None:
     """Takes the running loss up where metrics.jsonl has it at update `done`."""
-    path, self._running = self._stage_dir / 'metrics.jsonl', None
-    for line in path.read_text().splitlines() if path.exists() else []:
-      values = json.loads(line)
-      if values['step'] <= done and 'fake_loss' in values:
-        self._running = _follow(self._running, values['fake_loss'])
+    self._running = None
+    for line in metrics.read(self._stage_dir / 'metrics.jsonl'):
+      if line['step'] <= done and 'fake_loss' in line:
+        self._running = _follow(self._running, line['fake_loss'])
 
   def due(self, done: int) -> bool:
     """Whether to look after update `done`."""

@@ -105,6 +105,14 @@ def _lineage(stage: Stage, parents: Parents, config: Config) -> dict[str, Any]:
   }
 
 
+def check_configs(workdir: pathlib.Path, stages: list[Stage], config: Config) -> None:
+  """Raises UserError if a stage that is there was made with another config; see `check_config`."""
+  for stage in stages:
+    path = workdir / stage.name / 'stage.json'
+    if path.is_file():
+      check_config(path, read_json(path).get('config') or {}, config, stage.name)
+
+
 def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: Config) -> None:
   """Writes the stage's lineage before its first update, or checks the one that is there.
 

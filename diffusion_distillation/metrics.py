@@ -35,16 +35,22 @@ class MetricsWriter:
     self._events.close()
 
 
+def read(path: pathlib.Path) -> list[dict[str, float]]:
+  """The lines of a metrics.jsonl; not one that a killed run has half written."""
+  found = []
+  for line in path.read_text(errors='replace').splitlines() if path.is_file() else []:
+    try:
+      values = json.loads(line)
+      found.append({'step': int(values['step']), **values})
+    except (ValueError, KeyError, TypeError):
+      continue
+  return found
+
+
 def _drop_after(path: pathlib.Path, step: int) -> None:
   if not path.exists():
     return
-  kept = []
-  for line in path.read_text(errors='replace').splitlines():
-    try:
-      if json.loads(line)['step'] <= step:
-        kept.append(line + '\n')
-    except (ValueError, KeyError, TypeError):
-      continue  # the last line of a killed run can be half written
+  kept = [json.dumps(line) + '\n' for line in read(path) if line['step'] <= step]
   temporary = path.with_suffix('.tmp')
   temporary.write_text(''.join(kept))
   os.replace(temporary, path)

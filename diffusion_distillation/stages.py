@@ -78,16 +78,17 @@ def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list
   for name in config.methods:
     stages += _rounds(config, base) if name == 'progressive' else [students.STUDENTS[name](config, base)]
   students.check_starts(stages)
+  least = min(steps for stage in stages for steps in stage.measured_steps)
+  if least > config.evaluation.max_steps:
+    raise UserError(
+      f'evaluation.max_steps={config.evaluation.max_steps} leaves nothing to measure: no stage has fewer steps '
+      f'than {least} (distill.end_steps={config.distill.end_steps})'
+    )
   return stages
 
 
 def _check_measuring(config: Config) -> None:
-  distill, evaluation = config.distill, config.evaluation
-  if 'progressive' in config.methods and distill.end_steps > evaluation.max_steps:
-    raise UserError(
-      f'evaluation.max_steps={evaluation.max_steps} leaves nothing to measure: '
-      f'the last stage has distill.end_steps={distill.end_steps}'
-    )
+  evaluation = config.evaluation
   choose('evaluation.grid', evaluation.grid, dict.fromkeys(times.GRIDS))
   if not evaluation.samplers:
     raise UserError('evaluation.samplers=() must name one at least, such as ddim')

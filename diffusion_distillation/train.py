@@ -231,6 +231,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   check_batches(config)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   with workdirs.lock_workdir(workdir):
+    lineage.check_configs(workdir, stages, config)
     workdirs.claim(workdir, config)
     workdirs.claim_images(workdir, images.images)
     step = sharding.compile_step(train_step)

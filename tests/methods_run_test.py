@@ -286,7 +286,6 @@ def test_a_changed_config_is_refused_under_stages_that_are_there(
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason='claim writes config.json before the stages are compared with it')
 def test_a_config_that_is_refused_is_not_kept(ran, tmp_path, monkeypatch, capsys):
   """Or else the next --mode=sample would be refused with the same words."""
   workdir = shutil.copytree(ran[0], tmp_path / 'workdir')
@@ -299,9 +298,6 @@ def test_a_config_that_is_refused_is_not_kept(ran, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-  strict=True, reason='importing goes by the number of steps; `cut` and `adopt` keep the start'
-)
 @pytest.mark.parametrize('name', ['dmd', 'consistency'])
 def test_a_student_of_another_run_is_imported_as_what_it_is(ran, tmp_path, monkeypatch, name):
   """Under its name, with its sampler, and the run goes on from there."""

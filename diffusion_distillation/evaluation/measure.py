@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import os
 import pathlib
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import times
+from diffusion_distillation import metrics, times
 from diffusion_distillation.building import make_sampler
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets.loading import Loader
@@ -163,8 +162,8 @@ def _origins(
 
 def _watched(stage_dir: pathlib.Path) -> report.Watched:
   """What was seen of a stage's health while it was trained."""
-  metrics, picture = stage_dir / 'metrics.jsonl', stage_dir / 'denoisings.png'
-  lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+  picture = stage_dir / 'denoisings.png'
+  lines = metrics.read(stage_dir / 'metrics.jsonl')
   return report.Watched(lines, picture.read_bytes() if picture.is_file() else None)
 
 
