@@ -76,5 +76,5 @@ def start_main(*args, devices=1, **popen):
 def run_main(*args, devices=1):
   """Runs main.py to its end; returns (exit code, stdout, stderr)."""
   process = start_main(*args, devices=devices)
-  out, err = process.communicate(timeout=300)
+  out, err = process.communicate(timeout=900)  # a guard against hanging, not a speed
   return process.returncode, out, err
