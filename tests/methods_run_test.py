@@ -187,7 +187,7 @@ def test_killed_and_stopped_again_and_again_it_ends_bit_for_bit_the_same(ran, tm
     process = tiny.start_main(*command)
     if wait_for(moment, process):
       process.send_signal(number)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=900)
     ended.append(process.returncode)
     assert process.returncode in (75, -signal.SIGKILL), err
     assert not (workdir / 'dmd2' / 'stage.json').exists() or not read(workdir, 'dmd2')['finished']

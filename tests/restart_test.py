@@ -70,7 +70,7 @@ def test_sigterm_saves_first_and_says_so(finished, tmp_path):
   process = tiny.start_main(*command)
   assert wait_for(lambda: (workdir / 'base' / 'metrics.jsonl').exists(), process)
   process.send_signal(signal.SIGTERM)
-  _, err = process.communicate(timeout=120)
+  _, err = process.communicate(timeout=600)
   assert process.returncode == 75, err
   assert 'SIGTERM' in err.splitlines()[-1] and 'Traceback' not in err
   saved = [int(path.name) for path in (workdir / 'base' / 'checkpoints').iterdir()]
