@@ -5,6 +5,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax import traverse_util
 
 Params = Any
 _LAYERS = 'layers'
@@ -38,3 +40,10 @@ def layers(params: Params, x: jax.Array) -> tuple[jax.Array, ...]:
   """The activations of every layer but the last, (B, h, w, 32 or 64), and the features (B, 64)."""
   model = Classifier(params['logits']['bias'].shape[0])
   return model.apply({'params': params}, x, mutable=[_LAYERS])[1][_LAYERS]['h']
+
+
+def shapes(num_classes: int, image_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+  """The shape of each parameter of a classifier of images (H, W, C), by its path."""
+  x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  params = jax.eval_shape(Classifier(num_classes).init, jax.random.key(0), x)['params']
+  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}

@@ -7,7 +7,7 @@ it, an argument of the compiled step, or None.
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,6 @@ def _mse(x: jax.Array, y: jax.Array) -> jax.Array:
 class L2:
   """The mean squared difference of pixels."""
 
-  needs_weights: ClassVar[bool] = False
-
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
     return _mse(x, y)
 
@@ -44,10 +42,10 @@ class PseudoHuber:
   """
 
   c: float = 0.00054
-  needs_weights: ClassVar[bool] = False
 
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
-    return jnp.sqrt(_mse(x, y) + self.c**2) - self.c
+    mse = _mse(x, y)
+    return mse / (jnp.sqrt(mse + self.c**2) + self.c)  # the same, without the difference of near numbers
 
 
 def _unit(features: jax.Array) -> jax.Array:
@@ -64,8 +62,6 @@ class Features:
   choose another one, or read the figures with that in mind.
   """
 
-  needs_weights: ClassVar[bool] = True
-
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
     pairs = zip(classifier.layers(weights, x), classifier.layers(weights, y), strict=True)
     total = jnp.zeros(x.shape[0])
@@ -76,11 +72,11 @@ class Features:
 
   def check(self, weights: Mapping[str, np.ndarray], image_shape: tuple[int, ...]) -> Weights:
     """The parameters of a classifier of images (H, W, C); raises ValueError if they are not."""
-    params = traverse_util.unflatten_dict(dict(weights), sep='/')
-    try:
-      jax.eval_shape(classifier.layers, params, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-    except Exception as error:  # flax names what does not fit in errors of many types
-      raise ValueError(f'no classifier of images {image_shape}') from error
+    shapes = {name: value.shape for name, value in weights.items()}
+    num_classes = (shapes.get('logits/bias') or (1,))[0]
+    if shapes != classifier.shapes(num_classes, image_shape):
+      raise ValueError(f'no classifier of images {image_shape}')
+    params: Weights = traverse_util.unflatten_dict(dict(weights), sep='/')
     return params
 
 
@@ -108,7 +104,6 @@ class Lpips:
   """
 
   size: int = 224
-  needs_weights: ClassVar[bool] = True
 
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
     pairs = zip(self.layers(weights, x), self.layers(weights, y), strict=True)
@@ -181,3 +176,5 @@ def load(distance: Distance, path: str, image_shape: tuple[int, ...], key: str) 
     return distance.check(safetensors.numpy.load_file(path), image_shape)
   except (safetensors.SafetensorError, ValueError) as error:
     raise UserError(f'{key}={path}: {error}') from error
+  except (AttributeError, KeyError, TypeError) as error:  # safetensors, of numbers that NumPy has not
+    raise UserError(f'{key}={path}: numbers of a type that NumPy does not have: {error}') from error

@@ -126,6 +126,7 @@ def matching(config: Config, base: Stage, name: str) -> Stage:
     weighting=choose('weighting', config.weighting, WEIGHTINGS)(),
     law=building.make_law(config, base.schedule),
     distance=distance if section.regression else L2(),
+    clip_x=config.evaluation.clip_x,
     gan=gan,
     **{
       key: section[key]

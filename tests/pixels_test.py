@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_distillation import pixels, sharding
+from diffusion_distillation.methods.method import OneNetwork
 from tests import tiny
 
 ALL = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
@@ -108,16 +109,13 @@ def test_no_class_is_no_class():
 
 
 @flax.struct.dataclass
-class Watching:
+class Watching(OneNetwork):
   """A method that trains next to nothing, and reports what it was given."""
-
-  def init(self, student_params):
-    return {'student': student_params}
 
   def draw(self, rng, shape):
     return {}
 
-  def loss(self, denoise, params, teacher, batch, rng, step):
+  def loss(self, denoise, params, frozen, batch, rng, step):
     return jnp.sum(params['student'] ** 2), {'x': batch['x'], 'label': batch['label']}
 
 
@@ -129,7 +127,7 @@ def seen(step, updates=1, **changes):
   recipe = tiny.plan()[0][0].recipe.replace(method=Watching(), **changes)
   state = sharding.replicate(recipe.create_state(jnp.ones(1)))
   for _ in range(updates):
-    state, metrics = step(recipe, state, None, sharding.put({'image': IMAGES, 'label': LABELS}))
+    state, metrics = step(recipe, state, {}, sharding.put({'image': IMAGES, 'label': LABELS}))
   return np.asarray(metrics['x']), np.asarray(metrics['label']).astype(int)
 
 

@@ -36,6 +36,7 @@ class DMD:
     fake_updates: updates of the fake score for each one of the generator (two time scales).
     num_steps: N, the generator's steps, at t = 1, (N-1)/N, ..., 1/N.
     simulated: where N > 1, whether its inputs come from its own earlier steps, or are noised data.
+    clip_x: where N > 1, whether x is clipped to [-1, 1] between the generator's steps.
     gan: DMD2's GAN, or None.
     generator_turn: whether this update changes the generator, too; see `at`.
   """
@@ -50,6 +51,7 @@ class DMD:
   fake_updates: int = flax.struct.field(pytree_node=False, default=1)
   num_steps: int = flax.struct.field(pytree_node=False, default=1)
   simulated: bool = flax.struct.field(pytree_node=False, default=True)
+  clip_x: bool = flax.struct.field(pytree_node=False, default=True)
   gan: Gan | None = flax.struct.field(pytree_node=False, default=None)
   generator_turn: bool = flax.struct.field(pytree_node=False, default=True)
 
@@ -128,7 +130,7 @@ class DMD:
     if not self.simulated:
       inputs = jnp.where(widen(at == count, z), z, diffuse(batch['x'], z, logsnr_at))
       return denoise(student, inputs, logsnr_at, label, rng).x
-    step, before = MultistepConsistency(), jax.lax.stop_gradient(student)
+    step, before = MultistepConsistency(clip_x=self.clip_x), jax.lax.stop_gradient(student)
 
     def earlier(z: jax.Array, logsnr: jax.Array) -> Prediction:
       return denoise(before, z, logsnr, label)

@@ -14,14 +14,13 @@ from diffusion_distillation.methods.method import DenoiseFn, Params
 class Head(nn.Module):
   """Activations (B, h, w, c) to a logit (B,): positive for what it takes for real."""
 
-  num_groups: int = 8
-
   @nn.compact
   def __call__(self, h: jax.Array) -> jax.Array:
     width = h.shape[-1]
+    groups = min(8, width // 2)  # two channels each at least: one alone, normalized, says nothing of its size
     for k in range(2):
       h = nn.Conv(width, (3, 3), name=f'conv{k}')(h)
-      h = nn.swish(nn.GroupNorm(self.num_groups, name=f'norm{k}')(h))
+      h = nn.swish(nn.GroupNorm(groups, name=f'norm{k}')(h))
     return nn.Dense(1, name='logit')(jnp.mean(h, (1, 2)))[:, 0]
 
 
