@@ -35,6 +35,16 @@ _CLASSES = flags.DEFINE_list(
 )
 _OUT = flags.DEFINE_string('out', None, 'sample: a .png (a grid) or .npz (the arrays).')
 _SOURCE = flags.DEFINE_string('source', None, 'import: google (the released code) or workdir (a run).')
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'train: print the plan and its needs, and stop.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'Of several processes: HOST:PORT of the first.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many they are.', 1)
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which one this is, from 0.', 0)
+_PEER_TIMEOUT = flags.DEFINE_integer(
+  'peer_timeout',
+  100,
+  'Seconds without a sign of life after which a process is dead, and all others end.',
+  1,
+)
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'import: the file, or WORKDIR/STAGE.')
 
 
@@ -59,6 +69,11 @@ def main(argv: list[str]) -> None:
     out=pathlib.Path(_OUT.value) if _OUT.value else None,
     source=_SOURCE.value,
     checkpoint=pathlib.Path(_CHECKPOINT.value).absolute() if _CHECKPOINT.value else None,
+    dry_run=_DRY_RUN.value,
+    coordinator=_COORDINATOR.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+    peer_timeout=_PEER_TIMEOUT.value,
     rest=argv[1:],
   )
   sys.exit(cli.run(options))

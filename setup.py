@@ -42,6 +42,13 @@ setuptools.setup(
     'tf': ['tensorflow-cpu>=2.20'],  # to download and prepare sets; reading them needs none of it
     'gcs': ['gcsfs'],  # folders at gs://
     's3': ['s3fs'],  # folders at s3://
-    'dev': ['mypy>=1.15', 'pytest>=8.3', 'pytest-timeout>=2.3', 'ruff>=0.9', 'scipy>=1.14'],
+    'dev': [
+      'mypy>=1.15',
+      'pytest>=8.3',
+      'pytest-timeout>=2.3',
+      'pytest-xdist>=3.6',
+      'ruff>=0.9',
+      'scipy>=1.14',
+    ],
   },
 )

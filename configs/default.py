@@ -12,6 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   _training(c)
   _one_step(c)
   _watching(c)
+  _scaling(c)
   return c.lock()
 
 
@@ -204,3 +205,19 @@ def _watching(c: ml_collections.ConfigDict) -> None:
   c.evaluation.max_steps = 1024  # rows with more steps are left out
   c.evaluation.gamma = 0.0  # ancestral: variance between small (0) and large (1)
   c.evaluation.clip_x = True  # clip the denoiser's x to [-1, 1] while sampling
+
+
+def _scaling(c: ml_collections.ConfigDict) -> None:
+  """How it is computed; all of it may change from run to run in one workdir."""
+  c.mesh = ml_collections.ConfigDict()  # of all devices, data x fsdp; batches are split over both
+  c.mesh.data = -1  # -1: what fsdp leaves
+  c.mesh.fsdp = 1  # devices that each network, its averages and its optimizer's state are split over
+
+  c.compute = ml_collections.ConfigDict()
+  c.compute.dtype = 'float32'  # of the network's activations; bfloat16: mixed precision
+  c.compute.teacher_dtype = 'float32'  # that the frozen teacher is kept in; or bfloat16
+  c.compute.remat = False  # compute each block's activations again on the way back: less memory
+  c.compute.updates_per_dispatch = 1  # in one program: for small networks on fast devices
+  c.compute.cache = (
+    ''  # directory of compiled programs; '': in the user's cache directory; none: no cache
+  )

@@ -51,7 +51,8 @@ def make_denoiser(config: Config, image_shape: tuple[int, ...], num_classes: int
   elif not num_classes:
     raise UserError(f'model.conditional=True, but dataset {config.dataset.name!r} has no labels')
   out_ch = output_channels(output, image_shape[-1])
-  network = build('model', UNet, out_ch=out_ch, num_classes=num_classes, **fields)
+  computed = {key: config.compute[key] for key in ('dtype', 'remat')}
+  network = build('model', UNet, out_ch=out_ch, num_classes=num_classes, **fields, **computed)
   try:
     network.check(image_shape)
   except ValueError as error:

@@ -1,6 +1,7 @@
 """What `main.py` calls: one function a mode, and errors as one line and an exit code."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import sys
@@ -10,7 +11,10 @@ import numpy as np
 from absl import flags
 
 from diffusion_distillation import (
+  cluster,
+  compilation,
   datasets,
+  files,
   forecast,
   importing,
   interrupts,
@@ -18,6 +22,7 @@ from diffusion_distillation import (
   pixels,
   samplers,
   sharding,
+  sources,
   stages,
   times,
   train,
@@ -25,10 +30,11 @@ from diffusion_distillation import (
 )
 from diffusion_distillation.configuration import Config, check_keys, check_numbers, choose
 from diffusion_distillation.datasets import preparing
-from diffusion_distillation.errors import UserError
+from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation import measure, pictures
 from diffusion_distillation.files import read_json
 from diffusion_distillation.recipe import Stage
+from diffusion_distillation.update import train_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,11 @@ class Options:
   out: pathlib.Path | None = None
   source: str | None = None
   checkpoint: pathlib.Path | None = None
+  dry_run: bool = False
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  peer_timeout: int = 100
   rest: Sequence[str] = ()
 
 
@@ -76,14 +87,34 @@ def run(options: Options) -> int:
   try:
     if options.rest:
       raise UserError(f'unexpected arguments {list(options.rest)}; flags begin with --')
+    _join(options)
     MODES[options.mode](options)
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return error.exit_code
+    return _fail(str(error), error.exit_code)
   except OSError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return UserError.exit_code
+    of_the_disk = error.errno in _OF_THE_DISK
+    return _fail(str(error), (StorageError if of_the_disk else UserError).exit_code)
   return 0
+
+
+# What a disk says that is full, read-only, broken, gone, or beyond its quota.
+_OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EDQUOT)
+
+
+def _fail(message: str, code: int) -> int:
+  print(f'error: {message}', file=sys.stderr)
+  cluster.leave(code)
+  return code
+
+
+def _join(options: Options) -> None:
+  """Finds the other processes, and the programs that were compiled before."""
+  given = (options.coordinator, options.num_processes, options.process_id)
+  if options.mode in ('train', 'evaluate', 'sample'):
+    cluster.start(*given, timeout=options.peer_timeout)
+  elif any(value is not None for value in given):
+    raise UserError(f'--mode={options.mode} is of one process: leave --coordinator and the like out')
+  compilation.keep('' if options.config is None else options.config.get('compute', {}).get('cache', ''))
 
 
 def _config(options: Options) -> Config:
@@ -109,7 +140,9 @@ def _prepare(options: Options) -> None:
 
 
 def _train(options: Options) -> None:
-  train.run(_config(options), _workdir(options))
+  config, directory = _config(options), _workdir(options)
+  sharding.use(**config.mesh)
+  train.run(config, directory, options.dry_run)
 
 
 def _plan(options: Options) -> None:
@@ -117,12 +150,15 @@ def _plan(options: Options) -> None:
   stored = directory / 'config.json'
   if stored.exists():
     workdir.check_config(stored, read_json(stored), config)
+  sharding.use(**config.mesh)
   described = datasets.describe(datasets.Settings.of(config.dataset))
   planned = workdir.cut(directory, stages.plan(config, *described))
   train.check_batches(config)
   finished = {stage.name for stage in planned if lineage.is_finished(directory, stage)}
-  weights = {stage.name: train.load_distance(stage) for stage in planned}
-  forecast.show(planned, finished, sharding.compile_step(train.train_step), config, weights)
+  weights = {stage.name: sources.load_distance(stage) for stage in planned}
+  forecast.show(planned, finished, config, directory, weights)
+  compiled = sharding.compile_step(train_steps)
+  forecast.show_times(planned, finished, compiled, config, weights)
 
 
 def _import(options: Options) -> None:
@@ -153,6 +189,8 @@ def _sample(options: Options) -> None:
   draw = measure.drawer(config, model.stage, sampler)
   grid, classes = _grid(options, model.stage), _classes(options, model.stage, directory)
   images = draw.draw(model.params, grid, options.num_samples, options.seed, classes)
+  if not files.writes():
+    return
   pictures.save(out, images, draw.labels(np.arange(options.num_samples), classes))
   steps = len(grid) - 1
   print(
@@ -223,7 +261,8 @@ def _evaluate(options: Options) -> None:
     if found[0] is None:
       raise UserError(f'--workdir={directory}: no whole checkpoint of {planned[0].name} yet')
     measure.evaluate(config, models, images, directory, again=True)
-  print(directory / 'results.json')
+  if files.writes():
+    print(directory / 'results.json')
 
 
 MODES: dict[str, Callable[[Options], None]] = {

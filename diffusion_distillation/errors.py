@@ -22,6 +22,12 @@ class NumericalError(UserError):
   exit_code = 4
 
 
+class StorageError(UserError):
+  """The disk does not take what is written, or has lost it."""
+
+  exit_code = 5
+
+
 class Preempted(UserError):
   """Asked to stop (SIGTERM, SIGINT); everything is saved, and the same command goes on."""
 

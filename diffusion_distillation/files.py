@@ -9,10 +9,24 @@ from typing import IO, Any
 from diffusion_distillation.errors import DamagedError, UserError
 
 LOCK = '.lock'
+_writes = True
+
+
+def only_read() -> None:
+  """From now on this process writes nothing: the first process of the run does."""
+  global _writes
+  _writes = False
+
+
+def writes() -> bool:
+  """Whether this process is the one of the run that writes and speaks."""
+  return _writes
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON whole or not at all."""
+  if not _writes:
+    return
   temporary = path.with_suffix(path.suffix + '.tmp')
   temporary.write_text(json.dumps(value, indent=2) + '\n')
   os.replace(temporary, path)

@@ -1,5 +1,6 @@
 """The plan of a run as it is shown before it runs: stages, updates, network calls, and the time they will take."""
 
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from diffusion_distillation import interrupts, lineage, sharding, times
+from diffusion_distillation import files, interrupts, lineage, preflight, sharding, times
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.recipe import Stage
@@ -18,11 +19,36 @@ from diffusion_distillation.train_state import Params
 def show(
   stages: list[Stage],
   finished: set[str],
+  config: Config,
+  workdir: pathlib.Path,
+  distances: Mapping[str, Params] | None = None,
+) -> None:
+  """Prints the plan on stderr, and what it needs of memory and disk; nothing is compiled.
+
+  Args:
+    stages: of the run.
+    finished: names of those that need no training any more.
+    config: of the run.
+    workdir: of the run; it need not be there.
+    distances: weights of a stage's distance, by stage, where it has some.
+
+  Raises:
+    UserError: it cannot be had; see `preflight.needs`.
+  """
+  for line in table(stages, finished, config):
+    _print(line)
+  for line in preflight.needs(stages, finished, workdir, distances or {}):
+    _print(line)
+
+
+def show_times(
+  stages: list[Stage],
+  finished: set[str],
   step: Callable,
   config: Config,
   distances: Mapping[str, Params] | None = None,
 ) -> None:
-  """Prints the plan on stderr; then, from a few updates of each kind, the time of what is not finished.
+  """Prints on stderr, from a few updates of each kind, the time of what is not finished.
 
   A stage that has begun, and the evaluation, count from their start.
 
@@ -33,8 +59,6 @@ def show(
     config: of the run; `log.measured_updates` = 0 leaves the estimate out.
     distances: weights of a stage's distance, by stage, where it has some.
   """
-  for line in table(stages, finished, config):
-    _print(line)
   repeats = config.log.measured_updates
   if not repeats:
     return
@@ -63,7 +87,7 @@ def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[s
   """Lines: the network, then a stage each with its updates and network calls, then the evaluation."""
   first = stages[0]
   count = parameter_overview.count_parameters(lineage.abstract_params(first))
-  yield f'{count:,} parameters; {jax.device_count()} {jax.default_backend()} device(s)'
+  yield f'{count:,} parameters; {sharding.describe()}'
   with_pairs = next((stage for stage in stages if stage.pairs and stage.name not in finished), None)
   for stage in stages:
     calls = network_calls(stage)
@@ -104,10 +128,10 @@ def evaluation_calls(stages: list[Stage], config: Config) -> int:
 
 def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Params = None) -> float:
   """The mean over some updates on noise, in whole periods of the method, compilation excluded."""
-  params = stage.denoise.init(jax.random.key(0), stage.image_shape)
-  state = sharding.replicate(stage.recipe.create_state(params))
-  networks = {'teacher': params if stage.parent else None, 'distance': distance}
-  frozen = sharding.replicate({name: tree for name, tree in networks.items() if tree is not None})
+  params = sharding.to_host(stage.denoise.init(jax.random.key(0), stage.image_shape))
+  state = sharding.create(stage.recipe.create_state, params)
+  frozen = stage.frozen({'teacher': params if stage.parent else None, 'distance': distance})
+  frozen = sharding.place(frozen)
   rng = np.random.default_rng(0)
   shape = (stage.batch_size, *stage.image_shape)
   label = np.zeros(stage.batch_size, np.int32)
@@ -115,7 +139,7 @@ def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Par
   noise = rng.normal(size=shape).astype(np.float32)
   pairs = {'noise': noise, 'image': noise, 'label': told} if stage.pairs else None
   image = rng.integers(0, 256, shape).astype(np.uint8)
-  batch = sharding.put(stage.inputs({'image': image, 'label': label}, pairs))
+  batch = sharding.spread(stage.inputs({'image': image, 'label': label}, pairs))
   period = stage.recipe.method.period
   timed = -(-repeats // period) * period
   began = 0.0
@@ -129,7 +153,7 @@ def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Par
 
 def seconds_per_call(stage: Stage, config: Config) -> float:
   """One network call of a sampler, for one image of a full batch."""
-  params = sharding.replicate(stage.denoise.init(jax.random.key(0), stage.image_shape))
+  params = sharding.to_host(stage.denoise.init(jax.random.key(0), stage.image_shape))
   draw = measure.drawer(config, stage, config.evaluation.samplers[0])
   size = sharding.round_up(config.evaluation.batch_size)
   seconds = draw.seconds_per_image(params, times.uniform(2), size, 0, use=lambda images: None)
@@ -144,4 +168,5 @@ def _duration(seconds: float) -> str:
 
 
 def _print(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
+  if files.writes():
+    print(line, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_distillation import metrics, times
+from diffusion_distillation import files, metrics, sharding, times
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import diffuse
@@ -93,7 +93,7 @@ class Health:
     self._teacher, self._extractor = teacher, extractor
     chosen = np.random.Generator(np.random.Philox(0)).permutation(len(images))[:_SAMPLES]
     with contextlib.closing(images.in_order(len(chosen), chosen)) as batches:
-      real = next(batches)
+      real = sharding.whole(next(batches))
     self.data = Figures.of(real['image'][real['mask']], extractor)
     write_json(stage_dir / 'health.json', dataclasses.asdict(self.data))
     self._running: float | None = None
@@ -157,7 +157,9 @@ class Health:
     logsnr = self._stage.schedule(jnp.array(_TIMES))
     networks = (self._teacher, state.params['fake_score'])
     rows = _denoisings(self._stage.denoise, networks, images, logsnr, label)
-    sheet = np.concatenate([images, np.asarray(rows)])
+    sheet = np.concatenate([images, sharding.to_host(rows)])
+    if not files.writes():
+      return
     picture = pictures.to_pil(pictures.grid(pictures.enlarge(sheet, 32), len(images)))
     temporary = self._stage_dir / 'denoisings.tmp'
     picture.save(temporary, format='png')

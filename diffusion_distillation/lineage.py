@@ -53,12 +53,16 @@ class Model:
     return dataclasses.replace(self, weights=weights, params=params, digest=digest(params))
 
 
+# Fields of the network that say how it is computed, not what its parameters mean.
+_OF_NO_MEANING = ('parent', 'name', 'dtype', 'remat')
+
+
 def describe(stage: Stage) -> dict[str, Any]:
   """What its parameters mean: output, network, schedule and the shape of images."""
   network = dataclasses.asdict(stage.denoise.network)
   return {
     'output': stage.denoise.output,
-    'network': {key: network[key] for key in network if key not in ('parent', 'name')},
+    'network': {key: network[key] for key in network if key not in _OF_NO_MEANING},
     'schedule': {'name': type(stage.schedule).__name__, **dataclasses.asdict(stage.schedule)},
     'image_shape': list(stage.image_shape),
   }

@@ -3,8 +3,11 @@
 import json
 import os
 import pathlib
+from typing import IO
 
 import tensorboardX
+
+from diffusion_distillation import files
 
 
 class MetricsWriter:
@@ -17,13 +20,18 @@ class MetricsWriter:
   """
 
   def __init__(self, stage_dir: pathlib.Path, step: int) -> None:
+    self._file: IO[str] | None = None
+    if not files.writes():
+      return
     path = stage_dir / 'metrics.jsonl'
     _drop_after(path, step)
     self._file = path.open('a')
     self._events = tensorboardX.SummaryWriter(str(stage_dir), purge_step=step + 1)
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """One line, and one event a value."""
+    """One line, and one event a value; by the first process of several."""
+    if self._file is None:
+      return
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
     for name, value in values.items():
@@ -31,6 +39,8 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Flushes and closes both files."""
+    if self._file is None:
+      return
     self._file.close()
     self._events.close()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import interrupts, sharding, times
+from diffusion_distillation import cluster, files, interrupts, sharding, times
 from diffusion_distillation.datasets.orders import Shuffled
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.drawing import Drawer
@@ -85,24 +85,28 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
   )
   grid = times.make_grid(pairs.grid, pairs.num_steps, teacher.stage.schedule)
   count = -(-pairs.count // pairs.batch_size)
-  files = [directory / f'{k:05d}.npy' for k in range(count)]
+  paths = [directory / f'{k:05d}.npy' for k in range(count)]
   digests = stored['digests']
+  cluster.barrier()  # before the first process writes pairs.json anew
   with Progress('pairs', count, images_per_step=pairs.batch_size) as progress:
-    for k, file in enumerate(files):
+    for k, file in enumerate(paths):
       interrupts.check()
       known = digests[k] if k < len(digests) else None
-      if known is None or _digest(file) != known:
+      if known is None or not cluster.agree(_digest(file) == known):
         if known is not None:
           _log.warning('%s is damaged or missing: drawn again', file)
         began = time.monotonic()
         index = np.arange(k * pairs.batch_size, min((k + 1) * pairs.batch_size, pairs.count))
-        _save(file, *draw.pairs(teacher.params, grid, pairs.seed, index))
+        drawn = draw.pairs(teacher.params, grid, pairs.seed, index)
+        if files.writes():
+          _save(file, *drawn)
+        cluster.barrier()
         digests[k : k + 1] = [_digest(file)]
         stored['seconds'] += time.monotonic() - began
         write_json(path, stored)
       progress.advance()
   digest = hashlib.sha256(''.join(digests).encode()).hexdigest()
-  return StoredPairs(files, digest, stored['seconds'])
+  return StoredPairs(paths, digest, stored['seconds'])
 
 
 def describe(pairs: Pairs, teacher: Model) -> dict[str, Any]:

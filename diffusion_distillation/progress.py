@@ -5,6 +5,8 @@ import time
 
 import tqdm
 
+from diffusion_distillation import files
+
 
 class Progress:
   """Counts steps of `total`; use as a context manager.
@@ -30,7 +32,8 @@ class Progress:
     self._note = ''
     self._began = self._last_line = time.monotonic()
     self._bar = None
-    if sys.stderr.isatty():
+    self._silent = not files.writes()
+    if sys.stderr.isatty() and not self._silent:
       layout = '{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left'
       self._bar = tqdm.tqdm(
         desc=f'{name:<16}', total=total, initial=start, bar_format=layout, dynamic_ncols=True
@@ -42,7 +45,7 @@ class Progress:
   def __exit__(self, *exc: object) -> None:
     if self._bar is not None:
       self._bar.close()
-    elif self._done > self._start:
+    elif self._done > self._start and not self._silent:
       self._line()
 
   def advance(self, steps: int = 1) -> None:
@@ -51,7 +54,7 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix_str(self._status(), refresh=False)
       self._bar.update(steps)
-    elif time.monotonic() - self._last_line >= self._line_seconds:
+    elif not self._silent and time.monotonic() - self._last_line >= self._line_seconds:
       self._line()
 
   def note(self, text: str) -> None:

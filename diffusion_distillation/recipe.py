@@ -94,6 +94,7 @@ class Stage:
     image_shape: (H, W, C).
     sampler: that its model is made for.
     measured_steps: step counts that its model is measured at.
+    teacher_dtype: that the frozen teacher is kept in, 'float32' or 'bfloat16'.
   """
 
   name: str
@@ -110,6 +111,7 @@ class Stage:
   distance_weights: str = ''
   sampler: str = 'ddim'
   measured_steps: tuple[int, ...] = ()
+  teacher_dtype: str = 'float32'
 
   @property
   def method(self) -> str:
@@ -131,6 +133,13 @@ class Stage:
     return dataclasses.replace(
       self, parent=None, parent_weights='', start=None, pairs=None, distance_weights=''
     )
+
+  def frozen(self, networks: Mapping[str, Params | None]) -> dict[str, Params]:
+    """What the step only reads of these, `teacher` and `distance`: those there are, the teacher as it is kept."""
+    found = {name: params for name, params in networks.items() if params is not None}
+    if self.teacher_dtype != 'float32' and 'teacher' in found:
+      found['teacher'] = jax.tree.map(lambda leaf: leaf.astype(self.teacher_dtype), found['teacher'])
+    return found
 
   def inputs(self, batch: Mapping[str, Any], pairs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What the step is given: `image`, and `label` if the network is told, else None; and `pairs`, where there are."""

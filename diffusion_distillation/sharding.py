@@ -1,23 +1,63 @@
 """Mesh and shardings: the only file that names devices.
 
-The step sees global arrays; batches are split over the mesh's `data` axis, all else is replicated.
+The mesh has two axes, `data` and `fsdp`, and batches are split over both. Over `fsdp` alone networks are split as well,
+with their averages and optimizer states, and so is the frozen teacher: each array along its longest axis that
+divides. A network's parameters are gathered where it is called, and its gradients are scattered where they arise;
+all that lies between sees global arrays.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diffusion_distillation.errors import UserError
 
+_AXES = ('data', 'fsdp')
+_in_use: list[Mesh] = []
 
-@functools.cache
-def _mesh() -> jax.sharding.Mesh:
-  return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
+
+def use(data: int = -1, fsdp: int = 1) -> None:
+  """Lays the devices of all processes out; without a call of this, all are along `data`.
+
+  Args:
+    data: devices along this axis; -1: those that `fsdp` leaves.
+    fsdp: devices that each network is split over.
+
+  Raises:
+    UserError: the axes do not make up the devices there are.
+  """
+  count = jax.device_count()
+  if fsdp < 1 or count % fsdp or data not in (-1, count // fsdp):
+    raise UserError(
+      f'mesh.data={data} times mesh.fsdp={fsdp} is not the {count} devices of this run; mesh.data=-1 takes what '
+      'mesh.fsdp, a divisor of them, leaves'
+    )
+  _in_use[:] = [_make(jax.devices(), fsdp)]
+
+
+def _make(devices: list[Any], fsdp: int) -> Mesh:
+  shape = (len(devices) // fsdp, fsdp)
+  return jax.make_mesh(shape, _AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def _mesh() -> Mesh:
+  if not _in_use:
+    use()
+  return _in_use[0]
+
+
+def describe() -> str:
+  """The devices and their layout, for people."""
+  shape = dict(_mesh().shape)
+  processes = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
+  layout = f' (data {shape["data"]} x fsdp {shape["fsdp"]})' if shape['fsdp'] > 1 else ''
+  return f'{_mesh().size} {jax.default_backend()} device(s){processes}{layout}'
 
 
 def replicated() -> NamedSharding:
@@ -26,14 +66,35 @@ def replicated() -> NamedSharding:
 
 
 def split() -> NamedSharding:
-  """The leading axis is split over the devices."""
-  return NamedSharding(_mesh(), PartitionSpec('data'))
+  """The leading axis, that of the examples, is split over all devices."""
+  return NamedSharding(_mesh(), PartitionSpec(_AXES))
+
+
+def of(tree: Any) -> Any:
+  """The sharding of each array of a network, an average or an optimizer state, by its shape alone."""
+  return jax.tree.map(lambda leaf: _of_shape(_mesh(), tuple(leaf.shape)), tree)
+
+
+def _of_shape(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+  parts, spec = mesh.shape['fsdp'], [None] * len(shape)
+  divisible = [k for k, size in enumerate(shape) if size % parts == 0]
+  if len(shape) > 1 and divisible and parts > 1:
+    longest = max(divisible, key=lambda k: (shape[k], k))
+    return NamedSharding(mesh, PartitionSpec(*spec[:longest], 'fsdp', *spec[longest + 1 :]))
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def bytes_per_device(tree: Any) -> int:
+  """What each device holds of arrays (or their shapes) that are laid out as `of` says."""
+  shapes = zip(jax.tree.leaves(tree), jax.tree.leaves(of(tree)), strict=True)
+  return sum(
+    int(np.prod(sharding.shard_shape(tuple(leaf.shape)), dtype=np.int64)) * leaf.dtype.itemsize
+    for leaf, sharding in shapes
+  )
 
 
 def check_batch(section: str, batch_size: int, micro_batches: int) -> None:
   """Raises UserError, naming the config keys, unless each micro-batch divides by the devices."""
-  if jax.process_count() > 1:
-    raise UserError(f'{jax.process_count()} processes: this version runs on the devices of one only')
   unit = micro_batches * jax.device_count()
   if batch_size % unit:
     parts = f'{section}.micro_batches={micro_batches} times ' if micro_batches > 1 else ''
@@ -43,14 +104,40 @@ def check_batch(section: str, batch_size: int, micro_batches: int) -> None:
     )
 
 
+def device_count() -> int:
+  """Devices of all processes."""
+  return jax.device_count()
+
+
+def local_device_count() -> int:
+  """Devices of this process."""
+  return jax.local_device_count()
+
+
+def memory_per_device() -> int | None:
+  """Bytes that a device of this process has for this program, where it says so: a GPU or TPU."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get('bytes_limit')
+
+
 def round_up(batch_size: int) -> int:
   """The next batch size that divides by the devices."""
   return -(-batch_size // jax.device_count()) * jax.device_count()
 
 
+def part() -> tuple[int, int]:
+  """This process, of how many: the part of each batch that it reads."""
+  return jax.process_index(), jax.process_count()
+
+
 def put(batch: Any) -> Any:
-  """A batch (NumPy) to global arrays split over the devices."""
+  """This process's part of a batch (NumPy) to global arrays split over all devices."""
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(), x), batch)
+
+
+def spread(batch: Any) -> Any:
+  """A whole batch (NumPy), the same in every process, to global arrays split over all devices."""
+  return jax.tree.map(lambda x: _make_global(x, split()), batch)
 
 
 def ahead(batches: Iterable[Any], count: int = 2) -> Iterator[Any]:
@@ -63,27 +150,123 @@ def ahead(batches: Iterable[Any], count: int = 2) -> Iterator[Any]:
   yield from ready
 
 
-def part() -> tuple[int, int]:
-  """This process, of how many: the part of each batch that it reads."""
-  return jax.process_index(), jax.process_count()
+def _make_global(x: Any, sharding: NamedSharding) -> jax.Array:
+  whole = np.asarray(x)
+  return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def replicate(tree: Any) -> Any:
-  """A tree of arrays, on every device."""
-  return jax.device_put(tree, replicated())
+  """A tree of arrays, on every device as a whole; those of the host are the same in every process."""
+  whole = replicated()
+
+  def copy(leaf: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return _gathering(_mesh())(leaf)
+    return jax.device_put(leaf, whole) if jax.process_count() == 1 else _make_global(leaf, whole)
+
+  return jax.tree.map(copy, tree)
 
 
-def compile_step(step: Callable) -> Callable:
-  """Jits step(recipe, state, teacher, batch) -> (state, metrics), donating the state."""
-  whole, parts = replicated(), split()
-  return jax.jit(
-    step,
-    donate_argnums=1,
-    in_shardings=(whole, whole, whole, parts),
-    out_shardings=(whole, whole),
-  )
+@functools.cache
+def _gathering(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def place(tree: Any) -> Any:
+  """A tree of arrays of the host, the same in every process, laid out as `of` says."""
+  return jax.tree.map(_make_global, tree, of(tree))
+
+
+def create(function: Callable[..., Any], *args: Any) -> Any:
+  """What `function` makes of trees of the host, laid out as `of` says, without ever being whole on one device."""
+  layout = of(jax.eval_shape(function, *args))
+  return jax.jit(function, out_shardings=layout)(*args)
+
+
+def abstract(tree: Any) -> Any:
+  """Shapes and types of a tree, each with its sharding: what a checkpoint is restored to, on however many devices."""
+
+  def describe(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(describe, tree, of(tree))
 
 
 def to_host(tree: Any) -> Any:
-  """NumPy copies that share no memory with the devices."""
-  return jax.tree.map(lambda x: np.array(x), tree)
+  """NumPy copies of whole arrays in every process, that share no memory with the devices; array by array."""
+
+  def copy(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+      leaf = replicate(leaf)
+    return np.array(leaf)
+
+  return jax.tree.map(copy, tree)
+
+
+def whole(batch: Any) -> Any:
+  """The whole batch (NumPy) in every process, of the parts that each has read."""
+  return batch if jax.process_count() == 1 else to_host(put(batch))
+
+
+def snapshot(tree: Any) -> Any:
+  """A copy to be read in the background, which the next update, that is donated the original, does not overwrite.
+
+  Accelerators need none: what is read is copied to the host first.
+  """
+  return _copy(tree) if jax.default_backend() == 'cpu' else tree
+
+
+_copy = jax.jit(functools.partial(jax.tree.map, jax.numpy.copy))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gathered:
+  """A denoiser of parameters that are split: they are gathered where it is called."""
+
+  denoise: Any
+  mesh: Mesh
+
+  def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+    return self.denoise(self._gather(params), *args, **kwargs)
+
+  def bottleneck(self, params: Any, *args: Any) -> jax.Array:
+    found: jax.Array = self.denoise.bottleneck(self._gather(params), *args)
+    return found
+
+  def _gather(self, params: Any) -> Any:
+    whole = NamedSharding(self.mesh, PartitionSpec())
+    parts = jax.tree.map(lambda leaf: _of_shape(self.mesh, leaf.shape), params)
+
+    @jax.custom_vjp
+    def gather(params: Any) -> Any:
+      return jax.lax.with_sharding_constraint(params, whole)
+
+    # Backwards the sum over examples is left split: a reduce-scatter instead of an all-reduce.
+    gather.defvjp(
+      lambda params: (gather(params), None),
+      lambda _, grads: (jax.lax.with_sharding_constraint(grads, parts),),
+    )
+    return gather(params)
+
+
+def compile_step(step: Callable) -> Callable:
+  """Jits step(recipe, state, frozen, batch) -> (state, metrics) for the mesh in use, donating the state."""
+  mesh = _mesh()
+
+  def compiled(recipe: Any, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
+    if mesh.shape['fsdp'] > 1:
+      several = isinstance(recipe, tuple)
+      recipes = tuple(
+        dataclasses.replace(r, denoise=_Gathered(r.denoise, mesh))
+        for r in (recipe if several else (recipe,))
+      )
+      recipe = recipes if several else recipes[0]
+    state, metrics = step(recipe, state, frozen, batch)
+    layout = jax.tree.map(lambda leaf: _of_shape(mesh, leaf.shape), state)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return (
+      jax.lax.with_sharding_constraint(state, layout),
+      jax.lax.with_sharding_constraint(metrics, whole),
+    )
+
+  return jax.jit(compiled, donate_argnums=1)

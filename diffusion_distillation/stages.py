@@ -9,6 +9,7 @@ from diffusion_distillation.configuration import Config, check_numbers, choose
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Denoising, Progressive
 from diffusion_distillation.recipe import Stage, without_dropout
+from diffusion_distillation.unet import DTYPES
 from diffusion_distillation.weightings import WEIGHTINGS
 
 
@@ -62,6 +63,7 @@ def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list
   law, train = building.make_law(config, schedule), config.train
   loss = Denoising(schedule, weighting, law, config.time.num_steps)
   rates = {'student': train.learning_rate}
+  choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
   base = Stage(
     name='base',
     parent=None,
@@ -73,6 +75,7 @@ def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list
     schedule=schedule,
     image_shape=image_shape,
     measured_steps=(config.distill.start_steps,),
+    teacher_dtype=config.compute.teacher_dtype,
   )
   stages = [base]
   for name in config.methods:

@@ -7,79 +7,32 @@ import itertools
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from diffusion_distillation import distances, forecast, interrupts, lineage, sharding
+from diffusion_distillation import forecast, interrupts, lineage, sharding
 from diffusion_distillation import health as watching
 from diffusion_distillation import workdir as workdirs
-from diffusion_distillation.checkpoints import Checkpoints, digest
+from diffusion_distillation.checkpoints import Checkpoints
 from diffusion_distillation.configuration import Config
-from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.errors import DamagedError, NumericalError, Preempted
+from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.lineage import Model
 from diffusion_distillation.metrics import MetricsWriter
-from diffusion_distillation.pairs import StoredPairs, ensure
 from diffusion_distillation.progress import Progress
 from diffusion_distillation.recipe import Stage
-from diffusion_distillation.train_state import Params, TrainState
-from diffusion_distillation.update import train_step
+from diffusion_distillation.sources import Sources, gather, load_distance
+from diffusion_distillation.train_state import TrainState
+from diffusion_distillation.update import train_steps
 
 _log = logging.getLogger(__name__)
 
 
 class _Diverged(Exception):
   """Too many updates in a row were skipped."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sources:
-  """What a stage is trained with.
-
-  Attributes:
-    images: training images.
-    teacher: the parent stage's model, or None.
-    start: the model that the student starts from; None: the teacher.
-    pairs: of the teacher, where the stage learns from some.
-    distance: weights of the method's distance, where it has some.
-    health: looks at the student's samples meanwhile, or None.
-  """
-
-  images: Loader
-  teacher: Model | None = None
-  start: Model | None = None
-  pairs: StoredPairs | None = None
-  distance: Params = None
-  health: watching.Health | None = None
-
-  @property
-  def parents(self) -> lineage.Parents:
-    """As the stage's lineage names them."""
-    return lineage.Parents(
-      self.teacher,
-      self.start,
-      None if self.pairs is None else self.pairs.digest,
-      None if self.distance is None else digest(self.distance),
-    )
-
-  @property
-  def frozen(self) -> dict[str, Params]:
-    """Parameters that the step only reads, on every device."""
-    teacher = {} if self.teacher is None else {'teacher': self.teacher.params}
-    distance = {} if self.distance is None else {'distance': self.distance}
-    return sharding.replicate(teacher | distance)
-
-  def batches(self, stage: Stage, done: int) -> Generator[dict[str, Any]]:
-    """What the step is given, from update `done` to the stage's end."""
-    args = (int(stage.recipe.seed), stage.batch_size, done, stage.num_updates)
-    pairs = itertools.repeat(None) if self.pairs is None else self.pairs.shuffled(*args)
-    with contextlib.closing(self.images.shuffled(*args)) as images:
-      for batch, of_teacher in zip(images, pairs, strict=False):
-        yield stage.inputs(batch, of_teacher)
 
 
 def fit(step: Callable, stage: Stage, sources: Sources, workdir: pathlib.Path, config: Config) -> Model:
@@ -134,14 +87,7 @@ def _restore_or_start(
   checkpoints: Checkpoints, stage: Stage, sources: Sources
 ) -> tuple[TrainState, float]:
   restored = checkpoints.restore(lineage.abstract_state(stage), set_aside=True)
-  if restored is not None:
-    return restored
-  if sources.teacher is None:
-    teacher = stage.denoise.init(jax.random.key(stage.recipe.seed), stage.image_shape)
-  else:
-    teacher = sources.teacher.params
-  student = teacher if sources.start is None else sources.start.params
-  return sharding.replicate(stage.recipe.create_state(student, teacher)), 0.0
+  return (sources.first_state(stage), 0.0) if restored is None else restored
 
 
 def _loop(
@@ -157,7 +103,7 @@ def _loop(
   done, health = int(state.step), sources.health
   host_batches = sources.batches(stage, done)
   began = time.monotonic() - seconds
-  frozen, pending = sources.frozen, []
+  frozen, pending = sources.frozen(stage), []
   progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
   with (
     contextlib.closing(host_batches),
@@ -166,10 +112,15 @@ def _loop(
   ):
     if health is not None:
       health.resume(done)
-    for batch in sharding.ahead(host_batches):
-      state, metrics = step(stage.recipe.at(done), state, frozen, batch)
-      done += 1
-      pending.append(metrics)
+    for batches in _dispatches(sharding.ahead(host_batches), stage, done, config):
+      recipes = tuple(stage.recipe.at(done + k) for k in range(len(batches)))
+      if len(batches) == 1:
+        state, metrics = step(recipes[0], state, frozen, batches[0])
+        pending.append(metrics)
+      else:
+        state, several = step(recipes, state, frozen, batches)
+        pending += several
+      done += len(batches)
       last = done == stage.num_updates
       look = health is not None and health.due(done)
       if last or look or done % config.log.every == 0:
@@ -182,7 +133,7 @@ def _loop(
         writer.write(done, values)
         progress.note(f'loss {values["loss"]:.3g}' if 'loss' in values else 'loss not finite')
         pending = []
-      progress.advance()
+      progress.advance(len(batches))
       stop = interrupts.pending()
       if last or stop or done % config.checkpoint.every == 0:
         _check_streak(int(state.skipped_in_a_row), config.max_skipped, done)
@@ -193,6 +144,20 @@ def _loop(
   checkpoints.wait()
   interrupts.check()
   return state, seconds
+
+
+def _dispatches(
+  batches: Iterator[Any], stage: Stage, done: int, config: Config
+) -> Iterator[tuple[Any, ...]]:
+  """Batches in groups of `compute.updates_per_dispatch` that begin at its multiples; by themselves where that fails."""
+  count = config.compute.updates_per_dispatch
+  while True:
+    together = done % count == 0 and done + count <= stage.num_updates
+    group = tuple(itertools.islice(batches, count if together else 1))
+    if not group:
+      return
+    yield group
+    done += len(group)
 
 
 def _summary(pending: list[dict[str, Any]], max_skipped: int, done: int) -> dict[str, float]:
@@ -214,14 +179,26 @@ def _check_streak(skipped: int, max_skipped: int, done: int) -> None:
 
 
 def check_batches(config: Config) -> None:
-  """Raises UserError unless the batches of all stages divide by micro-batches and devices."""
+  """Raises UserError unless all batches divide by micro-batches and devices, and all that is due by dispatches."""
   names = {'progressive': 'distill'}
   for section in ('train', *(names.get(name, name) for name in config.methods)):
     sharding.check_batch(section, config[section].batch_size, config[section].micro_batches)
+  count = config.compute.updates_per_dispatch
+  for key in ('log.every', 'log.health_every', 'checkpoint.every'):
+    section, name = key.split('.')
+    if config[section][name] % count:
+      raise UserError(
+        f'{key}={config[section][name]} must be a multiple of compute.updates_per_dispatch={count}'
+      )
 
 
-def run(config: Config, workdir: pathlib.Path) -> None:
+def run(config: Config, workdir: pathlib.Path, dry: bool = False) -> None:
   """Trains every stage that is not finished, measures all, and writes the report.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    dry: whether to stop before anything is compiled or written.
 
   Raises:
     UserError: config or workdir do not fit; before anything is compiled or changed.
@@ -230,31 +207,21 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   stages, images = workdirs.plan_for(workdir, config)
   check_batches(config)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
+  done = {stage.name for stage in stages if lineage.is_finished(workdir, stage)}
+  forecast.show(stages, done, config, workdir, distances_of)
+  if dry:
+    return
   with workdirs.lock_workdir(workdir):
     lineage.check_configs(workdir, stages, config)
     workdirs.claim(workdir, config)
     workdirs.claim_images(workdir, images.images)
-    step = sharding.compile_step(train_step)
-    done = {stage.name for stage in stages if lineage.is_finished(workdir, stage)}
-    forecast.show(stages, done, step, config, distances_of)
+    step = sharding.compile_step(train_steps)
+    forecast.show_times(stages, done, step, config, distances_of)
     models: dict[str, Model] = {}
     for stage in stages:
-      teacher = models[stage.parent].use(stage.parent_weights) if stage.parent else None
-      start = models[stage.start] if stage.start else None
-      sources = Sources(images, teacher, start, distance=distances_of[stage.name])
-      if teacher is not None and stage.pairs is not None:
-        sources = dataclasses.replace(sources, pairs=ensure(workdir, stage.pairs, teacher))
-      if teacher is not None and watching.watches(config, stage) and stage.name not in done:
-        health = watching.begin(config, stage, workdir, teacher, images)
+      sources = gather(stage, models, images, workdir, distances_of[stage.name])
+      if sources.teacher is not None and watching.watches(config, stage) and stage.name not in done:
+        health = watching.begin(config, stage, workdir, sources.teacher, images)
         sources = dataclasses.replace(sources, health=health)
       models[stage.name] = fit(step, stage, sources, workdir, config)
     measure.evaluate(config, list(models.values()), images, workdir, again=False)
-
-
-def load_distance(stage: Stage) -> Params:
-  """The weights of the distance that a stage is trained with, or None; raises UserError as `distances.load` does."""
-  distance = getattr(stage.recipe.method, 'distance', None)
-  key = f'{stage.name}.distance_weights'
-  if distance is None or stage.parent is None:
-    return None
-  return distances.load(distance, stage.distance_weights, stage.image_shape, key)

@@ -6,6 +6,7 @@ Module names follow the parameter tree of the released checkpoints, so that thos
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +36,7 @@ def edm(logsnr: jax.Array) -> jax.Array:
   return -0.125 * logsnr
 
 
+DTYPES = {'float32': None, 'bfloat16': jnp.bfloat16}  # None: as the input and the parameters are
 TIME_INPUTS = {'inv_cos': inverse_cosine, 'linear': linear, 'sigmoid': jax.nn.sigmoid, 'edm': edm}
 
 
@@ -65,21 +67,26 @@ class ResBlock(nn.Module):
   out_ch: int
   num_groups: int
   dropout: float
+  dtype: Any
   resample: str | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
     resample = RESAMPLE[self.resample]
-    h = resample(nn.swish(nn.GroupNorm(self.num_groups, name='norm1')(x)))
-    h = nn.Conv(self.out_ch, (3, 3), name='conv1')(h)
-    scale_shift = nn.Dense(2 * self.out_ch, name='temb_proj')(nn.swish(emb))[:, None, None, :]
+    dtype = self.dtype
+    h = resample(nn.swish(nn.GroupNorm(self.num_groups, dtype=dtype, name='norm1')(x)))
+    h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv1')(h)
+    scale_shift = nn.Dense(2 * self.out_ch, dtype=dtype, name='temb_proj')(nn.swish(emb))
+    scale_shift = scale_shift[:, None, None, :]
     scale, shift = jnp.split(scale_shift, 2, axis=-1)
-    h = nn.swish(nn.GroupNorm(self.num_groups, name='norm2')(h) * (1.0 + scale) + shift)
+    h = nn.GroupNorm(self.num_groups, dtype=dtype, name='norm2')(h) * (1.0 + scale) + shift
+    h = nn.swish(h)
     h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
-    h = nn.Conv(self.out_ch, (3, 3), kernel_init=nn.initializers.zeros, name='conv2')(h)
+    zeros = nn.initializers.zeros
+    h = nn.Conv(self.out_ch, (3, 3), kernel_init=zeros, dtype=dtype, name='conv2')(h)
     shortcut = resample(x)
     if x.shape[-1] != self.out_ch:
-      shortcut = nn.Dense(self.out_ch, name='nin_shortcut')(shortcut)
+      shortcut = nn.Dense(self.out_ch, dtype=dtype, name='nin_shortcut')(shortcut)
     return shortcut + h
 
 
@@ -89,17 +96,19 @@ class AttnBlock(nn.Module):
   num_groups: int
   num_heads: int | None
   head_dim: int | None
+  dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     batch, height, width, ch = x.shape
     num_heads = self.num_heads or ch // (self.head_dim or ch)
     features = (num_heads, ch // num_heads)
-    h = nn.GroupNorm(self.num_groups, name='norm')(x).reshape(batch, height * width, ch)
-    q, k, v = (nn.DenseGeneral(features, name=name)(h) for name in ('q', 'k', 'v'))
-    h = nn.dot_product_attention(q, k, v)
+    dtype = self.dtype
+    h = nn.GroupNorm(self.num_groups, dtype=dtype, name='norm')(x).reshape(batch, height * width, ch)
+    q, k, v = (nn.DenseGeneral(features, dtype=dtype, name=name)(h) for name in ('q', 'k', 'v'))
+    h = nn.dot_product_attention(q, k, v, force_fp32_for_softmax=True)
     zeros = nn.initializers.zeros
-    h = nn.DenseGeneral(ch, axis=(-2, -1), kernel_init=zeros, name='proj_out')(h)
+    h = nn.DenseGeneral(ch, axis=(-2, -1), kernel_init=zeros, dtype=dtype, name='proj_out')(h)
     return x + h.reshape(x.shape)
 
 
@@ -119,6 +128,9 @@ class UNet(nn.Module):
     num_classes: 0 for an unconditional network.
     time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2) or 'edm'.
     resblock_resample: resample inside residual blocks, or by a convolution beside them.
+    dtype: of activations, 'float32' or 'bfloat16'; parameters, time and the output stay float32, as do the
+      statistics of norms and the softmax of attention.
+    remat: whether each block's activations are computed again on the way back instead of being kept.
   """
 
   out_ch: int
@@ -134,9 +146,13 @@ class UNet(nn.Module):
   num_classes: int = 0
   time_input: str = 'inv_cos'
   resblock_resample: bool = True
+  dtype: str = 'float32'
+  remat: bool = False
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
+    if self.dtype not in DTYPES:
+      raise ValueError(f'dtype={self.dtype!r} is not one of {list(DTYPES)}')
     if self.time_input not in TIME_INPUTS:
       raise ValueError(f'time_input={self.time_input!r} is not one of {list(TIME_INPUTS)}')
     height, width = image_shape[:2]
@@ -156,13 +172,21 @@ class UNet(nn.Module):
     if self.ch % 2 or self.ch < 4:
       raise ValueError(f'ch={self.ch} must be even and at least 4: half sines, half cosines')
 
+  def _res_block(self, ch: int, name: str, way: str | None = None) -> Callable[..., jax.Array]:
+    cls = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+    return cls(ch, self.num_groups, self.dropout, DTYPES[self.dtype], way, name=name)
+
+  def _attention(self, name: str) -> Callable[..., jax.Array]:
+    cls = nn.remat(AttnBlock) if self.remat else AttnBlock
+    return cls(self.num_groups, self.num_heads, self.head_dim, DTYPES[self.dtype], name=name)
+
   def _resample(self, h: jax.Array, emb: jax.Array, way: str, name: str, det: bool) -> jax.Array:
-    ch = h.shape[-1]
+    ch, dtype = h.shape[-1], DTYPES[self.dtype]
     if self.resblock_resample:
-      return ResBlock(ch, self.num_groups, self.dropout, way, name=name)(h, emb, det)
+      return self._res_block(ch, name, way)(h, emb, det)
     if way == 'down':
-      return nn.Conv(ch, (3, 3), strides=2, name=name)(h)
-    return nn.Conv(ch, (3, 3), name=name)(upsample(h))
+      return nn.Conv(ch, (3, 3), strides=2, dtype=dtype, name=name)(h)
+    return nn.Conv(ch, (3, 3), dtype=dtype, name=name)(upsample(h))
 
   @nn.compact
   def __call__(
@@ -173,27 +197,25 @@ class UNet(nn.Module):
     deterministic: bool = True,
   ) -> jax.Array:
     """z: (B, H, W, C); logsnr: (B,); label: (B,) integers if conditional. Returns (B, H, W, out_ch)."""
-    det = deterministic
+    det, dtype = deterministic, DTYPES[self.dtype]
     emb = time_embedding(TIME_INPUTS[self.time_input](logsnr), self.ch)
-    emb = nn.Dense(self.emb_ch, name='dense1')(nn.swish(nn.Dense(self.emb_ch, name='dense0')(emb)))
+    emb = nn.swish(nn.Dense(self.emb_ch, dtype=dtype, name='dense0')(emb))
+    emb = nn.Dense(self.emb_ch, dtype=dtype, name='dense1')(emb)
     if self.num_classes:
       if label is None:
         raise ValueError(f'a network with {self.num_classes} classes needs labels')
       one_hot = jax.nn.one_hot(label, self.num_classes)
-      emb = emb + nn.Dense(self.emb_ch, name='class_emb')(one_hot)
+      emb = emb + nn.Dense(self.emb_ch, dtype=dtype, name='class_emb')(one_hot)
 
     def block(h: jax.Array, level: int, name: str) -> jax.Array:
       ch = self.ch * self.ch_mult[level]
-      h = ResBlock(ch, self.num_groups, self.dropout, name=name)(h, emb, det)
+      h = self._res_block(ch, name)(h, emb, det)
       if h.shape[1] in self.attn_resolutions:
-        h = attention(h, name.replace('block', 'attn'))
+        h = self._attention(name.replace('block', 'attn'))(h)
       return h
 
-    def attention(h: jax.Array, name: str) -> jax.Array:
-      return AttnBlock(self.num_groups, self.num_heads, self.head_dim, name=name)(h)
-
     levels = len(self.ch_mult)
-    h = nn.Conv(self.ch, (3, 3), name='conv_in')(z)
+    h = nn.Conv(self.ch, (3, 3), dtype=dtype, name='conv_in')(z)
     skips = [h]
     for level in range(levels):
       for b in range(self.num_res_blocks):
@@ -204,9 +226,9 @@ class UNet(nn.Module):
         skips.append(h)
 
     ch = h.shape[-1]
-    h = ResBlock(ch, self.num_groups, self.dropout, name='mid.block_1')(h, emb, det)
-    h = attention(h, 'mid.attn_1')
-    h = ResBlock(ch, self.num_groups, self.dropout, name='mid.block_2')(h, emb, det)
+    h = self._res_block(ch, 'mid.block_1')(h, emb, det)
+    h = self._attention('mid.attn_1')(h)
+    h = self._res_block(ch, 'mid.block_2')(h, emb, det)
     self.sow(BOTTLENECK, 'h', h)
 
     for level in reversed(range(levels)):
@@ -215,7 +237,7 @@ class UNet(nn.Module):
       if level > 0:
         h = self._resample(h, emb, 'up', f'up_{level}.upsample', det)
 
-    h = nn.swish(nn.GroupNorm(self.num_groups, name='norm_out')(h))
+    h = nn.swish(nn.GroupNorm(self.num_groups, dtype=dtype, name='norm_out')(h)).astype(z.dtype)
     return nn.Conv(self.out_ch, (3, 3), kernel_init=nn.initializers.zeros, name='conv_out')(h)
 
 

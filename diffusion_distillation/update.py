@@ -27,24 +27,9 @@ def train_step(
   Returns:
     The next state, and scalar metrics.
   """
-  rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-  rng_flip, rng_draw, rng_dropout = jax.random.split(rng, 3)
-  x, label = pixels.to_x(batch['image']), batch['label']
-  if recipe.random_flip:
-    x = pixels.flip(rng_flip, x)
-  if recipe.dequantize:
-    x = pixels.dequantize(jax.random.fold_in(rng_flip, 1), x)
-  if recipe.label_dropout:
-    label = pixels.drop_labels(jax.random.fold_in(rng_flip, 2), label, recipe.label_dropout)
-  examples = {'x': x, 'label': label, **recipe.method.draw(rng_draw, x.shape)}
-  if 'pairs' in batch:
-    examples['pairs'] = batch['pairs']
-  frozen = {**frozen, 'average': state.ema_params[0]}
-  loss, metrics, grads = gradients(recipe, state.params, frozen, examples, rng_dropout, state.step)
-
+  loss, metrics, grads = loss_and_gradients(recipe, state, frozen, batch)
   tried, moved = _apply(recipe, state, grads)
   metrics |= moved
-
   numbers = [loss, *(value for name, value in moved.items() if name.endswith('_norm'))]
   finite = jnp.isfinite(jnp.array(numbers)).all()
   kept = (state.params, state.opt_state, state.ema_params)
@@ -63,6 +48,39 @@ def train_step(
     'skipped_in_a_row': state.skipped_in_a_row,
   }
   return state, metrics
+
+
+def loss_and_gradients(
+  recipe: Recipe, state: TrainState, frozen: Mapping[str, Params], batch: Mapping[str, Any]
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Params]]:
+  """What an update is made of: the loss, metrics, and gradients by network; all a function of (seed, step)."""
+  rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+  rng_flip, rng_draw, rng_dropout = jax.random.split(rng, 3)
+  x, label = pixels.to_x(batch['image']), batch['label']
+  if recipe.random_flip:
+    x = pixels.flip(rng_flip, x)
+  if recipe.dequantize:
+    x = pixels.dequantize(jax.random.fold_in(rng_flip, 1), x)
+  if recipe.label_dropout:
+    label = pixels.drop_labels(jax.random.fold_in(rng_flip, 2), label, recipe.label_dropout)
+  examples = {'x': x, 'label': label, **recipe.method.draw(rng_draw, x.shape)}
+  if 'pairs' in batch:
+    examples['pairs'] = batch['pairs']
+  frozen = {**frozen, 'average': state.ema_params[0]}
+  return gradients(recipe, state.params, frozen, examples, rng_dropout, state.step)
+
+
+def train_steps(
+  recipe: Recipe | tuple[Recipe, ...], state: TrainState, frozen: Mapping[str, Params], batch: Any
+) -> tuple[TrainState, Any]:
+  """`train_step`, or several of them in one program: where `recipe` and `batch` are tuples, the metrics are one, too."""
+  if not isinstance(recipe, tuple):
+    return train_step(recipe, state, frozen, batch)
+  metrics = []
+  for of_this, examples in zip(recipe, batch, strict=True):
+    state, found = train_step(of_this, state, frozen, examples)
+    metrics.append(found)
+  return state, tuple(metrics)
 
 
 def _apply(

@@ -4,12 +4,13 @@ workdir/config.json   what made it; the workdir alone is enough to sample from i
 workdir/dataset.json  the images it was made from, and the names of their classes
 """
 
+import io
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import IO, Any
 
-from diffusion_distillation import configuration, datasets, files, sharding
+from diffusion_distillation import cluster, configuration, datasets, files, sharding
 from diffusion_distillation.configuration import Config, check_known, flatten
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
@@ -24,12 +25,30 @@ FREE = (
   *('evaluation.', 'log.', 'checkpoint.'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
   *('methods', 'pairs.', *STUDENTS),
+  *('mesh.', 'compute.'),
 )
 
 
 def lock_workdir(workdir: pathlib.Path) -> IO[str]:
-  """Makes `workdir` if need be; returns the lock, to be closed, that keeps other runs out; see `files.lock`."""
-  return files.lock(workdir, '--workdir')
+  """Makes `workdir` if need be; returns the lock, to be closed, that keeps other runs out; see `files.lock`.
+
+  Of several processes the first takes it for all.
+
+  Raises:
+    UserError: it cannot be had, or is not the same directory for all processes.
+  """
+  problem: str | None = None
+  held: IO[str] = io.StringIO()
+  if files.writes():
+    try:
+      held = files.lock(workdir, '--workdir')
+    except UserError as error:
+      problem = str(error)
+  if problem := cluster.from_first(problem):
+    raise UserError(problem)
+  if not cluster.agree((workdir / files.LOCK).exists()):
+    raise UserError(f'--workdir={workdir} must be one directory that all processes see, such as on NFS')
+  return held
 
 
 def check_config(

@@ -1,6 +1,9 @@
 """Before jax starts: 8 virtual CPU devices, quick compilation, no silent broadcasting between ranks."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -9,6 +12,12 @@ from tests import tiny
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {tiny.FAST_COMPILE}'
+if (
+  'PYTEST_XDIST_WORKER' not in os.environ
+):  # one cache for all processes of this run, and for no other run
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='compiled-')
+  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 
 
 @pytest.fixture(scope='session')

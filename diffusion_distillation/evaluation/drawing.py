@@ -62,9 +62,9 @@ class Drawer:
       interrupts.check()
       index = np.arange(start, start + size, dtype=np.int32)
       count = min(size, num_samples - start)
-      index, label = sharding.put((index, self.labels(index, classes)))
+      index, label = sharding.spread((index, self.labels(index, classes)))
       images = _draw(self, params, grid, np.int32(seed), index, label)
-      yield np.asarray(images)[:count]
+      yield sharding.to_host(images)[:count]
 
   def draw(
     self,
@@ -83,9 +83,9 @@ class Drawer:
     """Noise, image (n, H, W, C) in [-1, 1] as the sampler leaves it, and label, of the images at `index` (n,)."""
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
-    given = sharding.put((padded, self.labels(padded)))
-    z, x = _run(self, sharding.replicate(params), grid, np.int32(seed), *given)
-    return np.asarray(z)[: len(index)], np.asarray(x)[: len(index)], self.labels(index)
+    given = sharding.spread((padded, self.labels(padded)))
+    z, x = sharding.to_host(_run(self, sharding.replicate(params), grid, np.int32(seed), *given))
+    return z[: len(index)], x[: len(index)], self.labels(index)
 
   def seconds_per_image(
     self, params: Params, grid: np.ndarray, num_samples: int, seed: int, use: Callable

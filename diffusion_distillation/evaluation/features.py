@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from diffusion_distillation import classifier, interrupts
+from diffusion_distillation import classifier, cluster, files, interrupts, sharding
 from diffusion_distillation.checkpoints import digest
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
@@ -53,26 +53,37 @@ class FeatureExtractor:
   params: Params
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
-    """(n, H, W, C) uint8 to (n, 64) float32, in batches of one shape."""
-    parts = []
-    for start in range(0, len(images), _SHOWN):
-      part = images[start : start + _SHOWN]
-      padded = np.pad(part, [(0, _SHOWN - len(part)), (0, 0), (0, 0), (0, 0)])
-      parts.append(np.asarray(_apply(self.params, padded)[1])[: len(part)])
+    """(n, H, W, C) uint8, the same in every process, to (n, 64) float32, in batches of one shape."""
+    parts, size = [], _shown()
+    for start in range(0, len(images), size):
+      part = images[start : start + size]
+      padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
+      parts.append(self._of(sharding.spread(padded))[: len(part)])
     return np.concatenate(parts)
+
+  def _of(self, images: jax.Array) -> np.ndarray:
+    features: np.ndarray = sharding.to_host(_apply(self.params, images)[1])
+    return features
 
   def moments(self, images: Loader, indices: np.ndarray | None = None) -> Moments:
     """Moments of the features of all images, or of those at `indices`; broken ones do not count."""
     running = RunningMoments()
-    count = math.ceil((len(images) if indices is None else len(indices)) / _SHOWN)
-    batches, name = images.in_order(_SHOWN, indices), f'features of {images.images.name}'
-    with contextlib.closing(batches), Progress(name, count, images_per_step=_SHOWN) as progress:
+    size = _shown()
+    count = math.ceil((len(images) if indices is None else len(indices)) / size)
+    batches, name = images.in_order(size, indices), f'features of {images.images.name}'
+    with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
       for batch in batches:
         interrupts.check()
-        if batch['mask'].any():
-          running.add(self(batch['image'])[batch['mask']])
+        mask = sharding.whole(batch['mask'])
+        if mask.any():
+          running.add(self._of(sharding.put(batch['image']))[mask])
         progress.advance()
     return running.result()
+
+
+def _shown() -> int:
+  """Images a batch: a multiple of the devices."""
+  return sharding.round_up(_SHOWN)
 
 
 @jax.jit
@@ -91,7 +102,7 @@ def _task(batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _train(train: Loader) -> Params:
-  """The classifier's parameters, a function of the training split alone."""
+  """The classifier's parameters, a function of the training split alone: every process makes them, on one device."""
   model = classifier.Classifier(len(train.images.classes) or 4)
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _UPDATES))
 
@@ -112,19 +123,22 @@ def _train(train: Loader) -> Params:
   with contextlib.closing(batches), Progress('extractor', _UPDATES, images_per_step=_BATCH) as progress:
     for batch in batches:
       interrupts.check()
-      params, opt_state = update(params, opt_state, *_task(batch))
+      params, opt_state = update(params, opt_state, *sharding.whole(_task(batch)))
       progress.advance()
   return params
 
 
 def _accuracy(params: Params, held_out: Loader) -> float:
   right = count = 0
-  with contextlib.closing(held_out.in_order(_SHOWN)) as batches:
+  with contextlib.closing(held_out.in_order(_shown())) as batches:
     for batch in batches:
       interrupts.check()
-      image, label = _task(batch)
-      hit = np.argmax(np.asarray(_apply(params, image)[0]), axis=1) == label
-      right, count = right + int(hit[batch['mask']].sum()), count + int(batch['mask'].sum())
+      image, label = sharding.put(_task(batch))
+      logits, label, mask = sharding.to_host(
+        (_apply(params, image)[0], label, sharding.put(batch['mask']))
+      )
+      hit = np.argmax(logits, axis=1) == label
+      right, count = right + int(hit[mask].sum()), count + int(mask.sum())
   return right / max(count, 1)
 
 
@@ -134,17 +148,19 @@ def load_or_train(path: pathlib.Path, train: Loader, held_out: Loader) -> Featur
   Raises:
     DamagedError: what is stored is not what was written.
   """
-  if not path.exists():
-    params = jax.tree.map(np.asarray, _train(train))
+  if not cluster.from_first(path.exists()):
+    params = sharding.to_host(_train(train))
     meta = {
       'name': train.images.name,
       'digest': digest(params),
       'task': 'classes' if train.images.classes else 'quarter turns',
       'accuracy': str(_accuracy(params, held_out)),
     }
-    temporary = path.with_suffix('.tmp')
-    safetensors.numpy.save_file(traverse_util.flatten_dict(params, sep='/'), temporary, meta)
-    temporary.replace(path)
+    if files.writes():
+      temporary = path.with_suffix('.tmp')
+      safetensors.numpy.save_file(traverse_util.flatten_dict(params, sep='/'), temporary, meta)
+      temporary.replace(path)
+    cluster.barrier()
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
       flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import metrics, times
+from diffusion_distillation import cluster, files, metrics, times
 from diffusion_distillation.building import make_sampler
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets.loading import Loader
@@ -85,6 +85,7 @@ def evaluate(
       )
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else _known_rows(path, extractor) | _known_rows(partial, extractor)
+  cluster.barrier()  # before the first process writes these files anew
   todo = [
     Setting(models[place].use(weights), sampler, num_steps)
     for place, weights, sampler, num_steps in rows([model.stage for model in models], config)
@@ -101,9 +102,11 @@ def evaluate(
       bar.advance(setting.num_steps)
   results['seconds']['evaluation'] = time.monotonic() - began
   watched = {model.stage.name: _watched(workdir / model.stage.name) for model in models}
-  report.write(config, results, grid_rows(config, models), watched, workdir / 'report')
-  write_json(partial, results)
-  os.replace(partial, path)
+  drawn = grid_rows(config, models)
+  if files.writes():
+    report.write(config, results, drawn, watched, workdir / 'report')
+    write_json(partial, results)
+    os.replace(partial, path)
   return results
 
 
