@@ -35,6 +35,7 @@ _CLASSES = flags.DEFINE_list(
 )
 _OUT = flags.DEFINE_string('out', None, 'sample: a .png (a grid) or .npz (the arrays).')
 _SOURCE = flags.DEFINE_string('source', None, 'import: google (the released code) or workdir (a run).')
+_STEP = flags.DEFINE_integer('step', None, 'replay: the update to look at.', 0)
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'train: print the plan and its needs, and stop.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'Of several processes: HOST:PORT of the first.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many they are.', 1)
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> None:
     out=pathlib.Path(_OUT.value) if _OUT.value else None,
     source=_SOURCE.value,
     checkpoint=pathlib.Path(_CHECKPOINT.value).absolute() if _CHECKPOINT.value else None,
+    step=_STEP.value,
     dry_run=_DRY_RUN.value,
     coordinator=_COORDINATOR.value,
     num_processes=_NUM_PROCESSES.value,

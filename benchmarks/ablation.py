@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks.ablation_report import CALLS, INTEGRATORS, OUTPUTS, UPDATES, WEIGHTINGS, figures, tables
 from configs import digits
-from diffusion_distillation import datasets, interrupts, sharding, stages, train
+from diffusion_distillation import datasets, interrupts, sharding, stages, train, update
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError, UserError
 from diffusion_distillation.evaluation import features, measure
@@ -71,7 +71,7 @@ class Bench:
       self.workdir / 'extractor.safetensors', self.images, held_out
     )
     self.reference = self.extractor.moments(self.images)
-    self.step = sharding.compile_step(train.train_step)
+    self.step = sharding.compile_step(update.train_steps)
     self.path = self.workdir / 'rows.json'
     stored = read_json(self.path) if self.path.exists() else {'scale': self.scale, 'rows': []}
     if stored['scale'] != self.scale:

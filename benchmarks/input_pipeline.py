@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import image_files
 from configs import cifar10, digits, imagenet64
-from diffusion_distillation import datasets, lineage, sharding, stages, train
+from diffusion_distillation import datasets, lineage, sharding, stages, update
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets import loading, preparing
 
@@ -40,7 +40,7 @@ def flops_per_image(config: Config) -> float:
   base = stages.plan(config, *described)[0]
   image = jax.ShapeDtypeStruct((8, *base.image_shape), jnp.uint8)
   batch = base.inputs({'image': image, 'label': jax.ShapeDtypeStruct((8,), jnp.int32)})
-  lowered = jax.jit(train.train_step).lower(base.recipe, lineage.abstract_state(base), {}, batch)
+  lowered = jax.jit(update.train_step).lower(base.recipe, lineage.abstract_state(base), {}, batch)
   cost = lowered.cost_analysis()
   return float(cost['flops']) / 8
 
@@ -87,7 +87,7 @@ def waits(root: pathlib.Path, args: argparse.Namespace) -> None:
   config.model.attn_resolutions = ()
   settings = image_files.write(root, args.images, 32)
   base = stages.plan(config, (32, 32, 3), 6)[0]
-  step = sharding.compile_step(train.train_step)
+  step = sharding.compile_step(update.train_steps)
   params = base.denoise.init(jax.random.key(0), base.image_shape)
   count = math.ceil(args.seconds * 2)
 

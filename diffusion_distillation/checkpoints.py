@@ -134,9 +134,7 @@ class Checkpoints:
         f'same command again: {_first_line(error)}'
       ) from error
 
-  def restore(
-    self, like: Any, set_aside: bool, upto: int | None = None
-  ) -> tuple[Any, float] | None:
+  def restore(self, like: Any, set_aside: bool, upto: int | None = None) -> tuple[Any, float] | None:
     """The newest whole state and its seconds, or None if there is none.
 
     Args:

@@ -20,6 +20,7 @@ from diffusion_distillation import (
   interrupts,
   lineage,
   pixels,
+  replay,
   samplers,
   sharding,
   sources,
@@ -64,6 +65,7 @@ class Options:
   num_processes: int | None = None
   process_id: int | None = None
   peer_timeout: int = 100
+  step: int | None = None
   rest: Sequence[str] = ()
 
 
@@ -235,6 +237,18 @@ def _classes(options: Options, stage: Stage, directory: pathlib.Path) -> list[in
   return [known[c] for c in given]
 
 
+def _replay(options: Options) -> None:
+  directory = _workdir(options)
+  if options.stage is None or options.step is None:
+    raise UserError(
+      '--mode=replay needs --stage and --step, as the message of a skipped update has them'
+    )
+  config = workdir.read_config(directory, options.default)
+  sharding.use(**config.mesh)
+  found = replay.replay(config, directory, options.stage, options.step)
+  print(f'{replay.told(found)}; all of it in {directory / options.stage / "nonfinite.json"}')
+
+
 def _choose_stage(options: Options, directory: pathlib.Path, config: Config) -> lineage.Model:
   """The stage that was asked for, or the last that is there."""
   planned = {stage.name: stage for stage in workdir.stored_plan(directory, config)}
@@ -272,4 +286,5 @@ MODES: dict[str, Callable[[Options], None]] = {
   'import': _import,
   'sample': _sample,
   'evaluate': _evaluate,
+  'replay': _replay,
 }

@@ -7,6 +7,7 @@ Training is a function of its seed, so that any update can be reached again from
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import pathlib
@@ -39,7 +40,8 @@ def keep(stage: Stage, sources: Sources, stage_dir: pathlib.Path, state: TrainSt
   streak = int(state.skipped_in_a_row)
   if not streak:
     return
-  state = state.replace(
+  state = dataclasses.replace(
+    state,
     step=state.step - streak,
     skipped=state.skipped - streak,
     skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
@@ -49,19 +51,26 @@ def keep(stage: Stage, sources: Sources, stage_dir: pathlib.Path, state: TrainSt
     checkpoints.save(int(state.step), state, 0.0)
     found = examine(stage, sources, state)
   write_json(stage_dir / 'nonfinite.json', found)
-  _log.warning('stage %s: %s; to look at it again: %s', stage.name, told(found), command(stage, stage_dir, state))
-
-
-def command(stage: Stage, stage_dir: pathlib.Path, state: TrainState) -> str:
-  """What takes the update again that `state` leads to."""
-  return (
-    f'python main.py --mode=replay --workdir={stage_dir.parent} --stage={stage.name} --step={int(state.step)}'
+  _log.warning(
+    'stage %s: %s; to look at it again: %s',
+    stage.name,
+    told(found),
+    command(stage, stage_dir, int(state.step)),
   )
+
+
+def command(stage: Stage, stage_dir: pathlib.Path, step: int) -> str:
+  """What takes an update again."""
+  return f'python main.py --mode=replay --workdir={stage_dir.parent} --stage={stage.name} --step={step}'
 
 
 def told(found: dict[str, Any]) -> str:
   """One line of what `examine` found."""
-  wrong = [f'{name} of {len(leaves)} array(s), such as {leaves[0]}' for name, leaves in found['nonfinite'].items() if leaves]
+  wrong = [
+    f'{name} of {len(leaves)} array(s), such as {leaves[0]}'
+    for name, leaves in found['nonfinite'].items()
+    if leaves
+  ]
   return f'update {found["step"]}: loss {found["loss"]}, not finite: {"; ".join(wrong) or "nothing"}'
 
 
@@ -98,7 +107,9 @@ def _look(recipe: Recipe, state: TrainState, frozen: Any, batch: Any) -> tuple[d
 
 def _names(flags: Any) -> list[str]:
   leaves = jax.tree_util.tree_leaves_with_path(flags)
-  return [jax.tree_util.keystr(path, simple=True, separator='/') for path, finite in leaves if not finite]
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/') for path, finite in leaves if not finite
+  ]
 
 
 def _number(value: np.ndarray) -> float | str:
@@ -151,7 +162,9 @@ def _advance(stage: Stage, sources: Sources, state: TrainState, step: int) -> Tr
     contextlib.closing(sources.batches(stage, done)) as batches,
     Progress(f'replay of {stage.name}', step, done, stage.batch_size) as progress,
   ):
-    for k, batch in zip(range(done, step), sharding.ahead(itertools.islice(batches, step - done)), strict=True):
+    for k, batch in zip(
+      range(done, step), sharding.ahead(itertools.islice(batches, step - done)), strict=True
+    ):
       interrupts.check()
       state, _ = compiled(stage.recipe.at(k), state, frozen, batch)
       progress.advance()

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_distillation import forecast, interrupts, lineage, sharding
+from diffusion_distillation import forecast, interrupts, lineage, replay, sharding
 from diffusion_distillation import health as watching
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.checkpoints import Checkpoints
@@ -105,6 +105,12 @@ def _loop(
   began = time.monotonic() - seconds
   frozen, pending = sources.frozen(stage), []
   progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
+
+  def check(skipped: int) -> None:
+    if skipped >= config.max_skipped:
+      replay.keep(stage, sources, checkpoints.stage_dir, state)
+      raise _Diverged(f'loss or gradient not finite for {skipped} updates in a row up to step {done}')
+
   with (
     contextlib.closing(host_batches),
     progress,
@@ -124,7 +130,10 @@ def _loop(
       last = done == stage.num_updates
       look = health is not None and health.due(done)
       if last or look or done % config.log.every == 0:
-        values = _summary(jax.device_get(pending), config.max_skipped, done)
+        told = jax.device_get(pending)
+        check(max(int(metrics['skipped_in_a_row']) for metrics in told))
+        _tell_skipped(told, done, stage, checkpoints.stage_dir)
+        values = _summary(told)
         if health is not None:
           values |= health.lag(values)
           if look:
@@ -136,7 +145,7 @@ def _loop(
       progress.advance(len(batches))
       stop = interrupts.pending()
       if last or stop or done % config.checkpoint.every == 0:
-        _check_streak(int(state.skipped_in_a_row), config.max_skipped, done)
+        check(int(state.skipped_in_a_row))
         seconds = time.monotonic() - began
         checkpoints.save(done, state, seconds)
       if stop:
@@ -160,9 +169,20 @@ def _dispatches(
     done += len(group)
 
 
-def _summary(pending: list[dict[str, Any]], max_skipped: int, done: int) -> dict[str, float]:
-  """Means over the finite values of some updates; raises _Diverged if too many were skipped."""
-  _check_streak(max(int(metrics['skipped_in_a_row']) for metrics in pending), max_skipped, done)
+def _tell_skipped(
+  pending: list[dict[str, Any]], done: int, stage: Stage, stage_dir: pathlib.Path
+) -> None:
+  """Names the updates among the last ones that were skipped, and how to look at the first."""
+  steps = [done - len(pending) + k for k, metrics in enumerate(pending) if metrics['skipped_in_a_row']]
+  if steps:
+    _log.warning(
+      'stage %s: skipped update(s) %s, whose loss or gradient was not finite; to look at it: %s',
+      *(stage.name, ', '.join(map(str, steps[:10])), replay.command(stage, stage_dir, steps[0])),
+    )
+
+
+def _summary(pending: list[dict[str, Any]]) -> dict[str, float]:
+  """Means over the finite values of some updates."""
   values = {}
   for name in {name: None for metrics in pending for name in metrics}:  # not all are of every update
     column = np.array([metrics[name] for metrics in pending if name in metrics], np.float64)
@@ -171,11 +191,6 @@ def _summary(pending: list[dict[str, Any]], max_skipped: int, done: int) -> dict
   values['skipped'] = float(pending[-1]['skipped'])
   del values['skipped_in_a_row']
   return values
-
-
-def _check_streak(skipped: int, max_skipped: int, done: int) -> None:
-  if skipped >= max_skipped:
-    raise _Diverged(f'loss or gradient not finite for {skipped} updates in a row up to step {done}')
 
 
 def check_batches(config: Config) -> None:

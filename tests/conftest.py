@@ -33,6 +33,6 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope='session')
 def step():
   """The compiled training step; every test that uses it shares its programs."""
-  from diffusion_distillation import sharding, train
+  from diffusion_distillation import sharding, update
 
-  return sharding.compile_step(train.train_step)
+  return sharding.compile_step(update.train_steps)

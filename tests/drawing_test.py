@@ -83,6 +83,6 @@ def test_a_signal_stops_drawing(monkeypatch):
   from diffusion_distillation.errors import Preempted
 
   drawer, params = make(16)
-  monkeypatch.setattr(interrupts, '_received', [15])
+  monkeypatch.setattr(interrupts, '_received', ['SIGTERM'])
   with pytest.raises(Preempted, match='SIGTERM'):
     drawer.draw(params, times.uniform(1), 16, 0)

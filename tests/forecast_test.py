@@ -63,7 +63,9 @@ def measured(monkeypatch):
 
 def show(capsys, finished=(), stages=STAGES, **overrides):
   """Lines that are shown: those of the plan, and those of the estimate."""
-  forecast.show(stages, set(finished), 'the step', tiny.config(**OVERRIDES | overrides))
+  config = tiny.config(**OVERRIDES | overrides)
+  forecast.show(stages, set(finished), config, tiny.ROOT / 'nowhere')
+  forecast.show_times(stages, set(finished), 'the step', config)
   out, err = capsys.readouterr()
   assert out == ''
   plan, _, estimate = err.partition('measuring')

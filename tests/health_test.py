@@ -296,7 +296,7 @@ def test_a_signal_while_samples_are_drawn_loses_nothing(watch, tmp_path, monkeyp
     return state.replace(step=state.step + 1), counts | {'loss': 1.0}
 
   def draw(*_):
-    interrupts._received.append(15)
+    interrupts._received.append('SIGTERM')
     interrupts.check()
 
   monkeypatch.setattr(measure, 'drawer', lambda *_: types.SimpleNamespace(draw=draw))

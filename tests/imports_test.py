@@ -12,9 +12,9 @@ PACKAGE = ROOT / 'diffusion_distillation'
 
 # A module imports only from lines above its own. Modules on one line do not know each other.
 LAYERS = [
-  ['errors'],
+  ['errors', 'compilation'],
+  ['files'],
   [
-    'files',
     'schedules',
     'diffusion',
     'interrupts',
@@ -27,6 +27,7 @@ LAYERS = [
     'pixels',
     'classifier',
   ],
+  ['cluster'],
   ['datasets.image_set', 'datasets.orders'],
   ['datasets.decoding', 'datasets.splits', 'datasets.workers'],
   ['datasets.settings', 'datasets.loading'],
@@ -53,7 +54,9 @@ LAYERS = [
   ['evaluation.frechet', 'evaluation.pictures', 'evaluation.drawing'],
   ['evaluation.features', 'evaluation.report', 'pairs', 'importing'],
   ['evaluation.measure'],
-  ['forecast', 'health'],
+  ['preflight', 'health'],
+  ['forecast', 'sources'],
+  ['replay'],
   ['train'],
   ['cli'],
   ['', 'evaluation', 'interop'],  # the packages' own files: documentation only
@@ -105,6 +108,20 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize('path', sorted((PACKAGE / 'methods').glob('*.py')), ids=lambda p: p.stem)
 def test_methods_import_neither_network_nor_devices(path):
   assert not imported(path)[0] & {'unet', 'sharding', 'train_state', 'checkpoints', 'datasets'}
+
+
+MATHEMATICS = [
+  *sorted((PACKAGE / 'methods').glob('*.py')),
+  *(PACKAGE / f'{name}.py' for name in ('samplers', 'diffusion', 'schedules', 'weightings', 'times')),
+  *(PACKAGE / f'{name}.py' for name in ('unet', 'update', 'optimizers', 'train_state', 'recipe')),
+]
+
+
+@pytest.mark.parametrize('path', MATHEMATICS, ids=lambda p: p.stem)
+def test_mathematics_does_not_know_devices_or_processes(path):
+  assert not imported(path)[0] & {'sharding', 'cluster'}
+  for word in ('shard', 'mesh', 'fsdp', 'device_count', 'process_index', 'process_count', 'addressable'):
+    assert word not in path.read_text().lower(), word
 
 
 @pytest.mark.parametrize('path', FILES, ids=module_name)

@@ -234,7 +234,7 @@ def test_reading_into_memory_is_shared_among_processes_that_then_end():
 
 
 def test_a_signal_stops_the_reading_into_memory(monkeypatch):
-  monkeypatch.setattr(interrupts, '_received', [signal.SIGTERM])
+  monkeypatch.setattr(interrupts, '_received', ['SIGTERM'])
   with pytest.raises(Preempted, match='SIGTERM'):
     Loader(tiny_pictures.numbers(10), in_memory_gb=1).shuffled(0, 4, 0, 1)
 

@@ -128,10 +128,7 @@ def test_pairs_do_not_depend_on_the_batch_that_they_are_drawn_in_nor_on_devices(
   reference = everything(pairs.ensure(drawn, ONE, teacher()))
   (tmp_path / 'wide').mkdir()
   wide = pairs.ensure(tmp_path / 'wide', dataclasses.replace(ONE, batch_size=13), teacher())
-  mesh = jax.make_mesh(
-    (1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
-  )
-  monkeypatch.setattr(sharding, '_mesh', lambda: mesh)
+  monkeypatch.setattr(sharding, '_in_use', [sharding._make(jax.devices()[:1], 1)])
   (tmp_path / 'one').mkdir()
   one = pairs.ensure(tmp_path / 'one', ONE, teacher())
   for other in map(everything, (wide, one)):

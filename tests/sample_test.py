@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from configs import default
-from diffusion_distillation import cli, datasets, lineage, samplers, schedules, sharding, times, train
+from diffusion_distillation import (
+  cli,
+  datasets,
+  lineage,
+  samplers,
+  schedules,
+  sharding,
+  times,
+  train,
+  update,
+)
 from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.evaluation import measure
 from tests import tiny
@@ -40,7 +50,7 @@ def colour(tmp_path_factory):
     workdirs.claim(workdir, config)
     stages, images = workdirs.plan_for(workdir, config)
     workdirs.claim_images(workdir, images.images)
-    step, sources = sharding.compile_step(train.train_step), train.Sources(images)
+    step, sources = sharding.compile_step(update.train_steps), train.Sources(images)
     train.fit(step, stages[0], sources, workdir, config)
   return workdir
 

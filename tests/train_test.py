@@ -18,6 +18,7 @@ from diffusion_distillation.datasets.loading import Shuffled
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
 from diffusion_distillation.methods import Denoising
 from diffusion_distillation.pixels import to_x
+from diffusion_distillation.update import train_steps
 from tests import tiny
 
 CONFIG = tiny.config(max_skipped=3)
@@ -228,11 +229,8 @@ def test_one_device_equals_eight(step, monkeypatch):
     return sharding.to_host(state), norms
 
   eight, norms_eight = trajectory(step)
-  mesh = jax.make_mesh(
-    (1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
-  )
-  monkeypatch.setattr(sharding, '_mesh', lambda: mesh)
-  one, norms_one = trajectory(sharding.compile_step(train.train_step))
+  monkeypatch.setattr(sharding, '_in_use', [sharding._make(jax.devices()[:1], 1)])
+  one, norms_one = trajectory(sharding.compile_step(train_steps))
   np.testing.assert_allclose(norms_one, norms_eight, rtol=1e-5)
   moments = (optax.tree.get(state.opt_state, 'mu') for state in (one, eight))
   for a, b in zip(*map(jax.tree.leaves, moments), strict=True):

@@ -182,6 +182,7 @@ def test_a_round_is_taught_by_and_starts_from_the_weights_that_are_named(
   monkeypatch.setattr(workdirs, 'plan_for', lambda *_: (planned, images))
   monkeypatch.setattr(sharding, 'compile_step', lambda _: watching)
   monkeypatch.setattr('diffusion_distillation.forecast.show', lambda *_: None)
+  monkeypatch.setattr('diffusion_distillation.forecast.show_times', lambda *_: None)
   monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, again: None)
   train.run(config, tmp_path)
 
