@@ -94,6 +94,7 @@ class Checkpoints:
       )
     if not self.stage_dir.is_dir():
       raise StorageError(f'{self.stage_dir} has vanished; bring it back, and run the same command again')
+    state = sharding.snapshot(state)
     metadata = {'sha256': digest(state), 'structure': structure(state), 'seconds': seconds}
     metadata['seal'] = _seal(metadata)
     with self._told_of_failure(step):
@@ -104,7 +105,7 @@ class Checkpoints:
           cleanup_tmp_directories=True,
         )
       self._saving = step
-      self._writer.save_async(step, sharding.snapshot(state), custom_metadata=metadata, force=True)
+      self._writer.save_async(step, state, custom_metadata=metadata, force=True)
 
   def wait(self) -> None:
     """Waits until everything is written; raises StorageError as `save` does."""

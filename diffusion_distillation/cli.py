@@ -33,7 +33,6 @@ from diffusion_distillation.configuration import Config, check_keys, check_numbe
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation import measure, pictures
-from diffusion_distillation.files import read_json
 from diffusion_distillation.recipe import Stage
 from diffusion_distillation.update import train_steps
 
@@ -110,20 +109,28 @@ def _fail(message: str, code: int) -> int:
 
 
 def _join(options: Options) -> None:
-  """Finds the other processes, and the programs that were compiled before."""
+  """Finds the other processes of the run."""
   given = (options.coordinator, options.num_processes, options.process_id)
   if options.mode in ('train', 'evaluate', 'sample'):
     cluster.start(*given, timeout=options.peer_timeout)
   elif any(value is not None for value in given):
     raise UserError(f'--mode={options.mode} is of one process: leave --coordinator and the like out')
-  compilation.keep('' if options.config is None else options.config.get('compute', {}).get('cache', ''))
 
 
 def _config(options: Options) -> Config:
   if options.config is None:
     raise UserError(f'--mode={options.mode} needs --config, such as --config=configs/digits.py')
-  check_keys(options.config, options.default)
-  return options.config
+  config = options.config
+  check_keys(config, options.default)
+  compilation.keep(config.compute.cache)
+  return config
+
+
+def _stored_config(options: Options, directory: pathlib.Path) -> Config:
+  """That which the workdir was made with."""
+  config = workdir.read_config(directory, options.default)
+  compilation.keep(config.compute.cache)
+  return config
 
 
 def _workdir(options: Options) -> pathlib.Path:
@@ -149,9 +156,7 @@ def _train(options: Options) -> None:
 
 def _plan(options: Options) -> None:
   config, directory = _config(options), _workdir(options)
-  stored = directory / 'config.json'
-  if stored.exists():
-    workdir.check_config(stored, read_json(stored), config)
+  workdir.check_made_with(directory, config)
   sharding.use(**config.mesh)
   described = datasets.describe(datasets.Settings.of(config.dataset))
   planned = workdir.cut(directory, stages.plan(config, *described))
@@ -179,7 +184,7 @@ def _import(options: Options) -> None:
 
 def _sample(options: Options) -> None:
   out, directory = pictures.check_out(options.out), _workdir(options)
-  config = workdir.read_config(directory, options.default)
+  config = _stored_config(options, directory)
   if options.sampler is not None:
     choose('--sampler', options.sampler, samplers.SAMPLERS)
   if options.gamma is not None and options.sampler != 'ancestral':
@@ -243,7 +248,7 @@ def _replay(options: Options) -> None:
     raise UserError(
       '--mode=replay needs --stage and --step, as the message of a skipped update has them'
     )
-  config = workdir.read_config(directory, options.default)
+  config = _stored_config(options, directory)
   sharding.use(**config.mesh)
   found = replay.replay(config, directory, options.stage, options.step)
   print(f'{replay.told(found)}; all of it in {directory / options.stage / "nonfinite.json"}')
@@ -263,7 +268,7 @@ def _choose_stage(options: Options, directory: pathlib.Path, config: Config) -> 
 
 def _evaluate(options: Options) -> None:
   directory = _workdir(options)
-  stored = workdir.read_config(directory, options.default)
+  stored = _stored_config(options, directory)
   config = stored
   if options.config is not None:
     config = _config(options)

@@ -211,9 +211,9 @@ def whole(batch: Any) -> Any:
 def snapshot(tree: Any) -> Any:
   """A copy to be read in the background, which the next update, that is donated the original, does not overwrite.
 
-  Accelerators need none: what is read is copied to the host first.
+  On the host; of several processes on the devices, each its share.
   """
-  return _copy(tree) if jax.default_backend() == 'cpu' else tree
+  return to_host(tree) if jax.process_count() == 1 else _copy(tree)
 
 
 _copy = jax.jit(functools.partial(jax.tree.map, jax.numpy.copy))

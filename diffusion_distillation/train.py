@@ -223,11 +223,12 @@ def run(config: Config, workdir: pathlib.Path, dry: bool = False) -> None:
   check_batches(config)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   done = {stage.name for stage in stages if lineage.is_finished(workdir, stage)}
-  forecast.show(stages, done, config, workdir, distances_of)
-  if dry:
-    return
-  with workdirs.lock_workdir(workdir):
+  with contextlib.nullcontext() if dry else workdirs.lock_workdir(workdir):
+    workdirs.check_made_with(workdir, config)
     lineage.check_configs(workdir, stages, config)
+    forecast.show(stages, done, config, workdir, distances_of)
+    if dry:
+      return
     workdirs.claim(workdir, config)
     workdirs.claim_images(workdir, images.images)
     step = sharding.compile_step(train_steps)

@@ -74,10 +74,15 @@ def check_config(
 
 def claim(workdir: pathlib.Path, config: Config) -> None:
   """Writes `config.json`, or checks the one that is there; raises UserError as `check_config` does."""
+  check_made_with(workdir, config)
+  write_json(workdir / 'config.json', json.loads(config.to_json()))
+
+
+def check_made_with(workdir: pathlib.Path, config: Config) -> None:
+  """Raises UserError, as `check_config` does, if there is a run in `workdir` that another config made."""
   path = workdir / 'config.json'
   if path.exists():
     check_config(path, read_json(path), config)
-  write_json(path, json.loads(config.to_json()))
 
 
 def read_config(workdir: pathlib.Path, default: Config) -> Config:

@@ -10,7 +10,13 @@ import pytest
 from configs import default
 from diffusion_distillation import cli
 from diffusion_distillation import workdir as workdirs
-from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
+from diffusion_distillation.errors import (
+  DamagedError,
+  NumericalError,
+  Preempted,
+  StorageError,
+  UserError,
+)
 from tests import bad_data, tiny
 
 # Imports once, then carries out each command line in a fork of its own.
@@ -301,7 +307,7 @@ def options(workdir, **changes):
 
 
 def test_every_kind_of_error_has_its_exit_code(tmp_path, monkeypatch, capsys):
-  kinds = {UserError: 2, DamagedError: 3, NumericalError: 4, Preempted: 75, OSError: 2}
+  kinds = {UserError: 2, DamagedError: 3, NumericalError: 4, StorageError: 5, Preempted: 75, OSError: 2}
   for kind, code in kinds.items():
 
     def fail(_, kind=kind):

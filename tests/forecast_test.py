@@ -69,6 +69,7 @@ def show(capsys, finished=(), stages=STAGES, **overrides):
   out, err = capsys.readouterr()
   assert out == ''
   plan, _, estimate = err.partition('measuring')
+  plan = plan[: plan.index('memory of each device')]
   return plan.splitlines(), estimate.splitlines()
 
 
@@ -229,7 +230,7 @@ def test_measured_and_real_updates_are_one_program(tmp_path, monkeypatch, condit
 
   compile_really = sharding.compile_step
   monkeypatch.setattr(sharding, 'compile_step', compile_step)
-  monkeypatch.setattr(train, 'train_step', train_step)
+  monkeypatch.setattr(train, 'train_steps', train_step)
   monkeypatch.setattr(forecast, 'seconds_per_call', lambda *_: 0.0)
   monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, again: None)
   train.run(tiny.config(model__conditional=conditional, model__ch_mult=(1,)), tmp_path / 'run')
