@@ -76,11 +76,11 @@ def of(tree: Any) -> Any:
 
 
 def _of_shape(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-  parts, spec = mesh.shape['fsdp'], [None] * len(shape)
+  parts = mesh.shape['fsdp']
   divisible = [k for k, size in enumerate(shape) if size % parts == 0]
   if len(shape) > 1 and divisible and parts > 1:
     longest = max(divisible, key=lambda k: (shape[k], k))
-    return NamedSharding(mesh, PartitionSpec(*spec[:longest], 'fsdp', *spec[longest + 1 :]))
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, 'fsdp'))
   return NamedSharding(mesh, PartitionSpec())
 
 

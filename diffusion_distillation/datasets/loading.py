@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import logging
 import math
 import os
@@ -52,6 +53,13 @@ class Loader:
   def shuffled(self, seed: int, batch_size: int, start: int, stop: int) -> Generator[Batch]:
     """Batches `start` to `stop` of the endless stream; see `Shuffled` and `stream`."""
     return self.stream(Shuffled(len(self), seed, batch_size), range(start, stop))
+
+  def unparted(self) -> 'Loader':
+    """The same images, of which this process reads all: for work that each process does by itself."""
+    self._hold()
+    loader = copy.copy(self)
+    loader.part, loader._executor = (0, 1), None
+    return loader
 
   def in_order(
     self, batch_size: int, indices: Sequence[int] | np.ndarray | None = None

@@ -119,12 +119,14 @@ def _train(train: Loader) -> Params:
 
   params = model.init(jax.random.key(0), jnp.zeros((1, *train.images.image_shape)))['params']
   opt_state = optimizer.init(params)
-  batches = train.shuffled(0, _BATCH, 0, _UPDATES)
+  images = train.unparted()
+  batches = images.shuffled(0, _BATCH, 0, _UPDATES)
   with contextlib.closing(batches), Progress('extractor', _UPDATES, images_per_step=_BATCH) as progress:
     for batch in batches:
       interrupts.check()
-      params, opt_state = update(params, opt_state, *sharding.whole(_task(batch)))
+      params, opt_state = update(params, opt_state, *_task(batch))
       progress.advance()
+  images.close()
   return params
 
 

@@ -1,0 +1,112 @@
+"""One of several processes, as tests start them: some updates of each method, by a network that compiles in a second.
+
+python -m tests.peer OUT FSDP METHODS [COORDINATOR NUM_PROCESSES PROCESS_ID]
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_distillation import checkpoints, cluster, diffusion, sharding, update
+from tests import tiny
+
+METHODS = ('progressive', 'knowledge', 'consistency', 'dmd', 'dmd2')
+SMALL = {
+  'train__batch_size': 16,
+  'distill__start_steps': 2,
+  'pairs__num_pairs': 32,
+  'pairs__num_steps': 2,
+  **{f'{name}__batch_size': 16 for name in (*METHODS[1:], 'distill', 'pairs')},
+  **{f'{name}__num_updates': 10 for name in METHODS[1:]},
+  **{f'{name}__warmup': 0 for name in ('train', *METHODS[1:])},
+}
+
+
+class Network(nn.Module):
+  """Three convolutions; methods don't know the difference."""
+
+  @nn.compact
+  def __call__(self, z, logsnr):
+    time = jnp.stack([jnp.sin(logsnr / 4), jnp.cos(logsnr / 4)], axis=-1)
+    h = nn.Conv(8, (3, 3), name='conv0')(z) + nn.Dense(8, name='time')(time)[:, None, None, :]
+    h = nn.swish(nn.Conv(8, (3, 3), strides=2, name='conv1')(nn.swish(h)))
+    up = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+    return nn.Conv(z.shape[-1], (3, 3), name='conv2')(up), h
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+  """A denoiser over it."""
+
+  def init(self, shape):
+    return Network().init(jax.random.key(0), jnp.zeros((1, *shape)), jnp.zeros(1))['params']
+
+  def __call__(self, params, z, logsnr, label, rng=None):
+    return diffusion.OUTPUTS['v'](z, logsnr, Network().apply({'params': params}, z, logsnr)[0])
+
+  def bottleneck(self, params, z, logsnr, label):
+    return Network().apply({'params': params}, z, logsnr)[1]
+
+
+def stages_of(methods):
+  """The stages of these methods, 'base' among them if it is named, and the images."""
+  planned, images = tiny.plan(methods=tuple(name for name in METHODS if name in methods), **SMALL)
+  wanted = [stage for stage in planned if stage.parent or 'base' in methods]
+  small = [dataclasses.replace(stage.recipe, denoise=Small()) for stage in wanted]
+  return [dataclasses.replace(stage, recipe=r) for stage, r in zip(wanted, small, strict=True)], images
+
+
+def batch_of(stage, images, k):
+  """This process's part of batch k of a stage."""
+  rng, size = np.random.default_rng(k), stage.batch_size
+  image = images.images.batch(np.arange(k * size, (k + 1) * size))['image']
+  noise = rng.normal(size=(2, *image.shape)).astype(np.float32)
+  pairs = {'noise': noise[0], 'image': np.tanh(noise[1]), 'label': None} if stage.pairs else None
+  index, count = sharding.part()
+  whole = {'image': image, 'label': None} | ({'pairs': pairs} if stage.pairs else {})
+  return jax.tree.map(lambda a: np.split(a, count)[index], whole)
+
+
+def train(stage, images, updates=2):
+  """The state after some updates, and what each reported."""
+  params = sharding.to_host(Small().init(stage.image_shape))
+  state = sharding.create(stage.recipe.create_state, params)
+  frozen = sharding.place(stage.frozen({'teacher': params if stage.parent else None}))
+  step, told = sharding.compile_step(update.train_steps), []
+  for k in range(updates):
+    batch = sharding.put(batch_of(stage, images, k))
+    last = stage.recipe.at(stage.recipe.method.period - 1)  # every network has its turn
+    state, metrics = step(last, state, frozen, batch)
+    told.append({name: float(value) for name, value in metrics.items()})
+  assert step._cache_size() == 1, 'compiled more than once'
+  return state, told
+
+
+def main(out, fsdp, methods, *of_cluster):
+  if of_cluster:
+    cluster.start(of_cluster[0], int(of_cluster[1]), int(of_cluster[2]), 60)
+  sharding.use(fsdp=int(fsdp))
+  stages, images = stages_of(methods.split(','))
+  found = {}
+  for stage in stages:
+    state, told = train(stage, images)
+    found[stage.name] = {'told': told, 'digest': checkpoints.digest(state)}
+  kept = checkpoints.Checkpoints(pathlib.Path(out))
+  kept.stage_dir.mkdir(exist_ok=True)
+  kept.save(2, state, 0.0)
+  kept.wait()
+  again, _ = kept.restore(jax.tree.map(jax.typeof, state), set_aside=False)
+  found['restored'] = checkpoints.digest(again)
+  kept.close()
+  if sharding.part()[0] == 0:
+    (kept.stage_dir / 'found.json').write_text(json.dumps(found))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
