@@ -167,5 +167,6 @@ def _advance(stage: Stage, sources: Sources, state: TrainState, step: int) -> Tr
     ):
       interrupts.check()
       state, _ = compiled(stage.recipe.at(k), state, frozen, batch)
+      sharding.settle(state)
       progress.advance()
   return state

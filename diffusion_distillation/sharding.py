@@ -167,6 +167,12 @@ def replicate(tree: Any) -> Any:
   return jax.tree.map(copy, tree)
 
 
+def settle(tree: Any) -> None:
+  """Waits for `tree` on CPUs of several devices: programs in flight could take each other's threads, and wait for ever."""
+  if jax.default_backend() == 'cpu' and jax.device_count() > 1:
+    jax.block_until_ready(tree)
+
+
 @functools.cache
 def _gathering(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
   return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))

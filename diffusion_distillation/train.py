@@ -126,13 +126,14 @@ def _loop(
       else:
         state, several = step(recipes, state, frozen, batches)
         pending += several
+      sharding.settle(state)
       done += len(batches)
       last = done == stage.num_updates
       look = health is not None and health.due(done)
       if last or look or done % config.log.every == 0:
         told = jax.device_get(pending)
-        check(max(int(metrics['skipped_in_a_row']) for metrics in told))
         _tell_skipped(told, done, stage, checkpoints.stage_dir)
+        check(max(int(metrics['skipped_in_a_row']) for metrics in told))
         values = _summary(told)
         if health is not None:
           values |= health.lag(values)

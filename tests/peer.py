@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_distillation import checkpoints, cluster, diffusion, sharding, update
+from diffusion_distillation import checkpoints, cluster, diffusion, files, sharding, update
 from tests import tiny
 
 METHODS = ('progressive', 'knowledge', 'consistency', 'dmd', 'dmd2')
@@ -93,6 +93,10 @@ def main(out, fsdp, methods, *of_cluster):
     cluster.start(of_cluster[0], int(of_cluster[1]), int(of_cluster[2]), 60)
   sharding.use(fsdp=int(fsdp))
   stages, images = stages_of(methods.split(','))
+  index, count = sharding.part()
+  assert cluster.from_first({'of': [index, 'é']}) == {'of': [0, 'é']}
+  assert cluster.agree(True) and cluster.agree(index == 0) == (count == 1)
+  assert files.writes() == (index == 0)
   found = {}
   for stage in stages:
     state, told = train(stage, images)
