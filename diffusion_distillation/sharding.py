@@ -158,13 +158,20 @@ def _make_global(x: Any, sharding: NamedSharding) -> jax.Array:
 def replicate(tree: Any) -> Any:
   """A tree of arrays, on every device as a whole; those of the host are the same in every process."""
   whole = replicated()
-
-  def copy(leaf: Any) -> jax.Array:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      return _gathering(_mesh())(leaf)
-    return jax.device_put(leaf, whole) if jax.process_count() == 1 else _make_global(leaf, whole)
-
-  return jax.tree.map(copy, tree)
+  leaves, structure = jax.tree.flatten(tree)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, whole)
+  split_up = [isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves]
+  gathered = _gathering(_mesh())([leaf for leaf, far in zip(leaves, split_up, strict=True) if far])
+  settle(gathered)
+  of_both = iter(gathered)
+  return jax.tree.unflatten(
+    structure,
+    [
+      next(of_both) if far else _make_global(leaf, whole)
+      for leaf, far in zip(leaves, split_up, strict=True)
+    ],
+  )
 
 
 def settle(tree: Any) -> None:
@@ -174,8 +181,8 @@ def settle(tree: Any) -> None:
 
 
 @functools.cache
-def _gathering(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def _gathering(mesh: Mesh) -> Callable[[list[jax.Array]], list[jax.Array]]:
+  return jax.jit(lambda leaves: leaves, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def place(tree: Any) -> Any:

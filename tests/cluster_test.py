@@ -61,7 +61,7 @@ def test_where_jax_finds_nobody_this_process_is_alone(initialize):
 
 def test_a_coordinator_that_does_not_answer_is_one_line(initialize):
   initialize.error = RuntimeError('DEADLINE_EXCEEDED:\n  no answer')
-  with pytest.raises(UserError, match='DEADLINE_EXCEEDED: no answer$'):
+  with pytest.raises(UserError, match=r'DEADLINE_EXCEEDED: no answer$'):
     cluster.start(*GIVEN, timeout=100)
 
 
