@@ -16,6 +16,7 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,22 @@ from diffusion_distillation.errors import DamagedError, StorageError, UserError
 _log = logging.getLogger(__name__)
 
 _SLOW = 5.0  # seconds that training waits for a checkpoint until it says so
+
+
+def hush() -> None:
+  """Leaves a failed write to the one line of its StorageError: orbax and tensorstore print tracebacks from threads."""
+
+  def keep(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and (record.name == 'asyncio' or 'orbax' in record.pathname))
+
+  def unraisable(what: Any) -> None:
+    # Orbax leaves its loop at the first write that fails, with others under way.
+    if str(what.exc_value) != 'Event loop is closed':
+      sys.__unraisablehook__(what)
+
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).addFilter(keep)
+  sys.unraisablehook = unraisable
 
 
 def digest(tree: Any) -> str:

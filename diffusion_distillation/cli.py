@@ -11,6 +11,7 @@ import numpy as np
 from absl import flags
 
 from diffusion_distillation import (
+  checkpoints,
   cluster,
   compilation,
   datasets,
@@ -73,6 +74,8 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     # Warnings only, unless asked: --verbosity=0 shows all that orbax and jax have to say.
     rest = flags.FLAGS([argv[0], '--verbosity=-1', *argv[1:]])
+    if flags.FLAGS['verbosity'].value < 0:
+      checkpoints.hush()
     getattr(flags.FLAGS['config'].value, 'items', None)  # raises if the file could not be loaded
     return rest
   except Exception as error:
@@ -93,8 +96,11 @@ def run(options: Options) -> int:
   except UserError as error:
     return _fail(str(error), error.exit_code)
   except OSError as error:
-    of_the_disk = error.errno in _OF_THE_DISK
-    return _fail(str(error), (StorageError if of_the_disk else UserError).exit_code)
+    if error.errno not in _OF_THE_DISK:
+      return _fail(str(error), UserError.exit_code)
+    where = error.filename or options.workdir
+    advice = 'make room or mend the disk, and run the same command again'
+    return _fail(f'{where}: {error.strerror}; {advice}', StorageError.exit_code)
   return 0
 
 

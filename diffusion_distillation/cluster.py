@@ -18,7 +18,12 @@ from diffusion_distillation import files, interrupts
 from diffusion_distillation.errors import UserError
 
 _ALONE = {'SLURM_NTASKS': '1', 'OMPI_COMM_WORLD_SIZE': '1'}  # jax would take one GPU of all
-_NOBODY = ('coordinator_address should be defined', 'must be called before any JAX calls')
+_NOBODY = (
+  'coordinator_address should be defined',
+  'must be called before any JAX calls',
+  'does not have a controller',  # a pod of Kubernetes by itself
+  'job-name',  # the same, as a KeyError
+)
 _GRACE = (
   3.0  # seconds that the first process, whose end ends all others, leaves them for their last words
 )
@@ -54,7 +59,7 @@ def start(
       heartbeat_timeout_seconds=timeout,
       shutdown_timeout_seconds=timeout,
     )
-  except (ValueError, RuntimeError) as error:
+  except (ValueError, RuntimeError, KeyError) as error:
     if not any(told) and any(reason in str(error) for reason in _NOBODY):
       return
     text = ' '.join(str(error).split())[:300]

@@ -3,11 +3,15 @@
 import json
 import os
 import pathlib
+import time
 from typing import IO
 
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from diffusion_distillation import files
+
+_FLUSH = 30.0  # seconds after which events are on the disk
 
 
 class MetricsWriter:
@@ -26,7 +30,14 @@ class MetricsWriter:
     path = stage_dir / 'metrics.jsonl'
     _drop_after(path, step)
     self._file = path.open('a')
-    self._events = tensorboardX.SummaryWriter(str(stage_dir), purge_step=step + 1)
+    # Without its thread, which a full disk would kill, and whose queue then never takes another event.
+    self._events = event_file_writer.EventsWriter(str(stage_dir / 'events'))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(step + 1, session_log=start)  # hides what comes later than it in older files
+    self._flushed = time.monotonic()
+
+  def _add(self, step: int, **what: object) -> None:
+    self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """One line, and one event a value; by the first process of several."""
@@ -35,14 +46,19 @@ class MetricsWriter:
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
     for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+      self._add(step, summary=summary.scalar(name, value))
+    if time.monotonic() - self._flushed > _FLUSH:
+      self._events.flush()
+      self._flushed = time.monotonic()
 
   def close(self) -> None:
     """Flushes and closes both files."""
     if self._file is None:
       return
-    self._file.close()
-    self._events.close()
+    try:
+      self._file.close()
+    finally:
+      self._events.close()
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:

@@ -33,6 +33,7 @@ class Memory:
     optimizer: its moments.
     frozen: teacher and weights of a distance.
     gradients: of the networks in training, and the updates made of them.
+    gathered: of networks that are split, the parts that an update fetches from other devices.
     activations: what one micro-batch keeps for its way back.
   """
 
@@ -41,6 +42,7 @@ class Memory:
   optimizer: int
   frozen: int
   gradients: int
+  gathered: int
   activations: int
 
   @property
@@ -51,7 +53,7 @@ class Memory:
   @property
   def total(self) -> int:
     """All of it."""
-    return self.arguments + self.gradients + self.activations
+    return self.arguments + self.gradients + self.gathered + self.activations
 
 
 def memory(stage: Stage, distance: Params = None) -> Memory:
@@ -68,6 +70,7 @@ def memory(stage: Stage, distance: Params = None) -> Memory:
     optimizer=per_device(state.opt_state),
     frozen=per_device(frozen),
     gradients=2 * per_device(trained),
+    gathered=sum(_bytes(tree) - per_device(tree) for tree in (state.params, frozen)),
     activations=_activations(stage, state, frozen),
   )
 
@@ -129,15 +132,24 @@ def needs(
     UserError: parameters, averages, optimizer and teacher alone are more than a device has, or the disk is too small.
   """
   limit = sharding.memory_per_device() or _memory_of_the_host()
-  yield 'memory of each device, GB:  parameters  averages  optimizer  frozen  gradients  activations  together'
+  yield 'memory of each device, GB:  parameters  averages  optimizer  frozen  gradients  gathered  activations  together'
   kinds: dict[Any, Memory] = {}
   for stage in stages:
     kind = (jax.tree.structure(stage.recipe), stage.batch_size, stage.parent is None)
     if kind not in kinds:
       kinds[kind] = memory(stage, distances.get(stage.name))
     of = kinds[kind]
-    figures = (of.params, of.averages, of.optimizer, of.frozen, of.gradients, of.activations, of.total)
-    columns = zip((12, 10, 11, 8, 11, 13, 10), figures, strict=True)
+    figures = (
+      of.params,
+      of.averages,
+      of.optimizer,
+      of.frozen,
+      of.gradients,
+      of.gathered,
+      of.activations,
+      of.total,
+    )
+    columns = zip((12, 10, 11, 8, 11, 10, 13, 10), figures, strict=True)
     per_device = stage.batch_size // sharding.device_count()
     yield (
       f'  {stage.name:<25}'

@@ -59,6 +59,8 @@ def check_config(
   Keys of FREE sections may differ, but for the section of `stage`; keys that an older version did not have are not
   compared.
   """
+  if not isinstance(made_with, Mapping):
+    raise DamagedError(f'{path} is damaged (no config in it); restore it from a copy')
   free = tuple(key for key in FREE if key != f'{stage}.')
   old, new = dict(flatten(made_with)), dict(flatten(json.loads(config.to_json())))
   differing = [
@@ -139,9 +141,11 @@ def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
   if not path.is_file():
     return
   found = read_json(path)
+  if not isinstance(found.get('classes'), list):
+    raise DamagedError(f'{path} is damaged (no classes in it); restore it from a copy')
   if found.get('identity') != images.identity:
     raise UserError(
-      f'{path}: this run began with other images: {found.get("num_images")} of {len(found.get("classes", []))} '
+      f'{path}: this run began with other images: {found.get("num_images")} of {len(found["classes"])} '
       f'classes, now {len(images)} of {len(images.classes)}; restore them, or use another workdir'
     )
 

@@ -1,0 +1,226 @@
+"""Training the paper's ImageNet 64x64 network on accelerators: python benchmarks/scaling.py --project
+
+Arithmetic, not a measurement. FLOPs of an update are counted from the step as it is lowered, bytes from
+shapes, and what a chip does is its vendor's figure times a share that is assumed (--mfu).
+"""
+
+import argparse
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from configs import imagenet64
+from diffusion_distillation import lineage, preflight, stages
+from diffusion_distillation.recipe import Stage
+from diffusion_distillation.update import train_step
+
+SHAPE, CLASSES = (64, 64, 3), 1000
+COUNTS = (8, 32, 64, 256)
+_DAY = 86_400.0
+# Arrays as large as the parameters that an update reads or writes besides: parameters, gradient, both
+# moments and the average are read, all but the gradient written.
+_PASSES = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Vendors' figures of one chip.
+
+  Attributes:
+    flops: a second, bfloat16, dense.
+    memory: bytes.
+    bandwidth: bytes a second between chip and memory.
+    ring: bytes a second that a chip sends in a ring of few chips.
+    few: how many these are.
+    far: the same in a ring of more.
+  """
+
+  flops: float
+  memory: float
+  bandwidth: float
+  ring: float
+  few: float = math.inf
+  far: float = 0.0
+
+
+# TPU: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e. Of their links (v5e: 4 of together 400 GB/s, v5p: 6
+# of 1200, v6e: 4 of 800, both directions counted) a ring that goes both ways sends over two. v4's page
+# has no such figure: 6 links of 50 GB/s each way, from Table 4 of Jouppi et al. 2023, arXiv:2304.01433.
+# GPU: NVIDIA's data sheets of the A100 (SXM, 80 GB) and the H100 (SXM), half of what they give with
+# sparsity; NVLink's 600 and 900 GB/s count both directions. Beyond the 8 of a node, one network port a
+# GPU as in the DGX systems: 200 and 400 Gbit/s.
+CHIPS = {
+  'TPU v4': Chip(275e12, 32 * 2**30, 1200e9, 2 * 50e9),
+  'TPU v5e': Chip(197e12, 16e9, 819e9, 2 * 50e9),
+  'TPU v5p': Chip(459e12, 95e9, 2765e9, 2 * 100e9),
+  'TPU v6e': Chip(918e12, 32e9, 1638e9, 2 * 100e9),
+  'A100': Chip(312e12, 80e9, 2039e9, 300e9, 8, 25e9),
+  'H100': Chip(989e12, 80e9, 3350e9, 450e9, 8, 50e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """One update of a stage, from shapes.
+
+  Attributes:
+    images: in a batch, over all chips.
+    flops: an image.
+    gradients: bytes that all chips add up.
+    kept: bytes that each chip keeps, whatever the batch: parameters, moments, teacher, gradients.
+    activations: bytes an image.
+  """
+
+  images: int
+  flops: float
+  gradients: float
+  kept: float
+  activations: float
+
+
+def ring_seconds(size: float, chips: int, bandwidth: float) -> float:
+  """Of an all-reduce of `size` bytes: each chip sends 2 (n - 1) / n of them."""
+  return 2 * (chips - 1) / chips * size / bandwidth
+
+
+def micro_batches(update: Update, chip: Chip, chips: int, share: float = 0.9) -> int:
+  """The fewest, of powers of two, with which an update fits this share of a chip's memory; or 0."""
+  images = update.images // chips
+  count = 1
+  while update.kept + math.ceil(images / count) * update.activations > share * chip.memory:
+    count *= 2
+    if count > images:
+      return 0
+  return count
+
+
+def seconds(update: Update, chip: Chip, chips: int, mfu: float) -> tuple[float, float]:
+  """Of an update: computing, and adding the gradients up, once for each micro-batch.
+
+  The optimizer's share of computing is the same on every chip: it waits for memory.
+  """
+  computing = update.images * update.flops / (chips * chip.flops * mfu)
+  computing += _PASSES * update.gradients / chip.bandwidth
+  bandwidth = chip.ring if chips <= chip.few else chip.far
+  count = micro_batches(update, chip, chips)
+  return computing, count * ring_seconds(update.gradients, chips, bandwidth)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Those that the projection reads."""
+  parser.add_argument('--project', action='store_true', help='print memory and time on accelerators')
+  parser.add_argument(
+    '--mfu', type=float, default=0.4, help='share of the peak that is reached: assumed'
+  )
+
+
+def lowered_flops(stage: Stage, images: int) -> float:
+  """Of an update of so many images, as it is lowered; nothing is compiled."""
+  teacher = lineage.abstract_params(stage)
+  frozen = jax.eval_shape(stage.frozen, {'teacher': teacher if stage.parent else None})
+  batch = stage.inputs(
+    {
+      'image': jax.ShapeDtypeStruct((images, *stage.image_shape), jnp.uint8),
+      'label': jax.ShapeDtypeStruct((images,), jnp.int32),
+    }
+  )
+  lowered = jax.jit(train_step).lower(stage.recipe, lineage.abstract_state(stage), frozen, batch)
+  cost: Any = lowered.cost_analysis()
+  return float(cost['flops'])
+
+
+def count_flops(stage: Stage) -> float:
+  """An image; what an update takes whatever its batch is left out."""
+  few, more = 2, 4
+  return (lowered_flops(stage, more) - lowered_flops(stage, few)) / (more - few)
+
+
+def of_stage(stage: Stage, flops: float) -> Update:
+  """What an update of it takes, with all parameters on every chip; on one device."""
+  needs = preflight.memory(stage)
+  params = sum(leaf.size for leaf in jax.tree.leaves(lineage.abstract_params(stage)))
+  return Update(
+    images=stage.batch_size,
+    flops=flops,
+    gradients=4.0 * params,
+    kept=needs.arguments + needs.gradients,
+    activations=needs.activations / stage.batch_size,
+  )
+
+
+def plan(**changes: Any) -> list[Stage]:
+  """The stages of the paper's config, with changes in its section `compute`."""
+  config = imagenet64.get_config()
+  config.compute.update(changes)
+  return stages.plan(config, SHAPE, CLASSES)
+
+
+def show_memory() -> None:
+  """Prints what the network keeps on a device that has all its parameters."""
+  print('\nMemory of configs/imagenet64.py on each device, all parameters on every one, GB\n')
+  print(
+    '| update | option | parameters, averages, moments, teacher | gradients | activations an image |'
+  )
+  print('| --- | --- | --- | --- | --- |')
+  choices: list[dict[str, Any]] = [
+    {},
+    {'remat': True},
+    {'dtype': 'bfloat16', 'teacher_dtype': 'bfloat16'},
+    {'dtype': 'bfloat16', 'teacher_dtype': 'bfloat16', 'remat': True},
+  ]
+  for changes in choices:
+    told = ', '.join(f'{key}={value}' for key, value in changes.items()) or 'as it is'
+    for name, stage in zip(('base', 'round'), plan(**changes), strict=False):
+      needs = preflight.memory(stage)
+      image = needs.activations / stage.batch_size
+      cells = (needs.arguments / 1e9, needs.gradients / 1e9, image / 1e9)
+      print(f'| {name} | {told} | ' + ' | '.join(f'{cell:.3f}' for cell in cells) + ' |', flush=True)
+
+
+def show(args: argparse.Namespace) -> None:
+  """Prints the tables, with what they assume."""
+  jax.config.update('jax_platforms', 'cpu')
+  show_memory()
+  planned = plan(dtype='bfloat16', teacher_dtype='bfloat16')
+  base, first = planned[0], planned[1]
+  updates = {stage.name: of_stage(stage, count_flops(stage)) for stage in (base, first)}
+  counts = (base.num_updates, sum(stage.num_updates for stage in planned[1:]))
+  of_base, of_round = updates[base.name], updates[first.name]
+  print(
+    f'\nconfigs/imagenet64.py: {of_base.gradients / 4e6:.0f} million parameters; base training '
+    f'{counts[0]:,} updates of {of_base.images} images, {of_base.flops / 1e9:.0f} GFLOP each; '
+    f'{len(planned) - 1} rounds {counts[1]:,} updates, {of_round.flops / 1e9:.0f} GFLOP an image'
+  )
+  print(
+    f'Assumed: {args.mfu:.0%} of the peak; compute.dtype and compute.teacher_dtype=bfloat16, no remat; '
+    'as many micro-batches as\npreflight needs for 90 % of the memory; float32 gradients around one '
+    'ring for each; the optimizer reads and writes\nmemory at its full speed; data and evaluation cost '
+    'nothing. Ranges: computing and gradients at the same time,\nor one after the other.\n'
+  )
+  of = 'micro-batches | ms: computing + gradients | images/s | days'
+  print(f'| chip | chips | base: {of} | rounds: {of} |')
+  print('| ' + ' | '.join(['---'] * 10) + ' |')
+  for name, chip in CHIPS.items():
+    for chips in COUNTS:
+      cells = []
+      for update, count in zip((of_base, of_round), counts, strict=True):
+        cells += _cells(update, chip, chips, args.mfu, count)
+      print(f'| {name} | {chips} | ' + ' | '.join(cells) + ' |', flush=True)
+
+
+def _cells(update: Update, chip: Chip, chips: int, mfu: float, count: int) -> list[str]:
+  """Of `count` updates."""
+  parts = micro_batches(update, chip, chips)
+  if not parts:
+    return ['does not fit', *['-'] * 3]
+  computing, adding = seconds(update, chip, chips, mfu)
+  least, most = max(computing, adding), computing + adding
+  return [
+    str(parts),
+    f'{1e3 * computing:.0f} + {1e3 * adding:.0f}',
+    f'{update.images / most:,.0f} - {update.images / least:,.0f}',
+    f'{least * count / _DAY:.1f} - {most * count / _DAY:.1f}',
+  ]

@@ -1,0 +1,342 @@
+"""What the training step moves and keeps on several devices, as compiled: python benchmarks/scaling.py
+
+A check of the program and not of speed: each layout (data x fsdp) is compiled for virtual CPU devices
+and never run. Tables for base training and for a round of progressive distillation, with the batch held
+fixed (strong scaling) and with the images of each device held fixed (weak scaling):
+
+  collectives  bytes that they move in an update, on each device, beside the theory: the gradients are
+               reduced once, and parameters that are split are gathered once for each network
+  FLOPs        of each device, times the devices, beside those of one device
+  memory       what `preflight` says beside what the compiler plans
+
+--options prints the memory of one layout with each option that saves some; --project the memory of the
+paper's ImageNet 64x64 network, and the time that its training would take on accelerators, from vendors'
+figures; see projection.py.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import collectives, projection
+from configs import cifar10, digits
+from diffusion_distillation import lineage, preflight, sharding, stages
+from diffusion_distillation.recipe import Stage
+from diffusion_distillation.update import train_steps
+
+STAGES = {'base': 0, 'round': 1}
+LAYOUTS = '1x1,2x1,4x1,8x1,4x2,2x4,1x8'
+# Code that is only looked at need not be fast; all that is counted is settled before LLVM.
+_FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+_SLACK = 1.05  # measured / theory above which operations are named
+OPTIONS: dict[str, dict[str, Any]] = {
+  'as it is': {},
+  'mesh.fsdp=8': {'fsdp': 8},
+  'compute.dtype=bfloat16': {'compute.dtype': 'bfloat16'},
+  'compute.teacher_dtype=bfloat16': {'compute.teacher_dtype': 'bfloat16'},
+  'compute.remat=True': {'compute.remat': True},
+  'micro_batches=4': {'train.micro_batches': 4, 'distill.micro_batches': 4},
+  'all of them': {
+    'fsdp': 8,
+    'compute.dtype': 'bfloat16',
+    'compute.teacher_dtype': 'bfloat16',
+    'compute.remat': True,
+    'train.micro_batches': 4,
+    'distill.micro_batches': 4,
+  },
+}
+
+
+def _tiny() -> ml_collections.ConfigDict:
+  config = digits.get_config()
+  config.model.ch, config.model.emb_ch, config.model.num_groups = 8, 16, 4
+  config.model.ch_mult, config.model.attn_resolutions = (1,), ()
+  config.train.batch_size = config.distill.batch_size = 16
+  return config
+
+
+def _cifar10() -> ml_collections.ConfigDict:
+  config = cifar10.get_config()
+  config.train.batch_size = config.distill.batch_size = 8
+  return config
+
+
+NETWORKS = {  # configs, with the shape of their images and the number of their classes
+  'tiny': (_tiny, (8, 8, 1), 10),
+  'digits': (digits.get_config, (8, 8, 1), 10),
+  'cifar10': (_cifar10, (32, 32, 3), 10),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What is compiled.
+
+  Attributes:
+    network: a name in NETWORKS.
+    stage: a name in STAGES.
+    data, fsdp: the layout.
+    times: the config's batch is multiplied by this.
+    changes: keys of the config and their values.
+  """
+
+  network: str
+  stage: str
+  data: int
+  fsdp: int
+  times: int = 1
+  changes: tuple[tuple[str, Any], ...] = ()
+
+  @property
+  def devices(self) -> int:
+    """All of the layout."""
+    return self.data * self.fsdp
+
+  @property
+  def layout(self) -> str:
+    """As the tables have it."""
+    return f'{self.data} x {self.fsdp}'
+
+  def plan(self) -> Stage:
+    """The stage, its batch as large as asked for."""
+    get_config, shape, classes = NETWORKS[self.network]
+    config = get_config()
+    config.update_from_flattened_dict(dict(self.changes))
+    stage = stages.plan(config, shape, classes)[STAGES[self.stage]]
+    return dataclasses.replace(stage, batch_size=stage.batch_size * self.times)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What a compiled step says of itself; bytes and FLOPs are those of each device.
+
+  Attributes:
+    images: in a batch, over all devices.
+    moved: bytes of collectives, by kind.
+    expected: the same, in theory.
+    most: the operations that move most.
+    flops: of an update.
+    batch: bytes of the batch.
+    arguments: bytes of what the step is given, the batch included.
+    temporary: bytes that it needs meanwhile.
+    memory: what `preflight` says.
+  """
+
+  images: int
+  moved: dict[str, int]
+  expected: dict[str, int]
+  most: list[str]
+  flops: float
+  batch: int
+  arguments: int
+  temporary: int
+  memory: preflight.Memory
+
+
+def arguments_of(stage: Stage) -> tuple[Any, ...]:
+  """Shapes of what the step is given, each with its sharding."""
+  teacher = lineage.abstract_params(stage)
+  networks = {'teacher': teacher if stage.parent else None}
+  frozen = jax.eval_shape(stage.frozen, networks)
+  image = jax.ShapeDtypeStruct((stage.batch_size, *stage.image_shape), jnp.uint8)
+  batch = stage.inputs({'image': image, 'label': jax.ShapeDtypeStruct(image.shape[:1], jnp.int32)})
+  batch = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.split()), batch
+  )
+  state = sharding.abstract(lineage.abstract_state(stage))
+  return stage.recipe, state, sharding.abstract(frozen), batch
+
+
+def theory(stage: Stage, data: int, fsdp: int) -> dict[str, int]:
+  """Bytes of the results of an update's collectives on each device.
+
+  Gradients are summed over all devices: of parameters that are whole, by one all-reduce; of those that
+  are split, by a reduce-scatter along fsdp, which XLA's CPU backend writes as an all-reduce and a slice,
+  and an all-reduce of the parts along data. With micro-batches, once for each. Parameters that are split
+  are gathered once for each network.
+  """
+  params = lineage.abstract_params(stage)
+  leaves = jax.tree.leaves(params)
+  split = sum(
+    _bytes(leaf)
+    for leaf, layout in zip(leaves, jax.tree.leaves(sharding.of(params)), strict=True)
+    if not layout.is_fully_replicated
+  )
+  whole = sum(map(_bytes, leaves)) - split
+  parts = split // fsdp * (data > 1)
+  reduced = stage.recipe.micro_batches * ((whole + split + parts) if data * fsdp > 1 else 0)
+  gathered = 0
+  if stage.parent:
+    teacher = jax.eval_shape(stage.frozen, {'teacher': params})['teacher']
+    gathered = split * jax.tree.leaves(teacher)[0].dtype.itemsize // 4
+  return {'all-reduce': reduced, 'all-gather': split + gathered}
+
+
+def _bytes(leaf: Any) -> int:
+  return leaf.size * leaf.dtype.itemsize
+
+
+def measure(case: Case) -> Found:
+  """Compiles a case for the devices there are, which must be those of its layout."""
+  sharding.use(case.data, case.fsdp)
+  stage = case.plan()
+  given = arguments_of(stage)
+  step: Any = sharding.compile_step(train_steps)
+  compiled = step.lower(*given).compile()
+  found = collectives.read(compiled.as_text())
+  found.sort(key=lambda one: -one.bytes * one.calls)
+  memory = compiled.memory_analysis()
+  batch = sum(map(_bytes, jax.tree.leaves(given[3]))) // case.devices
+  return Found(
+    images=stage.batch_size,
+    moved=collectives.by_kind(found),
+    expected=theory(stage, case.data, case.fsdp),
+    most=[f'{one.kind} of {one.bytes:,} bytes x {one.calls}: {one.name[-100:]}' for one in found[:4]],
+    flops=float(compiled.cost_analysis()['flops']),
+    batch=batch,
+    arguments=memory.argument_size_in_bytes,
+    temporary=memory.temp_size_in_bytes,
+    memory=preflight.memory(stage),
+  )
+
+
+def _begin(devices: int) -> None:
+  """In a new process, before jax looks for devices."""
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_enable_compilation_cache', False)  # a stored program does not tell its memory
+  jax.config.update('jax_num_cpu_devices', devices)
+
+
+def measure_all(cases: Iterable[Case]) -> Iterator[tuple[Case, Found]]:
+  """Each number of devices in a process of its own, one after the other."""
+  cases = list(cases)
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAGS}'
+  context = multiprocessing.get_context('spawn')
+  for devices in dict.fromkeys(case.devices for case in cases):
+    with concurrent.futures.ProcessPoolExecutor(
+      1, context, initializer=_begin, initargs=(devices,)
+    ) as pool:
+      for case in cases:
+        if case.devices == devices:
+          yield case, pool.submit(measure, case).result()
+
+
+def table(*columns: str) -> None:
+  """Prints the head of a markdown table."""
+  row(*columns)
+  row(*('---' for _ in columns))
+
+
+def row(*cells: Any) -> None:
+  """Prints a row of a markdown table."""
+  print('| ' + ' | '.join(str(cell) for cell in cells) + ' |', flush=True)
+
+
+def _over(measured: float, expected: float) -> str:
+  return f'{measured / expected:.4f}' if expected else f'{measured:.0f} / 0' if measured else '-'
+
+
+def scaling(network: str, names: list[str], layouts: list[tuple[int, int]], weak: bool) -> None:
+  """Prints the table of collectives and FLOPs, and then that of memory."""
+  cases = [
+    Case(network, name, data, fsdp, data * fsdp if weak else 1)
+    for name in names
+    for data, fsdp in layouts
+  ]
+  print(f'\n{"Weak" if weak else "Strong"} scaling of {network}; collectives in bytes a device\n')
+  table(
+    *('update', 'data x fsdp', 'images', 'all-reduce', '/ theory', 'all-gather', '/ theory', 'others'),
+    *('MFLOP a device', 'x devices / one'),
+  )
+  one: dict[str, float] = {}
+  memory, odd = [], []
+  for case, found in measure_all(cases):
+    one.setdefault(case.stage, found.flops * (1 if weak else case.devices))
+    whole = found.flops / one[case.stage] * (1 if weak else case.devices)
+    ratios = [_over(found.moved.get(kind, 0), found.expected[kind]) for kind in found.expected]
+    moved = [f'{found.moved.get(kind, 0):,}' for kind in found.expected]
+    others = sum(found.moved.values()) - sum(found.moved.get(kind, 0) for kind in found.expected)
+    row(
+      *(case.stage, case.layout, found.images, moved[0], ratios[0], moved[1], ratios[1], others),
+      *(f'{found.flops / 1e6:.1f}', f'{whole:.3f}'),
+    )
+    above = sum(found.moved.values()) > _SLACK * sum(found.expected.values())
+    odd += [f'{case.stage} {case.layout}: {text}' for text in found.most if above]
+    memory.append((case, found))
+  print('\n'.join(odd))
+  if not weak:
+    print('\nMemory of each device, bytes\n')
+    table('update', 'data x fsdp', *MEMORY)
+    for case, found in memory:
+      row(case.stage, case.layout, *of_memory(found))
+
+
+MEMORY = (
+  'arguments: preflight',
+  'compiler',
+  'ratio',
+  'while it runs: preflight',
+  'compiler',
+  'ratio',
+)
+
+
+def of_memory(found: Found) -> tuple[str, ...]:
+  """Cells under MEMORY; arguments without the batch."""
+  arguments, temporary = found.memory.arguments, found.memory.gradients + found.memory.activations
+  given = found.arguments - found.batch
+  return (
+    *(f'{arguments:,}', f'{given:,}', f'{arguments / given:.4f}'),
+    *(f'{temporary:,}', f'{found.temporary:,}', f'{temporary / found.temporary:.2f}'),
+  )
+
+
+def options(network: str, names: list[str]) -> None:
+  """Prints what each option saves, on 8 devices."""
+  cases = {}
+  for name in names:
+    for caption, changes in OPTIONS.items():
+      fsdp = changes.get('fsdp', 1)
+      rest = tuple((key, value) for key, value in changes.items() if key != 'fsdp')
+      cases[Case(network, name, 8 // fsdp, fsdp, changes=rest)] = caption
+  print(f'\n{network} on 8 devices, bytes of each\n')
+  table('update', 'option', *MEMORY)
+  for case, found in measure_all(cases):
+    row(case.stage, cases[case], *of_memory(found))
+
+
+def main() -> None:
+  """Reads flags, and prints the tables."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--network', choices=list(NETWORKS), default='tiny')
+  parser.add_argument('--updates', default='base,round', help='which, of base and round')
+  parser.add_argument('--layouts', default=LAYOUTS, help='data x fsdp')
+  parser.add_argument('--scaling', default='strong,weak', help='which, of strong and weak')
+  parser.add_argument('--options', action='store_true', help='print what each option saves')
+  projection.add_flags(parser)
+  args = parser.parse_args()
+  names = args.updates.split(',')
+  if args.project:
+    projection.show(args)
+  elif args.options:
+    options(args.network, names)
+  else:
+    layouts = [tuple(map(int, layout.split('x'))) for layout in args.layouts.split(',')]
+    for kind in args.scaling.split(','):
+      scaling(args.network, names, layouts, kind == 'weak')  # type: ignore[arg-type]
+
+
+if __name__ == '__main__':
+  main()
