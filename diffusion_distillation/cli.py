@@ -74,7 +74,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     # Warnings only, unless asked: --verbosity=0 shows all that orbax and jax have to say.
     rest = flags.FLAGS([argv[0], '--verbosity=-1', *argv[1:]])
-    if flags.FLAGS['verbosity'].value < 0:
+    if (flags.FLAGS['verbosity'].value or 0) < 0:
       checkpoints.hush()
     getattr(flags.FLAGS['config'].value, 'items', None)  # raises if the file could not be loaded
     return rest
