@@ -249,11 +249,30 @@ def test_weights_of_a_classifier_are_read_from_its_file(of_classifier, tmp_path)
     assert load(distance, '', (8, 8, 1), 'dmd.distance_weights') is None
 
 
+def test_numbers_that_numpy_does_not_have_are_refused_in_one_line(tmp_path):
+  path, header = (
+    tmp_path / 'weights.safetensors',
+    b'{"w":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}',
+  )
+  path.write_bytes(len(header).to_bytes(8, 'little') + header + b'0')
+  with pytest.raises(UserError, match='numbers of a type that NumPy does not have') as raised:
+    load(Features(), str(path), (8, 8, 1), 'dmd.distance_weights')
+  assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize('mse', [1e-14, 1e-10, 1e-7, 1e-3, 1.0])
+def test_pseudo_huber_is_exact_for_the_smallest_differences(mse):
+  x = jnp.full((1, 4, 4, 1), np.sqrt(mse))
+  got = float(PseudoHuber()(x, jnp.zeros_like(x))[0])
+  assert got == pytest.approx(np.sqrt(mse + 0.00054**2) - 0.00054, rel=1e-4 if mse > 1e-12 else 1e-2)
+
+
 BROKEN = {
   'other_channels': lambda f: f | {'conv0/kernel': np.zeros((3, 3, 3, 32), np.float32)},
   'other_width': lambda f: f | {'features/kernel': np.zeros((10, 64), np.float32)},
   'without_a_layer': lambda f: {k: v for k, v in f.items() if not k.startswith('conv1')},
   'without_logits': lambda f: {k: v for k, v in f.items() if not k.startswith('logits')},
+  'with_a_layer_too_many': lambda f: f | {'conv9/bias': np.zeros(64, np.float32)},
   'of_lpips': lambda f: {'net.slice1.0.bias': np.zeros(64, np.float32)},
 }
 

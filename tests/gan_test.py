@@ -114,3 +114,17 @@ def test_a_logit_is_of_its_image_alone_at_any_size():
   assert np.std(whole) > 1e-3
   for size in (1, 2, 5):
     assert Head().apply({'params': HEAD}, jnp.ones((3, size, size, GAN.width))).shape == (3,)
+
+
+@pytest.mark.parametrize('width', [8, 16])
+def test_the_narrowest_head_sees_how_strong_an_activation_is(width):
+  """Channels that are normalized each by itself would all look alike."""
+  rng = np.random.default_rng(0)
+  h = rng.normal(size=(1, 2, 2, width)).astype(np.float32)
+  stronger = h * np.where(np.arange(width) % 2, 1.0, 4.0).astype(np.float32)
+  params = Head().init(KEY, h)
+  params['params']['conv0']['kernel'] = np.eye(width, dtype=np.float32)[None, None] * (
+    np.arange(9).reshape(3, 3, 1, 1) == 4
+  )
+  logits = [float(Head().apply(params, x)[0]) for x in (h, stronger)]
+  assert abs(logits[0] - logits[1]) > 1e-3

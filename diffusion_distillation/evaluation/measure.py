@@ -107,6 +107,7 @@ def evaluate(
     report.write(config, results, drawn, watched, workdir / 'report')
     write_json(partial, results)
     os.replace(partial, path)
+  cluster.barrier()  # the others do not leave while the first one writes
   return results
 
 
