@@ -17,9 +17,8 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, h: jax.Array) -> jax.Array:
     width = h.shape[-1]
-    groups = min(
-      8, width // 2
-    )  # two channels each at least: one alone, normalized, says nothing of its size
+    # Two channels each at least: one alone, normalized, says nothing of its size.
+    groups = min(8, width // 2)
     for k in range(2):
       h = nn.Conv(width, (3, 3), name=f'conv{k}')(h)
       h = nn.swish(nn.GroupNorm(groups, name=f'norm{k}')(h))
