@@ -126,7 +126,7 @@ def needs(
   workdir: pathlib.Path,
   distances: Mapping[str, Params],
 ) -> Iterator[str]:
-  """Lines: memory of each device by stage, then the disk.
+  """Lines: memory of each device by stage that is not finished, then the disk.
 
   Raises:
     UserError: parameters, averages, optimizer and teacher alone are more than a device has, or the disk is too small.
@@ -135,6 +135,8 @@ def needs(
   yield 'memory of each device, GB:  parameters  averages  optimizer  frozen  gradients  gathered  activations  together'
   kinds: dict[Any, Memory] = {}
   for stage in stages:
+    if stage.name in finished:
+      continue
     kind = (jax.tree.structure(stage.recipe), stage.batch_size, stage.parent is None)
     if kind not in kinds:
       kinds[kind] = memory(stage, distances.get(stage.name))

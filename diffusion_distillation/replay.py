@@ -11,13 +11,14 @@ import dataclasses
 import itertools
 import logging
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_distillation import interrupts, lineage, sharding, workdir
+from diffusion_distillation import cluster, files, interrupts, lineage, sharding, workdir
 from diffusion_distillation.checkpoints import Checkpoints
 from diffusion_distillation.configuration import Config
 from diffusion_distillation.datasets.orders import Shuffled
@@ -46,8 +47,11 @@ def keep(stage: Stage, sources: Sources, stage_dir: pathlib.Path, state: TrainSt
     skipped=state.skipped - streak,
     skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
   )
+  if files.writes():
+    shutil.rmtree(stage_dir / 'nonfinite', ignore_errors=True)
+    (stage_dir / 'nonfinite').mkdir()
+  cluster.barrier()
   with contextlib.closing(Checkpoints(stage_dir / 'nonfinite')) as checkpoints:
-    (stage_dir / 'nonfinite').mkdir(exist_ok=True)
     checkpoints.save(int(state.step), state, 0.0)
     found = examine(stage, sources, state)
   write_json(stage_dir / 'nonfinite.json', found)

@@ -67,8 +67,8 @@ class ResBlock(nn.Module):
   out_ch: int
   num_groups: int
   dropout: float
-  dtype: Any
   resample: str | None = None
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
@@ -96,7 +96,7 @@ class AttnBlock(nn.Module):
   num_groups: int
   num_heads: int | None
   head_dim: int | None
-  dtype: Any
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -174,7 +174,7 @@ class UNet(nn.Module):
 
   def _res_block(self, ch: int, name: str, way: str | None = None) -> Callable[..., jax.Array]:
     cls = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-    return cls(ch, self.num_groups, self.dropout, DTYPES[self.dtype], way, name=name)
+    return cls(ch, self.num_groups, self.dropout, way, DTYPES[self.dtype], name=name)
 
   def _attention(self, name: str) -> Callable[..., jax.Array]:
     cls = nn.remat(AttnBlock) if self.remat else AttnBlock

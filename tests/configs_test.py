@@ -230,6 +230,6 @@ def test_a_variant_reaches_the_plan_from_the_command_line(tmp_path):
   flags = ['--config=configs/cifar10.py:fast', '--mode=plan', '--config.log.measured_updates=0']
   code, _, err = tiny.run_main(*flags, f'--workdir={tmp_path / "run"}')
   assert code == 0, err
-  lines = [line.split() for line in err.splitlines() if line.strip().startswith('progressive')]
+  lines = [line.split() for line in err.splitlines() if ' updates of ' in line and 'progressive' in line]
   assert [line[3] for line in lines[-3:]] == ['10,000', '20,000', '20,000']
   assert lines[0][:2] == ['progressive_4096', '4096'] and not (tmp_path / 'run').exists()

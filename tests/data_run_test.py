@@ -249,7 +249,7 @@ def test_a_flat_folder_has_no_classes_and_is_measured_by_quarter_turns(tmp_path,
     counts = {'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
     return state.replace(step=state.step + 1), counts | {'loss': 0.0 * state.step}
 
-  monkeypatch.setattr(train, 'train_step', train_step)
+  monkeypatch.setattr(train, 'train_steps', train_step)
   monkeypatch.setattr(features, '_UPDATES', 40)
   for k in range(40):
     draw(tmp_path / 'flat' / f'{k}.png', 0, k)

@@ -86,6 +86,8 @@ def test_a_line_a_stage_and_one_of_the_disk(tmp_path):
   assert all('(2 images)' in line for line in lines[1:-1])  # of 16, on 8 devices
   assert lines[-1].startswith('disk, GB: 0.00')
   assert not (tmp_path / 'not').exists()
+  left = needs(tmp_path, finished=['base', 'dmd'])
+  assert [line.split()[0] for line in left[1:-1]] == ['progressive_0001']
 
 
 def test_what_does_not_fit_a_device_is_refused(tmp_path, monkeypatch):

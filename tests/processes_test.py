@@ -6,8 +6,10 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from diffusion_distillation import checkpoints
 from tests import peer, tiny
 
 
@@ -61,3 +63,8 @@ def test_two_and_four_processes_train_every_method_as_one_does(tmp_path):
   assert again == four, 'the same layout, but not bit for bit'
   for found, last in ((one, 'dmd2'), (two, 'dmd2'), (four, 'progressive_0001')):
     assert found['restored'] == found[last]['digest']
+  # What two processes have written, this one reads, on eight devices.
+  stage = peer.stages_of(methods)[0][-1]
+  like = jax.eval_shape(stage.recipe.create_state, peer.Small().init(stage.image_shape))
+  restored, _ = checkpoints.Checkpoints(tmp_path / 'two').restore(like, set_aside=False)
+  assert checkpoints.digest(restored) == two['restored']
