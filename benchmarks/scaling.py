@@ -295,7 +295,7 @@ MEMORY = (
 
 def of_memory(found: Found) -> tuple[str, ...]:
   """Cells under MEMORY; arguments without the batch."""
-  arguments, temporary = found.memory.arguments, found.memory.gradients + found.memory.activations
+  arguments, temporary = found.memory.arguments, found.memory.total - found.memory.arguments
   given = found.arguments - found.batch
   return (
     *(f'{arguments:,}', f'{given:,}', f'{arguments / given:.4f}'),

@@ -138,4 +138,4 @@ def test_preflight_knows_the_arguments_and_estimates_the_rest(found):
   for one in found.values():
     others = one.arguments - one.batch - one.memory.arguments
     assert 0 < others <= 64  # counters, and numbers of the recipe
-    assert 0.5 < (one.memory.gradients + one.memory.activations) / one.temporary < 2.0
+    assert 0.5 < (one.memory.total - one.memory.arguments) / one.temporary < 2.0
