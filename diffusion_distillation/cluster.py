@@ -24,9 +24,7 @@ _NOBODY = (
   'does not have a controller',  # a pod of Kubernetes by itself
   'job-name',  # the same, as a KeyError
 )
-_GRACE = (
-  3.0  # seconds that the first process, whose end ends all others, leaves them for their last words
-)
+_GRACE = 3.0  # seconds that the first process leaves the others, whom its end ends, for their last words
 
 
 def start(

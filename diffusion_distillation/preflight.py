@@ -18,9 +18,7 @@ from diffusion_distillation.train_state import Params
 
 _CHECKPOINTS = 2  # that a stage keeps
 _GB = 1e9
-_PRIME = (
-  10_007  # examples in a batch of which only shapes are looked at: no width of a network divides by it
-)
+_PRIME = 10_007  # examples of a batch that has shapes only; what divides by it grows with the batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,12 +152,12 @@ def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dic
 
 def _nearest(stage_dir: pathlib.Path, stage: Stage, sources: Sources, step: int) -> TrainState:
   like = lineage.abstract_state(stage)
-  for where in (stage_dir / 'nonfinite', stage_dir):
-    restored = Checkpoints(where).restore(like, set_aside=False, upto=step)
-    if restored is not None and int(restored[0].step) <= step:
-      state: TrainState = restored[0]
-      return state
-  return sources.first_state(stage)
+  restored = [
+    Checkpoints(where).restore(like, set_aside=False, upto=step)
+    for where in (stage_dir / 'nonfinite', stage_dir)
+  ]
+  states: list[TrainState] = [found[0] for found in restored if found is not None]
+  return max(states, key=lambda state: int(state.step)) if states else sources.first_state(stage)
 
 
 def _advance(stage: Stage, sources: Sources, state: TrainState, step: int) -> TrainState:

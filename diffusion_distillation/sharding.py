@@ -266,15 +266,14 @@ def compile_step(step: Callable) -> Callable:
   """Jits step(recipe, state, frozen, batch) -> (state, metrics) for the mesh in use, donating the state."""
   mesh = _mesh()
 
+  def gathering(recipe: Any) -> Any:
+    if isinstance(recipe, tuple):  # of several updates in one program
+      return tuple(map(gathering, recipe))
+    split_up = mesh.shape['fsdp'] > 1
+    return dataclasses.replace(recipe, denoise=_Gathered(recipe.denoise, mesh)) if split_up else recipe
+
   def compiled(recipe: Any, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
-    if mesh.shape['fsdp'] > 1:
-      several = isinstance(recipe, tuple)
-      recipes = tuple(
-        dataclasses.replace(r, denoise=_Gathered(r.denoise, mesh))
-        for r in (recipe if several else (recipe,))
-      )
-      recipe = recipes if several else recipes[0]
-    state, metrics = step(recipe, state, frozen, batch)
+    state, metrics = step(gathering(recipe), state, frozen, batch)
     layout = jax.tree.map(lambda leaf: _of_shape(mesh, leaf.shape), state)
     whole = NamedSharding(mesh, PartitionSpec())
     return (

@@ -99,6 +99,22 @@ def test_replay_goes_on_from_the_nearest_checkpoint_before(short_plan, step, mon
   assert found == direct
 
 
+def test_a_streak_that_was_kept_long_ago_is_not_the_nearest(diverged, step, monkeypatch):
+  """That of update 9 is kept, and there are checkpoints of 5 and 10."""
+  monkeypatch.setattr(workdirs, 'plan_for', lambda *_: ([poisoned(9, 10, 11)], IMAGES))
+  taken = []
+
+  def counting(recipe, state, frozen, batch):
+    taken.append(int(state.step))
+    return step(recipe, state, frozen, batch)
+
+  monkeypatch.setattr(sharding, 'compile_step', lambda _: counting)
+  for k, begun in ((9, []), (11, [10]), (7, [5, 6])):
+    taken.clear()
+    assert replay.replay(CONFIG, diverged, 'base', k)['step'] == k
+    assert taken == begun
+
+
 @pytest.mark.parametrize(
   ('stage', 'step', 'message'),
   [
