@@ -7,7 +7,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import default
-from diffusion_distillation import cli, times
+from diffusion_distillation import cli
+from diffusion_distillation.diffusion import times
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; prepare does without.')

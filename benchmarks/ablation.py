@@ -26,13 +26,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks.ablation_report import CALLS, INTEGRATORS, OUTPUTS, UPDATES, WEIGHTINGS, figures, tables
 from configs import digits
-from diffusion_distillation import datasets, interrupts, sharding, stages, train, update
+from diffusion_distillation import datasets
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError, UserError
 from diffusion_distillation.evaluation import features, measure
-from diffusion_distillation.files import read_json, write_json
-from diffusion_distillation.lineage import Model
-from diffusion_distillation.workdir import lock_workdir
+from diffusion_distillation.run import loop
+from diffusion_distillation.stages import plan
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.workdir import lock_workdir
+from diffusion_distillation.system import interrupts, sharding
+from diffusion_distillation.system.files import read_json, write_json
+from diffusion_distillation.training import step
 
 START = 64  # steps that rounds begin at
 
@@ -71,7 +75,7 @@ class Bench:
       self.workdir / 'extractor.safetensors', self.images, held_out
     )
     self.reference = self.extractor.moments(self.images)
-    self.step = sharding.compile_step(update.train_steps)
+    self.step = sharding.compile_step(step.train_steps)
     self.path = self.workdir / 'rows.json'
     stored = read_json(self.path) if self.path.exists() else {'scale': self.scale, 'rows': []}
     if stored['scale'] != self.scale:
@@ -86,17 +90,17 @@ class Bench:
     down_to: int = 1,
   ) -> list[Model]:
     """The base of a config, or the rounds that start from `base`; finished ones are only restored."""
-    planned = stages.plan(config, (8, 8, 1), 10)
+    planned = plan.plan(config, (8, 8, 1), 10)
     workdir = self.workdir / f'seed_{config.seed}' / name
     workdir.mkdir(parents=True, exist_ok=True)
     if base is None:
-      return [train.fit(self.step, planned[0], train.Sources(self.images), workdir, config)]
+      return [loop.fit(self.step, planned[0], loop.Sources(self.images), workdir, config)]
     models = [base]
     for stage in planned[1:]:
       if stage.num_steps < down_to:
         break
-      sources = train.Sources(self.images, models[-1])
-      models.append(train.fit(self.step, stage, sources, workdir, config))
+      sources = loop.Sources(self.images, models[-1])
+      models.append(loop.fit(self.step, stage, sources, workdir, config))
     return models[1:]
 
   def has(self, part: str, seed: int, **key: Any) -> bool:
@@ -170,7 +174,7 @@ def run_integrators(bench: Bench, seed: int) -> None:
 def _rounds(bench: Bench, part: str, seed: int, caption: str, factor: int, updates: tuple) -> None:
   updates = tuple(max(1, round(bench.scale * count)) for count in updates)
   config = make_config(seed, bench.scale, distill__factor=(factor,), distill__num_updates=updates)
-  counts = [steps for steps, _ in stages.rounds(START, 1, (factor,))]
+  counts = [steps for steps, _ in plan.rounds(START, 1, (factor,))]
   if all(bench.has(part, seed, num_steps=n, caption=caption) for n in counts):
     return
 

@@ -26,9 +26,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import image_files
 from configs import cifar10, digits, imagenet64
-from diffusion_distillation import datasets, lineage, sharding, stages, update
-from diffusion_distillation.configuration import Config
+from diffusion_distillation import datasets
+from diffusion_distillation.config import Config
 from diffusion_distillation.datasets import loading, preparing
+from diffusion_distillation.stages import plan, provenance
+from diffusion_distillation.system import sharding
+from diffusion_distillation.training import step as update
 
 BATCH = 128
 PAPER = {32: ('cifar10', cifar10.get_config), 64: ('imagenet64', imagenet64.get_config)}
@@ -37,10 +40,10 @@ PAPER = {32: ('cifar10', cifar10.get_config), 64: ('imagenet64', imagenet64.get_
 def flops_per_image(config: Config) -> float:
   """FLOPs of one update of base training, an image, from the step as it is lowered; nothing is compiled."""
   described = datasets.describe(datasets.Settings.of(config.dataset))
-  base = stages.plan(config, *described)[0]
+  base = plan.plan(config, *described)[0]
   image = jax.ShapeDtypeStruct((8, *base.image_shape), jnp.uint8)
   batch = base.inputs({'image': image, 'label': jax.ShapeDtypeStruct((8,), jnp.int32)})
-  lowered = jax.jit(update.train_step).lower(base.recipe, lineage.abstract_state(base), {}, batch)
+  lowered = jax.jit(update.train_step).lower(base.recipe, provenance.abstract_state(base), {}, batch)
   cost = lowered.cost_analysis()
   return float(cost['flops']) / 8
 
@@ -86,7 +89,7 @@ def waits(root: pathlib.Path, args: argparse.Namespace) -> None:
   config = digits.get_config()
   config.model.attn_resolutions = ()
   settings = image_files.write(root, args.images, 32)
-  base = stages.plan(config, (32, 32, 3), 6)[0]
+  base = plan.plan(config, (32, 32, 3), 6)[0]
   step = sharding.compile_step(update.train_steps)
   params = base.denoise.init(jax.random.key(0), base.image_shape)
   count = math.ceil(args.seconds * 2)

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from configs import imagenet64
-from diffusion_distillation import lineage, preflight, stages
-from diffusion_distillation.recipe import Stage
-from diffusion_distillation.update import train_step
+from diffusion_distillation.run import preflight
+from diffusion_distillation.stages import plan as stages
+from diffusion_distillation.stages import provenance
+from diffusion_distillation.training.recipe import Stage
+from diffusion_distillation.training.step import train_step
 
 SHAPE, CLASSES = (64, 64, 3), 1000
 COUNTS = (8, 32, 64, 256)
@@ -119,7 +121,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def lowered_flops(stage: Stage, images: int) -> float:
   """Of an update of so many images, as it is lowered; nothing is compiled."""
-  teacher = lineage.abstract_params(stage)
+  teacher = provenance.abstract_params(stage)
   frozen = jax.eval_shape(stage.frozen, {'teacher': teacher if stage.parent else None})
   batch = stage.inputs(
     {
@@ -127,7 +129,7 @@ def lowered_flops(stage: Stage, images: int) -> float:
       'label': jax.ShapeDtypeStruct((images,), jnp.int32),
     }
   )
-  lowered = jax.jit(train_step).lower(stage.recipe, lineage.abstract_state(stage), frozen, batch)
+  lowered = jax.jit(train_step).lower(stage.recipe, provenance.abstract_state(stage), frozen, batch)
   cost: Any = lowered.cost_analysis()
   return float(cost['flops'])
 
@@ -141,7 +143,7 @@ def count_flops(stage: Stage) -> float:
 def of_stage(stage: Stage, flops: float) -> Update:
   """What an update of it takes, with all parameters on every chip; on one device."""
   needs = preflight.memory(stage)
-  params = sum(leaf.size for leaf in jax.tree.leaves(lineage.abstract_params(stage)))
+  params = sum(leaf.size for leaf in jax.tree.leaves(provenance.abstract_params(stage)))
   return Update(
     images=stage.batch_size,
     flops=flops,

@@ -14,9 +14,11 @@ import jax
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from configs import digits
-from diffusion_distillation import datasets, stages, times
-from diffusion_distillation.evaluation import drawing
-from diffusion_distillation.samplers import SAMPLERS
+from diffusion_distillation import datasets
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.samplers import SAMPLERS
+from diffusion_distillation.evaluation import sampling
+from diffusion_distillation.stages import plan
 
 REPEATS = 5
 
@@ -24,14 +26,14 @@ REPEATS = 5
 def main() -> None:
   """Prints one table a sampler."""
   config = digits.get_config()
-  base = stages.plan(config, *datasets.describe(datasets.Settings.of(config.dataset)))[0]
+  base = plan.plan(config, *datasets.describe(datasets.Settings.of(config.dataset)))[0]
   size = config.evaluation.batch_size
   params = base.denoise.init(jax.random.key(0), base.image_shape)
   print(f'{jax.device_count()} {jax.default_backend()} device(s), {size} images a call')
   for name, sampler in SAMPLERS.items():
-    drawer = drawing.Drawer(base.denoise, sampler(), base.schedule, base.image_shape, size)
+    drawer = sampling.Drawer(base.denoise, sampler(), base.schedule, base.image_shape, size)
 
-    def seconds(num_steps: int, drawer: drawing.Drawer = drawer) -> float:
+    def seconds(num_steps: int, drawer: sampling.Drawer = drawer) -> float:
       began = time.perf_counter()
       drawer.draw(params, times.uniform(num_steps), size, 0)
       return time.perf_counter() - began

@@ -32,9 +32,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import collectives, projection
 from configs import cifar10, digits
-from diffusion_distillation import lineage, preflight, sharding, stages
-from diffusion_distillation.recipe import Stage
-from diffusion_distillation.update import train_steps
+from diffusion_distillation.run import preflight
+from diffusion_distillation.stages import plan, provenance
+from diffusion_distillation.system import sharding
+from diffusion_distillation.training.recipe import Stage
+from diffusion_distillation.training.step import train_steps
 
 STAGES = {'base': 0, 'round': 1}
 LAYOUTS = '1x1,2x1,4x1,8x1,4x2,2x4,1x8'
@@ -114,7 +116,7 @@ class Case:
     get_config, shape, classes = NETWORKS[self.network]
     config = get_config()
     config.update_from_flattened_dict(dict(self.changes))
-    stage = stages.plan(config, shape, classes)[STAGES[self.stage]]
+    stage = plan.plan(config, shape, classes)[STAGES[self.stage]]
     return dataclasses.replace(stage, batch_size=stage.batch_size * self.times)
 
 
@@ -147,7 +149,7 @@ class Found:
 
 def arguments_of(stage: Stage) -> tuple[Any, ...]:
   """Shapes of what the step is given, each with its sharding."""
-  teacher = lineage.abstract_params(stage)
+  teacher = provenance.abstract_params(stage)
   networks = {'teacher': teacher if stage.parent else None}
   frozen = jax.eval_shape(stage.frozen, networks)
   image = jax.ShapeDtypeStruct((stage.batch_size, *stage.image_shape), jnp.uint8)
@@ -155,7 +157,7 @@ def arguments_of(stage: Stage) -> tuple[Any, ...]:
   batch = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.split()), batch
   )
-  state = sharding.abstract(lineage.abstract_state(stage))
+  state = sharding.abstract(provenance.abstract_state(stage))
   return stage.recipe, state, sharding.abstract(frozen), batch
 
 
@@ -167,7 +169,7 @@ def theory(stage: Stage, data: int, fsdp: int) -> dict[str, int]:
   and an all-reduce of the parts along data. With micro-batches, once for each. Parameters that are split
   are gathered once for each network.
   """
-  params = lineage.abstract_params(stage)
+  params = provenance.abstract_params(stage)
   leaves = jax.tree.leaves(params)
   split = sum(
     _bytes(leaf)

@@ -10,32 +10,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import flags
 
-from diffusion_distillation import (
-  checkpoints,
-  cluster,
-  compilation,
-  datasets,
-  files,
-  forecast,
-  importing,
-  interrupts,
-  lineage,
-  pixels,
-  replay,
-  samplers,
-  sharding,
-  sources,
-  stages,
-  times,
-  train,
-  workdir,
-)
-from diffusion_distillation.configuration import Config, check_keys, check_numbers, choose
+from diffusion_distillation import datasets
+from diffusion_distillation.config import Config, check_keys, check_numbers, choose
 from diffusion_distillation.datasets import preparing
+from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation import measure, pictures
-from diffusion_distillation.recipe import Stage
-from diffusion_distillation.update import train_steps
+from diffusion_distillation.interop import importing
+from diffusion_distillation.networks import spaces
+from diffusion_distillation.run import forecast, inputs, loop, replay
+from diffusion_distillation.stages import plan, provenance, workdir
+from diffusion_distillation.system import checkpoints, cluster, compilation, files, interrupts, sharding
+from diffusion_distillation.training.recipe import Stage
+from diffusion_distillation.training.step import train_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +144,7 @@ def _prepare(options: Options) -> None:
 def _train(options: Options) -> None:
   config, directory = _config(options), _workdir(options)
   sharding.use(**config.mesh)
-  train.run(config, directory, options.dry_run)
+  loop.run(config, directory, options.dry_run)
 
 
 def _plan(options: Options) -> None:
@@ -165,10 +152,10 @@ def _plan(options: Options) -> None:
   workdir.check_made_with(directory, config)
   sharding.use(**config.mesh)
   described = datasets.describe(datasets.Settings.of(config.dataset))
-  planned = workdir.cut(directory, stages.plan(config, *described))
-  train.check_batches(config)
-  finished = {stage.name for stage in planned if lineage.is_finished(directory, stage)}
-  weights = {stage.name: sources.load_distance(stage) for stage in planned}
+  planned = workdir.cut(directory, plan.plan(config, *described))
+  loop.check_batches(config)
+  finished = {stage.name for stage in planned if provenance.is_finished(directory, stage)}
+  weights = {stage.name: inputs.load_distance(stage) for stage in planned}
   forecast.show(planned, finished, config, directory, weights)
   compiled = sharding.compile_step(train_steps)
   forecast.show_times(planned, finished, compiled, config, weights)
@@ -236,7 +223,7 @@ def _classes(options: Options, stage: Stage, directory: pathlib.Path) -> list[in
       raise UserError(
         '--classes=none: the model was trained with dataset.label_dropout=0, all classes told'
       )
-    return [pixels.NO_CLASS]
+    return [spaces.NO_CLASS]
   by_name = {name: label for label, name in enumerate(workdir.class_names(directory))}
   by_number = {str(label): label for label in range(num_classes)}
   known = by_number | by_name
@@ -260,13 +247,13 @@ def _replay(options: Options) -> None:
   print(f'{replay.told(found)}; all of it in {directory / options.stage / "nonfinite.json"}')
 
 
-def _choose_stage(options: Options, directory: pathlib.Path, config: Config) -> lineage.Model:
+def _choose_stage(options: Options, directory: pathlib.Path, config: Config) -> provenance.Model:
   """The stage that was asked for, or the last that is there."""
   planned = {stage.name: stage for stage in workdir.stored_plan(directory, config)}
   if options.stage is not None and options.stage not in planned:
     raise UserError(f'--stage={options.stage} is not one of {", ".join(planned)}')
   for name in [options.stage] if options.stage else reversed(planned):
-    model = lineage.load_model(directory, planned[name], config)
+    model = provenance.load_model(directory, planned[name], config)
     if model is not None:
       return model
   raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
@@ -281,7 +268,7 @@ def _evaluate(options: Options) -> None:
     workdir.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
   planned, images = workdir.plan_for(directory, config)
   with workdir.lock_workdir(directory):
-    found = [lineage.load_model(directory, stage, config) for stage in planned]
+    found = [provenance.load_model(directory, stage, config) for stage in planned]
     models = [model for model in found if model is not None]
     if found[0] is None:
       raise UserError(f'--workdir={directory}: no whole checkpoint of {planned[0].name} yet')

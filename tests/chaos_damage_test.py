@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_distillation import lineage, metrics, sharding
-from diffusion_distillation import workdir as workdirs
-from diffusion_distillation.checkpoints import Checkpoints, digest
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.evaluation import measure
+from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import workdir as workdirs
+from diffusion_distillation.system import logs, sharding
+from diffusion_distillation.system.checkpoints import Checkpoints, digest
 from tests import disasters, tiny
 from tests.disasters import CONFIG, LAST, PLAN
 from tests.restart_test import COMMAND, outcome
@@ -65,7 +66,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope='module')
 def like():
-  return lineage.abstract_state(PLAN[LAST])
+  return provenance.abstract_state(PLAN[LAST])
 
 
 @pytest.fixture(scope='module')
@@ -128,8 +129,8 @@ def reopened(workdir):
   """What a run reads of a workdir before it trains: digest of the last stage, None if there is none."""
   workdirs.check_made_with(workdir, CONFIG)
   stages, images = workdirs.plan_for(workdir, CONFIG)
-  lineage.check_configs(workdir, stages, CONFIG)
-  finished = [lineage.is_finished(workdir, stage) for stage in stages]
+  provenance.check_configs(workdir, stages, CONFIG)
+  finished = [provenance.is_finished(workdir, stage) for stage in stages]
   workdirs.claim(workdir, CONFIG)
   workdirs.claim_images(workdir, images.images)
   model = disasters.load(workdir)
@@ -201,15 +202,15 @@ def test_damaged_results_give_no_wrong_row(finished, tmp_path, caplog):
 
 def test_damaged_metrics_lose_lines_and_nothing_else(finished, tmp_path):
   original = finished / LAST / 'metrics.jsonl'
-  lines = metrics.read(original)
+  lines = logs.read(original)
   assert [line['step'] for line in lines] == [4, 8]
   for damage in OF_FILES.values():
     stage_dir = pathlib.Path(shutil.copytree(finished / LAST, tmp_path / damage.__name__))
     damage(stage_dir / 'metrics.jsonl')
-    writer = metrics.MetricsWriter(stage_dir, 4)
+    writer = logs.MetricsWriter(stage_dir, 4)
     writer.write(8, {'loss': 1.5})
     writer.close()
-    found = metrics.read(stage_dir / 'metrics.jsonl')
+    found = logs.read(stage_dir / 'metrics.jsonl')
     assert [line['step'] for line in found] in ([4, 8], [8]), damage
     assert found[-1] == {'step': 8, 'loss': 1.5}
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation import checkpoints, metrics
-from diffusion_distillation.checkpoints import Checkpoints
 from diffusion_distillation.errors import StorageError
+from diffusion_distillation.system import checkpoints, logs
+from diffusion_distillation.system.checkpoints import Checkpoints
 from tests import disasters, tiny
 from tests.disasters import LAST
 from tests.restart_test import COMMAND, outcome, wait_for
@@ -228,7 +228,7 @@ def test_metrics_on_a_full_disk_raise_and_never_wait(small, tmp_path, lines_too)
   """Also where there is room for the lines and none for the events: more than a queue holds."""
   if not lines_too:
     (small / 'metrics.jsonl').symlink_to(tmp_path / 'metrics.jsonl')
-  writer = metrics.MetricsWriter(small, 0)
+  writer = logs.MetricsWriter(small, 0)
   fill(small)
   with pytest.raises(OSError, match='No space left'):
     for step in range(500):

@@ -9,7 +9,6 @@ import pytest
 
 from configs import default
 from diffusion_distillation import cli
-from diffusion_distillation import workdir as workdirs
 from diffusion_distillation.errors import (
   DamagedError,
   NumericalError,
@@ -17,6 +16,7 @@ from diffusion_distillation.errors import (
   StorageError,
   UserError,
 )
+from diffusion_distillation.stages import workdir as workdirs
 from tests import bad_data, tiny
 
 # Imports once, then carries out each command line in a fork of its own.
@@ -314,7 +314,7 @@ def test_every_kind_of_error_has_its_exit_code(tmp_path, monkeypatch, capsys):
       raise kind('what is wrong')
 
     monkeypatch.setitem(cli.MODES, 'sample', fail)
-    monkeypatch.setattr('diffusion_distillation.interrupts.install', lambda: None)
+    monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
     assert cli.run(options(tmp_path)) == code
     assert capsys.readouterr().err == 'error: what is wrong\n'
 

@@ -10,12 +10,14 @@ import pytest
 from flax import serialization
 
 from configs import default
-from diffusion_distillation import datasets, lineage, stages
-from diffusion_distillation.configuration import check_keys, flatten
+from diffusion_distillation import datasets
+from diffusion_distillation.config import check_keys, flatten
+from diffusion_distillation.diffusion.weightings import SnrTrunc
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Denoising
-from diffusion_distillation.unet import Denoiser
-from diffusion_distillation.weightings import SnrTrunc
+from diffusion_distillation.networks.unet import Denoiser
+from diffusion_distillation.stages import plan as stages
+from diffusion_distillation.stages import provenance
 from tests import parity_test, tiny
 
 LSUN = {
@@ -189,8 +191,8 @@ def test_network_and_optimizer_have_the_sizes_that_the_layer_list_gives(name):
     resample=True,
   )
   print(f'{name}: {expected:,} parameters')
-  state = lineage.abstract_state(base)
-  assert size_of(lineage.abstract_params(base)) == size_of(state.params) == expected
+  state = provenance.abstract_state(base)
+  assert size_of(provenance.abstract_params(base)) == size_of(state.params) == expected
   assert [size_of(average) for average in state.ema_params] == [expected]
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape]
   assert size_of(moments) == 2 * expected  # Adam's two

@@ -33,6 +33,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope='session')
 def step():
   """The compiled training step; every test that uses it shares its programs."""
-  from diffusion_distillation import sharding, update
+  from diffusion_distillation.system import sharding
+  from diffusion_distillation.training import step
 
-  return sharding.compile_step(update.train_steps)
+  return sharding.compile_step(step.train_steps)

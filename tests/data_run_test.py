@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from configs import default
-from diffusion_distillation import cli, datasets, train
+from diffusion_distillation import cli, datasets
 from diffusion_distillation.datasets import prepared
 from diffusion_distillation.evaluation import features
+from diffusion_distillation.run import loop
 from tests import tiny
 from tests.cli_test import options, written
 
@@ -139,7 +140,7 @@ def resumed(animals, whole, tmp_path_factory):
   workdir, told = tmp_path_factory.mktemp('resumed') / 'workdir', []
   mapped = set()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('diffusion_distillation.interrupts.install', lambda: None)
+    patch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
     prepare = config(dataset__path=str(root), dataset__prepared=str(copy), dataset__workers=0)
     assert cli.run(cli.Options('prepare', prepare, default.get_config(), None)) == 0
 
@@ -198,7 +199,7 @@ def test_a_process_that_reads_images_loads_numpy_and_no_jax(resumed):
 
 @pytest.fixture
 def quiet(monkeypatch):
-  monkeypatch.setattr('diffusion_distillation.interrupts.install', lambda: None)
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
 
 
 @pytest.mark.parametrize('mode', ['train', 'evaluate'])
@@ -249,13 +250,13 @@ def test_a_flat_folder_has_no_classes_and_is_measured_by_quarter_turns(tmp_path,
     counts = {'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
     return state.replace(step=state.step + 1), counts | {'loss': 0.0 * state.step}
 
-  monkeypatch.setattr(train, 'train_steps', train_step)
+  monkeypatch.setattr(loop, 'train_steps', train_step)
   monkeypatch.setattr(features, '_UPDATES', 40)
   for k in range(40):
     draw(tmp_path / 'flat' / f'{k}.png', 0, k)
   path = str(tmp_path / 'flat')
   changes = {'model__conditional': False, 'dataset__label_dropout': 0.0, 'evaluation__batch_size': 16}
-  train.run(config(dataset__path=path, **changes), tmp_path / 'run')
+  loop.run(config(dataset__path=path, **changes), tmp_path / 'run')
   results = read(tmp_path / 'run' / 'results.json')
   assert results['metric'] == 'FD-flat' and results['extractor']['task'] == 'quarter turns'
   assert results['rows'][0]['value'] > 0 and results['skipped'] == {'train': 0, 'held_out': 0}

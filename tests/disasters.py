@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from diffusion_distillation import lineage
+from diffusion_distillation.stages import provenance
 from tests import tiny
 
 LAST = 'progressive_0001'
@@ -28,7 +28,7 @@ def cut_back(workdir, stage=LAST, step=5):
 
 def load(workdir, stage=LAST):
   """A stage's newest whole model, read by this process; None if there is none."""
-  return lineage.load_model(workdir, PLAN[stage], CONFIG)
+  return provenance.load_model(workdir, PLAN[stage], CONFIG)
 
 
 def assert_told(err, *words):

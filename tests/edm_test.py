@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion_distillation import samplers, times, train
-from diffusion_distillation.diffusion import diffuse
+from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion.process import diffuse
+from diffusion_distillation.diffusion.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
+from diffusion_distillation.diffusion.weightings import Edm
 from diffusion_distillation.methods import Denoising
-from diffusion_distillation.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
-from diffusion_distillation.unet import TIME_INPUTS, Denoiser
-from diffusion_distillation.weightings import Edm
+from diffusion_distillation.networks.unet import TIME_INPUTS, Denoiser
+from diffusion_distillation.run import loop
 from tests import tiny
 from tests.exact import Gaussian, scales
 
@@ -185,7 +186,7 @@ METHOD = {
 @pytest.mark.slow
 def test_an_edm_teacher_is_trained_measured_on_its_grid_and_distilled(finished, tmp_path):
   shutil.copy(finished / 'extractor.safetensors', tmp_path)
-  train.run(tiny.config(**METHOD), tmp_path)
+  loop.run(tiny.config(**METHOD), tmp_path)
   results = json.loads((tmp_path / 'results.json').read_text())
   rows = [(row['stage'], row['sampler'], row['grid'], row['nfe']) for row in results['rows']]
   assert rows == [

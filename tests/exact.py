@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from diffusion_distillation.diffusion import Prediction, alpha_sigma
+from diffusion_distillation.diffusion.process import Prediction, alpha_sigma
 
 
 def scales(logsnr):

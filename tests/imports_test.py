@@ -1,67 +1,32 @@
-"""Imports point one way, are quick, and start nothing."""
+"""Imports go down the floors of the package, are quick, and start nothing."""
 
 import ast
-import pathlib
+import functools
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.tiny import ROOT
+
 PACKAGE = ROOT / 'diffusion_distillation'
 
-# A module imports only from lines above its own. Modules on one line do not know each other.
-LAYERS = [
-  ['errors', 'compilation'],
-  ['files'],
-  [
-    'schedules',
-    'diffusion',
-    'interrupts',
-    'progress',
-    'metrics',
-    'train_state',
-    'optimizers',
-    'sharding',
-    'configuration',
-    'pixels',
-    'classifier',
-  ],
-  ['cluster'],
-  ['datasets.image_set', 'datasets.orders'],
-  ['datasets.decoding', 'datasets.splits', 'datasets.workers'],
-  ['datasets.settings', 'datasets.loading'],
-  ['datasets.digits', 'datasets.shapes', 'datasets.folder', 'datasets.tfds', 'datasets.prepared'],
-  ['datasets'],
-  ['datasets.preparing'],
-  ['times', 'distances', 'weightings', 'samplers', 'unet', 'checkpoints', 'interop.google'],
-  ['methods.method'],
-  [
-    'methods.denoising',
-    'methods.progressive',
-    'methods.knowledge',
-    'methods.consistency',
-    'methods.gan',
-  ],
-  ['methods.dmd'],
-  ['methods'],
-  ['recipe'],
-  ['building', 'update'],
-  ['students'],
-  ['stages'],
-  ['workdir'],
-  ['lineage'],
-  ['evaluation.frechet', 'evaluation.pictures', 'evaluation.drawing'],
-  ['evaluation.features', 'evaluation.report', 'pairs', 'importing'],
-  ['evaluation.measure'],
-  ['preflight', 'health'],
-  ['forecast', 'sources'],
-  ['replay'],
-  ['train'],
+# The floors, top to bottom: a file imports from its own folder and from the floors below it.
+FLOORS = [
   ['cli'],
-  ['', 'evaluation', 'interop'],  # the packages' own files: documentation only
+  ['run'],
+  ['evaluation', 'interop'],
+  ['stages'],
+  ['training'],
+  ['methods'],
+  ['networks'],
+  ['diffusion'],
+  ['config'],
+  ['errors'],
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+RANK = {name: -k for k, names in enumerate(FLOORS) for name in names}
+# They stand beside the floors: from `stages` up everything may use them; the mathematics below does not know them.
+BESIDE = {'system': {'system', 'errors'}, 'datasets': {'datasets', 'system', 'config', 'errors'}}
 
 
 def module_name(path):
@@ -69,6 +34,16 @@ def module_name(path):
   return '.'.join(part for part in parts if part != '__init__')
 
 
+FILES = sorted(PACKAGE.rglob('*.py'))
+MODULES = {module_name(path): path for path in FILES}
+
+
+def top(module):
+  """The folder of a module, or its own name if it lies in none."""
+  return module.split('.')[0]
+
+
+@functools.cache
 def imported(path):
   """The package's modules that a file imports, and the names of all other top-level ones."""
   inside, outside = set(), set()
@@ -78,7 +53,7 @@ def imported(path):
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f'{path}: relative import'
       deeper = [f'{node.module}.{alias.name}' for alias in node.names]
-      names = [name for name in deeper if name.removeprefix('diffusion_distillation.') in RANK]
+      names = [name for name in deeper if name.removeprefix('diffusion_distillation.') in MODULES]
       if len(names) < len(deeper):  # something of the package's own file, not modules in it alone
         names.append(node.module)
     else:
@@ -88,38 +63,54 @@ def imported(path):
         inside.add(name.removeprefix('diffusion_distillation').removeprefix('.'))
       else:
         outside.add(name.split('.')[0])
-  return inside, outside
+  return frozenset(inside - {''}), frozenset(outside)
 
 
-FILES = sorted(PACKAGE.rglob('*.py'))
-
-
-def test_every_module_has_a_layer():
-  assert sorted(module_name(path) for path in FILES) == sorted(RANK)
+def allowed(folder):
+  """The folders that a file in `folder` may import from."""
+  if folder in BESIDE:
+    return BESIDE[folder]
+  below = {name for name in RANK if RANK[name] < RANK[folder]} | {folder}
+  return below | (set(BESIDE) if RANK[folder] >= RANK['stages'] else set())
 
 
 @pytest.mark.parametrize('path', FILES, ids=module_name)
-def test_imports_point_one_way(path):
+def test_imports_go_down_the_floors(path):
   name = module_name(path)
-  below = {other for other in imported(path)[0] if other not in LAYERS[-1]}
-  assert all(RANK[other] < RANK[name] for other in below), f'{name} imports {sorted(below)}'
+  if name:
+    wrong = {other for other in imported(path)[0] if top(other) not in allowed(top(name))}
+    assert not wrong, f'{name} must not import {sorted(wrong)}'
+
+
+def test_no_two_modules_need_each_other():
+  done = set()
+
+  def visit(name, path):
+    assert name not in path, f'a cycle: {" -> ".join((*path, name))}'
+    if name not in done:
+      for other in imported(MODULES[name])[0]:
+        visit(other, (*path, name))
+      done.add(name)
+
+  for name in MODULES:
+    visit(name, ())
 
 
 @pytest.mark.parametrize('path', sorted((PACKAGE / 'methods').glob('*.py')), ids=lambda p: p.stem)
-def test_methods_import_neither_network_nor_devices(path):
-  assert not imported(path)[0] & {'unet', 'sharding', 'train_state', 'checkpoints', 'datasets'}
+def test_methods_do_not_import_networks_of_images(path):
+  """They receive networks; only the classifier that distances compare by is theirs to call."""
+  assert {name for name in imported(path)[0] if top(name) == 'networks'} <= {'networks.classifier'}
 
 
 MATHEMATICS = [
-  *sorted((PACKAGE / 'methods').glob('*.py')),
-  *(PACKAGE / f'{name}.py' for name in ('samplers', 'diffusion', 'schedules', 'weightings', 'times')),
-  *(PACKAGE / f'{name}.py' for name in ('unet', 'update', 'optimizers', 'train_state', 'recipe')),
+  path
+  for folder in ('methods', 'networks', 'diffusion', 'training')
+  for path in sorted((PACKAGE / folder).glob('*.py'))
 ]
 
 
-@pytest.mark.parametrize('path', MATHEMATICS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', MATHEMATICS, ids=module_name)
 def test_mathematics_does_not_know_devices_or_processes(path):
-  assert not imported(path)[0] & {'sharding', 'cluster'}
   for word in ('shard', 'mesh', 'fsdp', 'device_count', 'process_index', 'process_count', 'addressable'):
     assert word not in path.read_text().lower(), word
 
@@ -132,7 +123,7 @@ def test_nothing_needs_tensorflow_torch_or_pickle(path):
 @pytest.mark.parametrize('path', FILES, ids=module_name)
 def test_only_sharding_names_devices(path):
   text = path.read_text()
-  if module_name(path) != 'sharding':
+  if module_name(path) != 'system.sharding':
     for word in ('Mesh', 'PartitionSpec', 'NamedSharding', 'jax.devices', 'axis_name', 'pmean'):
       assert word not in text, word
 
@@ -140,15 +131,15 @@ def test_only_sharding_names_devices(path):
 @pytest.mark.parametrize('path', sorted((PACKAGE / 'datasets').glob('*.py')), ids=lambda p: p.stem)
 def test_what_worker_processes_import_is_without_jax(path):
   """Nor do they import a module that imports it, at whatever distance."""
-  files, seen = {module_name(p): p for p in FILES}, set()
+  seen = set()
   waiting = ['datasets', module_name(path)]  # Python runs a package's own file first
   while waiting:
     name = waiting.pop()
-    if name not in seen and name not in LAYERS[-1]:
+    if name not in seen:
       seen.add(name)
-      inside, outside = imported(files[name])
+      inside, outside = imported(MODULES[name])
       assert not outside & {'jax', 'flax', 'optax', 'orbax', 'tensorflow'}, name
-      waiting += inside
+      waiting += [*inside, *({top(name)} if '.' in name else ())]
 
 
 def test_a_worker_process_starts_without_jax_and_tensorflow():

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_distillation import checkpoints, sharding, update
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.system import checkpoints, sharding
+from diffusion_distillation.training import step as update
 from tests import peer, tiny
 from tests.processes_test import assert_same_training
 
@@ -150,12 +151,12 @@ def test_a_mesh_that_is_not_the_devices_is_refused(data, fsdp):
 
 @pytest.mark.parametrize('key', ['log.every', 'log.health_every', 'checkpoint.every'])
 def test_what_is_due_between_dispatches_is_refused(key):
-  from diffusion_distillation import train
+  from diffusion_distillation.run import loop
 
   every = {'log__every': 4, 'log__health_every': 4, 'checkpoint__every': 4}
   config = tiny.config(**every | {key.replace('.', '__'): 6}, compute__updates_per_dispatch=4)
   with pytest.raises(UserError, match=rf'{key}=6 must be a multiple of compute\.updates_per_dispatch=4'):
-    train.check_batches(config)
+    loop.check_batches(config)
 
 
 def test_a_teacher_kept_in_bfloat16_takes_half_and_teaches_nearly_the_same(lay_out, on_eight):

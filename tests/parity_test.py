@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation import diffusion, samplers, times, update
+from diffusion_distillation.diffusion import process, samplers, times
+from diffusion_distillation.diffusion.schedules import Cosine
+from diffusion_distillation.diffusion.weightings import WEIGHTINGS, SnrTrunc
 from diffusion_distillation.interop import google
 from diffusion_distillation.methods import Denoising, Progressive
-from diffusion_distillation.optimizers import Adam, LearningRate
-from diffusion_distillation.recipe import Recipe
-from diffusion_distillation.schedules import Cosine
-from diffusion_distillation.unet import Denoiser, UNet
-from diffusion_distillation.weightings import WEIGHTINGS, SnrTrunc
+from diffusion_distillation.networks.unet import Denoiser, UNet
+from diffusion_distillation.training import step as update
+from diffusion_distillation.training.optimizers import Adam, LearningRate
+from diffusion_distillation.training.recipe import Recipe
 
 DATA = pathlib.Path(__file__).parent / 'parity'
 INPUTS, RECORDED = (dict(np.load(DATA / f'{name}.npz')) for name in ('inputs', 'outputs_f32'))
@@ -99,15 +100,15 @@ def test_the_predictions_of_x_and_eps_and_v(clip):
   """As a sampler sees them, for the recorded output of the network."""
   z, logsnr, output = INPUTS['unet_x'], INPUTS['unet_logsnr'], RECORDED['unet/out_student']
   sampler = samplers.DDIM(clip_x=clip)
-  prediction = sampler.predict(lambda z, logsnr: diffusion.from_both(z, logsnr, output), z, logsnr)
-  v = diffusion.velocity(prediction, logsnr)
+  prediction = sampler.predict(lambda z, logsnr: process.from_both(z, logsnr, output), z, logsnr)
+  v = process.velocity(prediction, logsnr)
   for name, found in (('x', prediction.x), ('eps', prediction.eps), ('v', v)):
     check(f'heads/clip{clip:d}/model_{name}', found, 1e-5)
 
 
 def noised(group, logsnr):
   """z at `logsnr`, and checks that z and logsnr are those of the group."""
-  z = diffusion.diffuse(X, INPUTS['eps'], logsnr)
+  z = process.diffuse(X, INPUTS['eps'], logsnr)
   check(f'{group}/logsnr', logsnr, 1e-6)
   check(f'{group}/z', z, 1e-6)
   return z
@@ -134,10 +135,10 @@ def test_distillation_targets(num_steps):
   logsnr = SCHEDULE(i / num_steps)
   z = noised(group, logsnr)
   x = Progressive(num_steps, SCHEDULE, SnrTrunc()).target_x(DENOISE, params('teacher'), z, i, None)
-  target = diffusion.from_x(z, logsnr, x)
+  target = process.from_x(z, logsnr, x)
   check(f'{group}/x_target', target.x, 1e-4)
   check(f'{group}/eps_target', target.eps, 1e-4)
-  check(f'{group}/v_target', diffusion.velocity(target, logsnr), 1e-4)
+  check(f'{group}/v_target', process.velocity(target, logsnr), 1e-4)
 
 
 @pytest.mark.parametrize('weighting', LOSSES)

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_distillation import checkpoints, cluster, diffusion, files, sharding, update
+from diffusion_distillation.diffusion import process
+from diffusion_distillation.system import checkpoints, cluster, files, sharding
+from diffusion_distillation.training import step as update
 from tests import tiny
 
 METHODS = ('progressive', 'knowledge', 'consistency', 'dmd', 'dmd2')
@@ -48,7 +50,7 @@ class Small:
     return Network().init(jax.random.key(0), jnp.zeros((1, *shape)), jnp.zeros(1))['params']
 
   def __call__(self, params, z, logsnr, label, rng=None):
-    return diffusion.OUTPUTS['v'](z, logsnr, Network().apply({'params': params}, z, logsnr)[0])
+    return process.OUTPUTS['v'](z, logsnr, Network().apply({'params': params}, z, logsnr)[0])
 
   def bottleneck(self, params, z, logsnr, label):
     return Network().apply({'params': params}, z, logsnr)[1]

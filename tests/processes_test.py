@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from diffusion_distillation import checkpoints
+from diffusion_distillation.system import checkpoints
 from tests import peer, tiny
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs import default
-from diffusion_distillation import cli, configuration
+from diffusion_distillation import cli, config
 from tests import tiny
 
 TEXT = (tiny.ROOT / 'README.md').read_text()
@@ -32,7 +32,7 @@ def test_its_make_targets_and_modes_exist():
 
 
 def test_every_key_it_overrides_exists():
-  known = dict(configuration.flatten(default.get_config()))
+  known = dict(config.flatten(default.get_config()))
   keys = re.findall(r'--config\.([\w.]+)=', ''.join(path.read_text() for path in PAGES))
   assert keys and all(key in known for key in keys)
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_distillation import datasets, files
-from diffusion_distillation import workdir as workdirs
+from diffusion_distillation import datasets
 from diffusion_distillation.datasets import decoding, folder, image_set, prepared, preparing, workers
 from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.stages import workdir as workdirs
+from diffusion_distillation.system import files
 from tests import tiny, tiny_pictures
 
 

@@ -7,19 +7,14 @@ import numpy as np
 import pytest
 
 from configs import default
-from diffusion_distillation import (
-  cli,
-  datasets,
-  lineage,
-  samplers,
-  schedules,
-  sharding,
-  times,
-  train,
-  update,
-)
-from diffusion_distillation import workdir as workdirs
+from diffusion_distillation import cli, datasets
+from diffusion_distillation.diffusion import samplers, schedules, times
 from diffusion_distillation.evaluation import measure
+from diffusion_distillation.run import loop
+from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import workdir as workdirs
+from diffusion_distillation.system import sharding
+from diffusion_distillation.training import step as update
 from tests import tiny
 from tests.cli_test import options
 
@@ -50,15 +45,15 @@ def colour(tmp_path_factory):
     workdirs.claim(workdir, config)
     stages, images = workdirs.plan_for(workdir, config)
     workdirs.claim_images(workdir, images.images)
-    step, sources = sharding.compile_step(update.train_steps), train.Sources(images)
-    train.fit(step, stages[0], sources, workdir, config)
+    step, sources = sharding.compile_step(update.train_steps), loop.Sources(images)
+    loop.fit(step, stages[0], sources, workdir, config)
   return workdir
 
 
 @pytest.fixture
 def sample(colour, tmp_path, monkeypatch, capsys):
   """Draws from the colour run: images, labels, and the line that is printed."""
-  monkeypatch.setattr('diffusion_distillation.interrupts.install', lambda: None)
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
 
   def draw(**changes):
     out = tmp_path / 'x.npz'
@@ -121,7 +116,7 @@ def test_noise_and_clipping_can_be_chosen_anew(sample):
 
 def test_the_weights_that_are_asked_for_are_sampled(sample, colour):
   config = workdirs.read_config(colour, default.get_config())
-  model = lineage.load_model(colour, workdirs.stored_plan(colour, config)[0], config)
+  model = provenance.load_model(colour, workdirs.stored_plan(colour, config)[0], config)
   draw = measure.drawer(config, model.stage, 'ddim').draw
   drawn = {name: sample(weights=name)[0] for name in ('ema', 'ema_0.99', 'last')}
   for name, images in drawn.items():
@@ -134,7 +129,7 @@ def test_the_weights_that_are_asked_for_are_sampled(sample, colour):
   'classes', [['10'], ['0', '-1'], ['1.5'], ['cat'], [''], ['none', '0'], ['Zero']]
 )
 def test_classes_that_are_not_there_are_refused(colour, tmp_path, monkeypatch, capsys, classes):
-  monkeypatch.setattr('diffusion_distillation.interrupts.install', lambda: None)
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
   assert cli.run(options(colour, out=tmp_path / 'x.npz', classes=classes)) == 2
   error = (
     f'error: --classes={",".join(classes)}: classes are whole numbers, 0 to 9, or their names in '
@@ -153,7 +148,7 @@ def test_classes_are_drawn_by_their_names_too_which_go_before_numbers(sample, co
 def test_a_model_that_was_always_told_the_class_does_not_draw_without(
   colour, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr('diffusion_distillation.interrupts.install', lambda: None)
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
   assert cli.run(options(colour, out=tmp_path / 'x.npz', classes=['none'])) == 2
   text = capsys.readouterr().err
   assert text.startswith('error: --classes=none: ') and 'dataset.label_dropout=0' in text

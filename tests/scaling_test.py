@@ -5,7 +5,8 @@ import pytest
 
 from benchmarks import collectives, projection, scaling
 from configs import digits
-from diffusion_distillation import lineage, sharding
+from diffusion_distillation.stages import provenance
+from diffusion_distillation.system import sharding
 from tests import tiny
 
 LOOP = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -94,7 +95,7 @@ def test_time_of_an_update():
 def test_flops_of_an_image_do_not_count_the_optimizer():
   stages, _ = tiny.plan(model__ch_mult=(1,))
   by_hand = projection.count_flops(stages[0])
-  params = sum(leaf.size for leaf in jax.tree.leaves(lineage.abstract_params(stages[0])))
+  params = sum(leaf.size for leaf in jax.tree.leaves(provenance.abstract_params(stages[0])))
   whole = projection.lowered_flops(stages[0], 4)
   assert 5 * params < whole - 4 * by_hand < 60 * params
   rounds = projection.count_flops(stages[1])

@@ -43,7 +43,9 @@ def config(**overrides):
 
 def plan(**overrides):
   """The stages of the tiny config, in a workdir that is not there, and the training images."""
-  from diffusion_distillation import workdir as workdirs  # not before conftest.py has set jax's flags
+  from diffusion_distillation.stages import (
+    workdir as workdirs,  # not before conftest.py has set jax's flags
+  )
 
   return workdirs.plan_for(ROOT / 'nowhere', config(**overrides))
 

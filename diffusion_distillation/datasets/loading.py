@@ -11,12 +11,12 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from diffusion_distillation import interrupts
 from diffusion_distillation.datasets import workers
 from diffusion_distillation.datasets.image_set import Batch, ImageSet, InMemory
 from diffusion_distillation.datasets.orders import InOrder, Order, Shuffled
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.progress import Progress
+from diffusion_distillation.system import interrupts
+from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import numpy as np
 from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet, reading_error
 from diffusion_distillation.datasets.settings import ROLES, Settings
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.files import read_json
+from diffusion_distillation.system.files import read_json
 
 BROKEN = -(2**31)
 INFO = 'info.json'

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import files, interrupts
 from diffusion_distillation.datasets import open_original, prepared
 from diffusion_distillation.datasets.image_set import ImageSet
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.datasets.settings import ROLES, Settings
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.progress import Progress
+from diffusion_distillation.system import files, interrupts
+from diffusion_distillation.system.progress import Progress
 
 SHARD_BYTES = 2**28
 _BATCH = 256

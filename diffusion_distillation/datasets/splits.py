@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion_distillation.configuration import nearest
+from diffusion_distillation.config import nearest
 from diffusion_distillation.errors import UserError
 
 

@@ -10,7 +10,7 @@ import re
 import shlex
 from typing import Any
 
-from diffusion_distillation.configuration import nearest
+from diffusion_distillation.config import nearest
 from diffusion_distillation.datasets import decoding, splits
 from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet, reading_error
 from diffusion_distillation.datasets.settings import OURS, Settings

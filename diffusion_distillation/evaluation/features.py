@@ -22,14 +22,15 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from diffusion_distillation import classifier, cluster, files, interrupts, sharding
-from diffusion_distillation.checkpoints import digest
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments
-from diffusion_distillation.pixels import to_x
-from diffusion_distillation.progress import Progress
-from diffusion_distillation.train_state import Params
+from diffusion_distillation.networks import classifier
+from diffusion_distillation.networks.spaces import to_x
+from diffusion_distillation.system import cluster, files, interrupts, sharding
+from diffusion_distillation.system.checkpoints import digest
+from diffusion_distillation.system.progress import Progress
+from diffusion_distillation.training.state import Params
 
 _UPDATES, _BATCH, _LEARNING_RATE, _SHOWN = 600, 128, 2e-3, 500
 

@@ -12,20 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import cluster, files, metrics, times
-from diffusion_distillation.building import make_sampler
-from diffusion_distillation.configuration import Config
+from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, report
-from diffusion_distillation.evaluation.drawing import Drawer
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
-from diffusion_distillation.files import read_json, write_json
-from diffusion_distillation.lineage import Model
-from diffusion_distillation.progress import Progress
-from diffusion_distillation.recipe import Stage
-from diffusion_distillation.samplers import Sampler
-from diffusion_distillation.workdir import open_images
+from diffusion_distillation.evaluation.sampling import Drawer
+from diffusion_distillation.stages.building import make_sampler
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.workdir import open_images
+from diffusion_distillation.system import cluster, files, logs
+from diffusion_distillation.system.files import read_json, write_json
+from diffusion_distillation.system.progress import Progress
+from diffusion_distillation.training.recipe import Stage
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def _origins(
 def _watched(stage_dir: pathlib.Path) -> report.Watched:
   """What was seen of a stage's health while it was trained."""
   picture = stage_dir / 'denoisings.png'
-  lines = metrics.read(stage_dir / 'metrics.jsonl')
+  lines = logs.read(stage_dir / 'metrics.jsonl')
   return report.Watched(lines, picture.read_bytes() if picture.is_file() else None)
 
 

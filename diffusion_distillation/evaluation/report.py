@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diffusion_distillation.configuration import Config, flatten
+from diffusion_distillation.config import Config, flatten
 from diffusion_distillation.evaluation import pictures
 
 _CAPTIONS = {

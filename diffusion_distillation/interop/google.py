@@ -9,7 +9,7 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.train_state import Params
+from diffusion_distillation.training.state import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,13 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation import times
-from diffusion_distillation.diffusion import Prediction, diffuse, widen
-from diffusion_distillation.distances import L2, Distance
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
+from diffusion_distillation.diffusion.samplers import DDIM, Sampler
+from diffusion_distillation.diffusion.schedules import Schedule
+from diffusion_distillation.diffusion.weightings import Constant, Weighting
+from diffusion_distillation.methods.distances import L2, Distance
 from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
-from diffusion_distillation.samplers import DDIM, Sampler
-from diffusion_distillation.schedules import Schedule
-from diffusion_distillation.weightings import Constant, Weighting
 
 
 @flax.struct.dataclass

@@ -7,16 +7,16 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation import times
-from diffusion_distillation.diffusion import Prediction, diffuse, widen
-from diffusion_distillation.distances import L2, Distance
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
+from diffusion_distillation.diffusion.samplers import MultistepConsistency
+from diffusion_distillation.diffusion.schedules import Schedule
+from diffusion_distillation.diffusion.weightings import Weighting
 from diffusion_distillation.methods.denoising import Denoising
+from diffusion_distillation.methods.distances import L2, Distance
 from diffusion_distillation.methods.gan import Gan
 from diffusion_distillation.methods.knowledge import regression
 from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params
-from diffusion_distillation.samplers import MultistepConsistency
-from diffusion_distillation.schedules import Schedule
-from diffusion_distillation.weightings import Weighting
 
 
 @flax.struct.dataclass

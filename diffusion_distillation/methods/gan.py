@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.diffusion import diffuse
+from diffusion_distillation.diffusion.process import diffuse
 from diffusion_distillation.methods.method import DenoiseFn, Params
 
 

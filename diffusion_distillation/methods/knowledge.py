@@ -6,9 +6,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.distances import L2, Distance, Weights
+from diffusion_distillation.diffusion.schedules import Schedule
+from diffusion_distillation.methods.distances import L2, Distance, Weights
 from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
-from diffusion_distillation.schedules import Schedule
 
 
 def regression(

@@ -5,7 +5,7 @@ from typing import Any, Protocol, Self
 
 import jax
 
-from diffusion_distillation.diffusion import Prediction
+from diffusion_distillation.diffusion.process import Prediction
 
 Params = Any
 Batch = Mapping[str, Any]

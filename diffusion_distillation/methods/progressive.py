@@ -6,12 +6,12 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation import times
-from diffusion_distillation.diffusion import Prediction, diffuse, from_x, implied_x
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.process import Prediction, diffuse, from_x, implied_x
+from diffusion_distillation.diffusion.samplers import DDIM
+from diffusion_distillation.diffusion.schedules import Schedule
+from diffusion_distillation.diffusion.weightings import Weighting, weighted_mse
 from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
-from diffusion_distillation.samplers import DDIM
-from diffusion_distillation.schedules import Schedule
-from diffusion_distillation.weightings import Weighting, weighted_mse
 
 
 @flax.struct.dataclass

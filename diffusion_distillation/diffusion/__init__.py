@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: the process, schedules, times, weightings and samplers."""

@@ -1,0 +1,112 @@
+"""Times in [0, 1]: those that training looks at, and grids of them for samplers."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_distillation.diffusion.schedules import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+  """Draws a time in (0, 1] for each example, uniformly.
+
+  Attributes:
+    stratified: one offset for the whole batch, its times spread evenly from there: each is uniform still, and
+      the mean over the batch has less variance (Kingma et al. 2021, appendix I.1).
+  """
+
+  stratified: bool = False
+
+  def __call__(self, rng: jax.Array, count: int) -> jax.Array:
+    """(count,) times in (0, 1]."""
+    if not self.stratified:
+      return 1.0 - jax.random.uniform(rng, (count,))
+    offset = jax.random.uniform(rng, ())
+    return 1.0 - (offset + jnp.arange(count) / count) % 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LogNormal:
+  """EDM's law of noise levels (Karras et al. 2022, Table 1): log(sigma / alpha) is normal; cut to the schedule.
+
+  Attributes:
+    schedule: its `inverse` turns noise levels into times.
+    mean, std: of log(sigma / alpha).
+    uniform: draws the quantiles.
+  """
+
+  schedule: Schedule
+  mean: float = -1.2
+  std: float = 1.2
+  uniform: Uniform = Uniform()
+
+  def __call__(self, rng: jax.Array, count: int) -> jax.Array:
+    """(count,) times in (0, 1]."""
+    quantile = jnp.minimum(self.uniform(rng, count), 1.0 - jnp.finfo(jnp.float32).epsneg)
+    log_s = self.mean + self.std * jax.scipy.special.ndtri(quantile)
+    tiny = jnp.finfo(jnp.float32).eps
+    return jnp.clip(self.schedule.inverse(-2.0 * log_s), tiny, 1.0)
+
+
+Law = Uniform | LogNormal
+
+
+def interval(t: jax.Array, num_steps: int | jax.Array) -> jax.Array:
+  """The i in 1..N of the interval ((i - 1) / N, i / N] that holds `t` (any shape, in (0, 1])."""
+  return jnp.maximum(jnp.ceil(t * num_steps), 1.0).astype(jnp.int32)
+
+
+def uniform(num_steps: int) -> np.ndarray:
+  """The grid 0, 1/N, ..., 1 that the distillation rounds train for: (N + 1,)."""
+  if num_steps < 1:
+    raise ValueError(f'a sampler takes at least 1 step, got {num_steps}')
+  return np.arange(num_steps + 1, dtype=np.float32) / np.float32(num_steps)
+
+
+def quadratic(num_steps: int) -> np.ndarray:
+  """(i / N)^2: short steps near clean data (Song et al. 2021, appendix D.2)."""
+  return np.square(uniform(num_steps))
+
+
+def karras(num_steps: int, schedule: Schedule) -> np.ndarray:
+  """EDM's grid (Karras et al. 2022, Eq. 5): N noise levels from t = 1 to s = 0.002, then clean data.
+
+  (s_i)^(1/7) is spaced evenly, with s = sigma / alpha from 80 or the schedule's highest, whichever is less; the first
+  time is 1 in any case, where there is nothing but noise. In one step it is `uniform`.
+  """
+  ends = np.exp(-0.5 * np.array(schedule(jnp.array([1.0, jnp.finfo(jnp.float32).tiny])), np.float64))
+  highest, lowest = min(80.0, ends[0]), max(0.002, ends[1])
+  levels = np.linspace(lowest ** (1 / 7), highest ** (1 / 7), num_steps) ** 7
+  inner = np.array(schedule.inverse(jnp.array(-2.0 * np.log(levels[:-1]), jnp.float32)))
+  return grid([0.0, *np.maximum(inner, 1e-6), 1.0])
+
+
+def make_grid(name: str, num_steps: int, schedule: Schedule) -> np.ndarray:
+  """The grid of that name in GRIDS, (N + 1,)."""
+  uniform(num_steps)  # refuses what is no number of steps
+  return (
+    karras(num_steps, schedule)
+    if name == 'karras'
+    else {'uniform': uniform, 'quadratic': quadratic}[name](num_steps)
+  )
+
+
+GRIDS = ('uniform', 'quadratic', 'karras')
+
+
+def grid(times: Sequence[float]) -> np.ndarray:
+  """Times of one's own choice as a grid for samplers.
+
+  Raises:
+    ValueError: they do not rise from 0 to 1.
+  """
+  values = np.asarray(times, np.float32)
+  if values.ndim != 1 or len(values) < 2 or values[0] != 0.0 or values[-1] != 1.0:
+    raise ValueError('times must begin with 0 and end with 1')
+  if not (np.diff(values) > 0.0).all():
+    raise ValueError('times must increase')
+  return values

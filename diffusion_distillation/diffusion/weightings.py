@@ -1,0 +1,77 @@
+"""Weightings: logsnr to the weight of the squared error in x (Salimans & Ho 2022, section 4).
+
+The error in x and the error in eps are one error in two scales, snr |x - x^|^2 = |eps - eps^|^2, and
+(1 + snr) |x - x^|^2 = |v - v^|^2; so one weight on the error in x says everything about the loss.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_distillation.diffusion.process import SIGMA_DATA, Prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+  """|x - x^|^2."""
+
+  def __call__(self, logsnr: jax.Array) -> jax.Array:
+    return jnp.ones_like(logsnr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Snr:
+  """|eps - eps^|^2."""
+
+  def __call__(self, logsnr: jax.Array) -> jax.Array:
+    return jnp.exp(logsnr)
+
+
+@dataclasses.dataclass(frozen=True)
+class SnrTrunc:
+  """max(|x - x^|^2, |eps - eps^|^2), the truncated SNR weighting."""
+
+  def __call__(self, logsnr: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.exp(logsnr), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SnrPlusOne:
+  """|v - v^|^2."""
+
+  def __call__(self, logsnr: jax.Array) -> jax.Array:
+    return 1.0 + jnp.exp(logsnr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edm:
+  """|F - F^|^2: SNR + 1 / SIGMA_DATA^2, of the output of EDM's network (Karras et al. 2022, Table 1)."""
+
+  def __call__(self, logsnr: jax.Array) -> jax.Array:
+    return jnp.exp(logsnr) + SIGMA_DATA**-2
+
+
+Weighting = Callable[[jax.Array], jax.Array]
+WEIGHTINGS: dict[str, type] = {
+  'constant': Constant,
+  'snr': Snr,
+  'snr_trunc': SnrTrunc,
+  'snr_plus_one': SnrPlusOne,
+  'edm': Edm,
+}
+
+
+def weighted_mse(
+  weighting: Weighting, logsnr: jax.Array, target: Prediction, prediction: Prediction
+) -> jax.Array:
+  """weighting(logsnr) times the mean squared error in x, for each example: (B,).
+
+  Where the signal is strong the error is read off eps, where the noise is strong off x: equal in exact
+  arithmetic, and in float32 free of the cancellation that the other one suffers there.
+  """
+  axes = tuple(range(1, target.x.ndim))
+  x_mse = jnp.mean(jnp.square(target.x - prediction.x), axes)
+  eps_mse = jnp.mean(jnp.square(target.eps - prediction.eps), axes)
+  return weighting(logsnr) * jnp.where(logsnr > 0, jnp.exp(-logsnr) * eps_mse, x_mse)

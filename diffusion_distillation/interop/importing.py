@@ -1,0 +1,91 @@
+"""Models from elsewhere as the first stage of a workdir: sampled, measured and distilled like its own."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from diffusion_distillation import datasets
+from diffusion_distillation.config import Config, choose, flatten
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.interop import google
+from diffusion_distillation.stages import provenance, workdir
+from diffusion_distillation.stages.plan import plan
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.system.files import read_json
+from diffusion_distillation.training.recipe import Stage
+
+
+def from_google(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
+  """A checkpoint of the released code; see `interop/google.py`.
+
+  A base becomes the stage 'base'; a student, the round of the config that has its number of steps. The file
+  says nothing of output, schedule and time input: these are the config's.
+
+  Raises:
+    UserError: the file, or the config that is to describe it, is wrong; nothing was written.
+  """
+  del default
+  shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
+  stages = plan(config, shape, num_classes)
+  checkpoint = google.read(path)
+  stages = [stage for stage in stages if stage.method in ('denoising', 'progressive')]
+  stage = _stage_for(checkpoint.num_sample_steps, stages, path)
+  params = google.fit(checkpoint.ema_params, provenance.abstract_params(stage), path)
+  origin = {'source': 'google', 'file': path.name, 'sha256': checkpoint.sha256}
+  return _adopt(config, into, stage, params, origin)
+
+
+def _stage_for(num_steps: int, stages: list[Stage], path: pathlib.Path) -> Stage:
+  """The one of `stages`, all of the checkpoint's method, that has its number of steps; the first for a base."""
+  for stage in stages:
+    if not num_steps or stage.num_steps == num_steps:
+      return stage
+  raise UserError(
+    f'--checkpoint={path} was distilled to {num_steps} steps, but the stages of this config that are made in the same '
+    f'way have {", ".join(str(stage.num_steps) for stage in stages) or "none"}; see methods and '
+    f'distill.start_steps={num_steps}'
+  )
+
+
+def from_workdir(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
+  """A stage of another run, `path` = WORKDIR/STAGE: the same network and schedule; a student, for as many steps.
+
+  Raises:
+    UserError: there is no finished stage, or it does not fit the config; nothing was written.
+  """
+  if not (path / 'stage.json').is_file():
+    raise UserError(f'--checkpoint={path} is not a stage of a run: there is no stage.json in it')
+  found_in, stored = read_json(path / 'stage.json'), workdir.read_config(path.parent, default)
+  planned = {stage.name: stage for stage in workdir.stored_plan(path.parent, stored)}
+  theirs = choose(f'--checkpoint={path}: stage', path.name, planned)
+  shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
+  is_base = theirs.method == 'denoising'
+  stages = [stage for stage in plan(config, shape, num_classes) if stage.method == theirs.method]
+  named = [stage for stage in stages if stage.name == theirs.name]
+  stage = _stage_for(0 if is_base else theirs.num_steps, named or stages, path)
+  found, wanted = (dict(flatten(provenance.describe(s))) for s in (theirs, stage))
+  for key in wanted:
+    if found.get(key) != wanted[key]:
+      raise UserError(
+        f'--checkpoint={path}: its {key} is {found.get(key)}, but the config says {wanted[key]}'
+      )
+  model = provenance.load_model(path.parent, theirs, stored)
+  if model is None or not found_in.get('finished'):
+    raise UserError(f'--checkpoint={path} is not finished; train it to its end first')
+  origin = {'source': 'workdir', 'file': str(path), 'sha256': model.digest}
+  return _adopt(config, into, stage, jax.device_get(model.params), origin)
+
+
+def _adopt(config: Config, into: pathlib.Path, stage: Stage, params: object, origin: dict) -> Model:
+  with workdir.lock_workdir(into):
+    if (into / stage.name).exists():
+      raise UserError(f'{into / stage.name} is there already; import into another workdir, or remove it')
+    workdir.claim(into, config)
+    return provenance.adopt(into, stage, params, config, origin)
+
+
+SOURCES: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]] = {
+  'google': from_google,
+  'workdir': from_workdir,
+}

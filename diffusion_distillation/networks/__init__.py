@@ -1,0 +1,1 @@
+"""Networks, and what they work on: Flax modules, denoisers and spaces."""

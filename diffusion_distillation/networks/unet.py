@@ -1,0 +1,288 @@
+"""The U-Net of the papers (linen), and the denoiser that one sees from outside.
+
+Module names follow the parameter tree of the released checkpoints, so that those load leaf by leaf.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion_distillation.diffusion import process
+
+Params = Any
+BOTTLENECK = (
+  'bottleneck'  # the collection that the innermost activations are sown into, if one asks for it
+)
+
+
+def inverse_cosine(logsnr: jax.Array) -> jax.Array:
+  """arctan(exp(-logsnr / 2)) / (pi / 2), which is t itself under the unclipped cosine schedule."""
+  return jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -20.0, 20.0))) / (0.5 * math.pi)
+
+
+def linear(logsnr: jax.Array) -> jax.Array:
+  """logsnr itself, [-10, 10] scaled to [0, 1]."""
+  return (logsnr + 10.0) / 20.0
+
+
+def edm(logsnr: jax.Array) -> jax.Array:
+  """EDM's c_noise (Karras et al. 2022, Table 1): a quarter of log(sigma / alpha)."""
+  return -0.125 * logsnr
+
+
+DTYPES = {'float32': None, 'bfloat16': jnp.bfloat16}  # None: as the input and the parameters are
+TIME_INPUTS = {'inv_cos': inverse_cosine, 'linear': linear, 'sigmoid': jax.nn.sigmoid, 'edm': edm}
+
+
+def time_embedding(u: jax.Array, dim: int) -> jax.Array:
+  """Sinusoids of the time input `u` (B,): (B, dim), sines first."""
+  half = dim // 2
+  frequencies = jnp.exp(-jnp.arange(half) * (math.log(10000.0) / (half - 1)))
+  angles = 1000.0 * u[:, None] * frequencies[None, :]
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+def downsample(h: jax.Array) -> jax.Array:
+  """Averages 2x2 pixels: (B, H, W, C) to (B, H/2, W/2, C)."""
+  return nn.avg_pool(h, (2, 2), (2, 2))
+
+
+def upsample(h: jax.Array) -> jax.Array:
+  """Repeats each pixel 2x2: (B, H, W, C) to (B, 2H, 2W, C)."""
+  return jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+
+
+RESAMPLE = {'down': downsample, 'up': upsample, None: lambda h: h}
+
+
+class ResBlock(nn.Module):
+  """Residual block with scale-shift GroupNorm, resampling inside it where asked (BigGAN)."""
+
+  out_ch: int
+  num_groups: int
+  dropout: float
+  resample: str | None = None
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
+    resample = RESAMPLE[self.resample]
+    dtype = self.dtype
+    h = resample(nn.swish(nn.GroupNorm(self.num_groups, dtype=dtype, name='norm1')(x)))
+    h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv1')(h)
+    scale_shift = nn.Dense(2 * self.out_ch, dtype=dtype, name='temb_proj')(nn.swish(emb))
+    scale_shift = scale_shift[:, None, None, :]
+    scale, shift = jnp.split(scale_shift, 2, axis=-1)
+    h = nn.GroupNorm(self.num_groups, dtype=dtype, name='norm2')(h) * (1.0 + scale) + shift
+    h = nn.swish(h)
+    h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
+    zeros = nn.initializers.zeros
+    h = nn.Conv(self.out_ch, (3, 3), kernel_init=zeros, dtype=dtype, name='conv2')(h)
+    shortcut = resample(x)
+    if x.shape[-1] != self.out_ch:
+      shortcut = nn.Dense(self.out_ch, dtype=dtype, name='nin_shortcut')(shortcut)
+    return shortcut + h
+
+
+class AttnBlock(nn.Module):
+  """Self-attention over all pixels; one head unless `num_heads` or `head_dim` says otherwise."""
+
+  num_groups: int
+  num_heads: int | None
+  head_dim: int | None
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    batch, height, width, ch = x.shape
+    num_heads = self.num_heads or ch // (self.head_dim or ch)
+    features = (num_heads, ch // num_heads)
+    dtype = self.dtype
+    h = nn.GroupNorm(self.num_groups, dtype=dtype, name='norm')(x).reshape(batch, height * width, ch)
+    q, k, v = (nn.DenseGeneral(features, dtype=dtype, name=name)(h) for name in ('q', 'k', 'v'))
+    h = nn.dot_product_attention(q, k, v, force_fp32_for_softmax=True)
+    zeros = nn.initializers.zeros
+    h = nn.DenseGeneral(ch, axis=(-2, -1), kernel_init=zeros, dtype=dtype, name='proj_out')(h)
+    return x + h.reshape(x.shape)
+
+
+class UNet(nn.Module):
+  """Maps (z, logsnr, label) to an output of `out_ch` channels.
+
+  Attributes:
+    out_ch: channels of the output.
+    ch: channels at the finest level; level i has ch * ch_mult[i].
+    emb_ch: width of the time and class embedding.
+    ch_mult: one factor a level.
+    num_res_blocks: residual blocks a level on the way down; one more on the way up.
+    attn_resolutions: heights at which each block is followed by attention.
+    num_heads, head_dim: attention heads, by number or by size; at most one of them.
+    num_groups: groups of every GroupNorm; must divide every width.
+    dropout: rate inside residual blocks.
+    num_classes: 0 for an unconditional network.
+    time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2) or 'edm'.
+    resblock_resample: resample inside residual blocks, or by a convolution beside them.
+    dtype: of activations, 'float32' or 'bfloat16'; parameters, time and the output stay float32, as do the
+      statistics of norms and the softmax of attention.
+    remat: whether each block's activations are computed again on the way back instead of being kept.
+  """
+
+  out_ch: int
+  ch: int
+  emb_ch: int
+  ch_mult: tuple[int, ...]
+  num_res_blocks: int
+  attn_resolutions: tuple[int, ...] = ()
+  num_heads: int | None = None
+  head_dim: int | None = None
+  num_groups: int = 32
+  dropout: float = 0.0
+  num_classes: int = 0
+  time_input: str = 'inv_cos'
+  resblock_resample: bool = True
+  dtype: str = 'float32'
+  remat: bool = False
+
+  def check(self, image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
+    if self.dtype not in DTYPES:
+      raise ValueError(f'dtype={self.dtype!r} is not one of {list(DTYPES)}')
+    if self.time_input not in TIME_INPUTS:
+      raise ValueError(f'time_input={self.time_input!r} is not one of {list(TIME_INPUTS)}')
+    height, width = image_shape[:2]
+    factor = 2 ** (len(self.ch_mult) - 1)
+    if height % factor or width % factor:
+      raise ValueError(
+        f'{len(self.ch_mult)} levels (ch_mult) need images whose sides divide by {factor}; '
+        f'these are {height}x{width}'
+      )
+    for ch in (self.ch * mult for mult in self.ch_mult):
+      if ch % self.num_groups:
+        raise ValueError(f'num_groups={self.num_groups} does not divide a width of {ch} channels')
+      if ch % (self.num_heads or self.head_dim or 1):
+        raise ValueError(f'attention heads do not divide a width of {ch} channels')
+    if self.num_heads and self.head_dim:
+      raise ValueError('set num_heads or head_dim, not both')
+    if self.ch % 2 or self.ch < 4:
+      raise ValueError(f'ch={self.ch} must be even and at least 4: half sines, half cosines')
+
+  def _res_block(self, ch: int, name: str, way: str | None = None) -> Callable[..., jax.Array]:
+    cls = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+    return cls(ch, self.num_groups, self.dropout, way, DTYPES[self.dtype], name=name)
+
+  def _attention(self, name: str) -> Callable[..., jax.Array]:
+    cls = nn.remat(AttnBlock) if self.remat else AttnBlock
+    return cls(self.num_groups, self.num_heads, self.head_dim, DTYPES[self.dtype], name=name)
+
+  def _resample(self, h: jax.Array, emb: jax.Array, way: str, name: str, det: bool) -> jax.Array:
+    ch, dtype = h.shape[-1], DTYPES[self.dtype]
+    if self.resblock_resample:
+      return self._res_block(ch, name, way)(h, emb, det)
+    if way == 'down':
+      return nn.Conv(ch, (3, 3), strides=2, dtype=dtype, name=name)(h)
+    return nn.Conv(ch, (3, 3), dtype=dtype, name=name)(upsample(h))
+
+  @nn.compact
+  def __call__(
+    self,
+    z: jax.Array,
+    logsnr: jax.Array,
+    label: jax.Array | None = None,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """z: (B, H, W, C); logsnr: (B,); label: (B,) integers if conditional. Returns (B, H, W, out_ch)."""
+    det, dtype = deterministic, DTYPES[self.dtype]
+    emb = time_embedding(TIME_INPUTS[self.time_input](logsnr), self.ch)
+    emb = nn.swish(nn.Dense(self.emb_ch, dtype=dtype, name='dense0')(emb))
+    emb = nn.Dense(self.emb_ch, dtype=dtype, name='dense1')(emb)
+    if self.num_classes:
+      if label is None:
+        raise ValueError(f'a network with {self.num_classes} classes needs labels')
+      one_hot = jax.nn.one_hot(label, self.num_classes)
+      emb = emb + nn.Dense(self.emb_ch, dtype=dtype, name='class_emb')(one_hot)
+
+    def block(h: jax.Array, level: int, name: str) -> jax.Array:
+      ch = self.ch * self.ch_mult[level]
+      h = self._res_block(ch, name)(h, emb, det)
+      if h.shape[1] in self.attn_resolutions:
+        h = self._attention(name.replace('block', 'attn'))(h)
+      return h
+
+    levels = len(self.ch_mult)
+    h = nn.Conv(self.ch, (3, 3), dtype=dtype, name='conv_in')(z)
+    skips = [h]
+    for level in range(levels):
+      for b in range(self.num_res_blocks):
+        h = block(h, level, f'down_{level}.block_{b}')
+        skips.append(h)
+      if level < levels - 1:
+        h = self._resample(h, emb, 'down', f'down_{level}.downsample', det)
+        skips.append(h)
+
+    ch = h.shape[-1]
+    h = self._res_block(ch, 'mid.block_1')(h, emb, det)
+    h = self._attention('mid.attn_1')(h)
+    h = self._res_block(ch, 'mid.block_2')(h, emb, det)
+    self.sow(BOTTLENECK, 'h', h)
+
+    for level in reversed(range(levels)):
+      for b in range(self.num_res_blocks + 1):
+        h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f'up_{level}.block_{b}')
+      if level > 0:
+        h = self._resample(h, emb, 'up', f'up_{level}.upsample', det)
+
+    h = nn.swish(nn.GroupNorm(self.num_groups, dtype=dtype, name='norm_out')(h)).astype(z.dtype)
+    return nn.Conv(self.out_ch, (3, 3), kernel_init=nn.initializers.zeros, name='conv_out')(h)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(network: UNet, shape: tuple[int, ...], rng: jax.Array) -> Params:
+  label = jnp.zeros((1,), jnp.int32)
+  return network.init(rng, jnp.zeros((1, *shape)), jnp.zeros((1,)), label)['params']
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """A network seen as E[x | z]: what methods and samplers call. The parameterization ends here."""
+
+  network: UNet
+  output: str
+
+  def __post_init__(self) -> None:
+    if self.output not in process.OUTPUTS:
+      raise ValueError(f'model.output is {self.output!r}; one of {sorted(process.OUTPUTS)}')
+
+  def init(self, rng: jax.Array, shape: tuple[int, ...]) -> Params:
+    """Parameters for images of `shape` (H, W, C)."""
+    return _init(self.network, shape, rng)
+
+  def __call__(
+    self,
+    params: Params,
+    z: jax.Array,
+    logsnr: jax.Array,
+    label: jax.Array | None,
+    rng: jax.Array | None = None,
+  ) -> process.Prediction:
+    """z: (B, H, W, C); logsnr: (B,); label: (B,) or None; dropout only if `rng` is given."""
+    rngs = None if rng is None else {'dropout': rng}
+    args = ({'params': params}, self._input(z, logsnr), logsnr, label, rng is None)
+    output: Any = self.network.apply(*args, rngs=rngs)
+    return process.OUTPUTS[self.output](z, logsnr, output)
+
+  def bottleneck(
+    self, params: Params, z: jax.Array, logsnr: jax.Array, label: jax.Array | None
+  ) -> jax.Array:
+    """The network's innermost activations, (B, h, w, c); the way up is not computed."""
+    args = ({'params': params}, self._input(z, logsnr), logsnr, label)
+    _, sown = self.network.apply(*args, mutable=[BOTTLENECK])
+    return sown[BOTTLENECK]['h'][0]
+
+  def _input(self, z: jax.Array, logsnr: jax.Array) -> jax.Array:
+    return process.edm_input(z, logsnr) if self.output == 'edm' else z

@@ -1,0 +1,1 @@
+"""Carrying a plan out: inputs, the training loop, forecasts and monitoring."""

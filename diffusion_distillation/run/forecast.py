@@ -1,0 +1,175 @@
+"""The plan of a run as it is shown before it runs: stages, updates, network calls, and the time they will take."""
+
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from diffusion_distillation.config import Config
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.evaluation import measure
+from diffusion_distillation.run import preflight
+from diffusion_distillation.stages import provenance
+from diffusion_distillation.system import files, interrupts, sharding
+from diffusion_distillation.training.recipe import Stage
+from diffusion_distillation.training.state import Params
+
+
+def show(
+  stages: list[Stage],
+  finished: set[str],
+  config: Config,
+  workdir: pathlib.Path,
+  distances: Mapping[str, Params] | None = None,
+) -> None:
+  """Prints the plan on stderr, and what it needs of memory and disk; nothing is compiled.
+
+  Args:
+    stages: of the run.
+    finished: names of those that need no training any more.
+    config: of the run.
+    workdir: of the run; it need not be there.
+    distances: weights of a stage's distance, by stage, where it has some.
+
+  Raises:
+    UserError: it cannot be had; see `preflight.needs`.
+  """
+  for line in table(stages, finished, config):
+    _print(line)
+  for line in preflight.needs(stages, finished, workdir, distances or {}):
+    _print(line)
+
+
+def show_times(
+  stages: list[Stage],
+  finished: set[str],
+  step: Callable,
+  config: Config,
+  distances: Mapping[str, Params] | None = None,
+) -> None:
+  """Prints on stderr, from a few updates of each kind, the time of what is not finished.
+
+  A stage that has begun, and the evaluation, count from their start.
+
+  Args:
+    stages: of the run.
+    finished: names of those that need no training any more.
+    step: the compiled `train_step`.
+    config: of the run; `log.measured_updates` = 0 leaves the estimate out.
+    distances: weights of a stage's distance, by stage, where it has some.
+  """
+  repeats = config.log.measured_updates
+  if not repeats:
+    return
+  seconds: dict = {}
+  total = 0.0
+  _print(f'measuring {repeats} updates of each kind ...')
+  for stage in stages:
+    if stage.name in finished:
+      continue
+    kind = (jax.tree.structure(stage.recipe), stage.batch_size)
+    if kind not in seconds:
+      seconds[kind] = seconds_per_update(stage, step, repeats, (distances or {}).get(stage.name))
+    total += seconds[kind] * stage.num_updates
+    rate = f'{1000 * seconds[kind]:.3g} ms an update'
+    _print(f'  {stage.name:<18} {_duration(seconds[kind] * stage.num_updates):>10}  ({rate})')
+  call = seconds_per_call(stages[0], config)
+  if of_pairs := pairs_calls(stages, finished):
+    total += call * of_pairs
+    _print(f'  {"pairs":<18} {_duration(call * of_pairs):>10}')
+  calls = evaluation_calls(stages, config)
+  _print(f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)')
+  _print(f'  {"together":<18} {_duration(total + call * calls):>10}')
+
+
+def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[str]:
+  """Lines: the network, then a stage each with its updates and network calls, then the evaluation."""
+  first = stages[0]
+  count = parameter_overview.count_parameters(provenance.abstract_params(first))
+  yield f'{count:,} parameters; {sharding.describe()}'
+  with_pairs = next((stage for stage in stages if stage.pairs and stage.name not in finished), None)
+  for stage in stages:
+    calls = network_calls(stage)
+    if stage.pairs is not None and stage is with_pairs:
+      drawn, calls_of_pairs = stage.pairs, pairs_calls(stages, finished)
+      yield (
+        f'  {"pairs":<18} {drawn.num_steps:>5} steps {drawn.count:>8,} {"pairs":<20} '
+        f'{calls_of_pairs:>10.2e} network calls'
+      )
+    done = '  finished' if stage.name in finished else ''
+    yield (
+      f'  {stage.name:<18} {stage.num_steps:>5} steps {stage.num_updates:>8,} updates of '
+      f'{stage.batch_size} images {calls:>10.2e} network calls{done}'
+    )
+  yield f'  {"evaluation":<18} {evaluation_calls(stages, config):>54.2e} network calls'
+
+
+def network_calls(stage: Stage) -> float:
+  """Forward calls of one image that its training makes; those of trained networks are differentiated as well."""
+  return stage.num_updates * stage.batch_size * stage.recipe.method.calls
+
+
+def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
+  """Network calls of one image that the pairs of stages take which are not finished; all have the same pairs."""
+  for stage in stages:
+    if stage.pairs is not None and stage.name not in finished:
+      return stage.pairs.count * stage.pairs.num_steps * stage.pairs.sampler.calls_per_step
+  return 0
+
+
+def evaluation_calls(stages: list[Stage], config: Config) -> int:
+  """Network calls of one image that measuring every stage takes, if nothing is measured yet."""
+  return config.evaluation.num_samples * sum(
+    num_steps * measure.make(config, sampler).calls_per_step
+    for _, _, sampler, num_steps in measure.rows(stages, config)
+  )
+
+
+def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Params = None) -> float:
+  """The mean over some updates on noise, in whole periods of the method, compilation excluded."""
+  params = sharding.to_host(stage.denoise.init(jax.random.key(0), stage.image_shape))
+  state = sharding.create(stage.recipe.create_state, params)
+  frozen = stage.frozen({'teacher': params if stage.parent else None, 'distance': distance})
+  frozen = sharding.place(frozen)
+  rng = np.random.default_rng(0)
+  shape = (stage.batch_size, *stage.image_shape)
+  label = np.zeros(stage.batch_size, np.int32)
+  told = label if stage.denoise.network.num_classes else None
+  noise = rng.normal(size=shape).astype(np.float32)
+  pairs = {'noise': noise, 'image': noise, 'label': told} if stage.pairs else None
+  image = rng.integers(0, 256, shape).astype(np.uint8)
+  batch = sharding.spread(stage.inputs({'image': image, 'label': label}, pairs))
+  period = stage.recipe.method.period
+  timed = -(-repeats // period) * period
+  began = 0.0
+  for k in range(period + timed):
+    interrupts.check()
+    began = time.monotonic() if k == period else began
+    state, _ = step(stage.recipe.at(k), state, frozen, batch)
+    jax.block_until_ready(state)
+  return (time.monotonic() - began) / timed
+
+
+def seconds_per_call(stage: Stage, config: Config) -> float:
+  """One network call of a sampler, for one image of a full batch."""
+  params = sharding.to_host(stage.denoise.init(jax.random.key(0), stage.image_shape))
+  draw = measure.drawer(config, stage, config.evaluation.samplers[0])
+  size = sharding.round_up(config.evaluation.batch_size)
+  seconds = draw.seconds_per_image(params, times.uniform(2), size, 0, use=lambda images: None)
+  return seconds / (2 * draw.sampler.calls_per_step)
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 60:
+    return f'{seconds:.0f} s'
+  hours, minutes = divmod(round(seconds / 60), 60)
+  return f'{hours} h {minutes:02d} min' if hours else f'{seconds / 60:.1f} min'
+
+
+def _print(line: str) -> None:
+  if files.writes():
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,146 @@
+"""Stored (noise, image) pairs of a teacher: what its deterministic sampler makes of noise, drawn once.
+
+workdir/pairs/pairs.json   whose they are, and a digest of each file that is there
+workdir/pairs/00000.npy    a batch: records of noise, image (float32) and, for a conditional teacher, label (int32)
+"""
+
+import hashlib
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+
+from diffusion_distillation.datasets.orders import Shuffled
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation.sampling import Drawer
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.system import cluster, files, interrupts, sharding
+from diffusion_distillation.system.files import read_json, write_json
+from diffusion_distillation.system.progress import Progress
+from diffusion_distillation.training.recipe import Pairs
+
+_log = logging.getLogger(__name__)
+
+
+class StoredPairs:
+  """The pairs of a workdir, read by index.
+
+  Attributes:
+    digest: sha256 over the digests of all files.
+    seconds: that drawing them took.
+  """
+
+  def __init__(self, paths: list[pathlib.Path], digest: str, seconds: float) -> None:
+    self._parts = [np.load(path, mmap_mode='r') for path in paths]
+    self.digest, self.seconds = digest, seconds
+
+  def __len__(self) -> int:
+    return sum(map(len, self._parts))
+
+  def read(self, indices: np.ndarray) -> dict[str, np.ndarray | None]:
+    """`noise`, `image` (n, H, W, C) and `label` (n,) or None."""
+    parts, places = np.divmod(indices, len(self._parts[0]))
+    found = np.stack([self._parts[part][place] for part, place in zip(parts, places, strict=True)])
+    label = found['label'] if 'label' in (found.dtype.names or ()) else None
+    return {'noise': found['noise'], 'image': found['image'], 'label': label}
+
+  def shuffled(
+    self, seed: int, batch_size: int, start: int, stop: int
+  ) -> Generator[dict[str, np.ndarray | None]]:
+    """This process's part of batches `start` to `stop` of an endless stream of shuffled epochs."""
+    order, (index, count) = Shuffled(len(self), seed, batch_size), sharding.part()
+    for i in range(start, stop):
+      size = batch_size // count
+      yield self.read(order(i)[0][index * size : (index + 1) * size])
+
+
+def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
+  """The pairs in `workdir`, drawn as far as they are not there; a file that fails its check is drawn again.
+
+  Raises:
+    UserError: those that are there are of another teacher, or were drawn in another way.
+    Preempted: a signal came; what is drawn is kept.
+  """
+  directory = workdir / 'pairs'
+  directory.mkdir(exist_ok=True)
+  path, lineage = directory / 'pairs.json', describe(pairs, teacher)
+  stored = read_json(path) if path.exists() else lineage | {'digests': [], 'seconds': 0.0}
+  differing = [key for key in lineage if stored.get(key) != lineage[key]]
+  if differing:
+    key = differing[0]
+    raise UserError(
+      f'{path}: these pairs do not belong to this run: {key} was {stored.get(key)}, is {lineage[key]}; remove '
+      f'{directory} to have them drawn again'
+    )
+  draw = Drawer(
+    teacher.stage.denoise,
+    pairs.sampler,
+    teacher.stage.schedule,
+    teacher.stage.image_shape,
+    pairs.batch_size,
+  )
+  grid = times.make_grid(pairs.grid, pairs.num_steps, teacher.stage.schedule)
+  count = -(-pairs.count // pairs.batch_size)
+  paths = [directory / f'{k:05d}.npy' for k in range(count)]
+  digests = stored['digests']
+  cluster.barrier()  # before the first process writes pairs.json anew
+  with Progress('pairs', count, images_per_step=pairs.batch_size) as progress:
+    for k, file in enumerate(paths):
+      interrupts.check()
+      known = digests[k] if k < len(digests) else None
+      if known is None or not cluster.agree(_digest(file) == known):
+        if known is not None:
+          _log.warning('%s is damaged or missing: drawn again', file)
+        began = time.monotonic()
+        index = np.arange(k * pairs.batch_size, min((k + 1) * pairs.batch_size, pairs.count))
+        drawn = draw.pairs(teacher.params, grid, pairs.seed, index)
+        if files.writes():
+          _save(file, *drawn)
+        cluster.barrier()
+        digests[k : k + 1] = [_digest(file)]
+        stored['seconds'] += time.monotonic() - began
+        write_json(path, stored)
+      progress.advance()
+  digest = hashlib.sha256(''.join(digests).encode()).hexdigest()
+  return StoredPairs(paths, digest, stored['seconds'])
+
+
+def describe(pairs: Pairs, teacher: Model) -> dict[str, Any]:
+  """What makes them what they are."""
+  return {
+    'teacher': {'stage': teacher.stage.name, 'weights': teacher.weights, 'digest': teacher.digest},
+    'num_pairs': pairs.count,
+    'sampler': type(pairs.sampler).__name__,
+    'clip_x': pairs.sampler.clip_x,
+    'num_steps': pairs.num_steps,
+    'grid': pairs.grid,
+    'seed': pairs.seed,
+    'batch_size': pairs.batch_size,
+  }
+
+
+def _save(path: pathlib.Path, noise: np.ndarray, image: np.ndarray, label: np.ndarray | None) -> None:
+  """Writes a file whole or not at all."""
+  columns = {'noise': noise, 'image': image} | ({} if label is None else {'label': label})
+  records = np.empty(
+    len(noise), [(name, values.dtype, values.shape[1:]) for name, values in columns.items()]
+  )
+  for name, values in columns.items():
+    records[name] = values
+  temporary = path.with_suffix('.tmp')
+  with temporary.open('wb') as file:
+    np.save(file, records, allow_pickle=False)
+  os.replace(temporary, path)
+
+
+def _digest(path: pathlib.Path) -> str:
+  """sha256 of a file; '' if there is none."""
+  if not path.is_file():
+    return ''
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -1,0 +1,187 @@
+"""What a run will need of memory and disk, told before anything is compiled, and refused where it cannot be had."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.stages import provenance
+from diffusion_distillation.system import sharding
+from diffusion_distillation.training.recipe import Stage
+from diffusion_distillation.training.state import Params
+
+_CHECKPOINTS = 2  # that a stage keeps
+_GB = 1e9
+_PRIME = 10_007  # examples of a batch that has shapes only; what divides by it grows with the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on each device while a stage trains.
+
+  Attributes:
+    params: of the networks in training.
+    averages: of the student's parameters.
+    optimizer: its moments.
+    frozen: teacher and weights of a distance.
+    gradients: of the networks in training, and the updates made of them.
+    gathered: of networks that are split, the parts that an update fetches from other devices.
+    activations: what one micro-batch keeps for its way back.
+  """
+
+  params: int
+  averages: int
+  optimizer: int
+  frozen: int
+  gradients: int
+  gathered: int
+  activations: int
+
+  @property
+  def arguments(self) -> int:
+    """What the step is given, but for the batch: known exactly."""
+    return self.params + self.averages + self.optimizer + self.frozen
+
+  @property
+  def total(self) -> int:
+    """All of it."""
+    return self.arguments + self.gradients + self.gathered + self.activations
+
+
+def memory(stage: Stage, distance: Params = None) -> Memory:
+  """Of a stage, from shapes alone: nothing is compiled, computed or put on a device."""
+  state = provenance.abstract_state(stage)
+  teacher = provenance.abstract_params(stage) if stage.parent else None
+  frozen = stage.frozen({'teacher': _as_numbers(teacher), 'distance': distance})
+  recipe = stage.recipe.at(stage.recipe.method.period - 1)  # when all networks have their turn
+  trained = {name: state.params[name] for name in recipe.method.networks}
+  per_device = sharding.bytes_per_device
+  return Memory(
+    params=per_device(state.params),
+    averages=per_device(state.ema_params),
+    optimizer=per_device(state.opt_state),
+    frozen=per_device(frozen),
+    gradients=2 * per_device(trained),
+    gathered=sum(_bytes(tree) - per_device(tree) for tree in (state.params, frozen)),
+    activations=_activations(stage, state, frozen),
+  )
+
+
+def _as_numbers(tree: Any) -> Any:
+  """Arrays of these shapes that take no memory, for what looks at types only."""
+  return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), tree)
+
+
+def _activations(stage: Stage, state: Any, frozen: Mapping[str, Params]) -> int:
+  """Bytes of what the loss keeps for its gradient, on each device: those residuals that grow with the batch."""
+  recipe = stage.recipe.at(stage.recipe.method.period - 1)
+  shape = (_PRIME, *stage.image_shape)
+
+  def residuals(state: Any, frozen: Any, image: jax.Array, label: Any) -> Any:
+    rng = jax.random.key(0)
+    batch = {'x': image, 'label': label, **recipe.method.draw(rng, shape)}
+    if stage.pairs is not None:
+      batch['pairs'] = {'noise': image, 'image': image, 'label': label}
+    fixed = {**frozen, 'average': state.ema_params[0]}
+
+    def loss(trained: Any) -> Any:
+      networks = {**state.params, **trained}
+      return recipe.method.loss(recipe.denoise, networks, fixed, batch, rng, jnp.array(0))[0]
+
+    return jax.vjp(loss, {name: state.params[name] for name in recipe.method.networks})[1]
+
+  image = jax.ShapeDtypeStruct(shape, jnp.float32)
+  label = jax.ShapeDtypeStruct((_PRIME,), jnp.int32) if stage.denoise.network.num_classes else None
+  kept = jax.tree.leaves(jax.eval_shape(residuals, state, dict(frozen), image, label))
+  grows = [leaf for leaf in kept if any(size and size % _PRIME == 0 for size in leaf.shape)]
+  examples = stage.batch_size // recipe.micro_batches
+  return _bytes(grows) // _PRIME * -(-examples // sharding.device_count())
+
+
+def disk(stages: list[Stage], finished: set[str]) -> int:
+  """Bytes that the checkpoints and pairs of unfinished stages will take at most."""
+  todo = [stage for stage in stages if stage.name not in finished]
+  states = [_bytes(provenance.abstract_state(stage)) for stage in todo]
+  pairs = next(
+    (stage.pairs.count * (8 * int(np.prod(stage.image_shape)) + 4) for stage in todo if stage.pairs), 0
+  )
+  return _CHECKPOINTS * sum(states) + max(states, default=0) + pairs
+
+
+def _bytes(tree: Any) -> int:
+  return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def needs(
+  stages: list[Stage],
+  finished: set[str],
+  workdir: pathlib.Path,
+  distances: Mapping[str, Params],
+) -> Iterator[str]:
+  """Lines: memory of each device by stage that is not finished, then the disk.
+
+  Raises:
+    UserError: parameters, averages, optimizer and teacher alone are more than a device has, or the disk is too small.
+  """
+  limit = sharding.memory_per_device() or _memory_of_the_host()
+  yield 'memory of each device, GB:  parameters  averages  optimizer  frozen  gradients  gathered  activations  together'
+  kinds: dict[Any, Memory] = {}
+  for stage in stages:
+    if stage.name in finished:
+      continue
+    kind = (jax.tree.structure(stage.recipe), stage.batch_size, stage.parent is None)
+    if kind not in kinds:
+      kinds[kind] = memory(stage, distances.get(stage.name))
+    of = kinds[kind]
+    figures = (
+      of.params,
+      of.averages,
+      of.optimizer,
+      of.frozen,
+      of.gradients,
+      of.gathered,
+      of.activations,
+      of.total,
+    )
+    columns = zip((12, 10, 11, 8, 11, 10, 13, 10), figures, strict=True)
+    per_device = stage.batch_size // sharding.device_count()
+    yield (
+      f'  {stage.name:<25}'
+      + ''.join(f'{x / _GB:>{w}.3f}' for w, x in columns)
+      + f'  ({per_device} images)'
+    )
+    if of.arguments > limit:
+      raise UserError(
+        f'stage {stage.name}: parameters, averages, optimizer and teacher take {of.arguments / _GB:.1f} GB of the '
+        f'{limit / _GB:.1f} GB of a device: raise mesh.fsdp, or set compute.teacher_dtype=bfloat16'
+      )
+    if of.total > limit:
+      yield (
+        f'  warning: {of.total / _GB:.1f} GB may not fit the {limit / _GB:.1f} GB of a device: raise micro_batches '
+        'or mesh.fsdp, or set compute.remat=True or compute.dtype=bfloat16'
+      )
+  needed, free = disk(stages, finished), _free(workdir)
+  yield f'disk, GB: {needed / _GB:.3f} for checkpoints and pairs; {free / _GB:.1f} free'
+  if needed > free:
+    raise UserError(
+      f'--workdir={workdir}: checkpoints and pairs will take {needed / _GB:.2f} GB, {free / _GB:.2f} GB are free; make '
+      'room, or choose another disk'
+    )
+
+
+def _memory_of_the_host() -> int:
+  pages = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  return pages // sharding.local_device_count()
+
+
+def _free(path: pathlib.Path) -> int:
+  while not path.exists():
+    path = path.parent
+  return shutil.disk_usage(path).free

@@ -1,0 +1,243 @@
+"""The lineage of each stage of a workdir: what its parameters are, and what they were made from.
+
+workdir/<stage>/stage.json  parents and their digests, parameterization, schedule, step count, data range, config
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_distillation.config import Config, choose
+from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.stages.workdir import check_config
+from diffusion_distillation.system import sharding
+from diffusion_distillation.system.checkpoints import Checkpoints, digest
+from diffusion_distillation.system.files import read_json, write_json
+from diffusion_distillation.training.recipe import Stage
+from diffusion_distillation.training.state import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """One set of a stage's weights, finished or not, ready to be sampled from or taught by.
+
+  Attributes:
+    stage: whose they are.
+    weights: the name of the set, one of `stage.weights`.
+    params: the set.
+    digest: of `params`.
+    step: updates done.
+    seconds: of training.
+    all: every set of the stage, by name.
+  """
+
+  stage: Stage
+  weights: str
+  params: Params
+  digest: str
+  step: int
+  seconds: float
+  all: Mapping[str, Params]
+
+  def use(self, weights: str) -> 'Model':
+    """The same stage with another set of its weights; raises UserError if it has none of that name."""
+    if weights == self.weights:
+      return self
+    params = choose(f'stage {self.stage.name}: --weights', weights, self.all)
+    return dataclasses.replace(self, weights=weights, params=params, digest=digest(params))
+
+
+# Fields of the network that say how it is computed, not what its parameters mean.
+_OF_NO_MEANING = ('parent', 'name', 'dtype', 'remat')
+
+
+def describe(stage: Stage) -> dict[str, Any]:
+  """What its parameters mean: output, network, schedule and the shape of images."""
+  network = dataclasses.asdict(stage.denoise.network)
+  return {
+    'output': stage.denoise.output,
+    'network': {key: network[key] for key in network if key not in _OF_NO_MEANING},
+    'schedule': {'name': type(stage.schedule).__name__, **dataclasses.asdict(stage.schedule)},
+    'image_shape': list(stage.image_shape),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Parents:
+  """What a stage comes from.
+
+  Attributes:
+    teacher: its parent's model, or None.
+    start: the model that it starts from; None: its teacher.
+    pairs: digest of the pairs that it learns from, or None.
+    distance: digest of the weights of its distance, or None.
+  """
+
+  teacher: Model | None = None
+  start: Model | None = None
+  pairs: str | None = None
+  distance: str | None = None
+
+  def describe(self) -> dict[str, Any]:
+    """As stage.json has it."""
+    models = {'parent': self.teacher, 'start': self.start or self.teacher}
+    found: dict[str, Any] = {
+      key: model and {'stage': model.stage.name, 'weights': model.weights, 'digest': model.digest}
+      for key, model in models.items()
+    }
+    return found | {'pairs': self.pairs, 'distance': self.distance}
+
+
+def _lineage(stage: Stage, parents: Parents, config: Config) -> dict[str, Any]:
+  """What has to be known of a stage to use its parameters rightly."""
+  return {
+    'stage': stage.name,
+    'method': stage.method,
+    **parents.describe(),
+    **describe(stage),
+    'sampler': stage.sampler,
+    'num_steps': stage.num_steps,
+    'data_range': [-1.0, 1.0],
+    'num_updates': stage.num_updates,
+    'config': json.loads(config.to_json()),
+  }
+
+
+def check_configs(workdir: pathlib.Path, stages: list[Stage], config: Config) -> None:
+  """Raises UserError if a stage that is there was made with another config; see `check_config`."""
+  for stage in stages:
+    path = workdir / stage.name / 'stage.json'
+    if path.is_file():
+      check_config(path, read_json(path).get('config') or {}, config, stage.name)
+
+
+def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: Config) -> None:
+  """Writes the stage's lineage before its first update, or checks the one that is there.
+
+  Raises:
+    UserError: what is there had another parent or config, or was made to be sampled in another way.
+    DamagedError: there are checkpoints, but no lineage.
+  """
+  path = workdir / stage.name / 'stage.json'
+  path.parent.mkdir(exist_ok=True)
+  expected = _lineage(stage, parents, config)
+  if path.exists():
+    _check_lineage(path, read_json(path), expected, config)
+  elif Checkpoints(path.parent).steps():
+    raise DamagedError(f'{path} is missing; restore it, or remove {path.parent} to train it again')
+  else:
+    write_json(path, expected | {'finished': False})
+
+
+def finish_stage(workdir: pathlib.Path, parents: Parents, model: Model, config: Config) -> None:
+  """Adds the digest of its parameters to the lineage of a finished stage, unless it is there."""
+  path = workdir / model.stage.name / 'stage.json'
+  if read_json(path).get('digest') != model.digest:
+    outcome = {'finished': True, 'digest': model.digest, 'seconds': model.seconds}
+    write_json(path, _lineage(model.stage, parents, config) | outcome)
+
+
+def is_finished(workdir: pathlib.Path, stage: Stage) -> bool:
+  """Whether the lineage says that the stage was trained to its end."""
+  path = workdir / stage.name / 'stage.json'
+  return path.is_file() and bool(read_json(path).get('finished'))
+
+
+def check_digest(workdir: pathlib.Path, model: Model) -> None:
+  """Raises DamagedError if a finished model is not the one that its lineage names."""
+  path = workdir / model.stage.name / 'stage.json'
+  found = read_json(path)
+  if found.get('finished') and found.get('digest') != model.digest:
+    raise DamagedError(
+      f'{path} names parameters with digest {str(found.get("digest"))[:12]}, but its checkpoint holds '
+      f'{model.digest[:12]}; one of them was replaced: restore it, or remove {path.parent}'
+    )
+
+
+_PARENTS = ('parent', 'start', 'pairs', 'distance')
+_CHECKED = (
+  *_PARENTS,
+  *('method', 'output', 'network', 'schedule', 'sampler', 'num_steps', 'data_range', 'image_shape'),
+)
+
+
+def _check_lineage(
+  path: pathlib.Path, found: dict[str, Any], expected: dict[str, Any], config: Config
+) -> None:
+  check_config(path, found.get('config') or {}, config, path.parent.name)
+  expected = json.loads(json.dumps(expected))
+  for key in _CHECKED:
+    if found.get(key) != expected[key]:
+      raise UserError(
+        f'{path}: {key} is {found.get(key)}, but this run needs {expected[key]}; '
+        f'remove {path.parent} to train this stage again'
+      )
+
+
+def load_model(workdir: pathlib.Path, stage: Stage, config: Config) -> Model | None:
+  """The stage as far as it is trained, checked against its lineage; None if nothing whole is there.
+
+  Only reads: a damaged checkpoint is named and passed over.
+
+  Raises:
+    UserError: its lineage does not fit the config.
+    DamagedError: it is finished, but its parameters are not those that its lineage names.
+  """
+  stage_dir = workdir / stage.name
+  if not (stage_dir / 'stage.json').is_file():
+    return None
+  found = read_json(stage_dir / 'stage.json')
+  expected = _lineage(stage, Parents(), config) | {key: found.get(key) for key in _PARENTS}
+  _check_lineage(stage_dir / 'stage.json', found, expected, config)
+  restored = Checkpoints(stage_dir).restore(abstract_state(stage), set_aside=False)
+  if restored is None:
+    return None
+  model = to_model(stage, *restored)
+  if model.step == stage.num_updates:
+    check_digest(workdir, model)
+  return model
+
+
+def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
+  """A training state, seen as what is sampled from: its first moving average. On the host."""
+  sets = sharding.to_host([*state.ema_params, state.params['student']])
+  trees = dict(zip(stage.weights, sets, strict=True))
+  params = trees['ema']
+  return Model(stage, 'ema', params, digest(params), int(state.step), seconds, trees)
+
+
+def adopt(
+  workdir: pathlib.Path, stage: Stage, params: Params, config: Config, origin: Mapping[str, Any]
+) -> Model:
+  """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it."""
+  stage_dir = workdir / stage.name
+  stage = stage.without_parents()
+  state = dataclasses.replace(
+    stage.recipe.create_state(params), step=jnp.array(stage.num_updates, jnp.int32)
+  )
+  model = to_model(stage, state, 0.0)
+  outcome = {'finished': True, 'digest': model.digest, 'seconds': 0.0, 'imported': dict(origin)}
+  stage_dir.mkdir()
+  write_json(stage_dir / 'stage.json', _lineage(stage, Parents(), config) | outcome)
+  with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
+    checkpoints.save(stage.num_updates, state, 0.0)
+  return model
+
+
+def abstract_params(stage: Stage) -> Params:
+  """Shapes and types of the stage's parameters; nothing is computed."""
+  return jax.eval_shape(lambda rng: stage.denoise.init(rng, stage.image_shape), jax.random.key(0))
+
+
+def abstract_state(stage: Stage) -> TrainState:
+  """Shapes and types of the stage's training state; nothing is computed."""
+  shape = stage.image_shape
+  return jax.eval_shape(
+    lambda rng: stage.recipe.create_state(stage.denoise.init(rng, shape)), jax.random.key(0)
+  )

@@ -1,0 +1,196 @@
+"""The workdir: its config, its images, and the plan of its stages.
+
+workdir/config.json   what made it; the workdir alone is enough to sample from it
+workdir/dataset.json  the images it was made from, and the names of their classes
+"""
+
+import io
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import IO, Any
+
+from diffusion_distillation import config as configuration
+from diffusion_distillation import datasets
+from diffusion_distillation.config import Config, check_known, flatten
+from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.stages.plan import plan
+from diffusion_distillation.system import cluster, files, sharding
+from diffusion_distillation.system.files import read_json, write_json
+from diffusion_distillation.training.recipe import Stage
+
+# Keys that may change between two runs in one workdir: they touch no parameter of any stage, or only those of the
+# student that the section is of, whose own stage.json is compared with them.
+STUDENTS = tuple(f'{name}.' for name in configuration.STUDENTS)
+FREE = (
+  *('evaluation.', 'log.', 'checkpoint.'),
+  *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
+  *('methods', 'pairs.', *STUDENTS),
+  *('mesh.', 'compute.'),
+)
+
+
+def lock_workdir(workdir: pathlib.Path) -> IO[str]:
+  """Makes `workdir` if need be; returns the lock, to be closed, that keeps other runs out; see `files.lock`.
+
+  Of several processes the first takes it for all.
+
+  Raises:
+    UserError: it cannot be had, or is not the same directory for all processes.
+  """
+  problem: str | None = None
+  held: IO[str] = io.StringIO()
+  if files.writes():
+    try:
+      held = files.lock(workdir, '--workdir')
+    except UserError as error:
+      problem = str(error)
+  if problem := cluster.from_first(problem):
+    raise UserError(problem)
+  if not cluster.agree((workdir / files.LOCK).exists()):
+    raise UserError(f'--workdir={workdir} must be one directory that all processes see, such as on NFS')
+  return held
+
+
+def check_config(
+  path: pathlib.Path, made_with: Mapping[str, Any], config: Config, stage: str = ''
+) -> None:
+  """Raises UserError, with the differing keys, if what `path` belongs to was made with another config.
+
+  Keys of FREE sections may differ, but for the section of `stage`; keys that an older version did not have are not
+  compared.
+  """
+  if not isinstance(made_with, Mapping):
+    raise DamagedError(f'{path} is damaged (no config in it); restore it from a copy')
+  free = tuple(key for key in FREE if key != f'{stage}.')
+  old, new = dict(flatten(made_with)), dict(flatten(json.loads(config.to_json())))
+  differing = [
+    f'{key} was {value}, is {new.get(key, "absent")}'
+    for key, value in sorted(old.items())
+    if not key.startswith(free) and value != new.get(key, 'absent')
+  ]
+  if differing:
+    raise UserError(
+      f'{path}: made with another config: {"; ".join(differing)}. Use that config, or another workdir'
+    )
+
+
+def claim(workdir: pathlib.Path, config: Config) -> None:
+  """Writes `config.json`, or checks the one that is there; raises UserError as `check_config` does."""
+  check_made_with(workdir, config)
+  write_json(workdir / 'config.json', json.loads(config.to_json()))
+
+
+def check_made_with(workdir: pathlib.Path, config: Config) -> None:
+  """Raises UserError, as `check_config` does, if there is a run in `workdir` that another config made."""
+  path = workdir / 'config.json'
+  if path.exists():
+    check_config(path, read_json(path), config)
+
+
+def read_config(workdir: pathlib.Path, default: Config) -> Config:
+  """The config that `workdir` was made with; keys that are newer than it have their defaults.
+
+  Raises:
+    UserError: there is no run, or its config has keys that this version does not know.
+    DamagedError: its config cannot be read.
+  """
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise UserError(f'--workdir={workdir} holds no run: there is no {path}')
+  stored = Config(_tuples(read_json(path)))
+  known = [key for key, _ in flatten(default)]
+  try:
+    check_known([key for key, _ in flatten(stored)], known)
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
+  config = default.copy_and_resolve_references().unlock()
+  config.update(stored)
+  return config.lock()
+
+
+def _tuples(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _tuples(v) for key, v in value.items()}
+  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def open_images(config: Config, role: str) -> Loader:
+  """The images to train on ('train') or those held out ('eval'), not yet read; raises UserError without any."""
+  section = config.dataset
+  images = datasets.open_split(datasets.Settings.of(section), role)
+  images.check(datasets.Settings.key(role))
+  return Loader(images, section.in_memory_gb, section.workers, sharding.part())
+
+
+def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader]:
+  """The stages of a run in `workdir` (which need not be there), and the training images, not yet read.
+
+  Raises:
+    UserError: config or images do not fit, or those that the run began with were others.
+  """
+  loader = open_images(config, 'train')
+  open_images(config, 'eval')  # to find its errors now, not after training
+  check_images(workdir, loader.images)
+  shape, classes = loader.images.image_shape, loader.images.classes
+  return cut(workdir, plan(config, shape, len(classes))), loader
+
+
+def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
+  """Raises UserError unless the run in `workdir`, if there is one, began with these images."""
+  path = workdir / 'dataset.json'
+  if not path.is_file():
+    return
+  found = read_json(path)
+  if not isinstance(found.get('classes'), list):
+    raise DamagedError(f'{path} is damaged (no classes in it); restore it from a copy')
+  if found.get('identity') != images.identity:
+    raise UserError(
+      f'{path}: this run began with other images: {found.get("num_images")} of {len(found["classes"])} '
+      f'classes, now {len(images)} of {len(images.classes)}; restore them, or use another workdir'
+    )
+
+
+def claim_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
+  """Writes `dataset.json`, the names of the classes by label among it; raises UserError as `check_images` does."""
+  check_images(workdir, images)
+  described = {key: getattr(images, key) for key in ('name', 'image_shape', 'classes', 'identity')}
+  write_json(workdir / 'dataset.json', described | {'num_images': len(images)})
+
+
+def class_names(workdir: pathlib.Path) -> list[str]:
+  """Names of the classes by label, as the run found them; none for an imported model."""
+  path = workdir / 'dataset.json'
+  return [str(name) for name in read_json(path).get('classes', [])] if path.is_file() else []
+
+
+def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
+  """The stages of `config` without its data, which need not be at hand to sample from a workdir."""
+  path = next(iter(sorted(workdir.glob('*/stage.json'))), None)
+  if path is None:
+    raise UserError(f'--workdir={workdir} holds no stage yet: there is no stage.json in it')
+  found = read_json(path)
+  try:
+    image_shape, num_classes = tuple(found['image_shape']), int(found['network']['num_classes'])
+  except (KeyError, TypeError, ValueError) as error:
+    raise DamagedError(f'{path} is damaged ({error!r}); restore it from a copy') from error
+  return cut(workdir, plan(config, image_shape, num_classes))
+
+
+def cut(workdir: pathlib.Path, stages: list[Stage]) -> list[Stage]:
+  """The plan as it is for a workdir into which a model was imported: it begins there."""
+  for k, stage in reversed(list(enumerate(stages))):
+    path = workdir / stage.name / 'stage.json'
+    if path.is_file() and read_json(path).get('imported'):
+      found = [stage.without_parents(), *stages[k + 1 :]]
+      names = {stage.name for stage in found}
+      for student in found[1:]:
+        for needed in (student.parent, student.start):
+          if needed is not None and needed not in names:
+            raise UserError(
+              f'stage {student.name} comes from stage {needed}, but {workdir} begins with {stage.name}, which was '
+              'imported; take it out of config.methods, or import its teacher'
+            )
+      return found
+  return stages

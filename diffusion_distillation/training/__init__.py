@@ -1,0 +1,1 @@
+"""One update, as a pure function: its recipe, state, optimizer and step."""

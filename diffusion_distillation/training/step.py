@@ -1,0 +1,150 @@
+"""The training step: one for all methods."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion_distillation.networks import spaces
+from diffusion_distillation.training.recipe import Recipe
+from diffusion_distillation.training.state import Params, TrainState
+
+
+def train_step(
+  recipe: Recipe, state: TrainState, frozen: Mapping[str, Params], batch: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update, or none where loss or gradient is not finite.
+
+  Args:
+    recipe: the stage's constants.
+    state: donated by the compiled step.
+    frozen: `teacher`, the parameters of the stage before, and `distance`, where there are such; see `Method.loss`.
+    batch: `image` (B, H, W, C) uint8, `label` (B,) or None, and perhaps `pairs`; global arrays, the mean over
+      which is the loss, on however many devices.
+
+  Returns:
+    The next state, and scalar metrics.
+  """
+  loss, metrics, grads = loss_and_gradients(recipe, state, frozen, batch)
+  tried, moved = _apply(recipe, state, grads)
+  metrics |= moved
+  numbers = [loss, *(value for name, value in moved.items() if name.endswith('_norm'))]
+  finite = jnp.isfinite(jnp.array(numbers)).all()
+  kept = (state.params, state.opt_state, state.ema_params)
+  params, opt_state, ema_params = jax.tree.map(lambda n, o: jnp.where(finite, n, o), tried, kept)
+  state = TrainState(
+    step=state.step + 1,
+    params=params,
+    ema_params=ema_params,
+    opt_state=opt_state,
+    skipped=state.skipped + jnp.where(finite, 0, 1),
+    skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+  )
+  metrics = metrics | {
+    'loss': loss,
+    'skipped': state.skipped,
+    'skipped_in_a_row': state.skipped_in_a_row,
+  }
+  return state, metrics
+
+
+def loss_and_gradients(
+  recipe: Recipe, state: TrainState, frozen: Mapping[str, Params], batch: Mapping[str, Any]
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Params]]:
+  """What an update is made of: the loss, metrics, and gradients by network; all a function of (seed, step)."""
+  rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+  rng_flip, rng_draw, rng_dropout = jax.random.split(rng, 3)
+  x, label = spaces.to_x(batch['image']), batch['label']
+  if recipe.random_flip:
+    x = spaces.flip(rng_flip, x)
+  if recipe.dequantize:
+    x = spaces.dequantize(jax.random.fold_in(rng_flip, 1), x)
+  if recipe.label_dropout:
+    label = spaces.drop_labels(jax.random.fold_in(rng_flip, 2), label, recipe.label_dropout)
+  examples = {'x': x, 'label': label, **recipe.method.draw(rng_draw, x.shape)}
+  if 'pairs' in batch:
+    examples['pairs'] = batch['pairs']
+  frozen = {**frozen, 'average': state.ema_params[0]}
+  return gradients(recipe, state.params, frozen, examples, rng_dropout, state.step)
+
+
+def train_steps(
+  recipe: Recipe | tuple[Recipe, ...], state: TrainState, frozen: Mapping[str, Params], batch: Any
+) -> tuple[TrainState, Any]:
+  """`train_step`, or several of them in one program: where `recipe` and `batch` are tuples, the metrics are one, too."""
+  if not isinstance(recipe, tuple):
+    return train_step(recipe, state, frozen, batch)
+  metrics = []
+  for of_this, examples in zip(recipe, batch, strict=True):
+    state, found = train_step(of_this, state, frozen, examples)
+    metrics.append(found)
+  return state, tuple(metrics)
+
+
+def _apply(
+  recipe: Recipe, state: TrainState, grads: Mapping[str, Params]
+) -> tuple[tuple[Params, ...], dict[str, jax.Array]]:
+  """The next (parameters, optimizer states, averages), and the sizes of gradients and updates by network.
+
+  Networks without a gradient stay as they are, their moments too; the averages follow the student in its turn.
+  """
+  params, opt_state, averages = {**state.params}, {**state.opt_state}, state.ema_params
+  metrics = {}
+  for name, gradient in grads.items():
+    rate = recipe.learning_rate[name](state.step)
+    updates, opt_state[name] = recipe.optimizer.transform().update(
+      gradient, state.opt_state[name], state.params[name]
+    )
+    params[name] = jax.tree.map(lambda p, u, rate=rate: p - rate * u, state.params[name], updates)
+    own = '' if name == 'student' else f'{name}_'
+    metrics[f'{own}grad_norm'] = optax.tree.norm(gradient)
+    metrics[f'{own}update_norm'] = optax.tree.norm(updates)
+    metrics[f'{own}learning_rate'] = rate
+  if 'student' in grads:
+    averages = tuple(
+      optax.incremental_update(params['student'], average, 1.0 - decay)
+      for average, decay in zip(averages, recipe.ema_decay, strict=True)
+    )
+  return (params, opt_state, averages), metrics
+
+
+def gradients(
+  recipe: Recipe,
+  params: Mapping[str, Params],
+  frozen: Mapping[str, Params],
+  batch: Mapping[str, Any],
+  rng: jax.Array,
+  step: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Params]]:
+  """Loss, metrics and gradients by network of a batch, as the mean over its micro-batches.
+
+  Micro-batch m holds the examples m, m + M, m + 2M, ...: of a batch that is split over devices in blocks, every
+  device has its share of each. Only dropout depends on M.
+  """
+  count = recipe.micro_batches
+
+  def part(m: jax.Array) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict[str, Params]]:
+    examples = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:])[:, m], dict(batch))
+    rng_part = jax.random.fold_in(rng, m)
+
+    def loss(trained: dict[str, Params]) -> tuple[jax.Array, dict[str, jax.Array]]:
+      networks = {**params, **trained}
+      return recipe.method.loss(recipe.denoise, networks, frozen, examples, rng_part, step)
+
+    trained = {name: params[name] for name in recipe.method.networks}
+    return jax.value_and_grad(loss, has_aux=True)(trained)
+
+  def add(total: Any, m: jax.Array) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, part(m)), None
+
+  first = jnp.array(0)
+  if count == 1:
+    total = part(first)
+  else:
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, first))
+    # XLA's CPU backend runs convolutions slowly inside loops (jax issue 12868).
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(count), unroll=jax.default_backend() == 'cpu')
+  (loss, metrics), grads = jax.tree.map(lambda value: value / count, total)
+  return loss, metrics, grads

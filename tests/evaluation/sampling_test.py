@@ -1,0 +1,88 @@
+"""Drawing: image k is a function of (seed, k); one program for all step counts."""
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.samplers import Ancestral
+from diffusion_distillation.evaluation import sampling
+from tests import tiny
+
+
+def make(batch_size, **overrides):
+  """A drawer and parameters that are zero nowhere."""
+  stage = tiny.plan(**overrides)[0][0]
+  params = stage.denoise.init(jax.random.key(0), (8, 8, 1))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  noise = [p + 0.1 * jax.random.normal(key, p.shape) for key, p in zip(keys, leaves, strict=True)]
+  drawer = sampling.Drawer(stage.denoise, Ancestral(), stage.schedule, (8, 8, 1), batch_size)
+  return drawer, jax.tree.unflatten(tree, noise)
+
+
+def assert_same_images(a, b):
+  """Equal but for pixels that another order of summation rounds the other way."""
+  assert a.shape == b.shape and a.dtype == b.dtype == np.uint8
+  assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def test_images_depend_on_seed_and_index_alone():
+  (small, params), (large, _) = make(8), make(20)  # rounded up to 24 on 8 devices
+  grid = times.uniform(3)
+  twenty = small.draw(params, grid, 20, seed=5)
+  assert len(twenty) == 20
+  assert_same_images(twenty, large.draw(params, grid, 20, seed=5))
+  assert_same_images(twenty[:3], large.draw(params, grid, 3, seed=5))
+  assert len({image.tobytes() for image in twenty}) == 20
+  assert (small.draw(params, grid, 20, seed=6) != twenty).any(axis=(1, 2, 3)).all()
+
+
+def test_one_program_serves_all_grids_of_times():
+  drawer, params = make(16)
+  traces = []
+
+  class Counting(type(drawer.denoise)):
+    def __call__(self, *args, **kwargs):
+      traces.append(1)
+      return super().__call__(*args, **kwargs)
+
+  counting = Counting(drawer.denoise.network, drawer.denoise.output)
+  drawer = sampling.Drawer(counting, drawer.sampler, drawer.schedule, drawer.image_shape, 16)
+  grids = [*map(times.uniform, (1, 2, 7, 64)), times.quadratic(5), times.grid([0, 0.9, 1])]
+  drawn = [drawer.draw(params, grid, 16, 0) for grid in grids]
+  assert len({images.tobytes() for images in drawn}) == len(grids)
+  assert len(traces) == 1
+
+
+def test_conditional_models_draw_balanced_classes_or_those_that_are_given():
+  drawer, params = make(16, model__conditional=True)
+  labels = drawer.labels(np.arange(40))
+  assert np.bincount(labels).tolist() == [4] * 10
+  images = drawer.draw(params, times.uniform(2), 20, seed=0)
+  assert images.shape == (20, 8, 8, 1)
+  assert drawer.labels(np.arange(5), [7, 2]).tolist() == [7, 2, 7, 2, 7]
+  chosen = drawer.draw(params, times.uniform(2), 20, seed=0, classes=[*range(9), 0])
+  same = (chosen == images).all(axis=(1, 2, 3))
+  assert same.tolist() == [k % 10 != 9 for k in range(20)]
+  unconditional, _ = make(16)
+  assert unconditional.labels(np.arange(40)) is None
+
+
+def test_drawing_is_timed_without_what_is_done_with_the_images():
+  drawer, params = make(16)
+  seen = []
+  seconds = drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=seen.append)
+  assert [len(images) for images in seen] == [16, 16, 8]
+  assert 0 < seconds < 1
+  np.testing.assert_array_equal(np.concatenate(seen), drawer.draw(params, times.uniform(2), 40, 0))
+
+
+def test_a_signal_stops_drawing(monkeypatch):
+  from diffusion_distillation.errors import Preempted
+  from diffusion_distillation.system import interrupts
+
+  drawer, params = make(16)
+  monkeypatch.setattr(interrupts, '_received', ['SIGTERM'])
+  with pytest.raises(Preempted, match='SIGTERM'):
+    drawer.draw(params, times.uniform(1), 16, 0)

@@ -1,0 +1,90 @@
+"""Stages of another run as the first of a new one."""
+
+import json
+import shutil
+
+import pytest
+
+from configs import default
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.interop import importing
+from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import workdir as workdirs
+from tests.interop.google_test import content, read_lineage, refused
+
+
+@pytest.fixture
+def config(finished):
+  """The config of the finished run."""
+  return workdirs.read_config(finished, default.get_config())
+
+
+def overridden(config, **overrides):
+  c = config.copy_and_resolve_references()
+  c.update_from_flattened_dict({k.replace('__', '.'): v for k, v in overrides.items()})
+  return c
+
+
+@pytest.mark.parametrize('name', ['base', 'progressive_0002'])
+def test_a_stage_of_another_run_is_imported_with_the_same_digest(finished, name, config, tmp_path):
+  """Into a run with other rounds, too: only network and schedule have to be the same."""
+  theirs = read_lineage(finished / name)
+  other = overridden(config, distill__start_steps=16, train__num_updates=3, seed=4)
+  model = importing.from_workdir(other, default.get_config(), finished / name, tmp_path / 'run')
+  assert model.digest == theirs['digest']
+  found = read_lineage(tmp_path / 'run' / name)
+  assert found['digest'] == theirs['digest'] and found['finished'] and found['parent'] is None
+  origin = {'source': 'workdir', 'file': str(finished / name), 'sha256': theirs['digest']}
+  assert found['imported'] == origin
+  stored = workdirs.read_config(tmp_path / 'run', default.get_config())
+  first, *rounds = workdirs.stored_plan(tmp_path / 'run', stored)
+  assert first.name == name and first.parent is None and rounds[0].parent == name
+  assert provenance.load_model(tmp_path / 'run', first, stored).digest == theirs['digest']
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'words'),
+  [
+    ({'model__ch': 16}, 'its network.ch is 8, but the config says 16'),
+    ({'model__output': 'x'}, 'its output is v, but the config says x'),
+    ({'schedule__logsnr_min': -15.0}, 'its schedule.logsnr_min is -20.0, but the config says -15.0'),
+    ({'schedule__name': 'linear_beta'}, 'its schedule.name is Cosine, but the config says LinearBeta'),
+  ],
+)
+def test_a_stage_of_another_model_is_refused(finished, overrides, words, config, tmp_path):
+  other = overridden(config, **overrides)
+  assert words in refused(other, finished / 'base', tmp_path / 'run', 'workdir')
+
+
+def test_a_stage_with_a_number_of_steps_that_the_config_has_not_is_refused(finished, config, tmp_path):
+  other = overridden(config, distill__start_steps=27, distill__factor=(3,))
+  message = refused(other, finished / 'progressive_0002', tmp_path / 'run', 'workdir')
+  assert 'distilled to 2 steps' in message and 'have 9, 3, 1;' in message
+
+
+def test_an_unfinished_stage_is_refused(finished, config, tmp_path):
+  theirs = shutil.copytree(finished, tmp_path / 'theirs')
+  unfinished = {key: value for key, value in read_lineage(theirs / 'base').items() if key != 'digest'}
+  (theirs / 'base' / 'stage.json').write_text(json.dumps(unfinished | {'finished': False}))
+  assert 'not finished' in refused(config, theirs / 'base', tmp_path / 'run', 'workdir')
+  shutil.rmtree(theirs / 'base' / 'checkpoints')
+  assert 'not finished' in refused(config, theirs / 'base', tmp_path / 'run', 'workdir')
+
+
+@pytest.mark.parametrize('place', ['.', 'report', 'none/base'])
+def test_a_place_that_is_no_stage_is_refused(finished, place, config, tmp_path):
+  assert 'stage.json' in refused(config, finished / place, tmp_path / 'run', 'workdir')
+
+
+def test_a_stage_under_another_name_is_refused(finished, config, tmp_path):
+  theirs = shutil.copytree(finished, tmp_path / 'theirs')
+  (theirs / 'base').rename(theirs / 'mine')
+  message = refused(config, theirs / 'mine', tmp_path / 'run', 'workdir')
+  assert "'mine' is not one of ['base'" in message
+
+
+def test_a_stage_of_another_run_is_not_imported_over_one_that_is_there(finished, config, tmp_path):
+  path = shutil.copytree(finished, tmp_path / 'run')
+  with pytest.raises(UserError, match='base is there already'):
+    importing.from_workdir(config, default.get_config(), finished / 'base', path)
+  assert content(path) == content(finished)

@@ -1,0 +1,174 @@
+"""What happens to pixels on the device, and that training does it."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_distillation.methods.method import OneNetwork
+from diffusion_distillation.networks import spaces
+from diffusion_distillation.system import sharding
+from tests import tiny
+
+ALL = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+
+
+def images(count, channels=1, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, channels)).astype(np.uint8)
+
+
+def test_pixels_survive_the_way_to_x_and_back():
+  x = spaces.to_x(ALL)
+  assert float(x.min()) == -1.0 and float(x.max()) == 1.0 and x.dtype == jnp.float32
+  np.testing.assert_allclose(x, ALL.astype(np.float64) * 2 / 255 - 1, atol=1e-6)
+  np.testing.assert_array_equal(spaces.to_image(x), ALL)
+  assert spaces.to_image(x).dtype == jnp.uint8
+
+
+def test_x_goes_to_the_nearest_pixel():
+  for step in (-0.49, 0.49):
+    np.testing.assert_array_equal(spaces.to_image(spaces.to_x(ALL) + step / 127.5), ALL)
+
+
+def test_x_beyond_its_range_is_clipped_not_wrapped():
+  np.testing.assert_array_equal(spaces.to_image(np.array([-3.0, 3.0, 0.0])), [0, 255, 128])
+  np.testing.assert_array_equal(spaces.to_image(np.array([-np.inf, np.inf])), [0, 255])
+
+
+def mirrored(image, original, off=0.0):
+  """Which images are the mirror image of the original, up to `off`; all others are the original itself."""
+
+  def equal(one, other):
+    return (np.abs(one.astype(float) - other) <= off).all((1, 2, 3))
+
+  mirror = equal(image, original[:, :, ::-1])
+  assert (equal(image, original) ^ mirror).all()
+  return mirror
+
+
+def about(count, share):
+  """Whether so many of 4000 are a share, up to 4 standard deviations."""
+  return abs(count - 4000 * share) < 4 * np.sqrt(4000 * share * (1 - share))
+
+
+def test_half_the_images_are_mirrored_left_to_right():
+  x = images(4000, 3)
+  mirror = mirrored(np.asarray(spaces.flip(jax.random.key(0), x)), x)
+  assert about(mirror.sum(), 0.5)
+  again = mirrored(np.asarray(spaces.flip(jax.random.key(1), x)), x)
+  assert about((mirror ^ again).sum(), 0.5)
+
+
+HALF = 0.5 + 2e-5  # float32 is good to 8e-6 of a pixel around x = 1
+
+
+def off_by(x, image):
+  """In pixels."""
+  return 127.5 * (np.asarray(x, np.float64) + 1.0) - image
+
+
+def test_dequantized_pixels_round_to_what_they_were():
+  original = images(1000)
+  x = spaces.dequantize(jax.random.key(0), spaces.to_x(original))
+  off = off_by(x, original)
+  assert -HALF < off.min() < -0.4995 and 0.4995 < off.max() < HALF
+  assert np.mean(np.asarray(spaces.to_image(x)) != original) < 1e-4
+
+
+def test_dequantized_pixels_are_spread_evenly_over_what_rounds_to_them():
+  """Kolmogorov and Smirnov's test at the level 0.001, whatever the pixel; no two pixels alike."""
+  for value in (0, 100, 255):
+    x = spaces.to_x(np.full((16, 8, 8, 3), value, np.uint8))
+    off = 127.5 * (np.asarray(spaces.dequantize(jax.random.key(value), x) - x, np.float64)).ravel()
+    share, count = np.sort(off) + 0.5, off.size
+    empirical = np.arange(count + 1) / count
+    assert max((empirical[1:] - share).max(), (share - empirical[:-1]).max()) < 1.95 / np.sqrt(count)
+    assert np.abs(np.corrcoef(off[:-1], off[1:])[0, 1]) < 4 / np.sqrt(count)
+    assert len(np.unique(off)) > 0.9 * count
+
+
+@pytest.mark.parametrize('probability', [0.1, 0.5, 0.9])
+def test_labels_are_dropped_with_the_given_probability(probability):
+  label = np.arange(4000, dtype=np.int32) % 10
+  told = np.asarray(spaces.drop_labels(jax.random.key(0), label, probability))
+  dropped = told == spaces.NO_CLASS
+  assert about(dropped.sum(), probability) and told.dtype == np.int32
+  np.testing.assert_array_equal(told[~dropped], label[~dropped])
+  for k in range(10):
+    assert dropped[label == k].mean() == pytest.approx(probability, abs=0.1)
+
+
+def test_no_label_is_dropped_with_probability_zero_and_all_are_with_one():
+  label = np.arange(100, dtype=np.int32)
+  np.testing.assert_array_equal(spaces.drop_labels(jax.random.key(0), label, 0.0), label)
+  assert (np.asarray(spaces.drop_labels(jax.random.key(0), label, 1.0)) == spaces.NO_CLASS).all()
+
+
+def test_no_class_is_no_class():
+  assert spaces.NO_CLASS < 0
+
+
+@flax.struct.dataclass
+class Watching(OneNetwork):
+  """A method that trains next to nothing, and reports what it was given."""
+
+  def draw(self, rng, shape):
+    return {}
+
+  def loss(self, denoise, params, frozen, batch, rng, step):
+    return jnp.sum(params['student'] ** 2), {'x': batch['x'], 'label': batch['label']}
+
+
+IMAGES, LABELS = images(4000, 1), np.arange(4000, dtype=np.int32) % 10
+
+
+def seen(step, updates=1, **changes):
+  """x and labels (4000,) of the last of some updates of the compiled step."""
+  recipe = tiny.plan()[0][0].recipe.replace(method=Watching(), **changes)
+  state = sharding.replicate(recipe.create_state(jnp.ones(1)))
+  for _ in range(updates):
+    state, metrics = step(recipe, state, {}, sharding.put({'image': IMAGES, 'label': LABELS}))
+  return np.asarray(metrics['x']), np.asarray(metrics['label']).astype(int)
+
+
+def test_training_leaves_images_and_labels_alone_unless_it_is_told(step):
+  x, label = seen(step)
+  np.testing.assert_allclose(x, spaces.to_x(IMAGES), atol=2e-7)
+  np.testing.assert_array_equal(label, LABELS)
+
+
+def test_training_mirrors_images(step):
+  x, label = seen(step, random_flip=True)
+  mirror = mirrored(np.asarray(spaces.to_image(x)), IMAGES)
+  assert about(mirror.sum(), 0.5)
+  np.testing.assert_array_equal(label, LABELS)
+
+
+def test_training_spreads_pixels(step):
+  x, _ = seen(step, dequantize=True)
+  off = np.abs(off_by(x, IMAGES))
+  assert off.max() < HALF and off.mean() == pytest.approx(0.25, abs=0.01)
+
+
+def test_training_does_all_of_it_apart_and_anew_at_every_step(step):
+  """Which images are mirrored says nothing of which labels are dropped, or of the step before."""
+  changes = {'random_flip': True, 'dequantize': True, 'label_dropout': 0.5}
+  mirrors, drops, offs = [], [], []
+  for updates in (1, 2):
+    x, label = seen(step, updates, **changes)
+    mirrors.append(mirrored(off_by(x, 0.0), IMAGES, HALF))
+    drops.append(label == spaces.NO_CLASS)
+    offs.append(off_by(x, np.asarray(spaces.to_image(x))).ravel())
+    np.testing.assert_array_equal(label[~drops[-1]], LABELS[~drops[-1]])
+  for one, other in ((mirrors, mirrors), (drops, drops), (mirrors, drops)):
+    assert about((one[0] ^ other[1]).sum(), 0.5)
+  for mirror, drop in zip(mirrors, drops, strict=True):
+    assert about(mirror.sum(), 0.5) and about(drop.sum(), 0.5) and about((mirror & drop).sum(), 0.25)
+  assert abs(np.corrcoef(*offs)[0, 1]) < 4 / np.sqrt(offs[0].size)
+
+
+def test_another_seed_is_another_draw(step):
+  x, _ = seen(step, random_flip=True)
+  other, _ = seen(step, random_flip=True, seed=1)
+  assert about((x != other).any((1, 2, 3)).sum(), 0.5)

@@ -1,0 +1,129 @@
+"""What a run is told, and refused, before anything is compiled. (Against the compiler's own figures: scaling_test.py.)"""
+
+import collections
+import shutil
+
+import jax
+import pytest
+
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.run import preflight
+from diffusion_distillation.stages import provenance, workdir
+from diffusion_distillation.system import sharding
+from tests import tiny
+
+STAGES, _ = tiny.plan(
+  methods=('progressive', 'dmd'),
+  dmd__batch_size=16,
+  dmd__num_updates=10,
+  pairs__num_pairs=1000,
+  distill__start_steps=2,
+)
+NAMES = [stage.name for stage in STAGES]
+Usage = collections.namedtuple('Usage', 'total used free')
+
+
+def size(tree):
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def needs(tmp_path, finished=()):
+  return list(preflight.needs(STAGES, set(finished), tmp_path / 'not' / 'there', {}))
+
+
+@pytest.mark.parametrize(('name', 'networks'), [('base', 1), ('progressive_0001', 1), ('dmd', 2)])
+def test_memory_is_counted_by_networks(name, networks):
+  stage = STAGES[NAMES.index(name)]
+  found, network = preflight.memory(stage), size(provenance.abstract_params(stage))
+  assert found.params == networks * network and found.averages == network
+  assert found.gradients == 2 * networks * network and found.gathered == 0
+  assert 2 * networks * network <= found.optimizer <= 2 * networks * network + 64  # and a count each
+  assert found.frozen == (0 if name == 'base' else network)
+  assert found.arguments == found.params + found.averages + found.optimizer + found.frozen
+  assert found.total == found.arguments + found.gradients + found.activations
+
+
+def test_activations_go_with_the_images_of_a_micro_batch():
+  def activations(**changes):
+    return preflight.memory(tiny.plan(**changes)[0][0]).activations
+
+  one = activations()
+  assert one > 0
+  assert activations(train__batch_size=32) == 2 * one
+  assert activations(train__batch_size=32, train__micro_batches=2) == one
+  assert activations(compute__remat=True) < 0.6 * one
+
+
+def test_split_networks_are_held_in_parts_and_gathered_whole(monkeypatch):
+  stage = STAGES[1]
+  whole = preflight.memory(stage)
+  monkeypatch.setattr(sharding, '_in_use', [sharding._make(jax.devices(), 8)])
+  found = preflight.memory(stage)
+  assert found.params < 0.25 * whole.params and found.frozen < 0.25 * whole.frozen
+  assert found.params + found.frozen + found.gathered == whole.params + whole.frozen
+  assert found.activations == whole.activations
+
+
+def test_a_teacher_in_bfloat16_is_half():
+  stage = tiny.plan(compute__teacher_dtype='bfloat16')[0][1]
+  assert 2 * preflight.memory(stage).frozen == preflight.memory(tiny.plan()[0][1]).frozen
+
+
+def test_the_disk_holds_two_checkpoints_a_stage_one_more_and_the_pairs():
+  states = {stage.name: size(provenance.abstract_state(stage)) for stage in STAGES}
+  pairs = 1000 * (2 * 4 * 8 * 8 + 4)
+  assert preflight.disk(STAGES, set()) == 2 * sum(states.values()) + max(states.values()) + pairs
+  assert preflight.disk(STAGES, {'base'}) == (
+    2 * (states['progressive_0001'] + states['dmd']) + states['dmd'] + pairs
+  )
+  assert preflight.disk(STAGES, {'dmd'}) == 2 * (states['base'] + states['progressive_0001']) + max(
+    states['base'], states['progressive_0001']
+  )
+  assert preflight.disk(STAGES, set(NAMES)) == 0
+
+
+def test_a_line_a_stage_and_one_of_the_disk(tmp_path):
+  lines = needs(tmp_path)
+  assert [line.split()[0] for line in lines[1:-1]] == NAMES
+  assert all('(2 images)' in line for line in lines[1:-1])  # of 16, on 8 devices
+  assert lines[-1].startswith('disk, GB: 0.00')
+  assert not (tmp_path / 'not').exists()
+  left = needs(tmp_path, finished=['base', 'dmd'])
+  assert [line.split()[0] for line in left[1:-1]] == ['progressive_0001']
+
+
+def test_what_does_not_fit_a_device_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, 'memory_per_device', lambda: 100_000)
+  with pytest.raises(
+    UserError, match=r'stage base: .* GB of a device: raise mesh\.fsdp, or set compute'
+  ):
+    needs(tmp_path)
+
+
+def test_what_may_not_fit_a_device_is_a_warning(tmp_path, monkeypatch):
+  figures = [preflight.memory(stage) for stage in STAGES]
+  limit = max(of.arguments for of in figures) + 1
+  assert all(of.total > limit for of in figures)
+  monkeypatch.setattr(sharding, 'memory_per_device', lambda: limit)
+  warnings = [line for line in needs(tmp_path) if 'warning' in line]
+  assert len(warnings) == len(STAGES) and 'compute.remat=True' in warnings[0]
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
+  needed = preflight.disk(STAGES, set())
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(0, 0, needed))
+  needs(tmp_path)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(0, 0, needed - 1))
+  with pytest.raises(
+    UserError, match=r'checkpoints and pairs will take .* make room, or choose another disk'
+  ):
+    needs(tmp_path)
+  needs(tmp_path, finished=['base'])
+
+
+def test_layout_and_precision_may_change_in_a_workdir(tmp_path):
+  workdir.claim(tmp_path, tiny.config())
+  other = {'mesh__fsdp': 4, 'compute__dtype': 'bfloat16', 'compute__remat': True}
+  workdir.claim(tmp_path, tiny.config(**other))
+  with pytest.raises(UserError, match='another config: seed was 0, is 1'):
+    workdir.claim(tmp_path, tiny.config(seed=1, **other))

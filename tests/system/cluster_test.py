@@ -1,0 +1,119 @@
+"""Finding the other processes, and compiled programs; what needs several is in processes_test.py."""
+
+import jax
+import pytest
+
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.system import cluster, compilation
+from tests import tiny
+
+GIVEN = ('10.0.0.1:1234', 2, 1)
+
+
+@pytest.fixture
+def initialize(monkeypatch):
+  """What jax.distributed.initialize was called with; `initialize.error` is what it raises."""
+
+  def call(*args, **kwargs):
+    call.calls.append((args, kwargs))
+    if call.error:
+      raise call.error
+
+  call.calls, call.error = [], None
+  monkeypatch.setattr(jax.distributed, 'initialize', call)
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.synchronize', lambda reached: None)
+  return call
+
+
+@pytest.mark.parametrize('missing', range(3))
+def test_a_part_of_the_address_is_refused(initialize, missing):
+  given = [None if k == missing else value for k, value in enumerate(GIVEN)]
+  with pytest.raises(UserError, match='--coordinator, --num_processes and --process_id: give all three'):
+    cluster.start(*given, timeout=100)
+  assert not initialize.calls
+
+
+def test_what_is_given_is_passed_on_with_the_time_after_which_a_peer_is_dead(initialize):
+  cluster.start(*GIVEN, timeout=7)
+  ((args, kwargs),) = initialize.calls
+  assert args == GIVEN
+  assert kwargs['heartbeat_timeout_seconds'] == kwargs['shutdown_timeout_seconds'] == 7
+
+
+@pytest.mark.parametrize('variable', ['SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'])
+def test_one_task_alone_keeps_all_devices_of_its_machine(initialize, monkeypatch, variable):
+  monkeypatch.setenv(variable, '1')
+  cluster.start(None, None, None, timeout=100)
+  assert not initialize.calls
+  monkeypatch.setenv(variable, '2')
+  cluster.start(None, None, None, timeout=100)
+  assert len(initialize.calls) == 1
+
+
+def test_where_jax_finds_nobody_this_process_is_alone(initialize):
+  initialize.error = ValueError('coordinator_address should be defined.')
+  cluster.start(None, None, None, timeout=100)
+  with pytest.raises(
+    UserError, match=r'process 1 of 2, --coordinator=10\.0\.0\.1:1234: coordinator_address'
+  ):
+    cluster.start(*GIVEN, timeout=100)
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line(initialize):
+  initialize.error = RuntimeError('DEADLINE_EXCEEDED:\n  no answer')
+  with pytest.raises(UserError, match=r'DEADLINE_EXCEEDED: no answer$'):
+    cluster.start(*GIVEN, timeout=100)
+
+
+def test_alone_everybody_agrees():
+  assert cluster.agree(True) and not cluster.agree(False)
+  value = [1, 'two', {'three': None}]
+  assert cluster.from_first(value) is value
+  cluster.leave(3)  # and nobody has to be left
+
+
+@pytest.fixture
+def jax_config():
+  names = ('jax_compilation_cache_dir', 'jax_enable_compilation_cache')
+  before = {name: getattr(jax.config, name) for name in names}
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_programs_are_kept_where_the_config_or_the_user_says(jax_config, monkeypatch, tmp_path):
+  jax.config.update('jax_compilation_cache_dir', None)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'user'))
+  compilation.keep('')
+  users = tmp_path / 'user' / 'diffusion_distillation' / 'compiled'
+  assert jax.config.jax_compilation_cache_dir.startswith(str(users))
+  compilation.keep(str(tmp_path / 'own'))
+  assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / 'own'))
+  compilation.keep('')  # of the environment, or set before: stays
+  assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / 'own'))
+  assert jax.config.jax_enable_compilation_cache
+  compilation.keep('none')
+  assert not jax.config.jax_enable_compilation_cache
+
+
+def test_a_dry_run_writes_nothing_and_says_what_it_needs(tmp_path):
+  workdir = tmp_path / 'workdir'
+  code, out, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}', '--dry_run')
+  assert (code, out) == (0, '') and not workdir.exists()
+  lines = err.splitlines()
+  assert '1 cpu device(s)' in lines[0] and 'measuring' not in err
+  for name in ('base', 'progressive_0002', 'progressive_0001'):
+    assert sum(line.split()[0] == name for line in lines) == 2, name  # of the plan, and of its memory
+  assert lines[-1].startswith('disk, GB: ') and lines[-1].endswith(' free')
+
+
+@pytest.mark.parametrize('mode', ['plan', 'import', 'prepare', 'replay'])
+def test_modes_of_one_process_refuse_several(mode, tmp_path, capsys):
+  from diffusion_distillation import cli
+
+  options = cli.Options(
+    mode=mode, config=tiny.config(), default=tiny.config(), workdir=tmp_path, process_id=1
+  )
+  assert cli.run(options) == 2
+  assert f'--mode={mode} is of one process' in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())

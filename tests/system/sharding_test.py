@@ -1,0 +1,36 @@
+"""Batches on their way to the devices. (One device against eight: train_test.py.)"""
+
+import jax
+import numpy as np
+
+from diffusion_distillation.system import sharding
+
+
+def batches(count, asked):
+  for k in range(count):
+    asked.append(k)
+    yield {'image': np.full((8, 2, 2, 1), k, np.uint8), 'label': None}
+
+
+def test_batches_arrive_in_order_and_none_is_lost():
+  values = [int(batch['image'][0, 0, 0, 0]) for batch in sharding.ahead(batches(5, []))]
+  assert values == [0, 1, 2, 3, 4]
+
+
+def test_two_batches_are_on_the_devices_before_they_are_asked_for():
+  asked = []
+  stream = sharding.ahead(batches(9, asked))
+  for taken in range(1, 5):
+    batch = next(stream)
+    assert asked == list(range(taken + 2))
+    assert isinstance(batch['image'], jax.Array) and batch['image'].dtype == np.uint8
+    assert batch['image'].sharding.is_equivalent_to(sharding.split(), 4)
+
+
+def test_fewer_batches_than_are_kept_ahead_all_arrive():
+  assert len(list(sharding.ahead(batches(1, [])))) == 1
+  assert list(sharding.ahead(batches(0, []))) == []
+
+
+def test_one_process_reads_whole_batches():
+  assert sharding.part() == (0, 1)
