@@ -37,7 +37,8 @@ def test_every_key_it_overrides_exists():
   assert keys and all(key in known for key in keys)
 
 
-def test_every_module_of_the_package_is_in_the_layout():
+def test_every_folder_and_file_at_the_top_of_the_package_is_in_the_layout():
   layout = TEXT[TEXT.index('## Layout') :]
-  for path in (tiny.ROOT / 'diffusion_distillation').glob('*.py'):
-    assert path.stem == '__init__' or path.name in layout, path.name
+  for path in (tiny.ROOT / 'diffusion_distillation').iterdir():
+    name = f'{path.name}/' if path.is_dir() else path.name
+    assert name in (*('__init__.py', '__pycache__/'), *layout.split()), name
