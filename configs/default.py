@@ -35,6 +35,8 @@ def _diffusion(c: ml_collections.ConfigDict) -> None:
   c.dataset.workers = 4  # processes that read a set which is not in memory; 0 for threads
 
   c.model = ml_collections.ConfigDict()
+  c.model.name = 'unet'  # the network, a name in networks.NETWORKS
+  c.model.space = 'pixels'  # what x is
   c.model.output = 'v'  # what the network predicts: x, eps, v, both x and eps, or edm's F
   c.model.conditional = False  # on the data set's labels
   c.model.ch = 128  # channels at the finest level
@@ -48,6 +50,11 @@ def _diffusion(c: ml_collections.ConfigDict) -> None:
   c.model.dropout = 0.0  # in base training; rounds and teachers have none
   c.model.time_input = 'inv_cos'  # how the network is told logsnr: inv_cos, linear, sigmoid or edm
   c.model.resblock_resample = True  # down- and upsampling inside residual blocks
+
+  c.student = ml_collections.ConfigDict()  # the students' network, where it is not the base's
+  for key, value in c.model.items():
+    kind = type(value) if value is not None else int
+    c.student[key] = config_dict.placeholder(kind)
 
   c.schedule = ml_collections.ConfigDict()
   c.schedule.name = (

@@ -59,6 +59,14 @@ def choose(key: str, value: str, table: Mapping[str, Any]) -> Any:
   return table[value]
 
 
+def build(key: str, cls: type, **fields: Any) -> Any:
+  """`cls` of these fields; a UserError, naming the config's `key`, in place of what it raises."""
+  try:
+    return cls(**fields)
+  except (TypeError, ValueError) as error:
+    raise UserError(f'config.{key}: {error}') from error
+
+
 STUDENTS = ('knowledge', 'consistency', 'dmd', 'dmd2')
 MATCHING = ('dmd', 'dmd2')
 POSITIVE = [

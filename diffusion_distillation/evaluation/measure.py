@@ -20,13 +20,13 @@ from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
 from diffusion_distillation.evaluation.sampling import Drawer
-from diffusion_distillation.stages.building import make_sampler
+from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.workdir import open_images
 from diffusion_distillation.system import cluster, files, logs
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.system.progress import Progress
-from diffusion_distillation.training.recipe import Stage
 
 _log = logging.getLogger(__name__)
 
@@ -199,6 +199,7 @@ def _describe(config: Config, setting: Setting) -> dict[str, Any]:
     'nfe': setting.num_steps * sampler.calls_per_step,
     'num_samples': config.evaluation.num_samples,
     'seed': config.evaluation.seed,
+    'clip_x': config.evaluation.clip_x,
     **dataclasses.asdict(sampler),
     'batch_size': config.evaluation.batch_size,
     'updates': setting.model.step,
@@ -227,7 +228,7 @@ def _known_rows(path: pathlib.Path, extractor: features.FeatureExtractor) -> dic
 
 def make(config: Config, sampler: str) -> Sampler:
   """A sampler as the config's evaluation has it."""
-  return make_sampler(sampler, config.evaluation.clip_x, config.evaluation.gamma)
+  return make_sampler(sampler, config.evaluation.gamma)
 
 
 def drawer(config: Config, stage: Stage, sampler: str) -> Drawer:
@@ -236,8 +237,10 @@ def drawer(config: Config, stage: Stage, sampler: str) -> Drawer:
     denoise=stage.denoise,
     sampler=make(config, sampler),
     schedule=stage.schedule,
+    space=stage.space,
     image_shape=stage.image_shape,
     batch_size=config.evaluation.batch_size,
+    clip_x=config.evaluation.clip_x,
   )
 
 

@@ -12,8 +12,8 @@ from diffusion_distillation.interop import google
 from diffusion_distillation.stages import provenance, workdir
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system.files import read_json
-from diffusion_distillation.training.recipe import Stage
 
 
 def from_google(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
@@ -31,7 +31,7 @@ def from_google(config: Config, default: Config, path: pathlib.Path, into: pathl
   checkpoint = google.read(path)
   stages = [stage for stage in stages if stage.method in ('denoising', 'progressive')]
   stage = _stage_for(checkpoint.num_sample_steps, stages, path)
-  params = google.fit(checkpoint.ema_params, provenance.abstract_params(stage), path)
+  params = google.fit(checkpoint.ema_params, stage.abstract_params(), path)
   origin = {'source': 'google', 'file': path.name, 'sha256': checkpoint.sha256}
   return _adopt(config, into, stage, params, origin)
 

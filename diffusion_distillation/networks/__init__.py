@@ -1,1 +1,5 @@
-"""Networks, and what they work on: Flax modules, denoisers and spaces."""
+"""Networks, and what they work on: Flax modules by name, denoisers, conditioning and spaces."""
+
+from diffusion_distillation.networks.unet import UNet
+
+NETWORKS: dict[str, type] = {'unet': UNet}
