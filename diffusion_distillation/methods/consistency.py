@@ -1,18 +1,62 @@
 """Consistency distillation: the student says the same of two neighbours on one path of the teacher."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
 from diffusion_distillation.diffusion.samplers import DDIM, Sampler
 from diffusion_distillation.diffusion.schedules import Schedule
-from diffusion_distillation.diffusion.weightings import Constant, Weighting
+from diffusion_distillation.diffusion.weightings import WEIGHTINGS, Constant, Weighting
 from diffusion_distillation.methods.distances import L2, Distance
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
+from diffusion_distillation.methods.method import (
+  Batch,
+  DenoiseFn,
+  Loss,
+  OneNetwork,
+  Params,
+  StudentSection,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencySection(StudentSection):
+  """Consistency distillation."""
+
+  num_updates: int = 200_000
+  weighting: str = key(
+    'constant', 'Weighting of the distance as a function of logsnr.', choices=WEIGHTINGS
+  )
+  start_intervals: int = key(
+    18,
+    'Number of intervals that [0, 1] is divided into at the first update. The two times that the student must agree at '
+    'are the ends of one interval.',
+    POSITIVE,
+  )
+  end_intervals: int = key(
+    18, 'Number of intervals at the last update; no less than at the first.', POSITIVE
+  )
+  solver: str = key(
+    'heun',
+    "Sampler that takes the teacher's step from one end of an interval to the other.",
+    choices=('ddim', 'euler', 'heun', 'rk4'),
+  )
+  target: str = key(
+    'ema',
+    "Weights that compute the student's target: its first moving average, or its last weights.",
+    choices=('ema', 'last'),
+  )
+  sample_steps: tuple[int, ...] = key(
+    (1, 2, 4),
+    'Numbers of sampling steps with which the student is evaluated.',
+    POSITIVE,
+    distinct=True,
+  )
 
 
 @flax.struct.dataclass

@@ -7,6 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
 from diffusion_distillation.diffusion.samplers import MultistepConsistency
@@ -16,7 +17,57 @@ from diffusion_distillation.methods.denoising import Denoising
 from diffusion_distillation.methods.distances import L2, Distance
 from diffusion_distillation.methods.gan import Gan
 from diffusion_distillation.methods.knowledge import regression
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params
+from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params, StudentSection
+
+
+@dataclasses.dataclass(frozen=True)
+class DMDSection(StudentSection):
+  """Distribution matching distillation, DMD (Yin et al. 2023)."""
+
+  num_updates: int = 300_000
+  learning_rate: float = 5e-5
+  weight_decay: float = 0.01
+  num_steps: int = key(1, 'Number of sampling steps of the generator.', POSITIVE)
+  regression: float = key(
+    0.25,
+    'Weight of the regression on stored pairs, for generators of one step; 0 for no regression and no pairs.',
+    NOT_NEGATIVE,
+  )
+  first_t: float = key(
+    0.02, 'Smallest time at which the scores are compared: 0 < first_t < last_t <= 1.'
+  )
+  last_t: float = key(0.98, 'Largest time at which the scores are compared.')
+  fake_learning_rate: float = key(
+    5e-5, "Peak learning rate of the fake score and of the GAN's head.", POSITIVE
+  )
+  fake_updates: int = key(
+    1,
+    'Number of updates of the fake score per update of the generator. `num_updates` counts those of the fake score, and '
+    'must be a multiple of this.',
+    POSITIVE,
+  )
+  gan_generator: float = key(
+    0.0,
+    "Weight of the generator's GAN loss. This and `gan_fake` are both positive, or both 0 for no GAN.",
+    NOT_NEGATIVE,
+  )
+  gan_fake: float = key(0.0, "Weight of the critic's GAN loss.", NOT_NEGATIVE)
+  simulated: bool = key(
+    True,
+    "For generators of several steps: whether their inputs in training come from the generator's own earlier steps, or "
+    'are noised data.',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class DMD2Section(DMDSection):
+  """DMD2 (Yin et al. 2024): no pairs, more updates of the fake score, and a GAN."""
+
+  num_updates: int = 500_000
+  regression: float = 0.0
+  fake_updates: int = 5
+  gan_generator: float = 3e-3
+  gan_fake: float = 1e-2
 
 
 @flax.struct.dataclass

@@ -1,5 +1,6 @@
 """Knowledge distillation: one step that maps the teacher's noise to the teacher's image."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import flax
@@ -8,7 +9,19 @@ import jax.numpy as jnp
 
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.methods.distances import L2, Distance, Weights
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
+from diffusion_distillation.methods.method import (
+  Batch,
+  DenoiseFn,
+  Loss,
+  OneNetwork,
+  Params,
+  StudentSection,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnowledgeSection(StudentSection):
+  """Knowledge distillation: regression on stored pairs; see `pairs`."""
 
 
 def regression(

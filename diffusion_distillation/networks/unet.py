@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import FRACTION, POSITIVE, key
 from diffusion_distillation.diffusion import process
 
 Params = Any
@@ -38,6 +39,54 @@ def edm(logsnr: jax.Array) -> jax.Array:
 
 DTYPES = {'float32': None, 'bfloat16': jnp.bfloat16}  # None: as the input and the parameters are
 TIME_INPUTS = {'inv_cos': inverse_cosine, 'linear': linear, 'sigmoid': jax.nn.sigmoid, 'edm': edm}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+  """The network, and what it predicts."""
+
+  output: str = key(
+    'v',
+    'What the network predicts: x, eps, v = alpha eps - sigma x, both x and eps, or the F of EDM.',
+    choices=process.OUTPUTS,
+  )
+  conditional: bool = key(False, "Whether the network is conditioned on the dataset's class labels.")
+  ch: int = key(128, 'Number of channels at the highest resolution.', POSITIVE)
+  emb_ch: int = key(512, 'Width of the embedding of time and class.', POSITIVE)
+  ch_mult: tuple[int, ...] = key(
+    (1, 2, 2),
+    'Number of channels per resolution, from the highest resolution to the lowest, in multiples of `model.ch`.',
+    POSITIVE,
+  )
+  num_res_blocks: int = key(2, 'Number of residual blocks per resolution.', POSITIVE)
+  attn_resolutions: tuple[int, ...] = key(
+    (8,), 'Heights of the feature maps at which every residual block is followed by self-attention.'
+  )
+  num_heads: int | None = key(
+    None,
+    'Number of attention heads. Set this or `model.head_dim`, not both; if neither is set, there is one head.',
+    POSITIVE,
+  )
+  head_dim: int | None = key(None, 'Number of channels per attention head.', POSITIVE)
+  num_groups: int = key(
+    32,
+    'Number of groups of every GroupNorm; must divide the number of channels at every resolution.',
+    POSITIVE,
+  )
+  dropout: float = key(
+    0.0,
+    'Dropout rate inside residual blocks during base training. Teachers and students have no dropout.',
+    FRACTION,
+  )
+  time_input: str = key(
+    'inv_cos',
+    'Function of logsnr that the network receives as time: the t of the cosine schedule, logsnr itself, its sigmoid, '
+    "or EDM's c_noise.",
+    choices=TIME_INPUTS,
+  )
+  resblock_resample: bool = key(
+    True, 'Whether residual blocks do the down- and upsampling, instead of separate convolutions.'
+  )
 
 
 def time_embedding(u: jax.Array, dim: int) -> jax.Array:

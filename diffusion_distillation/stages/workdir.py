@@ -10,23 +10,22 @@ import pathlib
 from collections.abc import Mapping
 from typing import IO, Any
 
-from diffusion_distillation import config as configuration
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, check_known, flatten
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.stages.plan import plan
+from diffusion_distillation.stages.students import STUDENTS
 from diffusion_distillation.system import cluster, files, sharding
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.training.recipe import Stage
 
 # Keys that may change between two runs in one workdir: they touch no parameter of any stage, or only those of the
 # student that the section is of, whose own stage.json is compared with them.
-STUDENTS = tuple(f'{name}.' for name in configuration.STUDENTS)
 FREE = (
   *('evaluation.', 'log.', 'checkpoint.'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
-  *('methods', 'pairs.', *STUDENTS),
+  *('methods', 'pairs.', *(f'{name}.' for name in STUDENTS)),
   *('mesh.', 'compute.'),
 )
 
