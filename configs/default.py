@@ -53,7 +53,7 @@ class TopLevel:
   )
 
 
-config.declare(
+config.SECTIONS.update(
   {
     '': TopLevel,
     'dataset': DatasetSection,

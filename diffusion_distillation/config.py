@@ -6,6 +6,7 @@ keeps the key's meaning and range.
 
 import dataclasses
 import difflib
+import inspect
 import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -91,35 +92,32 @@ def section(cls: type) -> Config:
   return made
 
 
-_declared: dict[str, type] = {}
-
-
-def declare(sections: Mapping[str, type]) -> None:
-  """Makes these the sections of every config, by name; '' is the section of the keys at the top level."""
-  _declared.clear()
-  _declared.update(sections)
+SECTIONS: dict[str, type] = {}  # by name, '' for keys at the top level; configs/default.py fills it
 
 
 def default_config() -> Config:
-  """The defaults of all declared sections; locked, so that a mistyped key is an error."""
-  made = section(_declared[''])
-  for name, cls in _declared.items():
+  """The defaults of all SECTIONS; locked, so that a mistyped key is an error."""
+  made = section(SECTIONS[''])
+  for name, cls in SECTIONS.items():
     if name:
       made[name] = section(cls)
   return made.lock()
 
 
-def declared_keys() -> dict[str, Key]:
-  """All keys by their full names, such as 'train.batch_size'."""
-  sections = _declared.items()
-  return {f'{name}.{k}'.lstrip('.'): found for name, cls in sections for k, found in keys(cls).items()}
+def all_keys() -> dict[str, Key]:
+  """The keys of all SECTIONS by their full names, such as 'train.batch_size'."""
+  return {_full(name, k): found for name, cls in SECTIONS.items() for k, found in keys(cls).items()}
+
+
+def _full(section_name: str, name: str) -> str:
+  return f'{section_name}.{name}' if section_name else name
 
 
 _TYPES: dict[Any, str] = {
   bool: '`True` or `False`',
   int: 'integer',
   float: 'number',
-  str: 'text',
+  str: 'string',
   int | None: 'integer or `None`',
   tuple[int, ...]: 'integers',
   tuple[float, ...]: 'numbers',
@@ -127,22 +125,27 @@ _TYPES: dict[Any, str] = {
 
 
 def to_markdown() -> str:
-  """A table per section: every key with its meaning, default and possible values."""
-  return '\n\n'.join(_table(name, cls) for name, cls in _declared.items())
+  """A table for each of SECTIONS: every key with its meaning, default and possible values."""
+  return '\n\n'.join(_table(name, cls) for name, cls in SECTIONS.items())
 
 
 def _table(name: str, cls: type) -> str:
-  lines = [f'## {name or "Top level"}', '', *(cls.__doc__ or '').splitlines(), '']
+  lines = [f'## {name or "Top level"}', '', inspect.cleandoc(cls.__doc__ or ''), '']
   lines += ['| key | meaning | default | values |', '|---|---|---|---|']
-  defaults = cls()
+  defaults, found = cls(), keys(cls)
   for field in dataclasses.fields(cls):
-    found = _find(cls, field.name)
-    values = ', '.join(f'`{choice}`' for choice in found.choices) or _TYPES[field.type]
-    values += f', {found.valid.says}' if found.valid else ''
-    values += ', all different' if found.distinct else ''
-    full, default = f'{name}.{field.name}'.lstrip('.'), getattr(defaults, field.name)
-    lines.append(f'| `{full}` | {found.meaning} | `{default!r}` | {values} |')
+    key_name, default = _full(name, field.name), getattr(defaults, field.name)
+    cells = f'{found[field.name].meaning} | `{default!r}` | {_values(field.type, found[field.name])}'
+    lines.append(f'| `{key_name}` | {cells} |')
   return '\n'.join(lines)
+
+
+def _values(of_type: Any, declared: Key) -> str:
+  """What the key may be, in words."""
+  words = ', '.join(f'`{choice}`' for choice in declared.choices) or _TYPES[of_type]
+  several = 'any of ' if declared.choices and typing.get_origin(of_type) is tuple else ''
+  valid = f', {declared.valid.says}' if declared.valid else ''
+  return several + words + valid + (', all different' if declared.distinct else '')
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -196,7 +199,7 @@ def choose(key: str, value: str, table: Mapping[str, Any]) -> Any:
 
 def check_numbers(config: Config) -> None:
   """Raises UserError for numbers that no stage could use; None stands for 'not given'."""
-  declared = declared_keys()
+  declared = all_keys()
   for name, value in flatten(config):
     _check(name, value, declared[name])
 

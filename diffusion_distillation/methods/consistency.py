@@ -48,7 +48,7 @@ class ConsistencySection(StudentSection):
   )
   target: str = key(
     'ema',
-    "Weights that compute the student's target: its first moving average, or its last weights.",
+    "Weights that compute the student's target: its own first moving average, or its own current weights.",
     choices=('ema', 'last'),
   )
   sample_steps: tuple[int, ...] = key(

@@ -47,7 +47,7 @@ class ModelSection:
 
   output: str = key(
     'v',
-    'What the network predicts: x, eps, v = alpha eps - sigma x, both x and eps, or the F of EDM.',
+    "What the network predicts: x, eps, v = alpha eps - sigma x, both x and eps, or F of EDM's preconditioning.",
     choices=process.OUTPUTS,
   )
   conditional: bool = key(False, "Whether the network is conditioned on the dataset's class labels.")
