@@ -11,7 +11,7 @@ from diffusion_distillation import cli
 from diffusion_distillation.diffusion import times
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; prepare does without.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; prepare and keys do without.')
 _MODE = flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
 _STAGE = flags.DEFINE_string('stage', None, 'sample: the stage; by default the last that is there.')
 _WEIGHTS = flags.DEFINE_string(

@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 
 from diffusion_distillation import datasets
-from diffusion_distillation.config import Config, check_keys, check_numbers, choose
+from diffusion_distillation.config import Config, check_keys, check_numbers, choose, to_markdown
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.errors import StorageError, UserError
@@ -289,6 +289,23 @@ def _evaluate(options: Options) -> None:
     print(directory / 'results.json')
 
 
+def _keys(options: Options) -> None:
+  """docs/configuration.md is what this prints."""
+  del options
+  print(_ABOUT_KEYS + to_markdown())
+
+
+_ABOUT_KEYS = """# Configuration
+
+Every key of a config, with its default in [configs/default.py](../configs/default.py). A config such as
+[configs/digits.py](../configs/digits.py) changes some of the defaults, and the command line overrides both:
+`--config.train.batch_size=64`. Tuples are written as in Python: `--config.distill.num_updates='(50_000,100_000)'`.
+
+This page is the output of `python main.py --mode=keys`.
+
+"""
+
+
 MODES: dict[str, Callable[[Options], None]] = {
   'train': _train,
   'prepare': _prepare,
@@ -297,4 +314,5 @@ MODES: dict[str, Callable[[Options], None]] = {
   'sample': _sample,
   'evaluate': _evaluate,
   'replay': _replay,
+  'keys': _keys,
 }

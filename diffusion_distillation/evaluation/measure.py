@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation.config import Config
+from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, Config, key
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.diffusion.samplers import Sampler
+from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
@@ -31,6 +31,30 @@ from diffusion_distillation.system.progress import Progress
 _log = logging.getLogger(__name__)
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'scikit-learn')
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSection:
+  """How stages are evaluated, and sampled from."""
+
+  num_samples: int = key(50_000, 'Number of samples per row of `results.json`.', AT_LEAST_TWO)
+  batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
+  seed: int = key(1, 'Seed of the sampling noise, the same for every row.', NOT_NEGATIVE)
+  samplers: tuple[str, ...] = key(
+    ('ddim', 'ancestral'),
+    'Samplers with which the base model is evaluated.',
+    choices=SAMPLERS,
+    distinct=True,
+  )
+  grid: str = key('uniform', "Spacing of the base model's sampling steps in t.", choices=times.GRIDS)
+  max_steps: int = key(
+    1024, 'Largest number of sampling steps; rows with more steps are left out.', POSITIVE
+  )
+  gamma: float = key(
+    0.0,
+    '`ancestral`: interpolates the variance of the noise from its lower bound (0) to its upper bound (1).',
+  )
+  clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
 
 
 @dataclasses.dataclass(frozen=True)

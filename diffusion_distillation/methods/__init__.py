@@ -4,7 +4,7 @@ from typing import Any
 
 from diffusion_distillation.methods.consistency import Consistency
 from diffusion_distillation.methods.denoising import Denoising
-from diffusion_distillation.methods.dmd import DMD
+from diffusion_distillation.methods.dmd import DMD, DMD2
 from diffusion_distillation.methods.gan import Gan
 from diffusion_distillation.methods.knowledge import Knowledge
 from diffusion_distillation.methods.method import Context, Method, Sampling, Student
@@ -17,7 +17,7 @@ METHODS: dict[str, type[Any]] = {
   'knowledge': Knowledge,
   'consistency': Consistency,
   'dmd': DMD,
-  'dmd2': DMD,
+  'dmd2': DMD2,
 }
 
 __all__ = [

@@ -1,12 +1,13 @@
 """Consistency distillation: the student says the same of two neighbours on one path of the teacher."""
 
+import dataclasses
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.config import choose
+from diffusion_distillation.config import POSITIVE, choose, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
 from diffusion_distillation.diffusion.samplers import DDIM, SAMPLERS, Sampler
@@ -22,10 +23,46 @@ from diffusion_distillation.methods.method import (
   OneNetwork,
   Sampling,
   Student,
+  StudentSection,
 )
 
 # One step of each needs nothing but z and the two noise levels, and draws no noise.
 SOLVERS: dict[str, type[Sampler]] = {name: SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4')}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencySection(StudentSection):
+  """Consistency distillation."""
+
+  num_updates: int = 200_000
+  weighting: str = key(
+    'constant', 'Weighting of the distance as a function of logsnr.', choices=WEIGHTINGS
+  )
+  start_intervals: int = key(
+    18,
+    'Number of intervals that [0, 1] is divided into at the first update. The two times that the student must agree at '
+    'are the ends of one interval.',
+    POSITIVE,
+  )
+  end_intervals: int = key(
+    18, 'Number of intervals at the last update; no less than at the first.', POSITIVE
+  )
+  solver: str = key(
+    'heun',
+    "Sampler that takes the teacher's step from one end of an interval to the other.",
+    choices=('ddim', 'euler', 'heun', 'rk4'),
+  )
+  target: str = key(
+    'ema',
+    "Weights that compute the student's target: its own first moving average, or its own current weights.",
+    choices=('ema', 'last'),
+  )
+  sample_steps: tuple[int, ...] = key(
+    (1, 2, 4),
+    'Numbers of sampling steps with which the student is evaluated.',
+    POSITIVE,
+    distinct=True,
+  )
 
 
 @flax.struct.dataclass
@@ -58,6 +95,7 @@ class Consistency(OneNetwork, Student):
   follows_average: bool = flax.struct.field(pytree_node=False, default=True)
 
   name = 'consistency'
+  Section = ConsistencySection
   needs = frozenset({'images', 'labels'})
 
   @classmethod

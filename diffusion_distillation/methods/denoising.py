@@ -1,16 +1,34 @@
 """Base training: denoising, in continuous or discrete time. The teacher is the data."""
 
+import dataclasses
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import Weighting, weighted_mse
-from diffusion_distillation.methods.method import Batch, BoundDenoiser, Loss, Nets, OneNetwork
+from diffusion_distillation.methods.method import (
+  Batch,
+  BoundDenoiser,
+  Loss,
+  Nets,
+  OneNetwork,
+  TrainingSection,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSection(TrainingSection):
+  """Training of the base model."""
+
+  num_updates: int = key(500_000, 'Number of updates.', POSITIVE)
+  learning_rate: float = key(2e-4, 'Peak learning rate.', POSITIVE)
+  warmup: int = 1000
 
 
 @flax.struct.dataclass

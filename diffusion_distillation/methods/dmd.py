@@ -7,7 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.config import build
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, build, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
 from diffusion_distillation.diffusion.samplers import Clip, MultistepConsistency, clipped
@@ -27,7 +27,58 @@ from diffusion_distillation.methods.method import (
   Params,
   Sampling,
   Student,
+  StudentSection,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class DMDSection(StudentSection):
+  """Distribution matching distillation, DMD (Yin et al. 2023)."""
+
+  num_updates: int = 300_000
+  learning_rate: float = 5e-5
+  weight_decay: float = 0.01
+  num_steps: int = key(1, 'Number of sampling steps of the generator.', POSITIVE)
+  regression: float = key(
+    0.25,
+    'Weight of the regression on stored pairs, for generators of one step; 0 for no regression and no pairs.',
+    NOT_NEGATIVE,
+  )
+  first_t: float = key(
+    0.02, 'Smallest time at which the scores are compared: 0 < first_t < last_t <= 1.'
+  )
+  last_t: float = key(0.98, 'Largest time at which the scores are compared.')
+  fake_learning_rate: float = key(
+    5e-5, "Peak learning rate of the fake score and of the GAN's head.", POSITIVE
+  )
+  fake_updates: int = key(
+    1,
+    'Number of updates of the fake score per update of the generator. `num_updates` counts those of the fake score, and '
+    'must be a multiple of this.',
+    POSITIVE,
+  )
+  gan_generator: float = key(
+    0.0,
+    "Weight of the generator's GAN loss. This and `gan_fake` are both positive, or both 0 for no GAN.",
+    NOT_NEGATIVE,
+  )
+  gan_fake: float = key(0.0, "Weight of the critic's GAN loss.", NOT_NEGATIVE)
+  simulated: bool = key(
+    True,
+    "For generators of several steps: whether their inputs in training come from the generator's own earlier steps, or "
+    'are noised data.',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class DMD2Section(DMDSection):
+  """DMD2 (Yin et al. 2024): no pairs, more updates of the fake score, and a GAN."""
+
+  num_updates: int = 500_000
+  regression: float = 0.0
+  fake_updates: int = 5
+  gan_generator: float = 3e-3
+  gan_fake: float = 1e-2
 
 
 @flax.struct.dataclass
@@ -67,6 +118,7 @@ class DMD(Student):
   generator_turn: bool = flax.struct.field(pytree_node=False, default=True)
 
   name = 'dmd'
+  Section = DMDSection
 
   def __post_init__(self) -> None:
     if not 0.0 < self.first_t < self.last_t <= 1.0:
@@ -261,6 +313,13 @@ class DMD(Student):
     logsnr, eps = self.schedule(batch['gan_t']), batch['gan_eps']
     fake, real = diffuse(x, eps, logsnr), diffuse(batch['x'], eps, logsnr)
     return self.gan.critic_losses(nets, fake, real, logsnr, batch['cond'])
+
+
+@flax.struct.dataclass
+class DMD2(DMD):
+  """DMD with the defaults of DMD2: no pairs, a GAN, and a fake score that is updated more often."""
+
+  Section = DMD2Section
 
 
 def _make_gan(name: str, section: Any, context: Context) -> Gan | None:

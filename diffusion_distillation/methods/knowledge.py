@@ -1,5 +1,6 @@
 """Knowledge distillation: one step that maps the teacher's noise to the teacher's image."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,13 @@ from diffusion_distillation.methods.method import (
   Nets,
   OneNetwork,
   Student,
+  StudentSection,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class KnowledgeSection(StudentSection):
+  """Knowledge distillation: regression on stored pairs; see `pairs`."""
 
 
 def regression(
@@ -46,6 +53,7 @@ class Knowledge(OneNetwork, Student):
   distance: Distance = flax.struct.field(pytree_node=False, default=L2())
 
   name = 'knowledge'
+  Section = KnowledgeSection
   needs = frozenset({'pairs'})
 
   @classmethod

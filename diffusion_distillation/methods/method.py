@@ -2,24 +2,84 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
 
+from diffusion_distillation.config import FRACTION, NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.samplers import Clip
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.times import Law, Uniform
 from diffusion_distillation.diffusion.weightings import Weighting
+from diffusion_distillation.methods.distances import DISTANCES
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Denoiser
 
 Params = Any
 Batch = Mapping[str, Any]
 Loss = tuple[jax.Array, dict[str, jax.Array]]
-
-
 Nets = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSection:
+  """The keys that every section of a stage has."""
+
+  batch_size: int = key(128, 'Number of examples per update, over all devices.', POSITIVE)
+  micro_batches: int = key(
+    1,
+    'Number of parts that a batch is split into; they go through the network one after the other, and their gradients '
+    'are accumulated.',
+    POSITIVE,
+  )
+  warmup: int = key(
+    0, 'Number of updates over which the learning rate rises linearly to its peak.', NOT_NEGATIVE
+  )
+  decay: str = key(
+    'none',
+    'How the learning rate decays from its peak to 0 over the stage.',
+    choices=('none', 'linear', 'cosine'),
+  )
+  weight_decay: float = key(
+    0.0, 'Decoupled weight decay per update, multiplied by the learning rate.', NOT_NEGATIVE
+  )
+  ema_decay: tuple[float, ...] = key(
+    (0.9999,),
+    'Decay rates of the exponential moving averages (EMA) of the weights, one or several; 0 follows the weights. The '
+    "first average is the stage's model.",
+    FRACTION,
+    distinct=True,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentSection(TrainingSection):
+  """The keys of every method that distills the base model to few steps in a single stage."""
+
+  start: str = key(
+    'base',
+    'Stage whose weights initialize the student: `base`, or an earlier stage, such as `progressive_0004`.',
+  )
+  num_updates: int = key(100_000, 'Number of updates.', POSITIVE)
+  learning_rate: float = key(1e-4, 'Peak learning rate of the student.', POSITIVE)
+  warmup: int = 500
+  clip_norm: float = key(
+    10.0,
+    "Global norm to which each network's gradients are clipped, in place of `optimizer.clip_norm`.",
+    POSITIVE,
+  )
+  distance: str = key(
+    'l2',
+    'Distance between images that the regression minimizes: pixel-wise (`l2`, `pseudo_huber`), or between the '
+    'activations of a classifier (`features`, `lpips`).',
+    choices=DISTANCES,
+  )
+  distance_weights: str = key(
+    '',
+    'Weights of the distance, a .safetensors file: the `extractor.safetensors` of a run for `features`, converted '
+    'LPIPS weights for `lpips`.',
+  )
 
 
 class BoundDenoiser(Protocol):
@@ -144,7 +204,13 @@ class Sampling(NamedTuple):
 
 
 class Student:
-  """What students share that are one stage, as one section of the config says; see `stages.plan`."""
+  """What students share that are one stage, as one section of the config says; see `stages.plan`.
+
+  Attributes:
+    Section: the keys of that section.
+  """
+
+  Section: ClassVar[type[StudentSection]]
 
   @classmethod
   def from_config(cls, name: str, section: Any, context: Context) -> Self:

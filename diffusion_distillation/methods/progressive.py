@@ -1,18 +1,55 @@
 """Progressive distillation: a student whose one step does two steps of its teacher, or more."""
 
+import dataclasses
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import AT_LEAST_TWO, POSITIVE, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, from_x, implied_x
 from diffusion_distillation.diffusion.samplers import DDIM
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import Weighting, weighted_mse
-from diffusion_distillation.methods.method import Batch, BoundDenoiser, Loss, Nets, OneNetwork
+from diffusion_distillation.methods.method import (
+  Batch,
+  BoundDenoiser,
+  Loss,
+  Nets,
+  OneNetwork,
+  TrainingSection,
+)
 from diffusion_distillation.networks.conditioning import Cond
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSection(TrainingSection):
+  """Every round of progressive distillation.
+
+  A key that is "per round" is a tuple whose last entry is for the last round, whose second to last entry is for the round
+  before, and so on. Its first entry also serves all earlier rounds: `distill.num_updates=(50_000, 100_000)` gives
+  100,000 updates to the last round and 50,000 to each of the others.
+  """
+
+  start_steps: int = key(1024, 'Number of sampling steps of the base model.', POSITIVE)
+  end_steps: int = key(1, 'Number of sampling steps of the last student.', POSITIVE)
+  factor: tuple[int, ...] = key(
+    (2,), 'Number of teacher steps that one student step replaces, per round.', AT_LEAST_TWO
+  )
+  from_weights: str = key(
+    'ema',
+    "The teacher's weights, which also initialize the student: its moving average, or its weights after the last "
+    'update.',
+    choices=('ema', 'last'),
+  )
+  num_updates: tuple[int, ...] = key(
+    (50_000, 100_000, 100_000), 'Number of updates, per round.', POSITIVE
+  )
+  learning_rate: tuple[float, ...] = key((1e-4,), 'Peak learning rate, per round.', POSITIVE)
+  decay: str = 'linear'
+  ema_decay: tuple[float, ...] = (0.0,)
 
 
 @flax.struct.dataclass

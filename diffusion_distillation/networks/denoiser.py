@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import key
 from diffusion_distillation.diffusion import process
 from diffusion_distillation.networks.conditioning import Cond, Conditioning, zeros
+from diffusion_distillation.networks.spaces import SPACES
 
 Params = Any
 BOTTLENECK = 'bottleneck'  # the collection into which a network sows its innermost activations
@@ -18,6 +20,8 @@ BOTTLENECK = 'bottleneck'  # the collection into which a network sows its innerm
 
 class Network(Protocol):
   """What is asked of a network: a linen module with these members, called as written in `__call__`."""
+
+  Section: ClassVar[type]  # its hyper-parameters, as keys of the config's section `model`
 
   @property
   def dropout(self) -> float:
@@ -38,6 +42,20 @@ class Network(Protocol):
   ) -> jax.Array:
     """z: (B, H, W, C); logsnr: (B,). Returns (B, H, W, out_ch); dropout unless `deterministic`."""
     ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+  """The network, what it works on, and what it predicts; then the network's own hyper-parameters."""
+
+  name: str = key('unet', 'Network, a name in `networks.NETWORKS`.')
+  space: str = key('pixels', 'What the network works on.', choices=SPACES)
+  output: str = key(
+    'v',
+    "What the network predicts: x, eps, v = alpha eps - sigma x, both x and eps, or F of EDM's preconditioning.",
+    choices=process.OUTPUTS,
+  )
+  conditional: bool = key(False, "Whether the network is conditioned on the dataset's class labels.")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -3,6 +3,7 @@
 Module names follow the parameter tree of the released checkpoints, so that those load leaf by leaf.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import FRACTION, POSITIVE, key
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
 from diffusion_distillation.networks.denoiser import BOTTLENECK
@@ -55,6 +57,48 @@ TIME_INPUTS = {
   'edm': edm,
   't': schedule_time,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetSection:
+  """The hyper-parameters of a U-Net."""
+
+  ch: int = key(128, 'Number of channels at the highest resolution.', POSITIVE)
+  emb_ch: int = key(512, 'Width of the embedding of time and class.', POSITIVE)
+  ch_mult: tuple[int, ...] = key(
+    (1, 2, 2),
+    'Number of channels per resolution, from the highest resolution to the lowest, in multiples of `model.ch`.',
+    POSITIVE,
+  )
+  num_res_blocks: int = key(2, 'Number of residual blocks per resolution.', POSITIVE)
+  attn_resolutions: tuple[int, ...] = key(
+    (8,), 'Heights of the feature maps at which every residual block is followed by self-attention.'
+  )
+  num_heads: int | None = key(
+    None,
+    'Number of attention heads. Set this or `model.head_dim`, not both; if neither is set, there is one head.',
+    POSITIVE,
+  )
+  head_dim: int | None = key(None, 'Number of channels per attention head.', POSITIVE)
+  num_groups: int = key(
+    32,
+    'Number of groups of every GroupNorm; must divide the number of channels at every resolution.',
+    POSITIVE,
+  )
+  dropout: float = key(
+    0.0,
+    'Dropout rate inside residual blocks during base training. Teachers and students have no dropout.',
+    FRACTION,
+  )
+  time_input: str = key(
+    'inv_cos',
+    'Function of logsnr that the network receives as time: the t of the cosine schedule, logsnr itself, its sigmoid, '
+    "EDM's c_noise, or the t of the run's own schedule.",
+    choices=TIME_INPUTS,
+  )
+  resblock_resample: bool = key(
+    True, 'Whether residual blocks do the down- and upsampling, instead of separate convolutions.'
+  )
 
 
 def time_embedding(u: jax.Array, dim: int) -> jax.Array:
@@ -151,6 +195,8 @@ class UNet(nn.Module):
     remat: whether each block's activations are computed again on the way back instead of being kept.
     schedule: t to logsnr, for the time input 't'.
   """
+
+  Section = UNetSection
 
   out_ch: int
   ch: int

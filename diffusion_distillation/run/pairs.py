@@ -4,6 +4,7 @@ workdir/pairs/pairs.json   whose they are, and a digest of each file that is the
 workdir/pairs/00000.npy    a batch: records of noise, image (float32) and the teacher's conditioning, such as label (int32)
 """
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -14,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.datasets.orders import Shuffled
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.stages.parts import DETERMINISTIC
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Pairs
 from diffusion_distillation.system import cluster, files, interrupts, sharding
@@ -26,6 +29,17 @@ from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsSection:
+  """Stored pairs of noise and the image that the base model makes of it, for `knowledge` and `dmd.regression`."""
+
+  num_pairs: int = key(100_000, 'Number of pairs.', POSITIVE)
+  sampler: str = key('heun', 'Deterministic sampler that draws the images.', choices=DETERMINISTIC)
+  num_steps: int = key(18, 'Number of sampling steps per image.', POSITIVE)
+  grid: str = key('uniform', 'Spacing of the sampling steps in t.', choices=times.GRIDS)
+  batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
 
 
 class StoredPairs:

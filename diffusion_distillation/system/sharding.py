@@ -16,10 +16,23 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffusion_distillation.config import key
 from diffusion_distillation.errors import UserError
 
 _AXES = ('data', 'fsdp')
 _in_use: list[Mesh] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+  """The layout of all devices: data x fsdp. Batches are split over both axes."""
+
+  data: int = key(-1, 'Number of devices along `data`; -1 for all devices divided by `mesh.fsdp`.')
+  fsdp: int = key(
+    1,
+    'Number of devices that every network, its moving averages and its optimizer state are split over; a divisor of '
+    'the number of devices.',
+  )
 
 
 def use(data: int = -1, fsdp: int = 1) -> None:
