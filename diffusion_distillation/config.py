@@ -87,7 +87,7 @@ def section(cls: type) -> Config:
   for field in dataclasses.fields(cls):
     value = getattr(defaults, field.name)
     if value is None:
-      kind = next(iter(typing.get_args(field.type)), field.type)
+      kind, _ = _not_optional(field.type)
       value = config_dict.placeholder(typing.get_origin(kind) or kind)
     made[field.name] = value
   return made
@@ -140,7 +140,6 @@ _TYPES: dict[Any, str] = {
   int: 'integer',
   float: 'number',
   str: 'string',
-  int | None: 'integer or `None`',
   tuple[int, ...]: 'integers',
   tuple[float, ...]: 'numbers',
 }
@@ -164,10 +163,18 @@ def _table(name: str, cls: type) -> str:
 
 def _values(of_type: Any, declared: Key) -> str:
   """What the key may be, in words."""
+  of_type, optional = _not_optional(of_type)
   words = ', '.join(f'`{choice}`' for choice in declared.choices) or _TYPES[of_type]
+  words += ' or `None`' if optional else ''
   several = 'any of ' if declared.choices and typing.get_origin(of_type) is tuple else ''
   valid = f', {declared.valid.says}' if declared.valid else ''
   return several + words + valid + (', all different' if declared.distinct else '')
+
+
+def _not_optional(of_type: Any) -> tuple[Any, bool]:
+  """A type without None, and whether that was part of it."""
+  parts = typing.get_args(of_type)
+  return (parts[0], True) if type(None) in parts else (of_type, False)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
