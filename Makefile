@@ -1,4 +1,4 @@
-# make demo: from real images to a one-step sampler.  make test, make lint: what CI runs.
+# make demo: from real images to a one-step sampler.  make lint, make test, make test-slow: what CI runs.
 
 PYTHON ?= python3
 WORKDIR ?= runs/digits
@@ -9,7 +9,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # Two virtual devices draw 1.5 times as many images a second on two cores as one device does.
 DEMO_XLA_FLAGS ?= --xla_force_host_platform_device_count=2
 
-.PHONY: demo install test lint clean
+.PHONY: demo install test test-slow lint clean
 
 demo: .venv/demo
 	XLA_FLAGS="$(DEMO_XLA_FLAGS)" $(BIN)/python main.py --config=configs/digits.py --workdir=$(WORKDIR)
@@ -30,8 +30,13 @@ install: .venv/dev
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@ .venv/demo
 
+# Every module, in minutes.
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow'
+
+# Processes that are killed and stopped, several processes, full disks, whole runs.
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/dev
 	$(BIN)/ruff check .

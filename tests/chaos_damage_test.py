@@ -20,7 +20,7 @@ from tests import disasters, tiny
 from tests.disasters import CONFIG, LAST, PLAN
 from tests.restart_test import COMMAND, outcome
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def truncate(path):

@@ -19,7 +19,7 @@ from tests import disasters, tiny
 from tests.disasters import LAST
 from tests.restart_test import COMMAND, outcome, wait_for
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ADVICE = 'run the same command again'
 

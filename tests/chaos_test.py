@@ -14,7 +14,7 @@ import pytest
 from tests import disasters, tiny
 from tests.restart_test import COMMAND, STAGES, outcome, steps_logged, wait_for
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 KILLS = 20
 LONGEST = 1.2  # until a kill, in units of the time that the start took: machines differ

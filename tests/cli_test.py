@@ -1,9 +1,6 @@
 """Bad input: one clear line, a non-zero exit, and nothing changed."""
 
-import json
-import os
-import subprocess
-import sys
+import importlib.util
 
 import pytest
 
@@ -18,36 +15,6 @@ from diffusion_distillation.errors import (
 )
 from diffusion_distillation.stages import workdir as workdirs
 from tests import bad_data, tiny
-
-# Imports once, then carries out each command line in a fork of its own.
-DRIVER = """
-import gc, importlib.util, json, os, sys, tempfile
-import main
-from absl import app
-from configs import digits
-from diffusion_distillation import cli, datasets
-datasets.open_split(datasets.Settings.of(digits.get_config().dataset), 'train')  # imports what reads it
-found = importlib.util.find_spec  # and nothing is downloaded, wherever TensorFlow is installed:
-importlib.util.find_spec = lambda name, *more: None if name == 'tensorflow' else found(name, *more)
-gc.freeze()
-outcomes = []
-for arguments in json.load(sys.stdin):
-  with tempfile.TemporaryFile('w+') as err:
-    child = os.fork()
-    if child == 0:
-      os.dup2(err.fileno(), 2)
-      os.dup2(err.fileno(), 1)
-      sys.argv = ['main.py', *arguments]
-      try:
-        app.run(main.main, flags_parser=cli.parse_flags)
-      except SystemExit as end:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(end.code)  # at once: to tear everything down takes longer than to carry it out
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    err.seek(0)
-    outcomes.append((code, err.read()))
-json.dump(outcomes, sys.stdout)
-"""
 
 # What is asked, and what the one line has to say. {workdir} is not there; {finished} is a finished run.
 TRAIN = ['--config=configs/digits.py', '--workdir={workdir}']
@@ -267,22 +234,16 @@ def outcomes(finished, tmp_path_factory):
   places = {'workdir': root / 'workdir', 'finished': finished, 'typo': typo, 'directory': root / 'x.png'}
   places |= bad_data.images(root)
   before = written(root, finished)
-  commands = [[argument.format(**places) for argument in arguments] for arguments, _ in CASES.values()]
-  environment = os.environ | {'PYTHONPATH': str(tiny.ROOT)}
-  done = subprocess.run(
-    [sys.executable, '-c', DRIVER],
-    input=json.dumps(commands),
-    capture_output=True,
-    text=True,
-    cwd=tiny.ROOT,
-    env=environment,
-  )
-  assert done.returncode == 0, done.stderr
-  return (
-    places,
-    dict(zip(CASES, json.loads(done.stdout), strict=True)),
-    (before, written(root, finished)),
-  )
+  found = importlib.util.find_spec
+  outcomes = {}
+  with pytest.MonkeyPatch.context() as patch:
+    # Nothing is downloaded, wherever TensorFlow is installed.
+    without = lambda name, *more: None if name == 'tensorflow' else found(name, *more)  # noqa: E731
+    patch.setattr(importlib.util, 'find_spec', without)
+    for case, (arguments, _) in CASES.items():
+      code, out, err = tiny.run_cli(*(argument.format(**places) for argument in arguments))
+      outcomes[case] = code, out + err
+  return places, outcomes, (before, written(root, finished))
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -299,6 +260,15 @@ def test_one_line_says_what_is_wrong(outcomes, case):
 def test_bad_input_leaves_everything_as_it_was(outcomes):
   places, _, (before, after) = outcomes
   assert after == before and not places['workdir'].exists()
+
+
+@pytest.mark.parametrize('case', ['mistyped key', 'batch and devices'])
+def test_main_py_says_and_returns_the_same(outcomes, case):
+  """A flag that is refused while flags are parsed, and a config that is refused later."""
+  places, results, _ = outcomes
+  command = [argument.format(**places) for argument in CASES[case][0]]
+  code, out, err = tiny.run_main(*command, devices=8)
+  assert (code, out + err) == results[case]
 
 
 def options(workdir, **changes):

@@ -1,7 +1,9 @@
 """Before jax starts: 8 virtual CPU devices, quick compilation, no silent broadcasting between ranks."""
 
 import atexit
+import fcntl
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -17,17 +19,27 @@ if (
 ):  # one cache for all processes of this run, and for no other run
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='compiled-')
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory):
-  """A finished run of the tiny config; tests only read it, or copy it."""
-  workdir = tmp_path_factory.mktemp('finished') / 'workdir'
-  relative = os.path.relpath(workdir, tiny.ROOT)  # as people type it; everywhere else it is absolute
-  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={relative}')
-  assert code == 0, err
-  return workdir
+  """A finished run of the tiny config; tests only read it, or copy it.
+
+  The first worker that asks for it runs main.py; every worker has its own copy.
+  """
+  own = tmp_path_factory.mktemp('finished') / 'workdir'
+  base = tmp_path_factory.getbasetemp()
+  shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+  with (shared / 'finished.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (shared / 'finished').exists():
+      begun = pathlib.Path(tempfile.mkdtemp(dir=shared))
+      relative = os.path.relpath(begun, tiny.ROOT)  # as people type it; everywhere else it is absolute
+      code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={relative}')
+      assert code == 0, err
+      begun.rename(shared / 'finished')
+  return pathlib.Path(shutil.copytree(shared / 'finished', own))
 
 
 @pytest.fixture(scope='session')

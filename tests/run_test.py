@@ -1,4 +1,4 @@
-"""A whole run through main.py, as a user starts it: what it leaves, and what can be done with it."""
+"""A whole run through main.py, as a user starts it: what it leaves, and, in this process, what can be done with it."""
 
 import hashlib
 import html.parser
@@ -161,7 +161,7 @@ def test_npz_samples_from_the_workdir_alone(finished, tmp_path, stage):
     f'--out={out}',
     *chosen,
   ]
-  code, text, err = tiny.run_main(*arguments)
+  code, text, err = tiny.run_cli(*arguments)
   assert code == 0, err
   assert (stage or 'progressive_0001') in text
   with np.load(out, allow_pickle=False) as arrays:
@@ -173,7 +173,7 @@ def test_npz_samples_from_the_workdir_alone(finished, tmp_path, stage):
 def test_a_second_run_changes_nothing_but_the_report(finished, tmp_path):
   """Finished stages are not trained again, measured rows not measured again."""
   workdir = shutil.copytree(finished, tmp_path / 'workdir')
-  code, _, err = tiny.run_main(*tiny.flags(), f'--workdir={workdir}')
+  code, _, err = tiny.run_cli(*tiny.flags(), f'--workdir={workdir}')
   assert code == 0, err
   before, after = tree_digest(finished), tree_digest(workdir)
   changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
@@ -189,7 +189,7 @@ def test_evaluate_measures_again_and_finds_the_same(finished, tmp_path):
   (workdir / 'results.json').unlink()
   (workdir / 'extractor.safetensors').unlink()
   shutil.rmtree(workdir / 'report')
-  code, _, err = tiny.run_main('--mode=evaluate', f'--workdir={workdir}')
+  code, _, err = tiny.run_cli('--mode=evaluate', f'--workdir={workdir}')
   assert code == 0, err
   old, new = (json.loads((path / 'results.json').read_text()) for path in (finished, workdir))
   assert old['extractor'] == new['extractor']
