@@ -272,9 +272,17 @@ def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
 
 
 def adopt(
-  workdir: pathlib.Path, stage: Stage, params: Params, config: Config, origin: Mapping[str, Any]
+  workdir: pathlib.Path,
+  stage: Stage,
+  params: Params,
+  config: Config,
+  origin: Mapping[str, Any],
+  class_names: Sequence[str] = (),
 ) -> Model:
-  """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it."""
+  """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it.
+
+  `stage.json` is written last: without it nothing was imported.
+  """
   stage_dir = workdir / stage.name
   stage = stage.without_parents()
   state = dataclasses.replace(
@@ -283,8 +291,10 @@ def adopt(
   model = to_model(stage, state, 0.0)
   outcome = {'finished': True, 'digest': model.digest, 'seconds': 0.0, 'imported': dict(origin)}
   stage_dir.mkdir()
-  write_json(stage_dir / 'stage.json', _lineage(stage, Parents(), config) | outcome)
-  write_model(workdir, Parents(), model, config)
+  stored = dataclasses.replace(to_stored(workdir, model, config), class_names=tuple(class_names))
+  write(stage_dir / 'model', stored)
   with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
     checkpoints.save(stage.num_updates, state, 0.0)
+    checkpoints.wait()
+  write_json(stage_dir / 'stage.json', _lineage(stage, Parents(), config) | outcome)
   return model
