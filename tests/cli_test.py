@@ -212,7 +212,7 @@ CASES = {
     [*SAMPLE, '--classes=3'],
     ['--classes=3', 'progressive_0001', 'unconditional'],
   ),
-  'sample from nothing': (['--mode=sample', '--workdir={workdir}', '--out=x.png'], ['holds no run']),
+  'sample from nothing': (['--mode=sample', '--workdir={workdir}', '--out=x.png'], ['holds no model']),
   'evaluate nothing': (['--mode=evaluate', '--workdir={workdir}'], ['holds no run']),
 } | bad_data.CASES
 
