@@ -172,11 +172,12 @@ def test_a_description_that_holds_something_else_is_named(finished, tmp_path, na
     shutil.copy(finished / path, tmp_path / path)
   (tmp_path / name).write_text(text)
   try:
-    assert reopened(tmp_path) is None
+    found = reopened(tmp_path)
   except UserError as error:
     assert str(tmp_path / name) in str(error)
   else:
     assert name == 'config.json'  # which is written again, if nothing in it differs
+    assert found == json.loads((finished / LAST / 'stage.json').read_text())['digest']
 
 
 @pytest.mark.parametrize('kind', OF_FILES)
