@@ -83,7 +83,7 @@ class Parents:
 
   Attributes:
     teacher: its parent's model, or None.
-    start: the model that it starts from; None: its teacher.
+    start: the model that it starts from; None: new parameters.
     pairs: digest of the pairs that it learns from, or None.
     distance: digest of the weights of its distance, or None.
   """
@@ -95,7 +95,7 @@ class Parents:
 
   def describe(self) -> dict[str, Any]:
     """As stage.json has it."""
-    models = {'parent': self.teacher, 'start': self.start or self.teacher}
+    models = {'parent': self.teacher, 'start': self.start}
     found: dict[str, Any] = {
       key: model and {'stage': model.stage.name, 'weights': model.weights, 'digest': model.digest}
       for key, model in models.items()
