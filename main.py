@@ -11,7 +11,7 @@ from diffusion_distillation import cli
 from diffusion_distillation.diffusion import times
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; prepare does without.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; prepare and keys do without.')
 _MODE = flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
 _STAGE = flags.DEFINE_string('stage', None, 'sample: the stage; by default the last that is there.')
 _WEIGHTS = flags.DEFINE_string(
@@ -29,15 +29,18 @@ _GAMMA = flags.DEFINE_float(
 )
 _CLIP_X = flags.DEFINE_bool('clip_x', None, 'sample: clip x to [-1, 1] at each step.')
 _STEPS = flags.DEFINE_integer('steps', None, 'sample: how many; by default those of the stage.', 1)
-_GRID = flags.DEFINE_enum('grid', 'uniform', times.GRIDS, 'sample: how its steps are spaced.')
+_GRID = flags.DEFINE_enum(
+  'grid', None, times.GRIDS, "sample: how the steps are spaced; by default as the model's own."
+)
 _TIMES = flags.DEFINE_list('times', [], 'sample: a grid of times instead of equal steps: 0,0.25,1.')
 _CLASSES = flags.DEFINE_list(
   'classes', [], 'sample: classes to draw in turn, by number or name, or none; by default all.'
 )
 _OUT = flags.DEFINE_string('out', None, 'sample: a .png (a grid) or .npz (the arrays).')
-_SOURCE = flags.DEFINE_string('source', None, 'import: google (the released code) or workdir (a run).')
+_SOURCE = flags.DEFINE_string(
+  'source', None, 'import: google (the released code), workdir (a stage of a run) or model (a folder).'
+)
 _STEP = flags.DEFINE_integer('step', None, 'replay: the update to look at.', 0)
-_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'train: print the plan and its needs, and stop.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'Of several processes: HOST:PORT of the first.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many they are.', 1)
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which one this is, from 0.', 0)
@@ -72,7 +75,6 @@ def main(argv: list[str]) -> None:
     source=_SOURCE.value,
     checkpoint=pathlib.Path(_CHECKPOINT.value).absolute() if _CHECKPOINT.value else None,
     step=_STEP.value,
-    dry_run=_DRY_RUN.value,
     coordinator=_COORDINATOR.value,
     num_processes=_NUM_PROCESSES.value,
     process_id=_PROCESS_ID.value,

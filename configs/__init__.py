@@ -1,1 +1,1 @@
-"""One file a data set; `default` has every key."""
+"""One file per dataset; `default` has every key."""

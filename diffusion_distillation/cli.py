@@ -11,18 +11,21 @@ import numpy as np
 from absl import flags
 
 from diffusion_distillation import datasets
-from diffusion_distillation.config import Config, check_keys, check_numbers, choose
+from diffusion_distillation.config import Config, check_keys, check_numbers, choose, to_markdown
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation import measure, pictures
+from diffusion_distillation.evaluation.loading import LoadedModel, load
+from diffusion_distillation.evaluation.sampling import Chosen
 from diffusion_distillation.interop import importing
-from diffusion_distillation.networks import spaces
-from diffusion_distillation.run import forecast, inputs, loop, replay
-from diffusion_distillation.stages import plan, provenance, workdir
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.run import replay
+from diffusion_distillation.run import run as run_module
+from diffusion_distillation.stages import provenance, workdir
+from diffusion_distillation.stages.model import StoredModel
+from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.system import checkpoints, cluster, compilation, files, interrupts, sharding
-from diffusion_distillation.training.recipe import Stage
-from diffusion_distillation.training.step import train_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +44,12 @@ class Options:
   gamma: float | None = None
   clip_x: bool | None = None
   steps: int | None = None
-  grid: str = 'uniform'
+  grid: str | None = None
   times: Sequence[str] = ()
   classes: Sequence[str] = ()
   out: pathlib.Path | None = None
   source: str | None = None
   checkpoint: pathlib.Path | None = None
-  dry_run: bool = False
   coordinator: str | None = None
   num_processes: int | None = None
   process_id: int | None = None
@@ -144,28 +146,20 @@ def _prepare(options: Options) -> None:
 def _train(options: Options) -> None:
   config, directory = _config(options), _workdir(options)
   sharding.use(**config.mesh)
-  loop.run(config, directory, options.dry_run)
+  run_module.run(config, directory)
 
 
 def _plan(options: Options) -> None:
   config, directory = _config(options), _workdir(options)
-  workdir.check_made_with(directory, config)
   sharding.use(**config.mesh)
-  described = datasets.describe(datasets.Settings.of(config.dataset))
-  planned = workdir.cut(directory, plan.plan(config, *described))
-  loop.check_batches(config)
-  finished = {stage.name for stage in planned if provenance.is_finished(directory, stage)}
-  weights = {stage.name: inputs.load_distance(stage) for stage in planned}
-  forecast.show(planned, finished, config, directory, weights)
-  compiled = sharding.compile_step(train_steps)
-  forecast.show_times(planned, finished, compiled, config, weights)
+  run_module.show_plan(config, directory)
 
 
 def _import(options: Options) -> None:
   directory = _workdir(options)
   if options.source is None:
-    raise UserError(f'--mode=import needs --source, one of {", ".join(importing.SOURCES)}')
-  source = choose('--source', options.source, importing.SOURCES)
+    raise UserError(f'--mode=import needs --source, one of {", ".join(importing.READERS)}')
+  source = choose('--source', options.source, importing.READERS)
   if options.checkpoint is None:
     raise UserError('--mode=import needs --checkpoint, the file or directory to read')
   model = source(_config(options), options.default, options.checkpoint, directory)
@@ -177,62 +171,90 @@ def _import(options: Options) -> None:
 
 def _sample(options: Options) -> None:
   out, directory = pictures.check_out(options.out), _workdir(options)
-  config = _stored_config(options, directory)
   if options.sampler is not None:
     choose('--sampler', options.sampler, samplers.SAMPLERS)
   if options.gamma is not None and options.sampler != 'ancestral':
-    raise UserError('--gamma is of ancestral sampling: give --sampler=ancestral, too')
-  given = {'gamma': options.gamma, 'clip_x': options.clip_x}
-  config.evaluation.update({key: value for key, value in given.items() if value is not None})
-  model = _choose_stage(options, directory, config).use(options.weights)
-  sampler = options.sampler or model.stage.sampler
-  draw = measure.drawer(config, model.stage, sampler)
-  grid, classes = _grid(options, model.stage), _classes(options, model.stage, directory)
-  images = draw.draw(model.params, grid, options.num_samples, options.seed, classes)
+    raise UserError('--gamma only applies to --sampler=ancestral')
+  stored, settings = _stored_model(options, directory)
+  sampler = options.sampler or stored.sampler
+  clip_x = settings.clip_x if options.clip_x is None else options.clip_x
+  gamma = settings.gamma if options.gamma is None else options.gamma
+  step = make_sampler(sampler, gamma)
+  draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size)
+  grid, chosen = _grid(options, stored), _classes(options, stored)
+  images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen)
   if not files.writes():
     return
-  pictures.save(out, images, draw.labels(np.arange(options.num_samples), classes))
-  steps = len(grid) - 1
+  cond = draw.cond(np.arange(options.num_samples), chosen)
+  pictures.save(out, images, None if cond is None else cond.get('label'))
+  steps, made = len(grid) - 1, stored.provenance
   print(
-    f'{out}: {options.num_samples} images of {model.stage.name} in {steps} {sampler} steps, '
-    f'{steps * draw.sampler.calls_per_step} network calls each '
-    f'({model.step} of {model.stage.num_updates} updates)'
+    f'{out}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} steps, '
+    f'{steps * step.calls_per_step} network calls each ({made.get("updates")} updates)'
   )
 
 
-def _grid(options: Options, stage: Stage) -> np.ndarray:
+def _stored_model(options: Options, directory: pathlib.Path) -> tuple[StoredModel, Config]:
+  """The model to sample from, and the settings of evaluation that it is sampled with."""
+  if (directory / 'config.json').is_file():
+    config = _stored_config(options, directory)
+    return _model_of_workdir(options, directory, config), config.evaluation
+  if options.stage is not None or options.weights != 'ema':
+    raise UserError('--stage and --weights need the --workdir of a run, not the folder of a model')
+  compilation.keep('')
+  stored, settings = load(directory).stored, options.default.evaluation
+  settings.unlock().update(clip_x=stored.clip_x)
+  return stored, settings
+
+
+def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config) -> StoredModel:
+  """The stage that was asked for, or the last that is there, with the weights that were asked for."""
+  planned = {stage.name: stage for stage in workdir.stored_plan(directory, config)}
+  if options.stage is not None and options.stage not in planned:
+    raise UserError(f'--stage={options.stage} is not one of {", ".join(planned)}')
+  for name in [options.stage] if options.stage else reversed(planned):
+    model = provenance.load_model(directory, planned[name], config, (options.weights,))
+    if model is not None:
+      return provenance.to_stored(directory, model.use(options.weights), config)
+  raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
+
+
+def _grid(options: Options, stored: StoredModel) -> np.ndarray:
   """The times to sample at: those given, or equal steps."""
   if options.times and options.steps:
     raise UserError('give --steps or --times, not both')
   try:
     if options.times:
       return times.grid([float(t) for t in options.times])
-    return times.make_grid(options.grid, options.steps or stage.num_steps, stage.schedule)
+    return times.make_grid(
+      options.grid or stored.times, options.steps or stored.num_steps, stored.schedule
+    )
   except ValueError as error:
     raise UserError(f'--times={",".join(options.times)}: {error}, such as 0,0.25,1') from error
 
 
-def _classes(options: Options, stage: Stage, directory: pathlib.Path) -> list[int]:
-  """The classes to draw in turn, by number or name, or 'none'; none at all for a balanced draw of all."""
-  num_classes = stage.denoise.network.num_classes
-  given = list(options.classes)
-  if given and not num_classes:
-    raise UserError(f'--classes={",".join(given)}: stage {stage.name} is of an unconditional model')
-  if given == ['none'] and 'none' not in workdir.class_names(directory):
-    if not stage.recipe.label_dropout:
+def _classes(options: Options, stored: StoredModel) -> Chosen:
+  """The classes to draw in turn, by number or name, or 'none'; None for a balanced draw of all."""
+  classes, given = conditioning.classes(stored.denoise.conditioning), list(options.classes)
+  if not given:
+    return None
+  text = ','.join(given)
+  if classes is None:
+    raise UserError(f'--classes={text}: the model is unconditional')
+  if given == ['none'] and 'none' not in stored.class_names:
+    if not stored.cond_dropout:
       raise UserError(
         '--classes=none: the model was trained with dataset.label_dropout=0, all classes told'
       )
-    return [spaces.NO_CLASS]
-  by_name = {name: label for label, name in enumerate(workdir.class_names(directory))}
-  by_number = {str(label): label for label in range(num_classes)}
-  known = by_number | by_name
+    return {'label': [classes.NONE]}
+  by_number = {str(label): label for label in range(classes.count)}
+  known = by_number | {name: label for label, name in enumerate(stored.class_names)}
   if not all(c in known for c in given):
     raise UserError(
-      f'--classes={",".join(given)}: classes are whole numbers, 0 to {num_classes - 1}, or their names in '
-      f'{directory / "dataset.json"}'
+      f'--classes={text}: classes are whole numbers, 0 to {classes.count - 1}, or their names'
+      + (f', such as {stored.class_names[0]}' if stored.class_names else '')
     )
-  return [known[c] for c in given]
+  return {'label': [known[c] for c in given]}
 
 
 def _replay(options: Options) -> None:
@@ -247,18 +269,6 @@ def _replay(options: Options) -> None:
   print(f'{replay.told(found)}; all of it in {directory / options.stage / "nonfinite.json"}')
 
 
-def _choose_stage(options: Options, directory: pathlib.Path, config: Config) -> provenance.Model:
-  """The stage that was asked for, or the last that is there."""
-  planned = {stage.name: stage for stage in workdir.stored_plan(directory, config)}
-  if options.stage is not None and options.stage not in planned:
-    raise UserError(f'--stage={options.stage} is not one of {", ".join(planned)}')
-  for name in [options.stage] if options.stage else reversed(planned):
-    model = provenance.load_model(directory, planned[name], config)
-    if model is not None:
-      return model
-  raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
-
-
 def _evaluate(options: Options) -> None:
   directory = _workdir(options)
   stored = _stored_config(options, directory)
@@ -267,14 +277,33 @@ def _evaluate(options: Options) -> None:
     config = _config(options)
     workdir.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
   planned, images = workdir.plan_for(directory, config)
+  if images is None:
+    raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')
   with workdir.lock_workdir(directory):
-    found = [provenance.load_model(directory, stage, config) for stage in planned]
+    found = [provenance.load_model(directory, s, config, s.weights[:-1]) for s in planned]
     models = [model for model in found if model is not None]
     if found[0] is None:
       raise UserError(f'--workdir={directory}: no whole checkpoint of {planned[0].name} yet')
     measure.evaluate(config, models, images, directory, again=True)
   if files.writes():
     print(directory / 'results.json')
+
+
+def _keys(options: Options) -> None:
+  """docs/configuration.md is what this prints."""
+  del options
+  print(_ABOUT_KEYS + to_markdown())
+
+
+_ABOUT_KEYS = """# Configuration
+
+Every key of a config, with its default in [configs/default.py](../configs/default.py). A config such as
+[configs/digits.py](../configs/digits.py) changes some of the defaults, and the command line overrides both:
+`--config.train.batch_size=64`. Tuples are written as in Python: `--config.distill.num_updates='(50_000,100_000)'`.
+
+This page is the output of `python main.py --mode=keys`.
+
+"""
 
 
 MODES: dict[str, Callable[[Options], None]] = {
@@ -285,4 +314,5 @@ MODES: dict[str, Callable[[Options], None]] = {
   'sample': _sample,
   'evaluate': _evaluate,
   'replay': _replay,
+  'keys': _keys,
 }

@@ -1,13 +1,180 @@
-"""What a config must be like, whatever is made of it: its keys, and the range of each number."""
+"""What a config is made of: keys, declared beside the code that they configure, and their ranges.
 
+A section is a frozen dataclass whose fields are made by `key`. A subclass that gives a field another plain default
+keeps the key's meaning and range.
+"""
+
+import dataclasses
 import difflib
+import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict as Config
+from ml_collections import config_dict
 
 from diffusion_distillation.errors import UserError
+
+
+class Range(NamedTuple):
+  """Numbers that a key may have.
+
+  Attributes:
+    says: the range in words; what follows 'must be'.
+    holds: whether a number is in the range.
+  """
+
+  says: str
+  holds: Callable[[float], bool]
+
+
+POSITIVE = Range('positive', lambda v: 0 < v < math.inf)
+NOT_NEGATIVE = Range('zero or more, and below 2^31', lambda v: 0 <= v < 2**31)
+FRACTION = Range('in [0, 1)', lambda v: 0 <= v < 1)
+AT_LEAST_TWO = Range('at least 2', lambda v: v >= 2)
+
+
+class Key(NamedTuple):
+  """What is known of a key besides its type and its default.
+
+  Attributes:
+    meaning: one or two sentences for the user.
+    valid: the range of the number, or of each number of a tuple; None if the code that reads it decides.
+    choices: all values that there are, or those of each entry of a tuple; empty if there is no such list. For the
+      user to read: the code that reads the key refuses other values.
+    distinct: whether no two entries of the tuple may be the same.
+  """
+
+  meaning: str
+  valid: Range | None
+  choices: tuple[str, ...]
+  distinct: bool
+
+
+def key(
+  default: Any,
+  meaning: str,
+  valid: Range | None = None,
+  *,
+  choices: Iterable[str] = (),
+  distinct: bool = False,
+) -> Any:
+  """A field of a section; see `Key` for the arguments."""
+  metadata = {'key': Key(meaning, valid, tuple(choices), distinct)}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def keys(section: type) -> dict[str, Key]:
+  """The keys of a section, by name."""
+  return {field.name: _find(section, field.name) for field in dataclasses.fields(section)}
+
+
+def _find(section: type, name: str) -> Key:
+  """The key as the section declares it, or the nearest class above it that does."""
+  for cls in section.__mro__:
+    field = getattr(cls, '__dataclass_fields__', {}).get(name)
+    if field is not None and 'key' in field.metadata:
+      found: Key = field.metadata['key']
+      return found
+  raise TypeError(f'{section.__name__}.{name} must be declared with key()')
+
+
+def section(cls: type) -> Config:
+  """The defaults of a section; a key without one (None) takes values of its type."""
+  made, defaults = Config(), cls()
+  for field in dataclasses.fields(cls):
+    value = getattr(defaults, field.name)
+    if value is None:
+      kind, _ = _not_optional(field.type)
+      value = config_dict.placeholder(typing.get_origin(kind) or kind)
+    made[field.name] = value
+  return made
+
+
+def joined(*sections: type) -> type:
+  """One section of the keys of several; of keys that have the same name, the first one's."""
+  fields: dict[str, tuple[str, Any, Any]] = {}
+  for cls in sections:
+    declared = keys(cls)
+    for field in dataclasses.fields(cls):
+      made = dataclasses.field(default=field.default, metadata={'key': declared[field.name]})
+      fields.setdefault(field.name, (field.name, field.type, made))
+  namespace = {'__doc__': sections[0].__doc__}
+  return dataclasses.make_dataclass('Joined', fields.values(), frozen=True, namespace=namespace)
+
+
+def optional(cls: type, meaning: str) -> type:
+  """A section of the same keys, none of which needs to be given; `meaning` is what they are for."""
+  fields = []
+  for field in dataclasses.fields(cls):
+    made = dataclasses.field(default=None, metadata={'key': keys(cls)[field.name]})
+    fields.append((field.name, typing.Optional[field.type], made))  # noqa: UP045
+  return dataclasses.make_dataclass('Optional', fields, frozen=True, namespace={'__doc__': meaning})
+
+
+SECTIONS: dict[str, type] = {}  # by name, '' for keys at the top level; configs/default.py fills it
+
+
+def default_config() -> Config:
+  """The defaults of all SECTIONS; locked, so that a mistyped key is an error."""
+  made = section(SECTIONS[''])
+  for name, cls in SECTIONS.items():
+    if name:
+      made[name] = section(cls)
+  return made.lock()
+
+
+def all_keys() -> dict[str, Key]:
+  """The keys of all SECTIONS by their full names, such as 'train.batch_size'."""
+  return {_full(name, k): found for name, cls in SECTIONS.items() for k, found in keys(cls).items()}
+
+
+def _full(section_name: str, name: str) -> str:
+  return f'{section_name}.{name}' if section_name else name
+
+
+_TYPES: dict[Any, str] = {
+  bool: '`True` or `False`',
+  int: 'integer',
+  float: 'number',
+  str: 'string',
+  tuple[int, ...]: 'integers',
+  tuple[float, ...]: 'numbers',
+}
+
+
+def to_markdown() -> str:
+  """A table for each of SECTIONS: every key with its meaning, default and possible values."""
+  return '\n\n'.join(_table(name, cls) for name, cls in SECTIONS.items())
+
+
+def _table(name: str, cls: type) -> str:
+  lines = [f'## {name or "Top level"}', '', inspect.cleandoc(cls.__doc__ or ''), '']
+  lines += ['| key | meaning | default | values |', '|---|---|---|---|']
+  defaults, found = cls(), keys(cls)
+  for field in dataclasses.fields(cls):
+    key_name, default = _full(name, field.name), getattr(defaults, field.name)
+    cells = f'{found[field.name].meaning} | `{default!r}` | {_values(field.type, found[field.name])}'
+    lines.append(f'| `{key_name}` | {cells} |')
+  return '\n'.join(lines)
+
+
+def _values(of_type: Any, declared: Key) -> str:
+  """What the key may be, in words."""
+  of_type, optional = _not_optional(of_type)
+  words = ', '.join(f'`{choice}`' for choice in declared.choices) or _TYPES[of_type]
+  words += ' or `None`' if optional else ''
+  several = 'any of ' if declared.choices and typing.get_origin(of_type) is tuple else ''
+  valid = f', {declared.valid.says}' if declared.valid else ''
+  return several + words + valid + (', all different' if declared.distinct else '')
+
+
+def _not_optional(of_type: Any) -> tuple[Any, bool]:
+  """A type without None, and whether that was part of it."""
+  parts = typing.get_args(of_type)
+  return (parts[0], True) if type(None) in parts else (of_type, False)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -59,102 +226,27 @@ def choose(key: str, value: str, table: Mapping[str, Any]) -> Any:
   return table[value]
 
 
-STUDENTS = ('knowledge', 'consistency', 'dmd', 'dmd2')
-MATCHING = ('dmd', 'dmd2')
-POSITIVE = [
-  'dataset.image_size',
-  'model.ch',
-  'model.emb_ch',
-  'model.ch_mult',
-  'model.num_res_blocks',
-  'model.num_groups',
-  'model.num_heads',
-  'model.head_dim',
-  'schedule.base_size',
-  'optimizer.eps',
-  'optimizer.clip_norm',
-  'train.num_updates',
-  'train.batch_size',
-  'train.micro_batches',
-  'train.learning_rate',
-  'distill.start_steps',
-  'distill.end_steps',
-  'distill.num_updates',
-  'distill.batch_size',
-  'distill.micro_batches',
-  'distill.learning_rate',
-  'max_skipped',
-  'time.log_std',
-  'pairs.num_pairs',
-  'pairs.num_steps',
-  'pairs.batch_size',
-  'consistency.start_intervals',
-  'consistency.end_intervals',
-  'consistency.sample_steps',
-  *(
-    f'{name}.{key}'
-    for name in STUDENTS
-    for key in ('num_updates', 'batch_size', 'micro_batches', 'learning_rate', 'clip_norm')
-  ),
-  *(f'{name}.{key}' for name in MATCHING for key in ('num_steps', 'fake_learning_rate', 'fake_updates')),
-  'checkpoint.every',
-  'log.every',
-  'evaluation.num_samples',
-  'evaluation.batch_size',
-  'evaluation.max_steps',
-]
-NOT_NEGATIVE = [
-  'seed',
-  'evaluation.seed',
-  'time.num_steps',
-  'train.warmup',
-  'train.weight_decay',
-  'distill.warmup',
-  'distill.weight_decay',
-  'log.measured_updates',
-  'log.health_every',
-  *(f'{name}.{key}' for name in STUDENTS for key in ('warmup', 'weight_decay')),
-  *(f'{name}.{key}' for name in MATCHING for key in ('regression', 'gan_generator', 'gan_fake')),
-  'log.seconds',
-  'dataset.in_memory_gb',
-  'dataset.workers',
-]
-FRACTIONS = [
-  'dataset.label_dropout',
-  'train.ema_decay',
-  'distill.ema_decay',
-  *(f'{name}.ema_decay' for name in STUDENTS),
-  'model.dropout',
-  'optimizer.b1',
-  'optimizer.b2',
-]
-DISTINCT = [
-  'train.ema_decay',
-  'distill.ema_decay',
-  *(f'{name}.ema_decay' for name in STUDENTS),
-  'evaluation.samplers',
-  'methods',
-  'consistency.sample_steps',
-]
-AT_LEAST_TWO = ['distill.factor', 'evaluation.num_samples']
+def build(key: str, cls: type, **fields: Any) -> Any:
+  """`cls` of these fields; a UserError, naming the config's `key`, in place of what it raises."""
+  try:
+    return cls(**fields)
+  except (TypeError, ValueError) as error:
+    raise UserError(f'config.{key}: {error}') from error
 
 
 def check_numbers(config: Config) -> None:
   """Raises UserError for numbers that no stage could use; None stands for 'not given'."""
-  values = dict(flatten(config))
-  for keys, wanted, holds in (
-    (POSITIVE, 'positive', lambda v: 0 < v < math.inf),
-    (NOT_NEGATIVE, 'zero or more, and below 2^31', lambda v: 0 <= v < 2**31),
-    (FRACTIONS, 'in [0, 1)', lambda v: 0 <= v < 1),
-    (AT_LEAST_TWO, 'at least 2', lambda v: v >= 2),
-  ):
-    for key in keys:
-      value = values[key]
-      numbers = value if isinstance(value, tuple) else (value,)
-      if not numbers:
-        raise UserError(f'{key}=() must hold a number at least')
-      if not all(number is None or holds(number) for number in numbers):
-        raise UserError(f'{key}={value} must be {wanted}')
-  for key in DISTINCT:
-    if len(set(values[key])) < len(values[key]):
-      raise UserError(f'{key}={values[key]} names one twice')
+  declared = all_keys()
+  for name, value in flatten(config):
+    _check(name, value, declared[name])
+
+
+def _check(name: str, value: Any, declared: Key) -> None:
+  numbers = value if isinstance(value, tuple) else (value,)
+  if declared.valid is not None:
+    if not numbers:
+      raise UserError(f'{name}=() must hold a number at least')
+    if not all(number is None or declared.valid.holds(number) for number in numbers):
+      raise UserError(f'{name}={value} must be {declared.valid.says}')
+  if declared.distinct and len(set(numbers)) < len(numbers):
+    raise UserError(f'{name}={value} names one twice')

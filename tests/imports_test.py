@@ -26,7 +26,10 @@ FLOORS = [
 ]
 RANK = {name: -k for k, names in enumerate(FLOORS) for name in names}
 # They stand beside the floors: from `stages` up everything may use them; the mathematics below does not know them.
-BESIDE = {'system': {'system', 'errors'}, 'datasets': {'datasets', 'system', 'config', 'errors'}}
+BESIDE = {
+  'system': {'system', 'config', 'errors'},
+  'datasets': {'datasets', 'system', 'config', 'errors'},
+}
 
 
 def module_name(path):

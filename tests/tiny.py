@@ -13,8 +13,6 @@ from unittest import mock
 
 from absl.testing import flagsaver
 
-from configs import digits
-
 # Tests compile much and compute little; the older code generator for loops takes half of the time.
 FAST_COMPILE = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
@@ -46,6 +44,8 @@ OVERRIDES = {
 
 def config(**overrides):
   """The tiny config; dots in names are written as two underscores."""
+  from configs import digits  # not before conftest.py has set jax's flags
+
   c = digits.get_config()
   c.update_from_flattened_dict(OVERRIDES | {k.replace('__', '.'): v for k, v in overrides.items()})
   return c
@@ -53,9 +53,7 @@ def config(**overrides):
 
 def plan(**overrides):
   """The stages of the tiny config, in a workdir that is not there, and the training images."""
-  from diffusion_distillation.stages import (
-    workdir as workdirs,  # not before conftest.py has set jax's flags
-  )
+  from diffusion_distillation.stages import workdir as workdirs  # as above
 
   return workdirs.plan_for(ROOT / 'nowhere', config(**overrides))
 

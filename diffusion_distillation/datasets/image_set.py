@@ -45,7 +45,7 @@ class ImageSet(abc.ABC):
     """The images at `indices` (B,); for a broken one stands the next that is whole.
 
     Returns:
-      `image` (B, H, W, C) uint8; `label` (B,) int32, or None; `whole` (B,) bool, False where another image
+      `image` (B, H, W, C) uint8; `cond`, arrays by key such as `label` (B,) int32, or None; `whole` (B,) bool, False where another image
       stands in; `skipped`: (index, reason) of the broken ones that were met.
 
     Raises:
@@ -61,7 +61,7 @@ class ImageSet(abc.ABC):
       skipped.update(broken)
     return {
       'image': image,
-      'label': label if self.classes else None,
+      'cond': {'label': label} if self.classes else None,
       'whole': whole,
       'skipped': tuple(skipped.items()),
     }
@@ -123,7 +123,7 @@ class InMemory(ImageSet):
       return super().batch(indices)
     return {
       'image': self.images[indices],
-      'label': self.labels[indices] if self.classes else None,
+      'cond': {'label': self.labels[indices]} if self.classes else None,
       'whole': np.ones(len(indices), bool),
       'skipped': (),
     }

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class Loader:
     """This process's part of batches, read ahead while the last one is in use.
 
     Yields:
-      `image` (b, H, W, C) uint8; `label` (b,) int32, or None; `mask` (b,) bool: False where another image
+      `image` (b, H, W, C) uint8; `cond`, arrays by key such as `label` (b,) int32, or None; `mask` (b,) bool: False where another image
       stands in for a broken one, and where there is none, but zeros, for want of more.
 
     Raises:
@@ -93,7 +94,7 @@ class Loader:
       batch = future.result()
       self._note(dict(batch.pop('skipped')))
       batch['mask'] = batch.pop('whole')
-      return {key: _spread(value, counted) for key, value in batch.items()}
+      return _spread(batch, counted)
 
     try:
       for i in steps:
@@ -147,7 +148,7 @@ class Loader:
         here = slice(k * _CHUNK, min((k + 1) * _CHUNK, len(images)))
         size = here.stop - here.start
         pixels[here] = batch['image'][:size]
-        labels[here] = 0 if batch['label'] is None else batch['label'][:size]
+        labels[here] = 0 if batch['cond'] is None else batch['cond']['label'][:size]
         progress.advance(size)
     self.skipped = reader.skipped
     self.images = InMemory(
@@ -171,8 +172,10 @@ class Loader:
           _log.warning('further images of %s that are skipped are only counted', self.images.name)
 
 
-def _spread(values: np.ndarray | None, counted: np.ndarray) -> np.ndarray | None:
-  """Lays the values (n, ...) out where `counted` (b,) holds; zeros elsewhere."""
+def _spread(values: Any, counted: np.ndarray) -> Any:
+  """Lays the values (n, ...), arrays or dicts of such, out where `counted` (b,) holds; zeros elsewhere."""
+  if isinstance(values, dict):
+    return {key: _spread(value, counted) for key, value in values.items()}
   if values is None or len(values) == len(counted):
     return values
   spread = np.zeros((len(counted), *values.shape[1:]), values.dtype)

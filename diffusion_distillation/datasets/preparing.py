@@ -150,7 +150,7 @@ def _records(loader: Loader, indices: Sequence[int]) -> Iterator[bytes]:
   with contextlib.closing(loader.in_order(_BATCH, indices)) as batches:
     for start, batch in zip(range(0, len(indices), _BATCH), batches, strict=True):
       interrupts.check()
-      labels = np.zeros(_BATCH, int) if batch['label'] is None else batch['label']
+      labels = np.zeros(_BATCH, int) if batch['cond'] is None else batch['cond']['label']
       for k, image, label, whole in zip(
         indices[start : start + _BATCH], batch['image'], labels, batch['mask'], strict=False
       ):

@@ -1,29 +1,55 @@
-"""What a config says of its data set."""
+"""The `dataset` section of a config."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_distillation import config
 from diffusion_distillation.datasets import decoding
 from diffusion_distillation.errors import UserError
 
 ROLES = ('train', 'eval')
 WITHOUT_FILES = ('digits', 'shapes')
-OURS = (*WITHOUT_FILES, 'folder')  # all other names are tensorflow-datasets'
+NONE = 'none'  # no images at all, for runs that need none
+OURS = (*WITHOUT_FILES, 'folder')  # named where a name is not known
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Which images, and what becomes of them; see configs/default.py."""
+  """Which images, and how they are decoded: the keys that the datasets themselves read."""
 
-  name: str
-  path: str
-  prepared: str
-  split: str
-  eval_split: str
-  image_size: int
-  channels: int | None
-  resize: str
+  name: str = config.key(
+    'digits',
+    'Dataset: `digits`, `shapes`, `folder`, or the name of a dataset of tensorflow-datasets, such as `cifar10`.',
+  )
+  path: str = config.key(
+    '',
+    'Where the images are: a directory, .zip or URL for `folder`; `data_dir` of tensorflow-datasets, if empty its own '
+    'default.',
+  )
+  prepared: str = config.key(
+    '',
+    'Directory of the decoded copy that `--mode=prepare` writes and that is read from then on; if empty, the dataset '
+    'itself is read.',
+  )
+  split: str = config.key(
+    '', "Split to train on, such as `train[:90%]`; if empty, the dataset's own training split."
+  )
+  eval_split: str = config.key(
+    '', "Split held out for evaluation; if empty, the dataset's own held-out split."
+  )
+  image_size: int = config.key(
+    8,
+    'Height and width, in pixels, that the central square of each image is resized to.',
+    config.POSITIVE,
+  )
+  channels: int | None = config.key(
+    None,
+    "Number of channels, 1 (grey) or 3 (color); if `None`, the dataset's own (3 for `folder`).",
+  )
+  resize: str = config.key(
+    'area', 'How images are resized; every choice is antialiased.', choices=decoding.RESIZE
+  )
 
   @classmethod
   def of(cls, section: Mapping[str, Any]) -> 'Settings':
@@ -57,3 +83,29 @@ class Settings:
   def decoder(self, channels: int) -> decoding.Decoder:
     """To the config's size; `channels` where the config does not say."""
     return decoding.Decoder(self.image_size, self.channels or channels, self.resize)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSection(Settings):
+  """The dataset, and how it is read and augmented."""
+
+  random_flip: bool = config.key(False, 'Whether training images are mirrored left to right at random.')
+  dequantize: bool = config.key(
+    False, 'Whether pixels are spread evenly over the values that round to them.'
+  )
+  label_dropout: float = config.key(
+    0.0,
+    'Probability that the class label is dropped in training, so that a conditional network can also sample without a '
+    'class.',
+    config.FRACTION,
+  )
+  in_memory_gb: float = config.key(
+    4.0,
+    'Largest size in gigabytes, after decoding, of a dataset that is decoded once and kept in memory.',
+    config.NOT_NEGATIVE,
+  )
+  workers: int = config.key(
+    4,
+    'Number of processes that read a dataset that is not kept in memory; 0 for threads.',
+    config.NOT_NEGATIVE,
+  )

@@ -18,6 +18,18 @@ from diffusion_distillation.diffusion.process import widen
 from diffusion_distillation.diffusion.schedules import Schedule
 
 Denoise = Callable[[jax.Array, jax.Array], process.Prediction]
+Clip = Callable[[jax.Array], jax.Array]
+
+
+def clipped(denoise: Denoise, clip: Clip | None) -> Denoise:
+  """`denoise` with its x clipped, and the eps that follows from that x; as it is where `clip` is None."""
+  if clip is None:
+    return denoise
+
+  def call(z: jax.Array, logsnr: jax.Array) -> process.Prediction:
+    return process.from_x(z, logsnr, clip(denoise(z, logsnr).x))
+
+  return call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,19 +37,10 @@ class Sampler:
   """What all samplers share.
 
   Attributes:
-    clip_x: clip the denoiser's x to [-1, 1]; its eps and v then follow from that x.
     calls_per_step: network calls that a step costs.
   """
 
-  clip_x: bool = True
   calls_per_step: ClassVar[int] = 1
-
-  def predict(self, denoise: Denoise, z: jax.Array, logsnr: jax.Array) -> process.Prediction:
-    """The denoiser's belief, clipped if so wished."""
-    prediction = denoise(z, logsnr)
-    if not self.clip_x:
-      return prediction
-    return process.from_x(z, logsnr, jnp.clip(prediction.x, -1.0, 1.0))
 
   def begin(self, z: jax.Array) -> Any:
     """What the first step takes: z, unless a sampler remembers more from step to step."""
@@ -73,7 +76,7 @@ class DDIM(Sampler):
 
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
     del rng
-    x, eps = self.predict(denoise, z, logsnr_t)
+    x, eps = denoise(z, logsnr_t)
     return process.diffuse(x, eps, logsnr_s)
 
 
@@ -95,7 +98,7 @@ class Ancestral(Sampler):
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
     if rng is None:
       raise ValueError('ancestral sampling draws noise: it needs one key an image')
-    x, _ = self.predict(denoise, z, logsnr_t)
+    x, _ = denoise(z, logsnr_t)
     alpha_t, sigma_t = process.alpha_sigma(logsnr_t, z)
     alpha_s, sigma_s = process.alpha_sigma(logsnr_s, z)
     ratio = widen(jnp.exp(logsnr_t - logsnr_s), z)
@@ -115,7 +118,7 @@ class MultistepConsistency(Sampler):
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
     if rng is None:
       raise ValueError('renoising draws noise: it needs one key an image')
-    x, _ = self.predict(denoise, z, logsnr_t)
+    x, _ = denoise(z, logsnr_t)
     return process.diffuse(x, normal(rng, z.shape[1:]), logsnr_s)
 
 
@@ -163,7 +166,7 @@ class ProbabilityFlow(Sampler):
 
     def stage(k: jax.Array, slopes: jax.Array) -> jax.Array:
       logsnr = jnp.where(k == 0, logsnr_t, -2.0 * jnp.log(jnp.tan(phi + c[:, k] * step)))
-      prediction = self.predict(denoise, moved(a[:, k], slopes), logsnr)
+      prediction = denoise(moved(a[:, k], slopes), logsnr)
       return slopes.at[k].set(process.velocity(prediction, logsnr))
 
     slopes = jnp.zeros((self.calls_per_step, *z.shape), z.dtype)
@@ -226,7 +229,7 @@ class DPMSolver2M(Sampler):
 
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
     del rng
-    x, _ = self.predict(denoise, z.z, logsnr_t)
+    x, _ = denoise(z.z, logsnr_t)
     _, sigma_t = process.alpha_sigma(logsnr_t, x)
     alpha_s, sigma_s = process.alpha_sigma(logsnr_s, x)
     h = logsnr_s - logsnr_t

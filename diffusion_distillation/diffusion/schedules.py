@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import POSITIVE, key
+
 
 def _clean_at_zero(t: jax.Array, logsnr: jax.Array) -> jax.Array:
   return jnp.where(t == 0.0, jnp.inf, logsnr)
@@ -154,3 +156,24 @@ SCHEDULES: dict[str, type] = {
   'linear_beta': LinearBeta,
   'karras': Karras,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleSection:
+  """The noise schedule: time t in [0, 1] to logsnr = log(alpha^2 / sigma^2)."""
+
+  name: str = key(
+    'cosine',
+    'The schedule: cosine, cosine shifted for larger images, linear beta (DDPM), or that of EDM (Karras et al.).',
+    choices=SCHEDULES,
+  )
+  logsnr_min: float = key(-20.0, '`cosine`, `shifted_cosine`: logsnr at t = 1.')
+  logsnr_max: float = key(20.0, '`cosine`, `shifted_cosine`, `linear_beta`: logsnr as t approaches 0.')
+  base_size: int = key(
+    64, '`shifted_cosine`: height of the images for which the schedule equals `cosine`.', POSITIVE
+  )
+  beta_min: float = key(0.1, '`linear_beta`: beta at t = 0, per unit of time.')
+  beta_max: float = key(20.0, '`linear_beta`: beta at t = 1, per unit of time.')
+  s_min: float = key(0.002, '`karras`: sigma / alpha as t approaches 0.')
+  s_max: float = key(80.0, '`karras`: sigma / alpha at t = 1.')
+  rho: float = key(7.0, '`karras`: the power; (sigma / alpha)^(1 / rho) is linear in t.')

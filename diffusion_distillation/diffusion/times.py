@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.diffusion.schedules import Schedule
 
 
@@ -53,6 +54,29 @@ class LogNormal:
 
 
 Law = Uniform | LogNormal
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeSection:
+  """The distribution of the times t that are drawn in training."""
+
+  num_steps: int = key(
+    0,
+    'Base training: number N of discrete times 1/N, 2/N, ..., 1; 0 for continuous time.',
+    NOT_NEGATIVE,
+  )
+  law: str = key(
+    'uniform',
+    "Base training and DMD's fake score: uniform in t, or log-normal in sigma / alpha (EDM), which needs continuous "
+    'time.',
+    choices=('uniform', 'lognormal'),
+  )
+  log_mean: float = key(-1.2, '`lognormal`: mean of log(sigma / alpha).')
+  log_std: float = key(1.2, '`lognormal`: standard deviation of log(sigma / alpha).', POSITIVE)
+  stratified: bool = key(
+    False,
+    'Whether the times of a batch are spread evenly over the distribution, which reduces the variance of the loss.',
+  )
 
 
 def interval(t: jax.Array, num_steps: int | jax.Array) -> jax.Array:

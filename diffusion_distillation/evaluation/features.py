@@ -24,14 +24,15 @@ from flax import traverse_util
 
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
-from diffusion_distillation.evaluation.frechet import Moments, RunningMoments
+from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.networks import classifier
-from diffusion_distillation.networks.spaces import to_x
+from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.system import cluster, files, interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
 
+_PIXELS = Pixels()  # what the classifier looks at, whatever the space of a model
 _UPDATES, _BATCH, _LEARNING_RATE, _SHOWN = 600, 128, 2e-3, 500
 
 
@@ -66,11 +67,10 @@ class FeatureExtractor:
     features: np.ndarray = sharding.to_host(_apply(self.params, images)[1])
     return features
 
-  def moments(self, images: Loader, indices: np.ndarray | None = None) -> Moments:
-    """Moments of the features of all images, or of those at `indices`; broken ones do not count."""
-    running = RunningMoments()
-    size = _shown()
-    count = math.ceil((len(images) if indices is None else len(indices)) / size)
+  def summary(self, images: Loader, indices: np.ndarray | None = None) -> Features:
+    """The features of all images, or of those at `indices`; broken ones do not count."""
+    size, number = _shown(), len(images) if indices is None else len(indices)
+    running, count = RunningFeatures(number), math.ceil(number / size)
     batches, name = images.in_order(size, indices), f'features of {images.images.name}'
     with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
       for batch in batches:
@@ -89,13 +89,13 @@ def _shown() -> int:
 
 @jax.jit
 def _apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return classifier.apply(params, to_x(images))
+  return classifier.apply(params, _PIXELS.encode(images))
 
 
 def _task(batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
   """Images and what is to be told of them: their classes, or the quarter turns that they are given here."""
-  if batch['label'] is not None:
-    return batch['image'], batch['label']
+  if batch['cond'] is not None:
+    return batch['image'], batch['cond']['label']
   image, turns = batch['image'].copy(), np.arange(len(batch['image']), dtype=np.int32) % 4
   for k in range(1, 4):
     image[k::4] = np.rot90(image[k::4], k, axes=(1, 2))
@@ -112,7 +112,7 @@ def _train(train: Loader) -> Params:
     params: Params, opt_state: optax.OptState, image: jax.Array, label: jax.Array
   ) -> tuple[Params, optax.OptState]:
     def loss_fn(params: Params) -> jax.Array:
-      logits, _ = model.apply({'params': params}, to_x(image))
+      logits, _ = model.apply({'params': params}, _PIXELS.encode(image))
       return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
 
     updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state)

@@ -3,19 +3,24 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Schedule
-from diffusion_distillation.networks.spaces import to_image
-from diffusion_distillation.networks.unet import Denoiser
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.training.state import Params
 
+Chosen = Mapping[str, Sequence[Any]] | None  # values of a condition to draw in turn, by key
 _GRID = 8192  # grids are padded to this many steps, so that one program serves all step counts
 
 
@@ -27,26 +32,23 @@ class Drawer:
     denoise: the network as a denoiser, without dropout.
     sampler: the step.
     schedule: t to logsnr.
+    space: what x is.
     image_shape: (H, W, C).
     batch_size: images at a time, over all devices; rounded up to a multiple of these.
+    clip_x: whether x is clipped, after each network call, to what an image can have.
   """
 
   denoise: Denoiser
   sampler: samplers.Sampler
   schedule: Schedule
+  space: Space
   image_shape: tuple[int, ...]
   batch_size: int
+  clip_x: bool = True
 
-  def labels(self, index: np.ndarray, classes: Sequence[int] = ()) -> np.ndarray | None:
-    """Labels of the images at `index`: `classes` in turn, or all classes, so that they are balanced.
-
-    None for a network without classes.
-    """
-    num_classes = self.denoise.network.num_classes
-    if not num_classes:
-      return None
-    chosen = np.asarray(classes or range(num_classes), np.int32)
-    return chosen[index % len(chosen)]
+  def cond(self, index: np.ndarray, chosen: Chosen = None) -> Cond:
+    """The conditioning of the images at `index`; see `conditioning.in_turn`."""
+    return conditioning.in_turn(self.denoise.conditioning, index, chosen)
 
   def batches(
     self,
@@ -54,7 +56,7 @@ class Drawer:
     grid: np.ndarray,
     num_samples: int,
     seed: int,
-    classes: Sequence[int] = (),
+    chosen: Chosen = None,
   ) -> Iterator[np.ndarray]:
     """Yields `num_samples` images in batches (n, H, W, C) uint8, by the times in `grid` (N + 1,)."""
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
@@ -63,8 +65,8 @@ class Drawer:
       interrupts.check()
       index = np.arange(start, start + size, dtype=np.int32)
       count = min(size, num_samples - start)
-      index, label = sharding.spread((index, self.labels(index, classes)))
-      images = _draw(self, params, grid, np.int32(seed), index, label)
+      index, cond = sharding.spread((index, self.cond(index, chosen)))
+      images = _draw(self, params, grid, np.int32(seed), index, cond)
       yield sharding.to_host(images)[:count]
 
   def draw(
@@ -73,20 +75,20 @@ class Drawer:
     grid: np.ndarray,
     num_samples: int,
     seed: int,
-    classes: Sequence[int] = (),
+    chosen: Chosen = None,
   ) -> np.ndarray:
     """All of `batches`, (num_samples, H, W, C) uint8."""
-    return np.concatenate(list(self.batches(params, grid, num_samples, seed, classes)))
+    return np.concatenate(list(self.batches(params, grid, num_samples, seed, chosen)))
 
   def pairs(
     self, params: Params, grid: np.ndarray, seed: int, index: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Noise, image (n, H, W, C) in [-1, 1] as the sampler leaves it, and label, of the images at `index` (n,)."""
+  ) -> tuple[np.ndarray, np.ndarray, Cond]:
+    """Noise and x (n, ...) as the sampler leaves it, and their conditioning, of the images at `index` (n,)."""
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
-    given = sharding.spread((padded, self.labels(padded)))
+    given = sharding.spread((padded, self.cond(padded)))
     z, x = sharding.to_host(_run(self, sharding.replicate(params), grid, np.int32(seed), *given))
-    return z[: len(index)], x[: len(index)], self.labels(index)
+    return z[: len(index)], x[: len(index)], self.cond(index)
 
   def seconds_per_image(
     self, params: Params, grid: np.ndarray, num_samples: int, seed: int, use: Callable
@@ -108,15 +110,19 @@ def _run(
   grid: jax.Array,
   seed: jax.Array,
   index: jax.Array,
-  label: jax.Array | None,
+  cond: Cond,
 ) -> tuple[jax.Array, jax.Array]:
   """The noise that each image starts from, and the image."""
   keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.key(seed), k))(index)
   noise_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-  z = samplers.normal(noise_keys, drawer.image_shape)
+  z = samplers.normal(noise_keys, drawer.space.shape(drawer.image_shape))
+
+  def denoise(z: jax.Array, logsnr: jax.Array) -> Prediction:
+    return drawer.denoise(params, z, logsnr, cond)
+
   x = samplers.sample(
     drawer.sampler,
-    lambda z, logsnr: drawer.denoise(params, z, logsnr, label),
+    samplers.clipped(denoise, drawer.space.clip if drawer.clip_x else None),
     drawer.schedule,
     grid,
     z,
@@ -126,6 +132,6 @@ def _run(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _draw(drawer: Drawer, *args: jax.Array | Params) -> jax.Array:
+def _draw(drawer: Drawer, *args: Any) -> jax.Array:
   """The images alone, uint8."""
-  return to_image(_run(drawer, *args)[1])
+  return drawer.space.decode(_run(drawer, *args)[1])

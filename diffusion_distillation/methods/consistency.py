@@ -1,22 +1,72 @@
 """Consistency distillation: the student says the same of two neighbours on one path of the teacher."""
 
-from collections.abc import Mapping
+import dataclasses
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import POSITIVE, choose, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
-from diffusion_distillation.diffusion.samplers import DDIM, Sampler
+from diffusion_distillation.diffusion.samplers import DDIM, SAMPLERS, Sampler
 from diffusion_distillation.diffusion.schedules import Schedule
-from diffusion_distillation.diffusion.weightings import Constant, Weighting
-from diffusion_distillation.methods.distances import L2, Distance
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
+from diffusion_distillation.diffusion.weightings import WEIGHTINGS, Constant, Weighting
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.methods.distances import L2, Distance, Weighted, make_distance
+from diffusion_distillation.methods.method import (
+  Batch,
+  Context,
+  Loss,
+  Nets,
+  OneNetwork,
+  Sampling,
+  Student,
+  StudentSection,
+)
+
+# One step of each needs nothing but z and the two noise levels, and draws no noise.
+SOLVERS: dict[str, type[Sampler]] = {name: SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4')}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencySection(StudentSection):
+  """Consistency distillation."""
+
+  num_updates: int = 200_000
+  weighting: str = key(
+    'constant', 'Weighting of the distance as a function of logsnr.', choices=WEIGHTINGS
+  )
+  start_intervals: int = key(
+    18,
+    'Number of intervals that [0, 1] is divided into at the first update. The two times that the student must agree at '
+    'are the ends of one interval.',
+    POSITIVE,
+  )
+  end_intervals: int = key(
+    18, 'Number of intervals at the last update; no less than at the first.', POSITIVE
+  )
+  solver: str = key(
+    'heun',
+    "Sampler that takes the teacher's step from one end of an interval to the other.",
+    choices=('ddim', 'euler', 'heun', 'rk4'),
+  )
+  target: str = key(
+    'ema',
+    "Weights that compute the student's target: its own first moving average, or its own current weights.",
+    choices=('ema', 'last'),
+  )
+  sample_steps: tuple[int, ...] = key(
+    (1, 2, 4),
+    'Numbers of sampling steps with which the student is evaluated.',
+    POSITIVE,
+    distinct=True,
+  )
 
 
 @flax.struct.dataclass
-class Consistency(OneNetwork):
+class Consistency(OneNetwork, Student):
   """Consistency distillation (Song et al. 2023, algorithm 2).
 
   The consistency function is the denoiser's x^ at t > 0 and z itself at t = 0, which outputs such as v reach
@@ -40,14 +90,51 @@ class Consistency(OneNetwork):
   schedule: Schedule = flax.struct.field(pytree_node=False)
   weighting: Weighting = flax.struct.field(pytree_node=False, default=Constant())
   distance: Distance = flax.struct.field(pytree_node=False, default=L2())
-  solver: Sampler = flax.struct.field(pytree_node=False, default=DDIM(clip_x=False))
+  solver: Sampler = flax.struct.field(pytree_node=False, default=DDIM())
   law: times.Law = flax.struct.field(pytree_node=False, default=times.Uniform())
   follows_average: bool = flax.struct.field(pytree_node=False, default=True)
+
+  name = 'consistency'
+  Section = ConsistencySection
+  needs = frozenset({'images', 'labels'})
+
+  @classmethod
+  def from_config(cls, name: str, section: Any, context: Context) -> 'Consistency':
+    """See `Student.from_config`."""
+    if section.start_intervals > section.end_intervals:
+      raise UserError(
+        f'{name}.start_intervals={section.start_intervals} must not be more than '
+        f'{name}.end_intervals={section.end_intervals}'
+      )
+    choose(f'{name}.target', section.target, {'ema': None, 'last': None})
+    return cls(
+      num_updates=section.num_updates,
+      start_intervals=section.start_intervals,
+      end_intervals=section.end_intervals,
+      schedule=context.schedule,
+      weighting=choose(f'{name}.weighting', section.weighting, WEIGHTINGS)(),
+      distance=make_distance(name, section),
+      solver=choose(f'{name}.solver', section.solver, SOLVERS)(),
+      law=context.uniform,
+      follows_average=section.target == 'ema',
+    )
+
+  @staticmethod
+  def sampling(section: Any) -> Sampling:
+    """Multistep consistency sampling, in one step unless more are asked for."""
+    if not section.sample_steps:
+      raise UserError('consistency.sample_steps=() must hold a number at least')
+    return Sampling(1, 'multistep_consistency', tuple(section.sample_steps))
 
   @property
   def calls(self) -> float:
     """The student's, the target's, and the solver's."""
     return 2 + self.solver.calls_per_step
+
+  def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
+    """See `Method.networks`."""
+    nets = {'student': student, 'teacher': teacher, 'distance': Weighted(self.distance)}
+    return nets | {'average': student} if self.follows_average else nets
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
     """`t` (B,) in (0, 1], in no interval yet, and `eps` (B, H, W, C)."""
@@ -60,41 +147,26 @@ class Consistency(OneNetwork):
     squared = step / self.num_updates * ((end + 1.0) ** 2 - start**2) + start**2
     return jnp.clip(jnp.ceil(jnp.sqrt(squared) - 1.0) + 1.0, start, end)
 
-  def losses(
-    self,
-    denoise: DenoiseFn,
-    student: Params,
-    frozen: Mapping[str, Params],
-    batch: Batch,
-    rng: jax.Array | None,
-    step: jax.Array,
-  ) -> jax.Array:
+  def losses(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> jax.Array:
     """Weighted distance of each example, (B,)."""
-    count, label = self.num_intervals(step), batch['label']
+    count, cond, student = self.num_intervals(step), batch['cond'], nets['student']
     i = times.interval(batch['t'], count)
     logsnr_t, logsnr_s = self.schedule(i / count), self.schedule((i - 1) / count)
     z_t = diffuse(batch['x'], batch['eps'], logsnr_t)
 
     def teach(z: jax.Array, logsnr: jax.Array) -> Prediction:
-      return denoise(frozen['teacher'], z, logsnr, label)
+      prediction: Prediction = nets['teacher'](z, logsnr, cond)
+      return prediction
 
     z_s = self.solver(None, teach, z_t, logsnr_t, logsnr_s)
-    follower = frozen['average'] if self.follows_average else student
+    follower = nets['average'] if self.follows_average else student
     clean = i == 1  # there z_s is an image; the network is not asked, but the program has one shape
-    x_s = denoise(follower, z_s, jnp.where(clean, 0.0, logsnr_s), label).x
+    x_s = follower(z_s, jnp.where(clean, 0.0, logsnr_s), cond).x
     target = jax.lax.stop_gradient(jnp.where(widen(clean, z_s), z_s, x_s))
-    x_t = denoise(student, z_t, logsnr_t, label, rng).x
-    return self.weighting(logsnr_t) * self.distance(x_t, target, frozen.get('distance'))
+    x_t = student(z_t, logsnr_t, cond, rng).x
+    return self.weighting(logsnr_t) * nets['distance'](x_t, target)
 
-  def loss(
-    self,
-    denoise: DenoiseFn,
-    params: Mapping[str, Params],
-    frozen: Mapping[str, Params],
-    batch: Batch,
-    rng: jax.Array | None,
-    step: jax.Array,
-  ) -> Loss:
+  def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
     """The mean of `losses`; see `Method.loss`."""
-    losses = self.losses(denoise, params['student'], frozen, batch, rng, step)
+    losses = self.losses(nets, batch, rng, step)
     return jnp.mean(losses), {'intervals': self.num_intervals(step)}

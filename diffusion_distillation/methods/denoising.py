@@ -1,16 +1,34 @@
 """Base training: denoising, in continuous or discrete time. The teacher is the data."""
 
-from collections.abc import Mapping
+import dataclasses
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import Weighting, weighted_mse
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
+from diffusion_distillation.methods.method import (
+  Batch,
+  BoundDenoiser,
+  Loss,
+  Nets,
+  OneNetwork,
+  TrainingSection,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSection(TrainingSection):
+  """Training of the base model."""
+
+  num_updates: int = key(500_000, 'Number of updates.', POSITIVE)
+  learning_rate: float = key(2e-4, 'Peak learning rate.', POSITIVE)
+  warmup: int = 1000
 
 
 @flax.struct.dataclass
@@ -29,10 +47,18 @@ class Denoising(OneNetwork):
   law: times.Law = flax.struct.field(pytree_node=False, default=times.Uniform())
   num_steps: int = flax.struct.field(pytree_node=False, default=0)
 
+  name = 'denoising'
+  needs = frozenset({'images', 'labels'})
+
   @property
   def calls(self) -> float:
     """The student's."""
     return 1
+
+  def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
+    """See `Method.networks`."""
+    del teacher
+    return {'student': student}
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
     """`t` (B,) in (0, 1] and `eps` (B, H, W, C)."""
@@ -42,25 +68,15 @@ class Denoising(OneNetwork):
       t = times.interval(t, self.num_steps) / self.num_steps
     return {'t': t, 'eps': jax.random.normal(rng_eps, shape)}
 
-  def losses(
-    self, denoise: DenoiseFn, student: Params, batch: Batch, rng: jax.Array | None = None
-  ) -> jax.Array:
+  def losses(self, denoise: BoundDenoiser, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     """Weighted error of each example, (B,)."""
     x, eps = batch['x'], batch['eps']
     logsnr = self.schedule(jnp.maximum(batch['t'], jnp.finfo(jnp.float32).tiny))
     z = diffuse(x, eps, logsnr)
-    prediction = denoise(student, z, logsnr, batch['label'], rng)
+    prediction = denoise(z, logsnr, batch['cond'], rng)
     return weighted_mse(self.weighting, logsnr, Prediction(x, eps), prediction)
 
-  def loss(
-    self,
-    denoise: DenoiseFn,
-    params: Mapping[str, Params],
-    frozen: Mapping[str, Params],
-    batch: Batch,
-    rng: jax.Array | None,
-    step: jax.Array,
-  ) -> Loss:
+  def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
     """The mean of `losses`; see `Method.loss`."""
-    del frozen, step
-    return jnp.mean(self.losses(denoise, params['student'], batch, rng)), {}
+    del step
+    return jnp.mean(self.losses(nets['student'], batch, rng)), {}

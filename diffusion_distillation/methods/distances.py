@@ -16,6 +16,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from diffusion_distillation.config import choose
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.networks import classifier
 
@@ -153,6 +154,16 @@ class Lpips:
     return {name: weights[name] for name in used}
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+  """A distance as networks are called, its weights in front: `weighted(weights, x, y) -> (B,)`."""
+
+  distance: Any
+
+  def __call__(self, weights: Weights, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.asarray(self.distance(x, y, weights))
+
+
 Distance = L2 | PseudoHuber | Features | Lpips
 DISTANCES: dict[str, type] = {
   'l2': L2,
@@ -160,6 +171,12 @@ DISTANCES: dict[str, type] = {
   'features': Features,
   'lpips': Lpips,
 }
+
+
+def make_distance(name: str, section: Any) -> Distance:
+  """The distance between images that the config's section `name` names; UserError if there is none of that name."""
+  distance: Distance = choose(f'{name}.distance', section.distance, DISTANCES)()
+  return distance
 
 
 def load(distance: Distance, path: str, image_shape: tuple[int, ...], key: str) -> Weights:

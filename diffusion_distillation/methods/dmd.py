@@ -1,30 +1,92 @@
 """Distribution matching distillation: a generator whose samples, noised, look to the teacher like its own."""
 
 import dataclasses
-from collections.abc import Mapping
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, build, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
-from diffusion_distillation.diffusion.samplers import MultistepConsistency
+from diffusion_distillation.diffusion.samplers import Clip, MultistepConsistency, clipped
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import Weighting
+from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods.denoising import Denoising
-from diffusion_distillation.methods.distances import L2, Distance
+from diffusion_distillation.methods.distances import L2, Distance, Weighted, make_distance
 from diffusion_distillation.methods.gan import Gan
 from diffusion_distillation.methods.knowledge import regression
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, Params
+from diffusion_distillation.methods.method import (
+  Batch,
+  BoundDenoiser,
+  Context,
+  Loss,
+  Nets,
+  Params,
+  Sampling,
+  Student,
+  StudentSection,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DMDSection(StudentSection):
+  """Distribution matching distillation, DMD (Yin et al. 2023)."""
+
+  num_updates: int = 300_000
+  learning_rate: float = 5e-5
+  weight_decay: float = 0.01
+  num_steps: int = key(1, 'Number of sampling steps of the generator.', POSITIVE)
+  regression: float = key(
+    0.25,
+    'Weight of the regression on stored pairs, for generators of one step; 0 for no regression and no pairs.',
+    NOT_NEGATIVE,
+  )
+  first_t: float = key(
+    0.02, 'Smallest time at which the scores are compared: 0 < first_t < last_t <= 1.'
+  )
+  last_t: float = key(0.98, 'Largest time at which the scores are compared.')
+  fake_learning_rate: float = key(
+    5e-5, "Peak learning rate of the fake score and of the GAN's head.", POSITIVE
+  )
+  fake_updates: int = key(
+    1,
+    'Number of updates of the fake score per update of the generator. `num_updates` counts those of the fake score, and '
+    'must be a multiple of this.',
+    POSITIVE,
+  )
+  gan_generator: float = key(
+    0.0,
+    "Weight of the generator's GAN loss. This and `gan_fake` are both positive, or both 0 for no GAN.",
+    NOT_NEGATIVE,
+  )
+  gan_fake: float = key(0.0, "Weight of the critic's GAN loss.", NOT_NEGATIVE)
+  simulated: bool = key(
+    True,
+    "For generators of several steps: whether their inputs in training come from the generator's own earlier steps, or "
+    'are noised data.',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class DMD2Section(DMDSection):
+  """DMD2 (Yin et al. 2024): no pairs, more updates of the fake score, and a GAN."""
+
+  num_updates: int = 500_000
+  regression: float = 0.0
+  fake_updates: int = 5
+  gan_generator: float = 3e-3
+  gan_fake: float = 1e-2
 
 
 @flax.struct.dataclass
-class DMD:
+class DMD(Student):
   """DMD (Yin et al. 2023) and, by its options, DMD2 (Yin et al. 2024); all of it static.
 
-  Three networks of one kind: the student is the generator G, the frozen teacher the score of the data, and the fake
-  score, which is trained meanwhile, that of G's samples.
+  The student is the generator G, the frozen teacher the score of the data, and the fake score, a network like the
+  teacher that is trained meanwhile, the score of G's samples.
 
   Attributes:
     schedule: t to logsnr.
@@ -36,7 +98,7 @@ class DMD:
     fake_updates: updates of the fake score for each one of the generator (two time scales).
     num_steps: N, the generator's steps, at t = 1, (N-1)/N, ..., 1/N.
     simulated: where N > 1, whether its inputs come from its own earlier steps, or are noised data.
-    clip_x: where N > 1, whether x is clipped to [-1, 1] between the generator's steps.
+    clip: where N > 1, applied to x between the generator's steps, such as `Space.clip`; None: x is left as it is.
     gan: DMD2's GAN, or None.
     generator_turn: whether this update changes the generator, too; see `at`.
   """
@@ -51,9 +113,12 @@ class DMD:
   fake_updates: int = flax.struct.field(pytree_node=False, default=1)
   num_steps: int = flax.struct.field(pytree_node=False, default=1)
   simulated: bool = flax.struct.field(pytree_node=False, default=True)
-  clip_x: bool = flax.struct.field(pytree_node=False, default=True)
+  clip: Clip | None = flax.struct.field(pytree_node=False, default=None)
   gan: Gan | None = flax.struct.field(pytree_node=False, default=None)
   generator_turn: bool = flax.struct.field(pytree_node=False, default=True)
+
+  name = 'dmd'
+  Section = DMDSection
 
   def __post_init__(self) -> None:
     if not 0.0 < self.first_t < self.last_t <= 1.0:
@@ -65,8 +130,50 @@ class DMD:
         'stored pairs are of one step: regression must be 0 where num_steps is more than 1'
       )
 
+  @classmethod
+  def from_config(cls, name: str, section: Any, context: Context) -> 'DMD':
+    """See `Student.from_config`."""
+    if section.num_updates % section.fake_updates:
+      raise UserError(
+        f'{name}.num_updates={section.num_updates} must be a multiple of {name}.fake_updates='
+        f'{section.fake_updates}: the generator is updated once in as many'
+      )
+    distance = make_distance(name, section)
+    keys = ('first_t', 'last_t', 'regression', 'fake_updates', 'num_steps', 'simulated')
+    return build(
+      name,
+      cls,
+      schedule=context.schedule,
+      weighting=context.weighting,
+      law=context.law,
+      distance=distance if section.regression else L2(),
+      clip=context.clip,
+      gan=_make_gan(name, section, context),
+      **{key: section[key] for key in keys},
+    )
+
+  @staticmethod
+  def sampling(section: Any) -> Sampling:
+    """The generator's own steps."""
+    steps = section.num_steps
+    return Sampling(steps, 'multistep_consistency' if steps > 1 else 'ddim', (steps,))
+
+  @staticmethod
+  def learning_rates(section: Any) -> dict[str, float]:
+    """The generator's, and that of the networks beside it."""
+    fake = dict.fromkeys(('fake_score', 'head'), section.fake_learning_rate)
+    return {**fake, 'student': section.learning_rate}
+
   @property
-  def networks(self) -> tuple[str, ...]:
+  def needs(self) -> frozenset[str]:
+    """Images for the GAN, and for the inputs of several steps that are not simulated; pairs for the regression."""
+    images = self.gan is not None or (self.num_steps > 1 and not self.simulated)
+    return frozenset(
+      {'labels'} | ({'images'} if images else set()) | ({'pairs'} if self.regression else set())
+    )
+
+  @property
+  def trained(self) -> tuple[str, ...]:
     """The fake score and the GAN's head always, the student in its turn."""
     trained = ('fake_score',) if self.gan is None else ('fake_score', 'head')
     return ('student', *trained) if self.generator_turn else trained
@@ -87,6 +194,13 @@ class DMD:
     """The generator is updated after the fake score has been `fake_updates` - 1 times, together with it."""
     turn = step % self.fake_updates == self.fake_updates - 1
     return dataclasses.replace(self, generator_turn=turn)
+
+  def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
+    """See `Method.networks`."""
+    nets = {'student': student, 'teacher': teacher, 'fake_score': teacher}
+    if self.regression:
+      nets['distance'] = Weighted(self.distance)
+    return nets if self.gan is None else nets | {'head': self.gan.head}
 
   def init(self, student: Params, teacher: Params, rng: jax.Array) -> dict[str, Params]:
     """The generator where the student starts, the fake score where the teacher is, and a new head."""
@@ -113,37 +227,35 @@ class DMD:
       drawn['gan_eps'] = normal()
     return drawn
 
-  def generate(
-    self, denoise: DenoiseFn, student: Params, batch: Batch, rng: jax.Array | None
-  ) -> jax.Array:
+  def generate(self, student: BoundDenoiser, batch: Batch, rng: jax.Array | None) -> jax.Array:
     """G's images (B, H, W, C): of noise, or of what its own earlier steps leave of noise.
 
     Each example is at one of the steps, drawn for it (Yin et al. 2024, sections 4.4 and 4.5); no gradient goes to
     the steps before.
     """
-    z, label, count = batch['z'], batch['label'], self.num_steps
+    z, cond, count = batch['z'], batch['cond'], self.num_steps
     logsnr = [self.schedule(jnp.full(z.shape[0], k / count)) for k in range(1, count + 1)]
     if count == 1:
-      return denoise(student, z, logsnr[0], label, rng).x
+      return student(z, logsnr[0], cond, rng).x
     at = batch['step']
     inputs, logsnr_at = z, jnp.stack(logsnr)[at - 1, jnp.arange(len(at))]
     if not self.simulated:
       inputs = jnp.where(widen(at == count, z), z, diffuse(batch['x'], z, logsnr_at))
-      return denoise(student, inputs, logsnr_at, label, rng).x
-    step, before = MultistepConsistency(clip_x=self.clip_x), jax.lax.stop_gradient(student)
+      return student(inputs, logsnr_at, cond, rng).x
+    step, before = MultistepConsistency(), jax.lax.stop_gradient(student)
 
-    def earlier(z: jax.Array, logsnr: jax.Array) -> Prediction:
-      return denoise(before, z, logsnr, label)
+    def denoise(z: jax.Array, logsnr: jax.Array) -> Prediction:
+      return before(z, logsnr, cond)
+
+    earlier = clipped(denoise, self.clip)
 
     for k in range(count - 1, 0, -1):
       keys = jax.vmap(lambda key, k=k: jax.random.fold_in(key, k))(batch['keys'])
       z = step(keys, earlier, z, logsnr[k], logsnr[k - 1])
       inputs = jnp.where(widen(at == k, z), z, inputs)
-    return denoise(student, inputs, logsnr_at, label, rng).x
+    return student(inputs, logsnr_at, cond, rng).x
 
-  def matching_losses(
-    self, denoise: DenoiseFn, fake_score: Params, teacher: Params, x: jax.Array, batch: Batch
-  ) -> tuple[jax.Array, jax.Array]:
+  def matching_losses(self, nets: Nets, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """A loss whose gradient with respect to x is that of KL(fake || real), weighted; and its size; both (B,).
 
     Yin et al. 2023, Eq. 7 and 8 as computed: (mu_fake - mu_real) / mean|x - mu_real| at a noised x, over the number
@@ -151,7 +263,7 @@ class DMD:
     """
     logsnr = self.schedule(batch['t'])
     z = jax.lax.stop_gradient(diffuse(x, batch['eps'], logsnr))
-    fake, real = (denoise(p, z, logsnr, batch['label']).x for p in (fake_score, teacher))
+    fake, real = (nets[name](z, logsnr, batch['cond']).x for name in ('fake_score', 'teacher'))
     pixels = tuple(range(1, x.ndim))
     scale = jnp.maximum(jnp.mean(jnp.abs(x - real), pixels), 1e-6)
     gradient = jax.lax.stop_gradient((fake - real) / widen(scale, x))
@@ -161,57 +273,65 @@ class DMD:
     )
 
   def fake_losses(
-    self, denoise: DenoiseFn, fake_score: Params, x: jax.Array, batch: Batch, rng: jax.Array | None
+    self, fake_score: BoundDenoiser, x: jax.Array, batch: Batch, rng: jax.Array | None
   ) -> jax.Array:
     """The fake score's denoising loss on generated x, (B,), which is data to it."""
     data = {
       'x': jax.lax.stop_gradient(x),
-      'label': batch['label'],
+      'cond': batch['cond'],
       't': batch['fake_t'],
       'eps': batch['fake_eps'],
     }
-    return Denoising(self.schedule, self.weighting).losses(denoise, fake_score, data, rng)
+    return Denoising(self.schedule, self.weighting).losses(fake_score, data, rng)
 
-  def loss(
-    self,
-    denoise: DenoiseFn,
-    params: Mapping[str, Params],
-    frozen: Mapping[str, Params],
-    batch: Batch,
-    rng: jax.Array | None,
-    step: jax.Array,
-  ) -> Loss:
+  def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
     """The sum of all networks' losses, each of which moves one network; see `Method.loss`."""
     del step
-    student, fake_score = params['student'], params['fake_score']
-    x = self.generate(denoise, student, batch, rng)
-    fake = jnp.mean(self.fake_losses(denoise, fake_score, x, batch, rng))
+    student = nets['student']
+    x = self.generate(student, batch, rng)
+    fake = jnp.mean(self.fake_losses(nets['fake_score'], x, batch, rng))
     total, metrics = fake, {'fake_loss': fake}
     if self.gan is not None:
-      critic = jnp.mean(self._critic_losses(denoise, params, x, batch))
+      critic = jnp.mean(self._critic_losses(nets, x, batch))
       total, metrics['critic_loss'] = total + critic, critic
     if not self.generator_turn:
       return total, metrics
-    matching, size = self.matching_losses(denoise, fake_score, frozen['teacher'], x, batch)
+    matching, size = self.matching_losses(nets, x, batch)
     total, metrics['dm_gradient'] = total + jnp.mean(matching), jnp.mean(size)
     if self.regression:
-      weights = frozen.get('distance')
-      apart = jnp.mean(
-        regression(denoise, student, self.schedule, self.distance, weights, batch['pairs'], rng)
-      )
+      apart = jnp.mean(regression(student, nets['distance'], self.schedule, batch['pairs'], rng))
       total, metrics['regression'] = total + self.regression * apart, apart
     if self.gan is not None:
-      logsnr, head = self.schedule(batch['gan_t']), params['head']
-      seen = (x, batch['gan_eps'], logsnr, batch['label'])
-      fooled = jnp.mean(self.gan.generator_losses(denoise, fake_score, head, *seen))
+      logsnr = self.schedule(batch['gan_t'])
+      seen = (x, batch['gan_eps'], logsnr, batch['cond'])
+      fooled = jnp.mean(self.gan.generator_losses(nets, *seen))
       total, metrics['gan_loss'] = total + fooled, fooled
     return total, metrics
 
-  def _critic_losses(
-    self, denoise: DenoiseFn, params: Mapping[str, Params], x: jax.Array, batch: Batch
-  ) -> jax.Array:
+  def _critic_losses(self, nets: Nets, x: jax.Array, batch: Batch) -> jax.Array:
     assert self.gan is not None
-    logsnr, eps, label = self.schedule(batch['gan_t']), batch['gan_eps'], batch['label']
+    logsnr, eps = self.schedule(batch['gan_t']), batch['gan_eps']
     fake, real = diffuse(x, eps, logsnr), diffuse(batch['x'], eps, logsnr)
-    critic = (params['fake_score'], params['head'])
-    return self.gan.critic_losses(denoise, *critic, fake, real, logsnr, label)
+    return self.gan.critic_losses(nets, fake, real, logsnr, batch['cond'])
+
+
+@flax.struct.dataclass
+class DMD2(DMD):
+  """DMD with the defaults of DMD2: no pairs, a GAN, and a fake score that is updated more often."""
+
+  Section = DMD2Section
+
+
+def _make_gan(name: str, section: Any, context: Context) -> Gan | None:
+  """The GAN that the section asks for, on the innermost activations of a network like the teacher's."""
+  if bool(section.gan_generator) != bool(section.gan_fake):
+    raise UserError(f'{name}.gan_generator and {name}.gan_fake: both are zero, or neither')
+  if not section.gan_fake:
+    return None
+  try:
+    width = context.teacher.bottleneck_width(context.shape)
+  except ValueError as error:
+    raise UserError(f'{name}.gan_fake: {error}') from error
+  if width % 8:
+    raise UserError(f'{name}.gan_fake needs innermost channels that divide by 8; the model has {width}')
+  return Gan(width, section.gan_generator, section.gan_fake)

@@ -3,26 +3,14 @@
 from typing import Any
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffusion_distillation.diffusion.process import diffuse
-from diffusion_distillation.methods.method import DenoiseFn, Params
-
-
-class Head(nn.Module):
-  """Activations (B, h, w, c) to a logit (B,): positive for what it takes for real."""
-
-  @nn.compact
-  def __call__(self, h: jax.Array) -> jax.Array:
-    width = h.shape[-1]
-    # Two channels each at least: one alone, normalized, says nothing of its size.
-    groups = min(8, width // 2)
-    for k in range(2):
-      h = nn.Conv(width, (3, 3), name=f'conv{k}')(h)
-      h = nn.swish(nn.GroupNorm(groups, name=f'norm{k}')(h))
-    return nn.Dense(1, name='logit')(jnp.mean(h, (1, 2)))[:, 0]
+from diffusion_distillation.methods.method import BoundDenoiser, Nets, Params
+from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.networks.denoiser import Function
+from diffusion_distillation.networks.head import Head
 
 
 @flax.struct.dataclass
@@ -39,49 +27,34 @@ class Gan:
   generator_weight: float = flax.struct.field(pytree_node=False)
   fake_weight: float = flax.struct.field(pytree_node=False)
 
+  @property
+  def head(self) -> Function:
+    """The network of the head, `head(params, activations) -> (B,)`."""
+    return Function(Head())
+
   def init(self, rng: jax.Array) -> Params:
     """The head's parameters."""
     return Head().init(rng, jnp.zeros((1, 1, 1, self.width)))['params']
 
   def logits(
-    self,
-    denoise: DenoiseFn,
-    fake_score: Params,
-    head: Params,
-    z: jax.Array,
-    logsnr: jax.Array,
-    label: jax.Array | None,
+    self, fake_score: BoundDenoiser, head: Any, z: jax.Array, logsnr: jax.Array, cond: Cond
   ) -> jax.Array:
     """D of noised images z (B, H, W, C): (B,)."""
-    logits: Any = Head().apply({'params': head}, denoise.bottleneck(fake_score, z, logsnr, label))
-    return jnp.asarray(logits)
+    return jnp.asarray(head(fake_score.bottleneck(z, logsnr, cond)))
 
   def generator_losses(
-    self,
-    denoise: DenoiseFn,
-    fake_score: Params,
-    head: Params,
-    x: jax.Array,
-    eps: jax.Array,
-    logsnr: jax.Array,
-    label: jax.Array | None,
+    self, nets: Nets, x: jax.Array, eps: jax.Array, logsnr: jax.Array, cond: Cond
   ) -> jax.Array:
     """Of each generated image x, (B,): it moves the generator and nothing else."""
-    critic = jax.lax.stop_gradient((fake_score, head))
-    logits = self.logits(denoise, *critic, diffuse(x, eps, logsnr), logsnr, label)
+    fake_score, head = jax.lax.stop_gradient((nets['fake_score'], nets['head']))
+    logits = self.logits(fake_score, head, diffuse(x, eps, logsnr), logsnr, cond)
     return self.generator_weight * jax.nn.softplus(-logits)
 
   def critic_losses(
-    self,
-    denoise: DenoiseFn,
-    fake_score: Params,
-    head: Params,
-    fake: jax.Array,
-    real: jax.Array,
-    logsnr: jax.Array,
-    label: jax.Array | None,
+    self, nets: Nets, fake: jax.Array, real: jax.Array, logsnr: jax.Array, cond: Cond
   ) -> jax.Array:
     """Of each pair of noised images z, (B,): generated ones, through which no gradient passes, and real ones."""
-    of_fake = self.logits(denoise, fake_score, head, jax.lax.stop_gradient(fake), logsnr, label)
-    of_real = self.logits(denoise, fake_score, head, real, logsnr, label)
+    fake_score, head = nets['fake_score'], nets['head']
+    of_fake = self.logits(fake_score, head, jax.lax.stop_gradient(fake), logsnr, cond)
+    of_real = self.logits(fake_score, head, real, logsnr, cond)
     return self.fake_weight * (jax.nn.softplus(of_fake) + jax.nn.softplus(-of_real))

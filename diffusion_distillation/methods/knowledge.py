@@ -1,33 +1,47 @@
 """Knowledge distillation: one step that maps the teacher's noise to the teacher's image."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
 from diffusion_distillation.diffusion.schedules import Schedule
-from diffusion_distillation.methods.distances import L2, Distance, Weights
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
+from diffusion_distillation.methods.distances import L2, Distance, Weighted, make_distance
+from diffusion_distillation.methods.method import (
+  Batch,
+  BoundDenoiser,
+  Context,
+  Loss,
+  Nets,
+  OneNetwork,
+  Student,
+  StudentSection,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnowledgeSection(StudentSection):
+  """Knowledge distillation: regression on stored pairs; see `pairs`."""
 
 
 def regression(
-  denoise: DenoiseFn,
-  student: Params,
+  student: BoundDenoiser,
+  distance: Callable[[jax.Array, jax.Array], jax.Array],
   schedule: Schedule,
-  distance: Distance,
-  weights: Weights,
   pairs: Batch,
   rng: jax.Array | None,
 ) -> jax.Array:
   """The distance of each stored image from what the student draws of its noise in one step, (B,)."""
   noise = pairs['noise']
   logsnr = schedule(jnp.ones(noise.shape[0]))
-  return distance(denoise(student, noise, logsnr, pairs['label'], rng).x, pairs['image'], weights)
+  return distance(student(noise, logsnr, pairs['cond'], rng).x, pairs['image'])
 
 
 @flax.struct.dataclass
-class Knowledge(OneNetwork):
+class Knowledge(OneNetwork, Student):
   """Regression on stored (noise, image) pairs of the teacher (Luhman & Luhman 2021); all of it static.
 
   Attributes:
@@ -38,29 +52,33 @@ class Knowledge(OneNetwork):
   schedule: Schedule = flax.struct.field(pytree_node=False)
   distance: Distance = flax.struct.field(pytree_node=False, default=L2())
 
+  name = 'knowledge'
+  Section = KnowledgeSection
+  needs = frozenset({'pairs'})
+
+  @classmethod
+  def from_config(cls, name: str, section: Any, context: Context) -> 'Knowledge':
+    """See `Student.from_config`."""
+    return cls(context.schedule, make_distance(name, section))
+
   @property
   def calls(self) -> float:
     """The student's: the teacher has done its part."""
     return 1
+
+  def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
+    """See `Method.networks`; the teacher is in the pairs."""
+    del teacher
+    return {'student': student, 'distance': Weighted(self.distance)}
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
     """Nothing: the pairs have their noise."""
     del rng, shape
     return {}
 
-  def loss(
-    self,
-    denoise: DenoiseFn,
-    params: Mapping[str, Params],
-    frozen: Mapping[str, Params],
-    batch: Batch,
-    rng: jax.Array | None,
-    step: jax.Array,
-  ) -> Loss:
+  def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
     """The mean of `regression`; see `Method.loss`."""
     del step
-    weights = frozen.get('distance')
-    losses = regression(
-      denoise, params['student'], self.schedule, self.distance, weights, batch['pairs'], rng
-    )
+    pairs = batch['pairs']
+    losses = regression(nets['student'], nets['distance'], self.schedule, pairs, rng)
     return jnp.mean(losses), {}

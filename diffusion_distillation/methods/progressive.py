@@ -1,17 +1,55 @@
 """Progressive distillation: a student whose one step does two steps of its teacher, or more."""
 
-from collections.abc import Mapping
+import dataclasses
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import AT_LEAST_TWO, POSITIVE, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, from_x, implied_x
 from diffusion_distillation.diffusion.samplers import DDIM
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import Weighting, weighted_mse
-from diffusion_distillation.methods.method import Batch, DenoiseFn, Loss, OneNetwork, Params
+from diffusion_distillation.methods.method import (
+  Batch,
+  BoundDenoiser,
+  Loss,
+  Nets,
+  OneNetwork,
+  TrainingSection,
+)
+from diffusion_distillation.networks.conditioning import Cond
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSection(TrainingSection):
+  """Every round of progressive distillation.
+
+  A key that is "per round" is a tuple whose last entry is for the last round, whose second to last entry is for the round
+  before, and so on. Its first entry also serves all earlier rounds: `distill.num_updates=(50_000, 100_000)` gives
+  100,000 updates to the last round and 50,000 to each of the others.
+  """
+
+  start_steps: int = key(1024, 'Number of sampling steps of the base model.', POSITIVE)
+  end_steps: int = key(1, 'Number of sampling steps of the last student.', POSITIVE)
+  factor: tuple[int, ...] = key(
+    (2,), 'Number of teacher steps that one student step replaces, per round.', AT_LEAST_TWO
+  )
+  from_weights: str = key(
+    'ema',
+    "The teacher's weights, which also initialize the student: its moving average, or its weights after the last "
+    'update.',
+    choices=('ema', 'last'),
+  )
+  num_updates: tuple[int, ...] = key(
+    (50_000, 100_000, 100_000), 'Number of updates, per round.', POSITIVE
+  )
+  learning_rate: tuple[float, ...] = key((1e-4,), 'Peak learning rate, per round.', POSITIVE)
+  decay: str = 'linear'
+  ema_decay: tuple[float, ...] = (0.0,)
 
 
 @flax.struct.dataclass
@@ -32,10 +70,17 @@ class Progressive(OneNetwork):
   factor: int = flax.struct.field(pytree_node=False, default=2)
   law: times.Law = flax.struct.field(pytree_node=False, default=times.Uniform())
 
+  name = 'progressive'
+  needs = frozenset({'images', 'labels'})
+
   @property
   def calls(self) -> float:
     """The student's, and one of the teacher for each of its steps."""
     return 1 + self.factor
+
+  def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
+    """See `Method.networks`."""
+    return {'student': student, 'teacher': teacher}
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
     """`i` (B,) integers in 1..N, for t = i / N, and `eps` (B, H, W, C)."""
@@ -43,51 +88,29 @@ class Progressive(OneNetwork):
     i = times.interval(self.law(rng_i, shape[0]), self.num_steps)
     return {'i': i, 'eps': jax.random.normal(rng_eps, shape)}
 
-  def losses(
-    self,
-    denoise: DenoiseFn,
-    student: Params,
-    teacher: Params,
-    batch: Batch,
-    rng: jax.Array | None = None,
-  ) -> jax.Array:
+  def losses(self, nets: Nets, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     """Weighted error of each example against the teacher's target, (B,)."""
-    i, label = batch['i'], batch['label']
+    i, cond = batch['i'], batch['cond']
     logsnr_t = self.schedule(i / self.num_steps)
     z_t = diffuse(batch['x'], batch['eps'], logsnr_t)
-    target = from_x(z_t, logsnr_t, self.target_x(denoise, teacher, z_t, i, label))
-    prediction = denoise(student, z_t, logsnr_t, label, rng)
+    target = from_x(z_t, logsnr_t, self.target_x(nets['teacher'], z_t, i, cond))
+    prediction = nets['student'](z_t, logsnr_t, cond, rng)
     return weighted_mse(self.weighting, logsnr_t, target, prediction)
 
-  def loss(
-    self,
-    denoise: DenoiseFn,
-    params: Mapping[str, Params],
-    frozen: Mapping[str, Params],
-    batch: Batch,
-    rng: jax.Array | None,
-    step: jax.Array,
-  ) -> Loss:
+  def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
     """The mean of `losses`; see `Method.loss`."""
     del step
-    return jnp.mean(self.losses(denoise, params['student'], frozen['teacher'], batch, rng)), {}
+    return jnp.mean(self.losses(nets, batch, rng)), {}
 
-  def target_x(
-    self,
-    denoise: DenoiseFn,
-    teacher: Params,
-    z_t: jax.Array,
-    i: jax.Array,
-    label: jax.Array | None,
-  ) -> jax.Array:
+  def target_x(self, teacher: BoundDenoiser, z_t: jax.Array, i: jax.Array, cond: Cond) -> jax.Array:
     """The x that takes the student in one step where unclipped DDIM steps take the teacher.
 
     From t = i / N in `factor` equal steps to (i - 1) / N; i: (B,) integers in 1..N.
     """
-    ddim = DDIM(clip_x=False)
+    ddim = DDIM()
 
     def teach(z: jax.Array, logsnr: jax.Array) -> Prediction:
-      return denoise(teacher, z, logsnr, label)
+      return teacher(z, logsnr, cond)
 
     logsnr = [self.schedule((i - k / self.factor) / self.num_steps) for k in range(self.factor + 1)]
     z_s = z_t

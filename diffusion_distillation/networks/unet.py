@@ -1,10 +1,9 @@
-"""The U-Net of the papers (linen), and the denoiser that one sees from outside.
+"""The U-Net of the papers, as a linen module.
 
 Module names follow the parameter tree of the released checkpoints, so that those load leaf by leaf.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,31 +12,93 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.diffusion import process
-
-Params = Any
-BOTTLENECK = (
-  'bottleneck'  # the collection that the innermost activations are sown into, if one asks for it
-)
+from diffusion_distillation.config import FRACTION, POSITIVE, key
+from diffusion_distillation.diffusion.schedules import Schedule
+from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
+from diffusion_distillation.networks.denoiser import BOTTLENECK
 
 
-def inverse_cosine(logsnr: jax.Array) -> jax.Array:
+def inverse_cosine(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
   """arctan(exp(-logsnr / 2)) / (pi / 2), which is t itself under the unclipped cosine schedule."""
+  del schedule
   return jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -20.0, 20.0))) / (0.5 * math.pi)
 
 
-def linear(logsnr: jax.Array) -> jax.Array:
+def linear(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
   """logsnr itself, [-10, 10] scaled to [0, 1]."""
+  del schedule
   return (logsnr + 10.0) / 20.0
 
 
-def edm(logsnr: jax.Array) -> jax.Array:
+def sigmoid(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
+  """alpha^2."""
+  del schedule
+  return jax.nn.sigmoid(logsnr)
+
+
+def edm(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
   """EDM's c_noise (Karras et al. 2022, Table 1): a quarter of log(sigma / alpha)."""
+  del schedule
   return -0.125 * logsnr
 
 
+def schedule_time(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
+  """The schedule's own t, of which the embedding takes 1000 t: DDPM's timestep, at whatever fraction of a step."""
+  if schedule is None:
+    raise ValueError("time_input='t' needs the schedule of the network")
+  return schedule.inverse(logsnr)
+
+
 DTYPES = {'float32': None, 'bfloat16': jnp.bfloat16}  # None: as the input and the parameters are
-TIME_INPUTS = {'inv_cos': inverse_cosine, 'linear': linear, 'sigmoid': jax.nn.sigmoid, 'edm': edm}
+TIME_INPUTS = {
+  'inv_cos': inverse_cosine,
+  'linear': linear,
+  'sigmoid': sigmoid,
+  'edm': edm,
+  't': schedule_time,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetSection:
+  """The hyper-parameters of a U-Net."""
+
+  ch: int = key(128, 'Number of channels at the highest resolution.', POSITIVE)
+  emb_ch: int = key(512, 'Width of the embedding of time and class.', POSITIVE)
+  ch_mult: tuple[int, ...] = key(
+    (1, 2, 2),
+    'Number of channels per resolution, from the highest resolution to the lowest, in multiples of `model.ch`.',
+    POSITIVE,
+  )
+  num_res_blocks: int = key(2, 'Number of residual blocks per resolution.', POSITIVE)
+  attn_resolutions: tuple[int, ...] = key(
+    (8,), 'Heights of the feature maps at which every residual block is followed by self-attention.'
+  )
+  num_heads: int | None = key(
+    None,
+    'Number of attention heads. Set this or `model.head_dim`, not both; if neither is set, there is one head.',
+    POSITIVE,
+  )
+  head_dim: int | None = key(None, 'Number of channels per attention head.', POSITIVE)
+  num_groups: int = key(
+    32,
+    'Number of groups of every GroupNorm; must divide the number of channels at every resolution.',
+    POSITIVE,
+  )
+  dropout: float = key(
+    0.0,
+    'Dropout rate inside residual blocks during base training. Teachers and students have no dropout.',
+    FRACTION,
+  )
+  time_input: str = key(
+    'inv_cos',
+    'Function of logsnr that the network receives as time: the t of the cosine schedule, logsnr itself, its sigmoid, '
+    "EDM's c_noise, or the t of the run's own schedule.",
+    choices=TIME_INPUTS,
+  )
+  resblock_resample: bool = key(
+    True, 'Whether residual blocks do the down- and upsampling, instead of separate convolutions.'
+  )
 
 
 def time_embedding(u: jax.Array, dim: int) -> jax.Array:
@@ -113,7 +174,7 @@ class AttnBlock(nn.Module):
 
 
 class UNet(nn.Module):
-  """Maps (z, logsnr, label) to an output of `out_ch` channels.
+  """Maps (z, logsnr, cond) to an output of `out_ch` channels; see `denoiser.Network`.
 
   Attributes:
     out_ch: channels of the output.
@@ -126,12 +187,16 @@ class UNet(nn.Module):
     num_groups: groups of every GroupNorm; must divide every width.
     dropout: rate inside residual blocks.
     num_classes: 0 for an unconditional network.
-    time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2) or 'edm'.
+    time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2), 'edm', or 't',
+      the schedule's time.
     resblock_resample: resample inside residual blocks, or by a convolution beside them.
     dtype: of activations, 'float32' or 'bfloat16'; parameters, time and the output stay float32, as do the
       statistics of norms and the softmax of attention.
     remat: whether each block's activations are computed again on the way back instead of being kept.
+    schedule: t to logsnr, for the time input 't'.
   """
+
+  Section = UNetSection
 
   out_ch: int
   ch: int
@@ -148,6 +213,12 @@ class UNet(nn.Module):
   resblock_resample: bool = True
   dtype: str = 'float32'
   remat: bool = False
+  schedule: Schedule | None = None
+
+  @property
+  def conditioning(self) -> Conditioning:
+    """The class of the image, as `label`, if there are classes."""
+    return {'label': Classes(self.num_classes)} if self.num_classes else {}
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
@@ -155,6 +226,8 @@ class UNet(nn.Module):
       raise ValueError(f'dtype={self.dtype!r} is not one of {list(DTYPES)}')
     if self.time_input not in TIME_INPUTS:
       raise ValueError(f'time_input={self.time_input!r} is not one of {list(TIME_INPUTS)}')
+    if self.time_input == 't' and self.schedule is None:
+      raise ValueError("time_input='t' needs the schedule of the network")
     height, width = image_shape[:2]
     factor = 2 ** (len(self.ch_mult) - 1)
     if height % factor or width % factor:
@@ -193,18 +266,18 @@ class UNet(nn.Module):
     self,
     z: jax.Array,
     logsnr: jax.Array,
-    label: jax.Array | None = None,
+    cond: Cond = None,
     deterministic: bool = True,
   ) -> jax.Array:
-    """z: (B, H, W, C); logsnr: (B,); label: (B,) integers if conditional. Returns (B, H, W, out_ch)."""
+    """z: (B, H, W, C); logsnr: (B,); cond: `label` (B,) integers if conditional. Returns (B, H, W, out_ch)."""
     det, dtype = deterministic, DTYPES[self.dtype]
-    emb = time_embedding(TIME_INPUTS[self.time_input](logsnr), self.ch)
+    emb = time_embedding(TIME_INPUTS[self.time_input](logsnr, self.schedule), self.ch)
     emb = nn.swish(nn.Dense(self.emb_ch, dtype=dtype, name='dense0')(emb))
     emb = nn.Dense(self.emb_ch, dtype=dtype, name='dense1')(emb)
     if self.num_classes:
-      if label is None:
+      if cond is None:
         raise ValueError(f'a network with {self.num_classes} classes needs labels')
-      one_hot = jax.nn.one_hot(label, self.num_classes)
+      one_hot = jax.nn.one_hot(cond['label'], self.num_classes)
       emb = emb + nn.Dense(self.emb_ch, dtype=dtype, name='class_emb')(one_hot)
 
     def block(h: jax.Array, level: int, name: str) -> jax.Array:
@@ -239,50 +312,3 @@ class UNet(nn.Module):
 
     h = nn.swish(nn.GroupNorm(self.num_groups, dtype=dtype, name='norm_out')(h)).astype(z.dtype)
     return nn.Conv(self.out_ch, (3, 3), kernel_init=nn.initializers.zeros, name='conv_out')(h)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _init(network: UNet, shape: tuple[int, ...], rng: jax.Array) -> Params:
-  label = jnp.zeros((1,), jnp.int32)
-  return network.init(rng, jnp.zeros((1, *shape)), jnp.zeros((1,)), label)['params']
-
-
-@dataclasses.dataclass(frozen=True)
-class Denoiser:
-  """A network seen as E[x | z]: what methods and samplers call. The parameterization ends here."""
-
-  network: UNet
-  output: str
-
-  def __post_init__(self) -> None:
-    if self.output not in process.OUTPUTS:
-      raise ValueError(f'model.output is {self.output!r}; one of {sorted(process.OUTPUTS)}')
-
-  def init(self, rng: jax.Array, shape: tuple[int, ...]) -> Params:
-    """Parameters for images of `shape` (H, W, C)."""
-    return _init(self.network, shape, rng)
-
-  def __call__(
-    self,
-    params: Params,
-    z: jax.Array,
-    logsnr: jax.Array,
-    label: jax.Array | None,
-    rng: jax.Array | None = None,
-  ) -> process.Prediction:
-    """z: (B, H, W, C); logsnr: (B,); label: (B,) or None; dropout only if `rng` is given."""
-    rngs = None if rng is None else {'dropout': rng}
-    args = ({'params': params}, self._input(z, logsnr), logsnr, label, rng is None)
-    output: Any = self.network.apply(*args, rngs=rngs)
-    return process.OUTPUTS[self.output](z, logsnr, output)
-
-  def bottleneck(
-    self, params: Params, z: jax.Array, logsnr: jax.Array, label: jax.Array | None
-  ) -> jax.Array:
-    """The network's innermost activations, (B, h, w, c); the way up is not computed."""
-    args = ({'params': params}, self._input(z, logsnr), logsnr, label)
-    _, sown = self.network.apply(*args, mutable=[BOTTLENECK])
-    return sown[BOTTLENECK]['h'][0]
-
-  def _input(self, z: jax.Array, logsnr: jax.Array) -> jax.Array:
-    return process.edm_input(z, logsnr) if self.output == 'edm' else z

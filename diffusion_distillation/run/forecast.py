@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import numpy as np
 from clu import parameter_overview
 
 from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.run import preflight
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.run.inputs import stand_in
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import files, interrupts, sharding
-from diffusion_distillation.training.recipe import Stage
 from diffusion_distillation.training.state import Params
 
 
@@ -89,7 +88,7 @@ def show_times(
 def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[str]:
   """Lines: the network, then a stage each with its updates and network calls, then the evaluation."""
   first = stages[0]
-  count = parameter_overview.count_parameters(provenance.abstract_params(first))
+  count = parameter_overview.count_parameters(first.abstract_params())
   yield f'{count:,} parameters; {sharding.describe()}'
   with_pairs = next((stage for stage in stages if stage.pairs and stage.name not in finished), None)
   for stage in stages:
@@ -131,18 +130,11 @@ def evaluation_calls(stages: list[Stage], config: Config) -> int:
 
 def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Params = None) -> float:
   """The mean over some updates on noise, in whole periods of the method, compilation excluded."""
-  params = sharding.to_host(stage.denoise.init(jax.random.key(0), stage.image_shape))
-  state = sharding.create(stage.recipe.create_state, params)
-  frozen = stage.frozen({'teacher': params if stage.parent else None, 'distance': distance})
-  frozen = sharding.place(frozen)
-  rng = np.random.default_rng(0)
-  shape = (stage.batch_size, *stage.image_shape)
-  label = np.zeros(stage.batch_size, np.int32)
-  told = label if stage.denoise.network.num_classes else None
-  noise = rng.normal(size=shape).astype(np.float32)
-  pairs = {'noise': noise, 'image': noise, 'label': told} if stage.pairs else None
-  image = rng.integers(0, 256, shape).astype(np.uint8)
-  batch = sharding.spread(stage.inputs({'image': image, 'label': label}, pairs))
+  key = jax.random.key(0)
+  params, teacher = sharding.to_host((stage.init_params(key), stage.init_teacher(key)))
+  state = sharding.create(stage.recipe.create_state, params, teacher)
+  frozen = sharding.place(stage.frozen(teacher, distance))
+  batch = sharding.spread(stand_in(stage))
   period = stage.recipe.method.period
   timed = -(-repeats // period) * period
   began = 0.0
@@ -156,7 +148,7 @@ def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Par
 
 def seconds_per_call(stage: Stage, config: Config) -> float:
   """One network call of a sampler, for one image of a full batch."""
-  params = sharding.to_host(stage.denoise.init(jax.random.key(0), stage.image_shape))
+  params = sharding.to_host(stage.init_params(jax.random.key(0)))
   draw = measure.drawer(config, stage, config.evaluation.samplers[0])
   size = sharding.round_up(config.evaluation.batch_size)
   seconds = draw.seconds_per_image(params, times.uniform(2), size, 0, use=lambda images: None)

@@ -1,52 +1,53 @@
-"""What a stage is trained with: its parents, and the batches that it sees."""
+"""The inputs of a stage: its parents, and the batches that it sees."""
 
 import contextlib
 import dataclasses
-import itertools
 import pathlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.methods import distances
-from diffusion_distillation.run import monitor as watching
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.run.monitor import Monitor
 from diffusion_distillation.run.pairs import StoredPairs, ensure
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import digest
-from diffusion_distillation.training.recipe import Stage
 from diffusion_distillation.training.state import Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
+class Inputs:
   """What a stage is trained with.
 
   Attributes:
-    images: training images.
+    images: training images, or None for a stage that needs none.
     teacher: the parent stage's model, or None.
-    start: the model that the student starts from; None: the teacher.
+    start: the model that the student starts from; None: the teacher, or new parameters.
     pairs: of the teacher, where the stage learns from some.
     distance: weights of the method's distance, where it has some.
-    health: looks at the student's samples meanwhile, or None.
+    monitor: looks at the student's samples meanwhile, or None.
   """
 
-  images: Loader
+  images: Loader | None
   teacher: Model | None = None
   start: Model | None = None
   pairs: StoredPairs | None = None
   distance: Params = None
-  health: watching.Health | None = None
+  monitor: Monitor | None = None
 
-  @property
-  def parents(self) -> provenance.Parents:
-    """As the stage's lineage names them."""
+  def parents(self, stage: Stage) -> provenance.Parents:
+    """As the stage's provenance names them."""
+    start = self.start or (None if stage.starts_anew else self.teacher)
     return provenance.Parents(
       self.teacher,
-      self.start,
+      start,
       None if self.pairs is None else self.pairs.digest,
       None if self.distance is None else digest(self.distance),
     )
@@ -54,47 +55,92 @@ class Sources:
   def frozen(self, stage: Stage) -> dict[str, Params]:
     """Parameters that the step only reads, on the devices."""
     teacher = None if self.teacher is None else self.teacher.params
-    return sharding.place(stage.frozen({'teacher': teacher, 'distance': self.distance}))
+    return sharding.place(stage.frozen(teacher, self.distance))
 
   def first_state(self, stage: Stage) -> TrainState:
     """The state before the first update, on the devices."""
-    if self.teacher is None:
-      teacher = sharding.to_host(
-        stage.denoise.init(jax.random.key(stage.recipe.seed), stage.image_shape)
-      )
+    if self.start is not None:
+      student = self.start.params
+    elif stage.starts_anew or self.teacher is None:
+      student = sharding.to_host(stage.init_params(jax.random.key(stage.recipe.seed)))
     else:
-      teacher = self.teacher.params
-    student = teacher if self.start is None else self.start.params
+      student = self.teacher.params
+    teacher = student if self.teacher is None else self.teacher.params
     state: TrainState = sharding.create(stage.recipe.create_state, student, teacher)
     return state
 
   def batches(self, stage: Stage, done: int) -> Generator[dict[str, Any]]:
     """What the step is given, from update `done` to the stage's end: this process's part."""
     args = (int(stage.recipe.seed), stage.batch_size, done, stage.num_updates)
-    pairs = itertools.repeat(None) if self.pairs is None else self.pairs.shuffled(*args)
-    with contextlib.closing(self.images.shuffled(*args)) as images:
-      for batch, of_teacher in zip(images, pairs, strict=False):
-        yield stage.inputs(batch, of_teacher)
+    needs, told = stage.recipe.method.needs, stage.recipe.conditioning
+    with contextlib.ExitStack() as stack:
+      images: Iterator[Any] | None = None
+      pairs: Iterator[Any] | None = None
+      if 'images' in needs and self.images is not None:
+        images = stack.enter_context(contextlib.closing(self.images.shuffled(*args)))
+      if 'pairs' in needs and self.pairs is not None:
+        pairs = stack.enter_context(contextlib.closing(self.pairs.shuffled(*args)))
+      for i in range(done, stage.num_updates):
+        if images is not None:
+          found = next(images)
+          batch = {'image': found['image'], 'cond': conditioning.select(told, found['cond'])}
+        else:
+          batch = {'cond': conditioning.in_turn(told, _part(i, stage.batch_size))}
+        yield batch if pairs is None else batch | {'pairs': next(pairs)}
+
+
+def _part(i: int, batch_size: int) -> np.ndarray:
+  """This process's part of the numbers of the examples of batch i in an endless stream."""
+  index, count = sharding.part()
+  size = batch_size // count
+  return i * batch_size + index * size + np.arange(size)
+
+
+def shapes(stage: Stage, batch_size: int) -> dict[str, Any]:
+  """Shapes and types of a batch of `batch_size` examples as the stage's step is given it."""
+  needs, conditions = stage.recipe.method.needs, stage.recipe.conditioning.items()
+  x = jax.ShapeDtypeStruct((batch_size, *stage.recipe.shape[1:]), np.float32)
+  one = {key: condition.zeros(1) for key, condition in conditions}
+  cond = {key: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for key, v in one.items()}
+  batch: dict[str, Any] = {'cond': cond or None}
+  if 'images' in needs:
+    batch['image'] = jax.ShapeDtypeStruct((batch_size, *stage.image_shape), np.uint8)
+  if 'pairs' in needs:
+    batch['pairs'] = {'noise': x, 'image': x, 'cond': cond or None}
+  return batch
+
+
+def stand_in(stage: Stage) -> dict[str, Any]:
+  """A batch as the stage's step is given it, of noise and of the first class, to measure the step with."""
+  rng = np.random.default_rng(0)
+
+  def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    if leaf.dtype == np.uint8:
+      return rng.integers(0, 256, leaf.shape, np.uint8)
+    noisy = np.issubdtype(leaf.dtype, np.floating)
+    return (rng.normal(size=leaf.shape) if noisy else np.zeros(leaf.shape)).astype(leaf.dtype)
+
+  return jax.tree.map(fill, shapes(stage, stage.batch_size))
 
 
 def gather(
   stage: Stage,
   models: Mapping[str, Model],
-  images: Loader,
+  images: Loader | None,
   workdir: pathlib.Path,
   distance: Params = None,
-) -> Sources:
-  """The sources of a stage whose parents are among `models`; its pairs are drawn, if they are not there yet."""
+) -> Inputs:
+  """The inputs of a stage whose parents are among `models`; its pairs are drawn, if they are not there yet."""
   teacher = models[stage.parent].use(stage.parent_weights) if stage.parent else None
   start = models[stage.start] if stage.start else None
   pairs = ensure(workdir, stage.pairs, teacher) if teacher and stage.pairs else None
-  return Sources(images, teacher, start, pairs, distance)
+  return Inputs(images, teacher, start, pairs, distance)
 
 
 def load_distance(stage: Stage) -> Params:
   """The weights of the distance that a stage is trained with, or None; raises UserError as `distances.load` does."""
-  distance = getattr(stage.recipe.method, 'distance', None)
-  key = f'{stage.name}.distance_weights'
-  if distance is None or stage.parent is None:
+  weighted = stage.recipe.networks.get('distance')
+  if weighted is None:
     return None
-  return distances.load(distance, stage.distance_weights, stage.image_shape, key)
+  key = f'{stage.name}.distance_weights'
+  return distances.load(weighted.distance, stage.distance_weights, stage.image_shape, key)

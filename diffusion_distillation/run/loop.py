@@ -1,7 +1,6 @@
-"""Training: the loop over the step, and the run over all stages."""
+"""The training loop over one stage."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import logging
@@ -14,21 +13,17 @@ import jax
 import numpy as np
 
 from diffusion_distillation.config import Config
-from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
-from diffusion_distillation.evaluation import measure
-from diffusion_distillation.run import forecast, replay
-from diffusion_distillation.run import monitor as watching
-from diffusion_distillation.run.inputs import Sources, gather, load_distance
+from diffusion_distillation.errors import DamagedError, NumericalError, Preempted
+from diffusion_distillation.run import replay
+from diffusion_distillation.run.inputs import Inputs
 from diffusion_distillation.stages import provenance
-from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.checkpoints import Checkpoints
 from diffusion_distillation.system.logs import MetricsWriter
 from diffusion_distillation.system.progress import Progress
-from diffusion_distillation.training.recipe import Stage
 from diffusion_distillation.training.state import TrainState
-from diffusion_distillation.training.step import train_steps
 
 _log = logging.getLogger(__name__)
 
@@ -37,13 +32,13 @@ class _Diverged(Exception):
   """Too many updates in a row were skipped."""
 
 
-def fit(step: Callable, stage: Stage, sources: Sources, workdir: pathlib.Path, config: Config) -> Model:
+def fit(step: Callable, stage: Stage, inputs: Inputs, workdir: pathlib.Path, config: Config) -> Model:
   """Trains a stage to its end, from wherever its directory says that it stands.
 
   Args:
     step: the compiled `train_step`.
     stage: what to train.
-    sources: what it is trained with.
+    inputs: what it is trained with.
     workdir: has the stage's directory in it.
     config: of the whole run.
 
@@ -55,10 +50,10 @@ def fit(step: Callable, stage: Stage, sources: Sources, workdir: pathlib.Path, c
     NumericalError: after going back to the last checkpoint, too many updates in a row were skipped again.
     Preempted: a signal came; the state is saved.
   """
-  provenance.begin_stage(workdir, stage, sources.parents, config)
+  provenance.begin_stage(workdir, stage, inputs.parents(stage), config)
   with contextlib.closing(Checkpoints(workdir / stage.name)) as checkpoints:
-    loop = functools.partial(_loop, step, stage, sources, config, checkpoints)
-    state, seconds = _restore_or_start(checkpoints, stage, sources)
+    loop = functools.partial(_loop, step, stage, inputs, config, checkpoints)
+    state, seconds = _restore_or_start(checkpoints, stage, inputs)
     if int(state.step) == stage.num_updates:
       provenance.check_digest(workdir, provenance.to_model(stage, state, seconds))
     elif not int(state.step) and provenance.is_finished(workdir, stage):
@@ -71,7 +66,7 @@ def fit(step: Callable, stage: Stage, sources: Sources, workdir: pathlib.Path, c
         state, seconds = loop(state, seconds)
       except _Diverged as first:
         checkpoints.wait()
-        state, seconds = _restore_or_start(checkpoints, stage, sources)
+        state, seconds = _restore_or_start(checkpoints, stage, inputs)
         _log.warning('stage %s: %s; back to step %d', stage.name, first, state.step)
         try:
           state, seconds = loop(state, seconds)
@@ -81,36 +76,36 @@ def fit(step: Callable, stage: Stage, sources: Sources, workdir: pathlib.Path, c
             'lower its learning rate (in a new workdir), or look at its data'
           ) from again
   model = provenance.to_model(stage, state, seconds)
-  provenance.finish_stage(workdir, sources.parents, model, config)
+  provenance.finish_stage(workdir, inputs.parents(stage), model, config)
   return model
 
 
 def _restore_or_start(
-  checkpoints: Checkpoints, stage: Stage, sources: Sources
+  checkpoints: Checkpoints, stage: Stage, inputs: Inputs
 ) -> tuple[TrainState, float]:
-  restored = checkpoints.restore(provenance.abstract_state(stage), set_aside=True)
-  return (sources.first_state(stage), 0.0) if restored is None else restored
+  restored = checkpoints.restore(stage.abstract_state(), set_aside=True)
+  return (inputs.first_state(stage), 0.0) if restored is None else restored
 
 
 def _loop(
   step: Callable,
   stage: Stage,
-  sources: Sources,
+  inputs: Inputs,
   config: Config,
   checkpoints: Checkpoints,
   state: TrainState,
   seconds: float,
 ) -> tuple[TrainState, float]:
   """Updates until the stage is finished; returns the last state and the seconds it took in all."""
-  done, health = int(state.step), sources.health
-  host_batches = sources.batches(stage, done)
+  done, monitor = int(state.step), inputs.monitor
+  host_batches = inputs.batches(stage, done)
   began = time.monotonic() - seconds
-  frozen, pending = sources.frozen(stage), []
+  frozen, pending = inputs.frozen(stage), []
   progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
 
   def check(skipped: int) -> None:
     if skipped >= config.max_skipped:
-      replay.keep(stage, sources, checkpoints.stage_dir, state)
+      replay.keep(stage, inputs, checkpoints.stage_dir, state)
       raise _Diverged(f'loss or gradient not finite for {skipped} updates in a row up to step {done}')
 
   with (
@@ -118,8 +113,8 @@ def _loop(
     progress,
     contextlib.closing(MetricsWriter(checkpoints.stage_dir, done)) as writer,
   ):
-    if health is not None:
-      health.resume(done)
+    if monitor is not None:
+      monitor.resume(done)
     for batches in _dispatches(sharding.ahead(host_batches), stage, done, config):
       recipes = tuple(stage.recipe.at(done + k) for k in range(len(batches)))
       if len(batches) == 1:
@@ -131,17 +126,17 @@ def _loop(
       sharding.settle(state)
       done += len(batches)
       last = done == stage.num_updates
-      look = health is not None and health.due(done)
+      look = monitor is not None and monitor.due(done)
       if last or look or done % config.log.every == 0:
         told = jax.device_get(pending)
         _tell_skipped(told, done, stage, checkpoints.stage_dir)
         check(max(int(metrics['skipped_in_a_row']) for metrics in told))
         values = _summary(told)
-        if health is not None:
-          values |= health.lag(values)
+        if monitor is not None:
+          values |= monitor.lag(values)
           if look:
             with contextlib.suppress(Preempted):  # a signal while it draws; the state is saved below
-              values |= health.look(state)
+              values |= monitor.look(state)
         writer.write(done, values)
         progress.note(f'loss {values["loss"]:.3g}' if 'loss' in values else 'loss not finite')
         pending = []
@@ -194,53 +189,3 @@ def _summary(pending: list[dict[str, Any]]) -> dict[str, float]:
   values['skipped'] = float(pending[-1]['skipped'])
   del values['skipped_in_a_row']
   return values
-
-
-def check_batches(config: Config) -> None:
-  """Raises UserError unless all batches divide by micro-batches and devices, and all that is due by dispatches."""
-  names = {'progressive': 'distill'}
-  for section in ('train', *(names.get(name, name) for name in config.methods)):
-    sharding.check_batch(section, config[section].batch_size, config[section].micro_batches)
-  count = config.compute.updates_per_dispatch
-  for key in ('log.every', 'log.health_every', 'checkpoint.every'):
-    section, name = key.split('.')
-    if config[section][name] % count:
-      raise UserError(
-        f'{key}={config[section][name]} must be a multiple of compute.updates_per_dispatch={count}'
-      )
-
-
-def run(config: Config, workdir: pathlib.Path, dry: bool = False) -> None:
-  """Trains every stage that is not finished, measures all, and writes the report.
-
-  Args:
-    config: of the run.
-    workdir: of the run.
-    dry: whether to stop before anything is compiled or written.
-
-  Raises:
-    UserError: config or workdir do not fit; before anything is compiled or changed.
-    Preempted, NumericalError: see `fit`.
-  """
-  stages, images = workdirs.plan_for(workdir, config)
-  check_batches(config)
-  distances_of = {stage.name: load_distance(stage) for stage in stages}
-  done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
-  with contextlib.nullcontext() if dry else workdirs.lock_workdir(workdir):
-    workdirs.check_made_with(workdir, config)
-    provenance.check_configs(workdir, stages, config)
-    forecast.show(stages, done, config, workdir, distances_of)
-    if dry:
-      return
-    workdirs.claim(workdir, config)
-    workdirs.claim_images(workdir, images.images)
-    step = sharding.compile_step(train_steps)
-    forecast.show_times(stages, done, step, config, distances_of)
-    models: dict[str, Model] = {}
-    for stage in stages:
-      sources = gather(stage, models, images, workdir, distances_of[stage.name])
-      if sources.teacher is not None and watching.watches(config, stage) and stage.name not in done:
-        health = watching.begin(config, stage, workdir, sources.teacher, images)
-        sources = dataclasses.replace(sources, health=health)
-      models[stage.name] = fit(step, stage, sources, workdir, config)
-    measure.evaluate(config, list(models.values()), images, workdir, again=False)

@@ -1,6 +1,6 @@
 """Watching a student of few steps while it trains: does it still draw all that the data has?
 
-stage_dir/health.json      the data's figures, to compare those in logs.jsonl with
+stage_dir/health.json      the data's figures, to compare those in metrics.jsonl with
 stage_dir/denoisings.png   DMD: samples, noised, as the teacher and as the fake score would denoise them
 """
 
@@ -21,13 +21,14 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import diffuse
 from diffusion_distillation.evaluation import measure, pictures
 from diffusion_distillation.evaluation.features import FeatureExtractor, load_or_train
-from diffusion_distillation.networks.spaces import to_image, to_x
-from diffusion_distillation.networks.unet import Denoiser
+from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.networks.denoiser import Bound
+from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.workdir import open_images
 from diffusion_distillation.system import files, logs, sharding
 from diffusion_distillation.system.files import write_json
-from diffusion_distillation.training.recipe import Stage
 from diffusion_distillation.training.state import Params, TrainState
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Figures:
     return cls(float(spread), float(scaled.mean()), float(saturation.mean()))
 
 
-class Health:
+class Monitor:
   """Looks at a stage's samples now and then.
 
   Args:
@@ -101,7 +102,7 @@ class Health:
     self._warned: set[str] = set()
 
   def resume(self, done: int) -> None:
-    """Takes the running loss up where logs.jsonl has it at update `done`."""
+    """Takes the running loss up where metrics.jsonl has it at update `done`."""
     self._running = None
     for line in logs.read(self._stage_dir / 'metrics.jsonl'):
       if line['step'] <= done and 'fake_loss' in line:
@@ -118,7 +119,7 @@ class Health:
     grid = times.uniform(stage.num_steps)
     images = draw.draw(state.ema_params[0], grid, _SAMPLES, config.evaluation.seed)
     if 'fake_score' in state.params:
-      self._picture(state, images[:8], draw.labels(np.arange(8)))
+      self._picture(state, images[:8], draw.cond(np.arange(8)))
     figures = Figures.of(images, self._extractor)
     diversity = figures.spread / max(self.data.spread, 1e-12)
     begun = int(state.step) <= stage.num_updates / 5
@@ -153,11 +154,14 @@ class Health:
       _log.warning('stage %s: %s', self._stage.name, text)
     (self._warned.add if wrong else self._warned.discard)(name)
 
-  def _picture(self, state: TrainState, images: np.ndarray, label: np.ndarray | None) -> None:
+  def _picture(self, state: TrainState, images: np.ndarray, cond: Cond) -> None:
     """Rows: the samples, then for each time the noised samples, the teacher's denoising, the fake score's."""
     logsnr = self._stage.schedule(jnp.array(_TIMES))
-    networks = (self._teacher, state.params['fake_score'])
-    rows = _denoisings(self._stage.denoise, networks, images, logsnr, label)
+    scores = self._stage.recipe.bind(
+      {'teacher': self._teacher, 'fake_score': state.params['fake_score']}
+    )
+    networks = (scores['teacher'], scores['fake_score'])
+    rows = _denoisings(self._stage.space, networks, images, logsnr, cond)
     sheet = np.concatenate([images, sharding.to_host(rows)])
     if not files.writes():
       return
@@ -172,32 +176,34 @@ def watches(config: Config, stage: Stage) -> bool:
   return bool(config.log.health_every) and stage.parent is not None and stage.num_steps <= MOST_STEPS
 
 
-def begin(config: Config, stage: Stage, workdir: pathlib.Path, teacher: Model, images: Loader) -> Health:
+def begin(
+  config: Config, stage: Stage, workdir: pathlib.Path, teacher: Model, images: Loader
+) -> Monitor:
   """A look-out for a stage, with the workdir's extractor, which is trained if it is not there yet."""
   held_out = open_images(config, 'eval')
   extractor = load_or_train(workdir / 'extractor.safetensors', images, held_out)
   held_out.close()
   (workdir / stage.name).mkdir(exist_ok=True)
-  return Health(config, stage, workdir / stage.name, teacher.params, images, extractor)
+  return Monitor(config, stage, workdir / stage.name, teacher.params, images, extractor)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _denoisings(
-  denoise: Denoiser,
-  networks: tuple[Params, Params],
+  space: Space,
+  networks: tuple[Bound, Bound],
   images: jax.Array,
   logsnr: jax.Array,
-  label: jax.Array | None,
+  cond: Cond,
 ) -> jax.Array:
   """(3 T n, H, W, C) uint8: noised, real and fake denoising of n images at each of T times."""
-  x = to_x(images)
+  x = space.encode(images)
   eps = jax.random.normal(jax.random.key(0), x.shape)
   rows = []
   for at in logsnr:
     full = jnp.full(len(x), at)
     z = diffuse(x, eps, full)
-    rows += [z, *(denoise(params, z, full, label).x for params in networks)]
-  return to_image(jnp.concatenate(rows))
+    rows += [z, *(network(z, full, cond).x for network in networks)]
+  return space.decode(jnp.concatenate(rows))
 
 
 def _follow(running: float | None, value: float) -> float:

@@ -1,9 +1,10 @@
 """Stored (noise, image) pairs of a teacher: what its deterministic sampler makes of noise, drawn once.
 
 workdir/pairs/pairs.json   whose they are, and a digest of each file that is there
-workdir/pairs/00000.npy    a batch: records of noise, image (float32) and, for a conditional teacher, label (int32)
+workdir/pairs/00000.npy    a batch: records of noise, image (float32) and the teacher's conditioning, such as label (int32)
 """
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -14,17 +15,31 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.datasets.orders import Shuffled
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Drawer
+from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.stages.parts import DETERMINISTIC
 from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Pairs
 from diffusion_distillation.system import cluster, files, interrupts, sharding
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.system.progress import Progress
-from diffusion_distillation.training.recipe import Pairs
 
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsSection:
+  """Stored pairs of noise and the image that the base model makes of it, for `knowledge` and `dmd.regression`."""
+
+  num_pairs: int = key(100_000, 'Number of pairs.', POSITIVE)
+  sampler: str = key('heun', 'Deterministic sampler that draws the images.', choices=DETERMINISTIC)
+  num_steps: int = key(18, 'Number of sampling steps per image.', POSITIVE)
+  grid: str = key('uniform', 'Spacing of the sampling steps in t.', choices=times.GRIDS)
+  batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
 
 
 class StoredPairs:
@@ -42,16 +57,15 @@ class StoredPairs:
   def __len__(self) -> int:
     return sum(map(len, self._parts))
 
-  def read(self, indices: np.ndarray) -> dict[str, np.ndarray | None]:
-    """`noise`, `image` (n, H, W, C) and `label` (n,) or None."""
+  def read(self, indices: np.ndarray) -> dict[str, Any]:
+    """`noise` and `image` (n, ...), and their `cond`."""
     parts, places = np.divmod(indices, len(self._parts[0]))
     found = np.stack([self._parts[part][place] for part, place in zip(parts, places, strict=True)])
-    label = found['label'] if 'label' in (found.dtype.names or ()) else None
-    return {'noise': found['noise'], 'image': found['image'], 'label': label}
+    keys = [name for name in found.dtype.names or () if name not in ('noise', 'image')]
+    cond = {key: found[key] for key in keys} or None
+    return {'noise': found['noise'], 'image': found['image'], 'cond': cond}
 
-  def shuffled(
-    self, seed: int, batch_size: int, start: int, stop: int
-  ) -> Generator[dict[str, np.ndarray | None]]:
+  def shuffled(self, seed: int, batch_size: int, start: int, stop: int) -> Generator[dict[str, Any]]:
     """This process's part of batches `start` to `stop` of an endless stream of shuffled epochs."""
     order, (index, count) = Shuffled(len(self), seed, batch_size), sharding.part()
     for i in range(start, stop):
@@ -77,14 +91,17 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
       f'{path}: these pairs do not belong to this run: {key} was {stored.get(key)}, is {lineage[key]}; remove '
       f'{directory} to have them drawn again'
     )
+  stage = teacher.stage
   draw = Drawer(
-    teacher.stage.denoise,
-    pairs.sampler,
-    teacher.stage.schedule,
-    teacher.stage.image_shape,
-    pairs.batch_size,
+    denoise=stage.denoise,
+    sampler=pairs.sampler,
+    schedule=stage.schedule,
+    space=stage.space,
+    image_shape=stage.image_shape,
+    batch_size=pairs.batch_size,
+    clip_x=pairs.clip_x,
   )
-  grid = times.make_grid(pairs.grid, pairs.num_steps, teacher.stage.schedule)
+  grid = times.make_grid(pairs.grid, pairs.num_steps, stage.schedule)
   count = -(-pairs.count // pairs.batch_size)
   paths = [directory / f'{k:05d}.npy' for k in range(count)]
   digests = stored['digests']
@@ -116,7 +133,7 @@ def describe(pairs: Pairs, teacher: Model) -> dict[str, Any]:
     'teacher': {'stage': teacher.stage.name, 'weights': teacher.weights, 'digest': teacher.digest},
     'num_pairs': pairs.count,
     'sampler': type(pairs.sampler).__name__,
-    'clip_x': pairs.sampler.clip_x,
+    'clip_x': pairs.clip_x,
     'num_steps': pairs.num_steps,
     'grid': pairs.grid,
     'seed': pairs.seed,
@@ -124,9 +141,9 @@ def describe(pairs: Pairs, teacher: Model) -> dict[str, Any]:
   }
 
 
-def _save(path: pathlib.Path, noise: np.ndarray, image: np.ndarray, label: np.ndarray | None) -> None:
+def _save(path: pathlib.Path, noise: np.ndarray, image: np.ndarray, cond: Cond) -> None:
   """Writes a file whole or not at all."""
-  columns = {'noise': noise, 'image': image} | ({} if label is None else {'label': label})
+  columns = {'noise': noise, 'image': image, **(cond or {})}
   records = np.empty(
     len(noise), [(name, values.dtype, values.shape[1:]) for name, values in columns.items()]
   )

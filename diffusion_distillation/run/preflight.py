@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.run.inputs import shapes
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import sharding
-from diffusion_distillation.training.recipe import Stage
+from diffusion_distillation.training import step
 from diffusion_distillation.training.state import Params
 
 _CHECKPOINTS = 2  # that a stage keeps
@@ -57,11 +58,10 @@ class Memory:
 
 def memory(stage: Stage, distance: Params = None) -> Memory:
   """Of a stage, from shapes alone: nothing is compiled, computed or put on a device."""
-  state = provenance.abstract_state(stage)
-  teacher = provenance.abstract_params(stage) if stage.parent else None
-  frozen = stage.frozen({'teacher': _as_numbers(teacher), 'distance': distance})
+  state = stage.abstract_state()
+  frozen = stage.frozen(_as_numbers(stage.abstract_teacher()), distance)
   recipe = stage.recipe.at(stage.recipe.method.period - 1)  # when all networks have their turn
-  trained = {name: state.params[name] for name in recipe.method.networks}
+  trained = {name: state.params[name] for name in recipe.method.trained}
   per_device = sharding.bytes_per_device
   return Memory(
     params=per_device(state.params),
@@ -82,24 +82,21 @@ def _as_numbers(tree: Any) -> Any:
 def _activations(stage: Stage, state: Any, frozen: Mapping[str, Params]) -> int:
   """Bytes of what the loss keeps for its gradient, on each device: those residuals that grow with the batch."""
   recipe = stage.recipe.at(stage.recipe.method.period - 1)
-  shape = (_PRIME, *stage.image_shape)
+  recipe = dataclasses.replace(recipe, shape=(_PRIME, *recipe.shape[1:]))
 
-  def residuals(state: Any, frozen: Any, image: jax.Array, label: Any) -> Any:
+  def residuals(state: Any, frozen: Any, batch: Any) -> Any:
     rng = jax.random.key(0)
-    batch = {'x': image, 'label': label, **recipe.method.draw(rng, shape)}
-    if stage.pairs is not None:
-      batch['pairs'] = {'noise': image, 'image': image, 'label': label}
-    fixed = {**frozen, 'average': state.ema_params[0]}
+    examples = step.make_examples(recipe, batch, rng, rng)
+    fixed = {**frozen, **state.params, 'average': state.ema_params[0]}
 
     def loss(trained: Any) -> Any:
-      networks = {**state.params, **trained}
-      return recipe.method.loss(recipe.denoise, networks, fixed, batch, rng, jnp.array(0))[0]
+      nets = recipe.bind({**fixed, **trained})
+      return recipe.method.loss(nets, examples, rng, jnp.array(0))[0]
 
-    return jax.vjp(loss, {name: state.params[name] for name in recipe.method.networks})[1]
+    return jax.vjp(loss, {name: state.params[name] for name in recipe.method.trained})[1]
 
-  image = jax.ShapeDtypeStruct(shape, jnp.float32)
-  label = jax.ShapeDtypeStruct((_PRIME,), jnp.int32) if stage.denoise.network.num_classes else None
-  kept = jax.tree.leaves(jax.eval_shape(residuals, state, dict(frozen), image, label))
+  batch = shapes(stage, _PRIME)
+  kept = jax.tree.leaves(jax.eval_shape(residuals, state, dict(frozen), batch))
   grows = [leaf for leaf in kept if any(size and size % _PRIME == 0 for size in leaf.shape)]
   examples = stage.batch_size // recipe.micro_batches
   return _bytes(grows) // _PRIME * -(-examples // sharding.device_count())
@@ -108,7 +105,7 @@ def _activations(stage: Stage, state: Any, frozen: Mapping[str, Params]) -> int:
 def disk(stages: list[Stage], finished: set[str]) -> int:
   """Bytes that the checkpoints and pairs of unfinished stages will take at most."""
   todo = [stage for stage in stages if stage.name not in finished]
-  states = [_bytes(provenance.abstract_state(stage)) for stage in todo]
+  states = [_bytes(stage.abstract_state()) for stage in todo]
   pairs = next(
     (stage.pairs.count * (8 * int(np.prod(stage.image_shape)) + 4) for stage in todo if stage.pairs), 0
   )

@@ -21,20 +21,21 @@ import numpy as np
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.orders import Shuffled
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.run.inputs import Sources, gather, load_distance
+from diffusion_distillation.run.inputs import Inputs, gather, load_distance
 from diffusion_distillation.stages import provenance, workdir
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import cluster, files, interrupts, sharding
 from diffusion_distillation.system.checkpoints import Checkpoints
 from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
-from diffusion_distillation.training.recipe import Recipe, Stage
+from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.state import TrainState
 from diffusion_distillation.training.step import loss_and_gradients, train_steps
 
 _log = logging.getLogger(__name__)
 
 
-def keep(stage: Stage, sources: Sources, stage_dir: pathlib.Path, state: TrainState) -> None:
+def keep(stage: Stage, inputs: Inputs, stage_dir: pathlib.Path, state: TrainState) -> None:
   """Keeps what the first update of the streak that `state` ends began with, and looks at it.
 
   Skipped updates leave all but the counters as it was, so that this is `state` with its counters turned back.
@@ -54,7 +55,7 @@ def keep(stage: Stage, sources: Sources, stage_dir: pathlib.Path, state: TrainSt
   cluster.barrier()
   with contextlib.closing(Checkpoints(stage_dir / 'nonfinite')) as checkpoints:
     checkpoints.save(int(state.step), state, 0.0)
-    found = examine(stage, sources, state)
+    found = examine(stage, inputs, state)
   write_json(stage_dir / 'nonfinite.json', found)
   _log.warning(
     'stage %s: %s; to look at it again: %s',
@@ -79,7 +80,7 @@ def told(found: dict[str, Any]) -> str:
   return f'update {found["step"]}: loss {found["loss"]}, not finite: {"; ".join(wrong) or "nothing"}'
 
 
-def examine(stage: Stage, sources: Sources, state: TrainState) -> dict[str, Any]:
+def examine(stage: Stage, inputs: Inputs, state: TrainState) -> dict[str, Any]:
   """The update that `state` leads to, without making it.
 
   Returns:
@@ -87,19 +88,27 @@ def examine(stage: Stage, sources: Sources, state: TrainState) -> dict[str, Any]
     with a NaN or an infinity, of the state, of what is frozen, and of the gradients.
   """
   step = int(state.step)
-  with contextlib.closing(sources.batches(stage, step)) as batches:
+  with contextlib.closing(inputs.batches(stage, step)) as batches:
     batch = sharding.put(next(batches))
-  frozen = sources.frozen(stage)
+  frozen = inputs.frozen(stage)
   values, flags = sharding.to_host(_look(stage.recipe.at(step), state, frozen, batch))
-  order = Shuffled(len(sources.images), int(stage.recipe.seed), stage.batch_size)
   return {
     'stage': stage.name,
     'step': step,
     'seed': int(stage.recipe.seed),
-    'images': order(step)[0].tolist(),
+    'images': _indices(stage, inputs, step),
     **{name: _number(value) for name, value in values.items()},
     'nonfinite': {name: _names(tree) for name, tree in flags.items()},
   }
+
+
+def _indices(stage: Stage, inputs: Inputs, step: int) -> list[int]:
+  """The indices of the images in the batch of an update; none for a stage that needs no images."""
+  if inputs.images is None or 'images' not in stage.recipe.method.needs:
+    return []
+  order = Shuffled(len(inputs.images), int(stage.recipe.seed), stage.batch_size)
+  found: list[int] = order(step)[0].tolist()
+  return found
 
 
 @jax.jit
@@ -144,27 +153,27 @@ def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dic
     if model is None or model.step < stages[parent].num_updates:
       raise UserError(f'stage {parent}, which stage {name} comes from, is not finished')
     models[parent] = model
-  sources = gather(stage, models, images, directory, load_distance(stage))
-  state = _advance(stage, sources, _nearest(directory / name, stage, sources, step), step)
-  found = examine(stage, sources, state)
+  inputs = gather(stage, models, images, directory, load_distance(stage))
+  state = _advance(stage, inputs, _nearest(directory / name, stage, inputs, step), step)
+  found = examine(stage, inputs, state)
   write_json(directory / name / 'nonfinite.json', found)
   return found
 
 
-def _nearest(stage_dir: pathlib.Path, stage: Stage, sources: Sources, step: int) -> TrainState:
-  like = provenance.abstract_state(stage)
+def _nearest(stage_dir: pathlib.Path, stage: Stage, inputs: Inputs, step: int) -> TrainState:
+  like = stage.abstract_state()
   restored = [
     Checkpoints(where).restore(like, set_aside=False, upto=step)
     for where in (stage_dir / 'nonfinite', stage_dir)
   ]
   states: list[TrainState] = [found[0] for found in restored if found is not None]
-  return max(states, key=lambda state: int(state.step)) if states else sources.first_state(stage)
+  return max(states, key=lambda state: int(state.step)) if states else inputs.first_state(stage)
 
 
-def _advance(stage: Stage, sources: Sources, state: TrainState, step: int) -> TrainState:
-  compiled, frozen, done = sharding.compile_step(train_steps), sources.frozen(stage), int(state.step)
+def _advance(stage: Stage, inputs: Inputs, state: TrainState, step: int) -> TrainState:
+  compiled, frozen, done = sharding.compile_step(train_steps), inputs.frozen(stage), int(state.step)
   with (
-    contextlib.closing(sources.batches(stage, done)) as batches,
+    contextlib.closing(inputs.batches(stage, done)) as batches,
     Progress(f'replay of {stage.name}', step, done, stage.batch_size) as progress,
   ):
     for k, batch in zip(

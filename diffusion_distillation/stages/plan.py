@@ -6,12 +6,39 @@ from typing import Any
 
 from diffusion_distillation.config import Config, check_numbers, choose
 from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.methods import Denoising, Progressive
+from diffusion_distillation.methods import METHODS, Denoising, Progressive, Student
+from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.networks.unet import DTYPES
-from diffusion_distillation.stages import building, students
-from diffusion_distillation.training.recipe import Stage, without_dropout
+from diffusion_distillation.stages import parts
+from diffusion_distillation.stages.model import name_in, network_arguments
+from diffusion_distillation.stages.parts import Data
+from diffusion_distillation.stages.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """A model from elsewhere, as the first stage of a plan: what its files say, whatever the config has.
+
+  Attributes:
+    denoise: the network as a denoiser.
+    schedule: t to logsnr.
+    space: what x is.
+    image_shape: (H, W, C).
+    num_steps: that it is sampled in.
+    sampler: that it is sampled by.
+  """
+
+  denoise: Denoiser
+  schedule: Schedule
+  space: Space
+  image_shape: tuple[int, ...]
+  num_steps: int
+  sampler: str
 
 
 def of_round(values: Sequence[Any], from_the_end: int) -> Any:
@@ -43,45 +70,33 @@ def rounds(start_steps: int, end_steps: int, factor: Sequence[int] = (2,)) -> li
   return found[::-1]
 
 
-def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list[Stage]:
+def plan(
+  config: Config, image_shape: tuple[int, ...], num_classes: int, origin: Origin | None = None
+) -> list[Stage]:
   """All stages of a run, in order; nothing is read, compiled or written.
 
   Args:
     config: with exactly the keys of configs/default.py.
     image_shape: (H, W, C) of the data.
     num_classes: of the data; 0 without labels.
+    origin: the base, if it comes from elsewhere; else the config describes it.
 
   Raises:
     UserError: something in the config does not fit; the message names the key.
   """
   check_numbers(config)
   _check_measuring(config)
+  data = Data(image_shape, num_classes)
   for name in config.methods:
-    choose('methods', name, {'progressive': None, **students.STUDENTS})
-  denoise = building.make_denoiser(config, image_shape, num_classes)
-  schedule = building.make_schedule(config, image_shape)
-  weighting = choose('weighting', config.weighting, WEIGHTINGS)()
-  law, train = building.make_law(config, schedule), config.train
-  loss = Denoising(schedule, weighting, law, config.time.num_steps)
-  rates = {'student': train.learning_rate}
+    choose('methods', name, _students())
   choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
-  base = Stage(
-    name='base',
-    parent=None,
-    parent_weights='',
-    recipe=building.make_recipe(config, 'train', (0,), denoise, loss, rates, train.num_updates),
-    num_steps=config.distill.start_steps,
-    num_updates=train.num_updates,
-    batch_size=train.batch_size,
-    schedule=schedule,
-    image_shape=image_shape,
-    measured_steps=(config.distill.start_steps,),
-    teacher_dtype=config.compute.teacher_dtype,
-  )
+  base = _base(config, data, origin)
+  student = _student_network(config, base, data)
   stages = [base]
   for name in config.methods:
-    stages += _rounds(config, base) if name == 'progressive' else [students.STUDENTS[name](config, base)]
-  students.check_starts(stages)
+    many = name == 'progressive'
+    stages += _rounds(config, base, student) if many else [_student(config, base, student, name)]
+  _check_starts(stages)
   least = min(steps for stage in stages for steps in stage.measured_steps)
   if least > config.evaluation.max_steps:
     raise UserError(
@@ -91,16 +106,102 @@ def plan(config: Config, image_shape: tuple[int, ...], num_classes: int) -> list
   return stages
 
 
+def _students() -> dict[str, type]:
+  """The methods that may follow the base."""
+  return {
+    name: cls for name, cls in METHODS.items() if name == 'progressive' or issubclass(cls, Student)
+  }
+
+
 def _check_measuring(config: Config) -> None:
   evaluation = config.evaluation
   choose('evaluation.grid', evaluation.grid, dict.fromkeys(times.GRIDS))
   if not evaluation.samplers:
     raise UserError('evaluation.samplers=() must name one at least, such as ddim')
   for name in evaluation.samplers:
-    building.make_sampler(name, evaluation.clip_x, evaluation.gamma)
+    parts.make_sampler(name, evaluation.gamma)
 
 
-def _rounds(config: Config, base: Stage) -> list[Stage]:
+def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
+  """The first stage: what teaches all others."""
+  train = config.train
+  if origin is None:
+    schedule = parts.make_schedule(config, data.image_shape)
+    denoise = parts.make_denoiser(config, config.model, data, schedule)
+    space, num_steps = parts.make_space(config), config.distill.start_steps
+    origin = Origin(denoise, schedule, space, data.image_shape, num_steps, 'ddim')
+  loss = Denoising(
+    schedule=origin.schedule,
+    weighting=choose('weighting', config.weighting, WEIGHTINGS)(),
+    law=parts.make_law(config, origin.schedule),
+    num_steps=config.time.num_steps,
+  )
+  rates = {'student': train.learning_rate}
+  networks = (origin.denoise, origin.denoise)
+  args = (networks, loss, rates, train.num_updates, origin.space, origin.image_shape)
+  return Stage(
+    name='base',
+    parent=None,
+    parent_weights='',
+    recipe=parts.make_recipe(config, 'train', (0,), *args),
+    num_steps=origin.num_steps,
+    num_updates=train.num_updates,
+    schedule=origin.schedule,
+    image_shape=origin.image_shape,
+    sampler=origin.sampler,
+    measured_steps=(origin.num_steps,),
+    teacher_dtype=config.compute.teacher_dtype,
+  )
+
+
+def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
+  """The students' network: the base's without dropout, but for what the section `student` says otherwise."""
+  otherwise = {key: value for key, value in config.student.items() if value is not None}
+  if not otherwise:
+    return base.denoise
+  own = {
+    'name': name_in(NETWORKS, base.denoise.network),
+    'output': base.denoise.output,
+    'conditional': bool(base.denoise.conditioning),
+    **network_arguments(base.denoise.network),
+  }
+  data = dataclasses.replace(data, image_shape=base.image_shape)
+  network = parts.make_denoiser(config, {**config.model, **own, **otherwise}, data, base.schedule)
+  if network.conditioning != base.denoise.conditioning:
+    raise UserError('student.conditional: a student is told what its teacher is told')
+  return network.without_dropout()
+
+
+def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage:
+  """A stage of the base's student, trained by the method and as the section of this name say."""
+  section, cls = config[name], METHODS[name]
+  method = cls.from_config(name, section, parts.make_context(config, base))
+  sampling, rates = cls.sampling(section), cls.learning_rates(section)
+  networks = (student, base.denoise)
+  args = (networks, method, rates, section.num_updates, base.space, base.image_shape)
+  return dataclasses.replace(
+    base,
+    name=name,
+    parent=base.name,
+    parent_weights='ema',
+    teacher=base.denoise,
+    start=_start(base, student, section.start),
+    recipe=parts.make_recipe(config, name, tuple(name.encode()), *args),
+    num_steps=sampling.num_steps,
+    num_updates=section.num_updates,
+    pairs=parts.make_pairs(config) if 'pairs' in method.needs else None,
+    distance_weights=section.distance_weights if 'distance_weights' in section else '',
+    sampler=sampling.sampler,
+    measured_steps=sampling.measured_steps,
+  )
+
+
+def _start(base: Stage, student: Denoiser, start: str) -> str | None:
+  """The stage that a student starts from; none where that is the base and its network is another."""
+  return None if start == base.name and student != base.denoise else start
+
+
+def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
   """The rounds of progressive distillation, each the teacher of the next."""
   distill = config.distill
   steps = rounds(distill.start_steps, distill.end_steps, distill.factor)
@@ -110,25 +211,38 @@ def _rounds(config: Config, base: Stage) -> list[Stage]:
     )
   choose('distill.from_weights', distill.from_weights, {'ema': None, 'last': None})
   weighting = choose('weighting', config.weighting, WEIGHTINGS)()
-  found, denoise = [base], without_dropout(base.recipe.denoise)
+  uniform = times.Uniform(config.time.stratified)
+  found = [base]
   for num_steps, factor in steps:
-    from_the_end = len(steps) - len(found)
+    teacher, from_the_end = found[-1], len(steps) - len(found)
     num_updates = of_round(distill.num_updates, from_the_end)
     rates = {'student': of_round(distill.learning_rate, from_the_end)}
-    loss = Progressive(
-      num_steps, base.schedule, weighting, factor, times.Uniform(config.time.stratified)
+    loss = Progressive(num_steps, base.schedule, weighting, factor, uniform)
+    networks = (student, teacher.denoise)
+    args = (networks, loss, rates, num_updates, base.space, base.image_shape)
+    found.append(
+      dataclasses.replace(
+        base,
+        name=f'progressive_{num_steps:04d}',
+        parent=teacher.name,
+        parent_weights=distill.from_weights,
+        teacher=teacher.denoise,
+        recipe=parts.make_recipe(config, 'distill', (len(found),), *args),
+        num_steps=num_steps,
+        num_updates=num_updates,
+        sampler='ddim',
+        measured_steps=(num_steps,),
+      )
     )
-    seeds = (len(found),)
-    student = dataclasses.replace(
-      base,
-      name=f'progressive_{num_steps:04d}',
-      parent=found[-1].name,
-      parent_weights=distill.from_weights,
-      recipe=building.make_recipe(config, 'distill', seeds, denoise, loss, rates, num_updates),
-      num_steps=num_steps,
-      num_updates=num_updates,
-      batch_size=distill.batch_size,
-      measured_steps=(num_steps,),
-    )
-    found.append(student)
   return found[1:]
+
+
+def _check_starts(stages: list[Stage]) -> None:
+  """Raises UserError unless every stage's student starts from a stage before it that has its network."""
+  before: dict[str, Stage] = {}
+  for stage in stages:
+    if stage.start is not None:
+      start = choose(f'{stage.name}.start', stage.start, before)
+      if start.denoise != stage.denoise:
+        raise UserError(f'{stage.name}.start={stage.start}: that stage has another network')
+    before[stage.name] = stage

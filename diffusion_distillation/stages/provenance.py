@@ -1,25 +1,36 @@
-"""The lineage of each stage of a workdir: what its parameters are, and what they were made from.
+"""The provenance of each stage of a workdir: what its parameters are, and what they were made from.
 
-workdir/<stage>/stage.json  parents and their digests, parameterization, schedule, step count, data range, config
+workdir/<stage>/stage.json  parents and their digests, parameterization, schedule, step count, space, config
+workdir/<stage>/model/      the finished model; see `stages/model.py`
 """
 
 import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_distillation.config import Config, choose
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.stages.workdir import check_config
+from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.networks.spaces import SPACES
+from diffusion_distillation.stages.model import (
+  DESCRIPTION,
+  StoredModel,
+  name_in,
+  network_arguments,
+  read,
+  versions,
+  write,
+)
+from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.stages.workdir import check_config, class_names
 from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import Checkpoints, digest
 from diffusion_distillation.system.files import read_json, write_json
-from diffusion_distillation.training.recipe import Stage
 from diffusion_distillation.training.state import Params, TrainState
 
 
@@ -53,16 +64,14 @@ class Model:
     return dataclasses.replace(self, weights=weights, params=params, digest=digest(params))
 
 
-# Fields of the network that say how it is computed, not what its parameters mean.
-_OF_NO_MEANING = ('parent', 'name', 'dtype', 'remat')
-
-
 def describe(stage: Stage) -> dict[str, Any]:
-  """What its parameters mean: output, network, schedule and the shape of images."""
-  network = dataclasses.asdict(stage.denoise.network)
+  """What its parameters mean: output, network, space, schedule and the shape of images."""
+  network = stage.denoise.network
   return {
     'output': stage.denoise.output,
-    'network': {key: network[key] for key in network if key not in _OF_NO_MEANING},
+    'network_name': name_in(NETWORKS, network),
+    'network': network_arguments(network),
+    'space': name_in(SPACES, stage.space),
     'schedule': {'name': type(stage.schedule).__name__, **dataclasses.asdict(stage.schedule)},
     'image_shape': list(stage.image_shape),
   }
@@ -74,7 +83,7 @@ class Parents:
 
   Attributes:
     teacher: its parent's model, or None.
-    start: the model that it starts from; None: its teacher.
+    start: the model that it starts from; None: new parameters.
     pairs: digest of the pairs that it learns from, or None.
     distance: digest of the weights of its distance, or None.
   """
@@ -86,7 +95,7 @@ class Parents:
 
   def describe(self) -> dict[str, Any]:
     """As stage.json has it."""
-    models = {'parent': self.teacher, 'start': self.start or self.teacher}
+    models = {'parent': self.teacher, 'start': self.start}
     found: dict[str, Any] = {
       key: model and {'stage': model.stage.name, 'weights': model.weights, 'digest': model.digest}
       for key, model in models.items()
@@ -95,7 +104,7 @@ class Parents:
 
 
 def _lineage(stage: Stage, parents: Parents, config: Config) -> dict[str, Any]:
-  """What has to be known of a stage to use its parameters rightly."""
+  """What has to be known of a stage to use its parameters correctly."""
   return {
     'stage': stage.name,
     'method': stage.method,
@@ -103,7 +112,6 @@ def _lineage(stage: Stage, parents: Parents, config: Config) -> dict[str, Any]:
     **describe(stage),
     'sampler': stage.sampler,
     'num_steps': stage.num_steps,
-    'data_range': [-1.0, 1.0],
     'num_updates': stage.num_updates,
     'config': json.loads(config.to_json()),
   }
@@ -135,12 +143,46 @@ def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: C
     write_json(path, expected | {'finished': False})
 
 
+def to_stored(
+  workdir: pathlib.Path, model: Model, config: Config, parents: Parents | None = None
+) -> StoredModel:
+  """A stage's model as its folder holds it; the base is sampled by the times that it is measured by."""
+  stage = model.stage
+  return StoredModel(
+    denoise=stage.denoise,
+    params=model.params,
+    schedule=stage.schedule,
+    space=stage.space,
+    image_shape=stage.image_shape,
+    sampler=stage.sampler,
+    num_steps=stage.num_steps,
+    times='uniform' if stage.parent else config.evaluation.grid,
+    clip_x=config.evaluation.clip_x,
+    cond_dropout=stage.recipe.cond_dropout,
+    class_names=tuple(class_names(workdir)),
+    provenance={
+      'stage': stage.name,
+      'method': stage.method,
+      'updates': model.step,
+      'seconds': model.seconds,
+      **(parents or Parents()).describe(),
+      'versions': versions(),
+    },
+  )
+
+
 def finish_stage(workdir: pathlib.Path, parents: Parents, model: Model, config: Config) -> None:
-  """Adds the digest of its parameters to the lineage of a finished stage, unless it is there."""
+  """Writes the model of a finished stage, and its digest into the provenance, unless they are there."""
   path = workdir / model.stage.name / 'stage.json'
+  write_model(workdir, parents, model, config)
   if read_json(path).get('digest') != model.digest:
     outcome = {'finished': True, 'digest': model.digest, 'seconds': model.seconds}
     write_json(path, _lineage(model.stage, parents, config) | outcome)
+
+
+def write_model(workdir: pathlib.Path, parents: Parents, model: Model, config: Config) -> None:
+  """Writes the model's folder, unless it is there; see `model.write`."""
+  write(workdir / model.stage.name / 'model', to_stored(workdir, model, config, parents))
 
 
 def is_finished(workdir: pathlib.Path, stage: Stage) -> bool:
@@ -163,8 +205,10 @@ def check_digest(workdir: pathlib.Path, model: Model) -> None:
 _PARENTS = ('parent', 'start', 'pairs', 'distance')
 _CHECKED = (
   *_PARENTS,
-  *('method', 'output', 'network', 'schedule', 'sampler', 'num_steps', 'data_range', 'image_shape'),
+  *('method', 'output', 'network_name', 'network', 'space', 'schedule', 'sampler', 'num_steps'),
+  'image_shape',
 )
+_BEFORE = {'network_name': 'unet', 'space': 'pixels'}  # of workdirs that do not name them yet
 
 
 def _check_lineage(
@@ -173,17 +217,20 @@ def _check_lineage(
   check_config(path, found.get('config') or {}, config, path.parent.name)
   expected = json.loads(json.dumps(expected))
   for key in _CHECKED:
-    if found.get(key) != expected[key]:
+    if found.get(key, _BEFORE.get(key)) != expected[key]:
       raise UserError(
         f'{path}: {key} is {found.get(key)}, but this run needs {expected[key]}; '
         f'remove {path.parent} to train this stage again'
       )
 
 
-def load_model(workdir: pathlib.Path, stage: Stage, config: Config) -> Model | None:
+def load_model(
+  workdir: pathlib.Path, stage: Stage, config: Config, weights: Sequence[str] = ('ema',)
+) -> Model | None:
   """The stage as far as it is trained, checked against its lineage; None if nothing whole is there.
 
-  Only reads: a damaged checkpoint is named and passed over.
+  A finished stage's own model is read from its folder, all other weights from its last checkpoint. Only reads: a
+  damaged checkpoint is named and passed over.
 
   Raises:
     UserError: its lineage does not fit the config.
@@ -195,12 +242,25 @@ def load_model(workdir: pathlib.Path, stage: Stage, config: Config) -> Model | N
   found = read_json(stage_dir / 'stage.json')
   expected = _lineage(stage, Parents(), config) | {key: found.get(key) for key in _PARENTS}
   _check_lineage(stage_dir / 'stage.json', found, expected, config)
-  restored = Checkpoints(stage_dir).restore(abstract_state(stage), set_aside=False)
+  folder = stage_dir / 'model'
+  if tuple(weights) == ('ema',) and found.get('finished') and (folder / DESCRIPTION).is_file():
+    return _from_folder(workdir, stage, folder)
+  restored = Checkpoints(stage_dir).restore(stage.abstract_state(), set_aside=False)
   if restored is None:
     return None
   model = to_model(stage, *restored)
   if model.step == stage.num_updates:
     check_digest(workdir, model)
+  return model
+
+
+def _from_folder(workdir: pathlib.Path, stage: Stage, folder: pathlib.Path) -> Model:
+  """A finished stage's model as its folder holds it, which `read` has checked against its digest."""
+  stored, checked = read(folder), read_json(folder / DESCRIPTION)['digest']
+  params, made = stored.params, stored.provenance
+  step, seconds = int(made['updates']), float(made['seconds'])
+  model = Model(stage, 'ema', params, checked, step, seconds, {'ema': params})
+  check_digest(workdir, model)
   return model
 
 
@@ -213,9 +273,17 @@ def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
 
 
 def adopt(
-  workdir: pathlib.Path, stage: Stage, params: Params, config: Config, origin: Mapping[str, Any]
+  workdir: pathlib.Path,
+  stage: Stage,
+  params: Params,
+  config: Config,
+  origin: Mapping[str, Any],
+  class_names: Sequence[str] = (),
 ) -> Model:
-  """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it."""
+  """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it.
+
+  `stage.json` is written last: without it nothing was imported.
+  """
   stage_dir = workdir / stage.name
   stage = stage.without_parents()
   state = dataclasses.replace(
@@ -224,20 +292,10 @@ def adopt(
   model = to_model(stage, state, 0.0)
   outcome = {'finished': True, 'digest': model.digest, 'seconds': 0.0, 'imported': dict(origin)}
   stage_dir.mkdir()
-  write_json(stage_dir / 'stage.json', _lineage(stage, Parents(), config) | outcome)
+  stored = dataclasses.replace(to_stored(workdir, model, config), class_names=tuple(class_names))
+  write(stage_dir / 'model', stored)
   with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
     checkpoints.save(stage.num_updates, state, 0.0)
+    checkpoints.wait()
+  write_json(stage_dir / 'stage.json', _lineage(stage, Parents(), config) | outcome)
   return model
-
-
-def abstract_params(stage: Stage) -> Params:
-  """Shapes and types of the stage's parameters; nothing is computed."""
-  return jax.eval_shape(lambda rng: stage.denoise.init(rng, stage.image_shape), jax.random.key(0))
-
-
-def abstract_state(stage: Stage) -> TrainState:
-  """Shapes and types of the stage's training state; nothing is computed."""
-  shape = stage.image_shape
-  return jax.eval_shape(
-    lambda rng: stage.recipe.create_state(stage.denoise.init(rng, shape)), jax.random.key(0)
-  )

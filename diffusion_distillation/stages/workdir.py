@@ -10,25 +10,31 @@ import pathlib
 from collections.abc import Mapping
 from typing import IO, Any
 
-from diffusion_distillation import config as configuration
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, check_known, flatten
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.stages.plan import plan
+from diffusion_distillation.methods import METHODS, Student
+from diffusion_distillation.stages import model
+from diffusion_distillation.stages.plan import Origin, plan
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import cluster, files, sharding
 from diffusion_distillation.system.files import read_json, write_json
-from diffusion_distillation.training.recipe import Stage
 
 # Keys that may change between two runs in one workdir: they touch no parameter of any stage, or only those of the
 # student that the section is of, whose own stage.json is compared with them.
-STUDENTS = tuple(f'{name}.' for name in configuration.STUDENTS)
 FREE = (
   *('evaluation.', 'log.', 'checkpoint.'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
-  *('methods', 'pairs.', *STUDENTS),
+  *('methods', 'pairs.', 'student.'),
   *('mesh.', 'compute.'),
 )
+
+
+def free_keys(stage: str = '') -> tuple[str, ...]:
+  """Prefixes of the keys that may differ; of the students' sections all but that of `stage`."""
+  students = [name for name, cls in METHODS.items() if issubclass(cls, Student)]
+  return (*FREE, *(f'{name}.' for name in students if name != stage))
 
 
 def lock_workdir(workdir: pathlib.Path) -> IO[str]:
@@ -58,12 +64,11 @@ def check_config(
 ) -> None:
   """Raises UserError, with the differing keys, if what `path` belongs to was made with another config.
 
-  Keys of FREE sections may differ, but for the section of `stage`; keys that an older version did not have are not
-  compared.
+  Keys of `free_keys` may differ; keys that an older version did not have are not compared.
   """
   if not isinstance(made_with, Mapping):
     raise DamagedError(f'{path} is damaged (no config in it); restore it from a copy')
-  free = tuple(key for key in FREE if key != f'{stage}.')
+  free = free_keys(stage)
   old, new = dict(flatten(made_with)), dict(flatten(json.loads(config.to_json())))
   differing = [
     f'{key} was {value}, is {new.get(key, "absent")}'
@@ -124,17 +129,55 @@ def open_images(config: Config, role: str) -> Loader:
   return Loader(images, section.in_memory_gb, section.workers, sharding.part())
 
 
-def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader]:
+def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader | None]:
   """The stages of a run in `workdir` (which need not be there), and the training images, not yet read.
+
+  With `dataset.name=none` there are no images: the workdir's first model says what they would be.
 
   Raises:
     UserError: config or images do not fit, or those that the run began with were others.
   """
+  if config.dataset.name == datasets.NONE:
+    return stored_plan(workdir, config), None
   loader = open_images(config, 'train')
   open_images(config, 'eval')  # to find its errors now, not after training
   check_images(workdir, loader.images)
   shape, classes = loader.images.image_shape, loader.images.classes
-  return cut(workdir, plan(config, shape, len(classes))), loader
+  origin = find_origin(workdir)
+  if origin is not None and origin.image_shape != shape:
+    raise UserError(
+      f'dataset {config.dataset.name!r} has images of shape {shape}, but the imported model in {workdir} draws '
+      f'{origin.image_shape}; set dataset.image_size and dataset.channels, or dataset.name=none'
+    )
+  return cut(workdir, plan(config, shape, len(classes), origin)), loader
+
+
+def described_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
+  """The stages of a run as `plan_for` has them; known datasets need not be at hand."""
+  if config.dataset.name == datasets.NONE:
+    return stored_plan(workdir, config)
+  described = datasets.describe(datasets.Settings.of(config.dataset))
+  return cut(workdir, plan(config, *described, find_origin(workdir)))
+
+
+def find_origin(workdir: pathlib.Path) -> Origin | None:
+  """The base of a workdir, where it was imported as a model's folder; else None."""
+  path = workdir / 'base' / 'stage.json'
+  if not path.is_file() or not (read_json(path).get('imported') or {}).get('folder'):
+    return None
+  return origin_of(model.read(workdir / 'base' / 'model', weights=False))
+
+
+def origin_of(stored: model.StoredModel) -> Origin:
+  """A stored model as the first stage of a plan."""
+  return Origin(
+    denoise=stored.denoise,
+    schedule=stored.schedule,
+    space=stored.space,
+    image_shape=stored.image_shape,
+    num_steps=stored.num_steps,
+    sampler=stored.sampler,
+  )
 
 
 def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
@@ -160,9 +203,12 @@ def claim_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
 
 
 def class_names(workdir: pathlib.Path) -> list[str]:
-  """Names of the classes by label, as the run found them; none for an imported model."""
+  """Names of the classes by label, as the run found them, or as an imported model has them."""
   path = workdir / 'dataset.json'
-  return [str(name) for name in read_json(path).get('classes', [])] if path.is_file() else []
+  if path.is_file():
+    return [str(name) for name in read_json(path).get('classes', [])]
+  folder = workdir / 'base' / 'model'
+  return list(model.read(folder, weights=False).class_names) if folder.is_dir() else []
 
 
 def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
@@ -172,10 +218,11 @@ def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
     raise UserError(f'--workdir={workdir} holds no stage yet: there is no stage.json in it')
   found = read_json(path)
   try:
-    image_shape, num_classes = tuple(found['image_shape']), int(found['network']['num_classes'])
-  except (KeyError, TypeError, ValueError) as error:
+    image_shape = tuple(found['image_shape'])
+    num_classes = int(found['network'].get('num_classes', 0))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise DamagedError(f'{path} is damaged ({error!r}); restore it from a copy') from error
-  return cut(workdir, plan(config, image_shape, num_classes))
+  return cut(workdir, plan(config, image_shape, num_classes, find_origin(workdir)))
 
 
 def cut(workdir: pathlib.Path, stages: list[Stage]) -> list[Stage]:

@@ -10,6 +10,7 @@ each checkpoint's metadata.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -25,12 +26,20 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.errors import DamagedError, StorageError, UserError
 from diffusion_distillation.system import cluster, files, sharding
 
 _log = logging.getLogger(__name__)
 
 _SLOW = 5.0  # seconds that training waits for a checkpoint until it says so
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSection:
+  """Checkpoints of the training state."""
+
+  every: int = key(1000, 'Number of updates between two checkpoints.', POSITIVE)
 
 
 def hush() -> None:

@@ -1,11 +1,44 @@
 """Compiled programs, kept on the disk from run to run."""
 
+import dataclasses
 import hashlib
 import os
 import pathlib
 import platform
 
 import jax
+
+from diffusion_distillation.config import POSITIVE, key
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeSection:
+  """Precision, memory and compilation."""
+
+  dtype: str = key(
+    'float32',
+    "Type of the network's activations; `bfloat16` is mixed precision, with float32 parameters.",
+    choices=('float32', 'bfloat16'),
+  )
+  teacher_dtype: str = key(
+    'float32',
+    "Type in which the frozen teacher's parameters are kept.",
+    choices=('float32', 'bfloat16'),
+  )
+  remat: bool = key(
+    False,
+    "Whether each block's activations are recomputed in the backward pass instead of being kept, which saves memory.",
+  )
+  updates_per_dispatch: int = key(
+    1,
+    'Number of updates per call of the compiled program; more than one pays off for small networks on fast devices. '
+    '`log.every`, `log.health_every` and `checkpoint.every` must be multiples of it.',
+    POSITIVE,
+  )
+  cache: str = key(
+    '',
+    "Directory in which compiled programs are kept; if empty, the user's cache directory; `none` for no cache.",
+  )
 
 
 def keep(directory: str) -> None:

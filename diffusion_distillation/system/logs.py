@@ -1,5 +1,6 @@
 """Training metrics of a stage: lines of JSON, and TensorBoard events."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,9 +10,30 @@ from typing import IO
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.system import files
 
 _FLUSH = 30.0  # seconds after which events are on the disk
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSection:
+  """What a run reports while it trains."""
+
+  every: int = key(100, 'Number of updates between two lines of `metrics.jsonl`.', POSITIVE)
+  measured_updates: int = key(
+    3,
+    'Number of updates of each kind that are timed to estimate how long a run takes; 0 for no estimate.',
+    NOT_NEGATIVE,
+  )
+  health_every: int = key(
+    1000,
+    "Number of updates between two checks of a student's samples (`health.json`); 0 for no checks.",
+    NOT_NEGATIVE,
+  )
+  seconds: float = key(
+    15.0, 'Seconds between two lines of progress where stderr is not a terminal.', NOT_NEGATIVE
+  )
 
 
 class MetricsWriter:

@@ -16,10 +16,23 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffusion_distillation.config import key
 from diffusion_distillation.errors import UserError
 
 _AXES = ('data', 'fsdp')
 _in_use: list[Mesh] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+  """The layout of all devices: data x fsdp. Batches are split over both axes."""
+
+  data: int = key(-1, 'Number of devices along `data`; -1 for all devices divided by `mesh.fsdp`.')
+  fsdp: int = key(
+    1,
+    'Number of devices that every network, its moving averages and its optimizer state are split over; a divisor of '
+    'the number of devices.',
+  )
 
 
 def use(data: int = -1, fsdp: int = 1) -> None:
@@ -234,16 +247,19 @@ _copy = jax.jit(functools.partial(jax.tree.map, jax.numpy.copy))
 
 @dataclasses.dataclass(frozen=True)
 class _Gathered:
-  """A denoiser of parameters that are split: they are gathered where it is called."""
+  """A network of parameters that are split: they are gathered where it is called."""
 
-  denoise: Any
+  network: Any
   mesh: Mesh
 
   def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-    return self.denoise(self._gather(params), *args, **kwargs)
+    return self.network(self._gather(params), *args, **kwargs)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.network, name)
 
   def bottleneck(self, params: Any, *args: Any) -> jax.Array:
-    found: jax.Array = self.denoise.bottleneck(self._gather(params), *args)
+    found: jax.Array = self.network.bottleneck(self._gather(params), *args)
     return found
 
   def _gather(self, params: Any) -> Any:
@@ -270,7 +286,7 @@ def compile_step(step: Callable) -> Callable:
     if isinstance(recipe, tuple):  # of several updates in one program
       return tuple(map(gathering, recipe))
     split_up = mesh.shape['fsdp'] > 1
-    return dataclasses.replace(recipe, denoise=_Gathered(recipe.denoise, mesh)) if split_up else recipe
+    return recipe.map_networks(lambda network: _Gathered(network, mesh)) if split_up else recipe
 
   def compiled(recipe: Any, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
     state, metrics = step(gathering(recipe), state, frozen, batch)

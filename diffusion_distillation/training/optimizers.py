@@ -7,11 +7,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusion_distillation.config import FRACTION, POSITIVE, key
+
 DECAYS = {
   'none': lambda done: jnp.ones_like(done),
   'linear': lambda done: 1.0 - done,
   'cosine': lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSection:
+  """The optimizer, Adam, of every stage."""
+
+  b1: float = key(0.9, "Decay rate of Adam's first moment.", FRACTION)
+  b2: float = key(0.999, "Decay rate of Adam's second moment.", FRACTION)
+  eps: float = key(1e-8, "Adam's epsilon, which is added to the denominator.", POSITIVE)
+  clip_norm: float = key(
+    1.0,
+    'Global norm to which gradients are clipped in base training and progressive distillation.',
+    POSITIVE,
+  )
 
 
 @flax.struct.dataclass

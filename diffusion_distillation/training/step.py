@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion_distillation.networks import spaces
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.training import augment
 from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.state import Params, TrainState
 
@@ -20,9 +21,9 @@ def train_step(
   Args:
     recipe: the stage's constants.
     state: donated by the compiled step.
-    frozen: `teacher`, the parameters of the stage before, and `distance`, where there are such; see `Method.loss`.
-    batch: `image` (B, H, W, C) uint8, `label` (B,) or None, and perhaps `pairs`; global arrays, the mean over
-      which is the loss, on however many devices.
+    frozen: parameters that no update changes, by network, such as `teacher`.
+    batch: `cond`, and, where the method needs them, `image` (B, H, W, C) uint8 and `pairs`; global arrays, the mean
+      over which is the loss, on however many devices.
 
   Returns:
     The next state, and scalar metrics.
@@ -55,19 +56,30 @@ def loss_and_gradients(
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Params]]:
   """What an update is made of: the loss, metrics, and gradients by network; all a function of (seed, step)."""
   rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-  rng_flip, rng_draw, rng_dropout = jax.random.split(rng, 3)
-  x, label = spaces.to_x(batch['image']), batch['label']
-  if recipe.random_flip:
-    x = spaces.flip(rng_flip, x)
-  if recipe.dequantize:
-    x = spaces.dequantize(jax.random.fold_in(rng_flip, 1), x)
-  if recipe.label_dropout:
-    label = spaces.drop_labels(jax.random.fold_in(rng_flip, 2), label, recipe.label_dropout)
-  examples = {'x': x, 'label': label, **recipe.method.draw(rng_draw, x.shape)}
-  if 'pairs' in batch:
-    examples['pairs'] = batch['pairs']
+  rng_augment, rng_draw, rng_dropout = jax.random.split(rng, 3)
+  examples = make_examples(recipe, batch, rng_augment, rng_draw)
   frozen = {**frozen, 'average': state.ema_params[0]}
   return gradients(recipe, state.params, frozen, examples, rng_dropout, state.step)
+
+
+def make_examples(
+  recipe: Recipe, batch: Mapping[str, Any], rng_augment: jax.Array, rng_draw: jax.Array
+) -> dict[str, Any]:
+  """What the loss is given: `x` of the images if there are any, `cond`, `pairs`, and what the method draws."""
+  examples = {'cond': batch['cond'], **recipe.method.draw(rng_draw, recipe.shape)}
+  if 'image' in batch:
+    x = recipe.space.encode(batch['image'])
+    if recipe.random_flip:
+      x = augment.flip(rng_augment, x)
+    if recipe.dequantize:
+      x = recipe.space.dequantize(jax.random.fold_in(rng_augment, 1), x)
+    examples['x'] = x
+  if recipe.cond_dropout:
+    rng = jax.random.fold_in(rng_augment, 2)
+    examples['cond'] = conditioning.drop(rng, recipe.conditioning, batch['cond'], recipe.cond_dropout)
+  if 'pairs' in batch:
+    examples['pairs'] = batch['pairs']
+  return examples
 
 
 def train_steps(
@@ -130,10 +142,10 @@ def gradients(
     rng_part = jax.random.fold_in(rng, m)
 
     def loss(trained: dict[str, Params]) -> tuple[jax.Array, dict[str, jax.Array]]:
-      networks = {**params, **trained}
-      return recipe.method.loss(recipe.denoise, networks, frozen, examples, rng_part, step)
+      nets = recipe.bind({**frozen, **params, **trained})
+      return recipe.method.loss(nets, examples, rng_part, step)
 
-    trained = {name: params[name] for name in recipe.method.networks}
+    trained = {name: params[name] for name in recipe.method.trained}
     return jax.value_and_grad(loss, has_aux=True)(trained)
 
   def add(total: Any, m: jax.Array) -> tuple[Any, None]:

@@ -96,9 +96,11 @@ def test_programs_are_kept_where_the_config_or_the_user_says(jax_config, monkeyp
   assert not jax.config.jax_enable_compilation_cache
 
 
-def test_a_dry_run_writes_nothing_and_says_what_it_needs(tmp_path):
+def test_a_plan_without_measurements_writes_nothing_and_says_what_it_needs(tmp_path):
   workdir = tmp_path / 'workdir'
-  code, out, err = tiny.run_cli(*tiny.flags(), f'--workdir={workdir}', '--dry_run')
+  code, out, err = tiny.run_cli(
+    *tiny.flags(), f'--workdir={workdir}', '--mode=plan', '--config.log.measured_updates=0'
+  )
   assert (code, out) == (0, '') and not workdir.exists()
   lines = err.splitlines()
   assert '8 cpu device(s)' in lines[0] and 'measuring' not in err

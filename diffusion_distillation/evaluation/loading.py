@@ -1,0 +1,122 @@
+"""Models to be used: read from a folder, sampled from and called as denoisers, without the config that made them."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from diffusion_distillation.config import choose
+from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion.process import Prediction
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation.sampling import Chosen, Drawer
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.stages import model
+from diffusion_distillation.stages.model import StoredModel
+
+_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+  """A model that is ready to draw.
+
+  Attributes:
+    stored: what its folder holds: network, parameters, schedule, provenance and so on.
+  """
+
+  stored: StoredModel
+
+  def sample(
+    self,
+    num_samples: int,
+    seed: int = 0,
+    labels: Sequence[int] | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+  ) -> np.ndarray:
+    """Draws images; image k is a function of (seed, k) and its label.
+
+    Args:
+      num_samples: how many.
+      seed: of the noise.
+      labels: classes to draw in turn, -1 for none; by default all, so that they are balanced.
+      steps: sampling steps per image; by default those that the model is made for.
+      sampler: a name in `samplers.SAMPLERS`; by default the one that the model is made for.
+
+    Returns:
+      (num_samples, H, W, C) uint8.
+
+    Raises:
+      UserError: there is no such sampler or label, or a number is not positive.
+    """
+    chosen = self.check_labels(labels)
+    if num_samples < 1 or (steps is not None and steps < 1):
+      raise UserError(f'num_samples={num_samples} and steps={steps} must be positive')
+    cls = choose('sampler', sampler or self.stored.sampler, samplers.SAMPLERS)
+    grid = times.make_grid(self.stored.times, steps or self.stored.num_steps, self.stored.schedule)
+    draw = self.drawer(cls(), self.stored.clip_x, min(_BATCH, num_samples))
+    return draw.draw(self.stored.params, grid, num_samples, seed, chosen)
+
+  def check_labels(self, labels: Sequence[int] | None) -> Chosen:
+    """The labels as a drawer takes them; UserError for labels that the model does not know."""
+    if labels is None:
+      return None
+    classes = conditioning.classes(self.stored.denoise.conditioning)
+    if classes is None:
+      raise UserError(f'labels={list(labels)}, but the model is unconditional')
+    if not len(labels) or not all(classes.NONE <= label < classes.count for label in labels):
+      raise UserError(f'labels={list(labels)} must be in 0 ... {classes.count - 1}, or -1 for no class')
+    return {'label': list(labels)}
+
+  def drawer(self, sampler: samplers.Sampler, clip_x: bool, batch_size: int) -> Drawer:
+    """Draws from the model by a sampler."""
+    stored = self.stored
+    return Drawer(
+      denoise=stored.denoise,
+      sampler=sampler,
+      schedule=stored.schedule,
+      space=stored.space,
+      image_shape=stored.image_shape,
+      batch_size=batch_size,
+      clip_x=clip_x,
+    )
+
+  def denoise(self, z: jax.Array, logsnr: jax.Array, cond: Cond = None) -> Prediction:
+    """What the model believes of z = alpha x + sigma eps.
+
+    Args:
+      z: (B, ...) in the model's space.
+      logsnr: (B,), log(alpha^2 / sigma^2), finite.
+      cond: arrays with a leading batch axis, such as `label` (B,); None for an unconditional model.
+    """
+    return self.stored.denoise(self.stored.params, z, logsnr, cond)
+
+
+def load(path: str | pathlib.Path) -> LoadedModel:
+  """The model in a folder, in a stage, or of the last finished stage of a workdir.
+
+  Args:
+    path: a folder with `model.json`, the directory of a stage, or a workdir.
+
+  Raises:
+    UserError: there is no model, or it says something that this version does not know.
+    DamagedError: it is not what was written.
+  """
+  return LoadedModel(model.read(find(pathlib.Path(path).expanduser())))
+
+
+def find(path: pathlib.Path) -> pathlib.Path:
+  """The model's folder at `path`, which is one, or has one in it; of several stages, that of the last one."""
+  for folder in (path, path / 'model'):
+    if (folder / model.DESCRIPTION).is_file():
+      return folder
+  found = list(path.glob(f'*/model/{model.DESCRIPTION}'))
+  if not found:
+    raise UserError(
+      f'{path} holds no model: there is no {model.DESCRIPTION} in it, nor in a stage of it'
+    )
+  return max(found, key=lambda file: file.stat().st_mtime_ns).parent

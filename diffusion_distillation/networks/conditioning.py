@@ -1,0 +1,96 @@
+"""Conditioning: what a network is told beside z and the time.
+
+A `Cond` is None or a dict of arrays with a leading batch axis, by key: `label`, later others. A network declares the
+keys that it takes as a `Conditioning`; only networks and datasets know what a key means.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Cond = Mapping[str, Any] | None
+
+
+class Condition(Protocol):
+  """One key of a conditioning; a frozen dataclass, thus static under jit."""
+
+  def zeros(self, count: int) -> np.ndarray:
+    """Valid values of `count` examples, for shapes and types."""
+    ...
+
+  def in_turn(self, index: np.ndarray, chosen: Sequence[Any] = ()) -> np.ndarray:
+    """Values of the samples at `index` (B,): the chosen ones in turn, or all there are."""
+    ...
+
+  def withheld(self, values: jax.Array) -> jax.Array:
+    """What stands for "not told" in place of `values` (B, ...)."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+  """The class of an image, an integer (B,) below `count`; NONE where it is not told."""
+
+  count: int
+  NONE: ClassVar[int] = -1
+
+  def zeros(self, count: int) -> np.ndarray:
+    """See `Condition.zeros`."""
+    return np.zeros(count, np.int32)
+
+  def in_turn(self, index: np.ndarray, chosen: Sequence[int] = ()) -> np.ndarray:
+    """See `Condition.in_turn`; all classes in turn are balanced."""
+    values = np.asarray(chosen or range(self.count), np.int32)
+    return values[index % len(values)]
+
+  def withheld(self, values: jax.Array) -> jax.Array:
+    """See `Condition.withheld`."""
+    return jnp.full_like(values, self.NONE)
+
+
+Conditioning = Mapping[str, Condition]
+
+
+def classes(conditioning: Conditioning) -> Classes | None:
+  """The classes that a network is told; None if it is told none."""
+  found = conditioning.get('label')
+  return found if isinstance(found, Classes) else None
+
+
+def zeros(conditioning: Conditioning, count: int) -> Cond:
+  """A conditioning of `count` examples, for shapes and types; None for an unconditional network."""
+  return {key: condition.zeros(count) for key, condition in conditioning.items()} or None
+
+
+def in_turn(
+  conditioning: Conditioning, index: np.ndarray, chosen: Mapping[str, Sequence[Any]] | None = None
+) -> Cond:
+  """The conditioning of the samples at `index` (B,): for each key its chosen values in turn, or all there are."""
+  values = chosen or {}
+  return {key: c.in_turn(index, values.get(key, ())) for key, c in conditioning.items()} or None
+
+
+def select(conditioning: Conditioning, cond: Cond) -> Cond:
+  """The part of `cond` that a network takes; raises ValueError if a key of its conditioning is missing."""
+  missing = [key for key in conditioning if key not in (cond or {})]
+  if missing:
+    raise ValueError(f'the network is conditioned on {missing[0]!r}, which the data does not have')
+  return {key: (cond or {})[key] for key in conditioning} or None
+
+
+def drop(rng: jax.Array, conditioning: Conditioning, cond: Cond, probability: float) -> Cond:
+  """Withholds all conditions of an example with the given probability (Ho & Salimans 2022, algorithm 1)."""
+  if cond is None:
+    return None
+  size = next(iter(cond.values())).shape[:1]
+  dropped = jax.random.bernoulli(rng, probability, size)
+
+  def withhold(key: str, values: jax.Array) -> jax.Array:
+    mask = dropped.reshape(size + (1,) * (values.ndim - 1))
+    return jnp.where(mask, conditioning[key].withheld(values), values)
+
+  return {key: withhold(key, values) for key, values in cond.items()}

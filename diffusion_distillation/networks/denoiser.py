@@ -1,0 +1,158 @@
+"""A network seen as a denoiser, E[x | z], and networks bound to their parameters: what methods and samplers call."""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, Protocol, Self
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion_distillation.config import key
+from diffusion_distillation.diffusion import process
+from diffusion_distillation.networks.conditioning import Cond, Conditioning, zeros
+from diffusion_distillation.networks.spaces import SPACES
+
+Params = Any
+BOTTLENECK = 'bottleneck'  # the collection into which a network sows its innermost activations
+
+
+class Network(Protocol):
+  """What is asked of a network: a linen module with these members, called as written in `__call__`."""
+
+  Section: ClassVar[type]  # its hyper-parameters, as keys of the config's section `model`
+
+  @property
+  def dropout(self) -> float:
+    """The rate of dropout, 0 for none."""
+    ...
+
+  @property
+  def conditioning(self) -> Conditioning:
+    """The conditions that it takes, by key."""
+    ...
+
+  def check(self, image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError, saying what to change, unless x of this shape (H, W, C) goes through the network."""
+    ...
+
+  def __call__(
+    self, z: jax.Array, logsnr: jax.Array, cond: Cond, deterministic: bool = True
+  ) -> jax.Array:
+    """z: (B, H, W, C); logsnr: (B,). Returns (B, H, W, out_ch); dropout unless `deterministic`."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+  """The network, what it works on, and what it predicts; then the network's own hyper-parameters."""
+
+  name: str = key('unet', 'Network, a name in `networks.NETWORKS`.')
+  space: str = key('pixels', 'What the network works on.', choices=SPACES)
+  output: str = key(
+    'v',
+    "What the network predicts: x, eps, v = alpha eps - sigma x, both x and eps, or F of EDM's preconditioning.",
+    choices=process.OUTPUTS,
+  )
+  conditional: bool = key(False, "Whether the network is conditioned on the dataset's class labels.")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(network: Any, shape: tuple[int, ...], rng: jax.Array) -> Params:
+  cond = zeros(network.conditioning, 1)
+  return network.init(rng, jnp.zeros((1, *shape)), jnp.zeros((1,)), cond)['params']
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """A network seen as E[x | z]. The parameterization ends here.
+
+  Attributes:
+    network: a linen module, as `Network` says.
+    output: what the network predicts, a name in `process.OUTPUTS`.
+  """
+
+  network: Any
+  output: str
+
+  def __post_init__(self) -> None:
+    if self.output not in process.OUTPUTS:
+      raise ValueError(f'model.output is {self.output!r}; one of {sorted(process.OUTPUTS)}')
+
+  @property
+  def conditioning(self) -> Conditioning:
+    """The network's."""
+    found: Conditioning = self.network.conditioning
+    return found
+
+  def init(self, rng: jax.Array, shape: tuple[int, ...]) -> Params:
+    """Parameters for x of `shape` (H, W, C)."""
+    return _init(self.network, shape, rng)
+
+  def without_dropout(self) -> Self:
+    """The same denoiser over a network that has no dropout; equal to every other of its shape."""
+    return dataclasses.replace(self, network=dataclasses.replace(self.network, dropout=0.0))
+
+  def __call__(
+    self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond, rng: jax.Array | None = None
+  ) -> process.Prediction:
+    """z: (B, H, W, C); logsnr: (B,); dropout only if `rng` is given."""
+    rngs = None if rng is None else {'dropout': rng}
+    args = ({'params': params}, self._input(z, logsnr), logsnr, cond, rng is None)
+    output: Any = self.network.apply(*args, rngs=rngs)
+    return process.OUTPUTS[self.output](z, logsnr, output)
+
+  def bottleneck(self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
+    """The network's innermost activations, (B, h, w, c); what comes after them is not computed."""
+    args = ({'params': params}, self._input(z, logsnr), logsnr, cond)
+    _, sown = self.network.apply(*args, mutable=[BOTTLENECK])
+    return sown[BOTTLENECK]['h'][0]
+
+  def bottleneck_width(self, shape: tuple[int, ...]) -> int:
+    """Channels of the innermost activations for x of `shape`; ValueError if the network does not sow them."""
+
+    def call(rng: jax.Array) -> jax.Array:
+      cond = zeros(self.conditioning, 1)
+      z, logsnr = jnp.zeros((1, *shape)), jnp.zeros((1,))
+      params = self.network.init(rng, z, logsnr, cond)['params']
+      return self.bottleneck(params, z, logsnr, cond)
+
+    try:
+      return int(jax.eval_shape(call, jax.random.key(0)).shape[-1])
+    except KeyError as error:
+      raise ValueError(
+        f'the network {type(self.network).__name__} has no bottleneck for a GAN'
+      ) from error
+
+  def _input(self, z: jax.Array, logsnr: jax.Array) -> jax.Array:
+    return process.edm_input(z, logsnr) if self.output == 'edm' else z
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+  """A linen module as a function of its parameters, `function(params, *args)`."""
+
+  module: nn.Module
+
+  def __call__(self, params: Params, *args: Any) -> Any:
+    return self.module.apply({'params': params}, *args)
+
+
+@flax.struct.dataclass
+class Bound:
+  """A network that holds its parameters, which are its leaves as a pytree; called with all other arguments.
+
+  `jax.lax.stop_gradient` of it is the network through whose parameters no gradient passes.
+  """
+
+  network: Any = flax.struct.field(pytree_node=False)
+  params: Params
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    return self.network(self.params, *args, **kwargs)
+
+  def bottleneck(self, *args: Any) -> jax.Array:
+    """See `Denoiser.bottleneck`."""
+    found: jax.Array = self.network.bottleneck(self.params, *args)
+    return found

@@ -1,0 +1,117 @@
+"""A run: every stage of a plan, then the evaluation."""
+
+import dataclasses
+import logging
+import pathlib
+
+from diffusion_distillation.config import Config
+from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation import measure
+from diffusion_distillation.run import forecast, monitor
+from diffusion_distillation.run.inputs import gather, load_distance
+from diffusion_distillation.run.loop import fit
+from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import workdir as workdirs
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.system import sharding
+from diffusion_distillation.training.state import Params
+from diffusion_distillation.training.step import train_steps
+
+_log = logging.getLogger(__name__)
+
+
+def check_batches(config: Config) -> None:
+  """Raises UserError unless all batches divide by micro-batches and devices, and all that is due by dispatches."""
+  names = {'progressive': 'distill'}
+  for section in ('train', *(names.get(name, name) for name in config.methods)):
+    sharding.check_batch(section, config[section].batch_size, config[section].micro_batches)
+  count = config.compute.updates_per_dispatch
+  for key in ('log.every', 'log.health_every', 'checkpoint.every'):
+    section, name = key.split('.')
+    if config[section][name] % count:
+      raise UserError(
+        f'{key}={config[section][name]} must be a multiple of compute.updates_per_dispatch={count}'
+      )
+
+
+def _check_needs(stages: list[Stage], done: set[str], images: Loader | None) -> None:
+  """Raises UserError if a stage is yet to be trained on images, and there are none."""
+  for stage in stages:
+    if images is None and stage.name not in done and 'images' in stage.recipe.method.needs:
+      raise UserError(
+        f'stage {stage.name} is trained on images: dataset.name=none is for stages that need none, such as knowledge '
+        'or one-step dmd without a GAN'
+      )
+
+
+def _check(
+  config: Config, workdir: pathlib.Path, stages: list[Stage]
+) -> tuple[set[str], dict[str, Params]]:
+  """Checks a plan by itself; returns the names of finished stages, and the weights of distances."""
+  check_batches(config)
+  distances_of = {stage.name: load_distance(stage) for stage in stages}
+  return {stage.name for stage in stages if provenance.is_finished(workdir, stage)}, distances_of
+
+
+def _show(
+  config: Config,
+  workdir: pathlib.Path,
+  stages: list[Stage],
+  done: set[str],
+  distances_of: dict[str, Params],
+) -> None:
+  """Checks a plan against the workdir and shows it."""
+  workdirs.check_made_with(workdir, config)
+  provenance.check_configs(workdir, stages, config)
+  forecast.show(stages, done, config, workdir, distances_of)
+
+
+def show_plan(config: Config, workdir: pathlib.Path) -> None:
+  """Shows what `run` would do, what it needs, and how long it takes; nothing is written.
+
+  Known datasets need not be at hand. With `log.measured_updates` = 0 nothing is compiled, and no time is told.
+
+  Raises:
+    UserError: config or workdir do not fit.
+  """
+  stages = workdirs.described_plan(workdir, config)
+  done, distances_of = _check(config, workdir, stages)
+  _show(config, workdir, stages, done, distances_of)
+  forecast.show_times(stages, done, sharding.compile_step(train_steps), config, distances_of)
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+  """Trains every stage that is not finished, measures all, and writes the report.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+
+  Raises:
+    UserError: config or workdir do not fit; before anything is compiled or changed.
+    Preempted, NumericalError: see `fit`.
+  """
+  stages, images = workdirs.plan_for(workdir, config)
+  done, distances_of = _check(config, workdir, stages)
+  _check_needs(stages, done, images)
+  with workdirs.lock_workdir(workdir):
+    _show(config, workdir, stages, done, distances_of)
+    workdirs.claim(workdir, config)
+    if images is not None:
+      workdirs.claim_images(workdir, images.images)
+    step = sharding.compile_step(train_steps)
+    forecast.show_times(stages, done, step, config, distances_of)
+    models: dict[str, Model] = {}
+    for stage in stages:
+      inputs = gather(stage, models, images, workdir, distances_of[stage.name])
+      watched = monitor.watches(config, stage) and stage.name not in done
+      if watched and inputs.teacher is not None and images is not None:
+        found = monitor.begin(config, stage, workdir, inputs.teacher, images)
+        inputs = dataclasses.replace(inputs, monitor=found)
+      models[stage.name] = fit(step, stage, inputs, workdir, config)
+    if images is None:
+      _log.warning('dataset.name=none: nothing is measured, for want of images to compare with')
+    else:
+      measure.evaluate(config, list(models.values()), images, workdir, again=False)

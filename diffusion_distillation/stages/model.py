@@ -1,0 +1,248 @@
+"""A model is a folder: `weights.safetensors`, and `model.json`, which says all that is needed to use them.
+
+A folder needs neither the config nor the training state that made it, and can be moved to another machine. Nothing in
+it is executed: networks, spaces and schedules are named, and looked up in this package's tables.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from diffusion_distillation.config import choose
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.process import OUTPUTS
+from diffusion_distillation.diffusion.samplers import SAMPLERS
+from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
+from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.spaces import SPACES, Space
+from diffusion_distillation.system import files
+from diffusion_distillation.system.checkpoints import digest
+from diffusion_distillation.training.state import Params
+
+DESCRIPTION, WEIGHTS = 'model.json', 'weights.safetensors'
+FORMAT = 1
+_FIELDS = (
+  *('format', 'network', 'output', 'space', 'schedule', 'sampler', 'num_steps', 'times', 'clip_x'),
+  *('image_shape', 'conditioning', 'cond_dropout', 'digest', 'provenance', 'metrics'),
+)
+# Arguments of a network that say how it is computed, or that other fields of the description give.
+NOT_ARGUMENTS = ('parent', 'name', 'dtype', 'remat', 'schedule')
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+  """A model as its folder holds it.
+
+  Attributes:
+    denoise: the network as a denoiser, without dropout.
+    params: its parameters, on the host.
+    schedule: t to logsnr.
+    space: what x is.
+    image_shape: (H, W, C).
+    sampler: that it is made for, a name in SAMPLERS.
+    num_steps: sampling steps that it is made for.
+    times: how these are spaced, a name in `times.GRIDS`.
+    clip_x: whether x is clipped while sampling.
+    cond_dropout: the share of examples whose conditions were withheld in training; above 0, it draws without them.
+    class_names: names of the classes by label; empty without classes, or where they have no names.
+    provenance: what it was made from: method, step count, parents and their digests, versions.
+    metrics: rows of measurements; empty before it is measured.
+  """
+
+  denoise: Denoiser
+  params: Params
+  schedule: Schedule
+  space: Space
+  image_shape: tuple[int, ...]
+  sampler: str
+  num_steps: int
+  times: str = 'uniform'
+  clip_x: bool = True
+  cond_dropout: float = 0.0
+  class_names: tuple[str, ...] = ()
+  provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  metrics: tuple[Mapping[str, Any], ...] = ()
+
+
+def name_in(table: Mapping[str, type], thing: Any) -> str:
+  """The name of an object's class in a table; ValueError if it is not in it."""
+  for name, cls in table.items():
+    if type(thing) is cls:
+      return name
+  raise ValueError(f'{type(thing).__name__} is not in the table of {", ".join(table)}')
+
+
+def network_arguments(network: Any) -> dict[str, Any]:
+  """The arguments of a network that its parameters depend on."""
+  fields = [field.name for field in dataclasses.fields(network)]
+  return {name: getattr(network, name) for name in fields if name not in NOT_ARGUMENTS}
+
+
+def describe(model: StoredModel) -> dict[str, Any]:
+  """What `model.json` holds of a model."""
+  network = model.denoise.network
+  label = {'names': list(model.class_names)} if model.class_names else {}
+  return {
+    'format': FORMAT,
+    'network': {'name': name_in(NETWORKS, network), 'arguments': network_arguments(network)},
+    'output': model.denoise.output,
+    'space': {'name': name_in(SPACES, model.space), 'arguments': dataclasses.asdict(model.space)},  # type: ignore[call-overload]
+    'schedule': {
+      'name': name_in(SCHEDULES, model.schedule),
+      'arguments': dataclasses.asdict(model.schedule),
+    },
+    'sampler': model.sampler,
+    'num_steps': model.num_steps,
+    'times': model.times,
+    'clip_x': model.clip_x,
+    'image_shape': list(model.image_shape),
+    'conditioning': {
+      key: dataclasses.asdict(condition) | (label if key == 'label' else {})  # type: ignore[call-overload]
+      for key, condition in model.denoise.conditioning.items()
+    },
+    'cond_dropout': model.cond_dropout,
+    'digest': digest(model.params),
+    'provenance': dict(model.provenance),
+    'metrics': list(model.metrics),
+  }
+
+
+def versions() -> dict[str, str]:
+  """Of the packages that computed a model."""
+  names = ('jax', 'flax', 'optax')
+  return {name: importlib.metadata.version(name) for name in names}
+
+
+def write(directory: pathlib.Path, model: StoredModel) -> None:
+  """Writes a model's folder whole or not at all; one that holds the same model stays as it is."""
+  if not files.writes():
+    return
+  description = json.loads(json.dumps(describe(model)))
+  if (directory / DESCRIPTION).is_file():
+    found = files.read_json(directory / DESCRIPTION)
+    if found.get('digest') == description['digest'] and (directory / WEIGHTS).is_file():
+      return
+  temporary = directory.with_name(directory.name + '.tmp')
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  flat = traverse_util.flatten_dict(model.params, sep='/')
+  safetensors.numpy.save_file(flat, temporary / WEIGHTS, {'digest': description['digest']})
+  files.write_json(temporary / DESCRIPTION, description)
+  shutil.rmtree(directory, ignore_errors=True)
+  os.replace(temporary, directory)
+
+
+def add_metrics(directory: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+  """Records the measurements of a model in its folder, in place of those that it had."""
+  path = directory / DESCRIPTION
+  if path.is_file() and files.writes():
+    found = files.read_json(path)
+    if found.get('metrics') != rows:
+      files.write_json(path, found | {'metrics': rows})
+
+
+def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
+  """The model in a folder; without its parameters, which are then None, unless `weights`.
+
+  Raises:
+    UserError: there is none, or it says something that this version does not know.
+    DamagedError: description or weights are not what was written.
+  """
+  path = directory / DESCRIPTION
+  if not path.is_file():
+    raise UserError(f'{directory} holds no model: there is no {DESCRIPTION} in it')
+  found = files.read_json(path)
+  unknown, missing = sorted(set(found) - set(_FIELDS)), [key for key in _FIELDS if key not in found]
+  if unknown or found.get('format') != FORMAT:
+    what = f'field {unknown[0]!r}' if unknown else f'format {found.get("format")}'
+    raise UserError(f'{path}: {what} is not known to this version; it was written by a newer one')
+  if missing:
+    raise DamagedError(f'{path} is damaged (no {missing[0]!r} in it); restore it from a copy')
+  try:
+    schedule = _build(path, 'schedule', SCHEDULES, found['schedule'])
+    network = _build(path, 'network', NETWORKS, found['network'], schedule=schedule)
+    space = _build(path, 'space', SPACES, found['space'])
+    choose(f'{path}: output', found['output'], OUTPUTS)
+    choose(f'{path}: sampler', found['sampler'], SAMPLERS)
+    choose(f'{path}: times', found['times'], dict.fromkeys(times.GRIDS))
+    image_shape = tuple(map(int, found['image_shape']))
+    num_steps, clip_x = int(found['num_steps']), bool(found['clip_x'])
+    cond_dropout = float(found['cond_dropout'])
+    names = tuple(map(str, found['conditioning'].get('label', {}).get('names', ())))
+    denoise = Denoiser(network, found['output'])
+    shape = space.shape(image_shape)
+    params = _read_weights(directory, denoise, shape, found['digest']) if weights else None
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise DamagedError(f'{path} is damaged ({error!r}); restore it from a copy') from error
+  return StoredModel(
+    denoise=denoise,
+    params=params,
+    schedule=schedule,
+    space=space,
+    image_shape=image_shape,
+    sampler=found['sampler'],
+    num_steps=num_steps,
+    times=found['times'],
+    clip_x=clip_x,
+    cond_dropout=cond_dropout,
+    class_names=names,
+    provenance=found['provenance'],
+    metrics=tuple(found['metrics']),
+  )
+
+
+def _build(
+  path: pathlib.Path, key: str, table: Mapping[str, type], entry: Mapping[str, Any], **given: Any
+) -> Any:
+  """The object that `entry`, a name and arguments, describes; those of `given` that its class has are added."""
+  cls = choose(f'{path}: {key}', entry['name'], table)
+  known = {field.name for field in dataclasses.fields(cls)}
+  arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in entry['arguments'].items()}
+  if unknown := sorted(set(arguments) - known):
+    raise UserError(f'{path}: {key} {entry["name"]!r} has no argument {unknown[0]!r} in this version')
+  try:
+    return cls(**arguments, **{k: v for k, v in given.items() if k in known})
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{path}: {key}: {error}') from error
+
+
+def _read_weights(
+  directory: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...], expected: str
+) -> Params:
+  path = directory / WEIGHTS
+  if not path.is_file():
+    raise DamagedError(f'{path} is missing; restore it from a copy')
+  try:
+    flat = safetensors.numpy.load_file(path)
+  except safetensors.SafetensorError as error:
+    raise DamagedError(f'{path} is damaged ({error}); restore it from a copy') from error
+  wanted = traverse_util.flatten_dict(
+    jax.eval_shape(lambda rng: denoise.init(rng, shape), jax.random.key(0)), sep='/'
+  )
+  for name in sorted(wanted.keys() | flat.keys()):
+    if name not in flat:
+      raise DamagedError(f'{path}: weight {name!r} is missing; restore it from a copy')
+    if name not in wanted:
+      raise DamagedError(f'{path}: weight {name!r} is not one of the network in {DESCRIPTION}')
+    if flat[name].shape != wanted[name].shape:
+      raise DamagedError(
+        f'{path}: weight {name!r} has shape {flat[name].shape}, its network needs {wanted[name].shape}'
+      )
+  params: Params = traverse_util.unflatten_dict(flat, sep='/')
+  if digest(params) != expected:
+    raise DamagedError(
+      f'{path} is not what {DESCRIPTION} names (its digest differs); restore it from a copy'
+    )
+  return params

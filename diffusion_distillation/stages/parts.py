@@ -1,0 +1,194 @@
+"""From the sections of a config to the parts of a stage. Pure."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.core import FrozenDict
+
+from diffusion_distillation.config import Config, build, choose
+from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion.process import OUTPUTS, output_channels
+from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
+from diffusion_distillation.diffusion.weightings import WEIGHTINGS
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.methods import Context, Method
+from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.spaces import SPACES, Space
+from diffusion_distillation.stages.stage import Pairs, Stage
+from diffusion_distillation.training.optimizers import DECAYS, Adam, LearningRate
+from diffusion_distillation.training.recipe import Recipe
+
+LAWS = {'uniform': times.Uniform, 'lognormal': times.LogNormal}
+# Without noise of their own: a stored image is a function of its noise.
+DETERMINISTIC = {
+  name: samplers.SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4', 'dpm_solver_2m')
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a plan knows of the data.
+
+  Attributes:
+    image_shape: (H, W, C).
+    num_classes: 0 without labels.
+  """
+
+  image_shape: tuple[int, ...]
+  num_classes: int
+
+
+def make_sampler(name: str, gamma: float = 0.0) -> samplers.Sampler:
+  """A sampler by name; `gamma` only applies to ancestral sampling.
+
+  Raises:
+    UserError: there is none of that name, or gamma is not in [0, 1].
+  """
+  cls = choose('evaluation.samplers', name, samplers.SAMPLERS)
+  known = {field.name for field in dataclasses.fields(cls)}
+  found: samplers.Sampler = build('evaluation', cls, **({'gamma': gamma} if 'gamma' in known else {}))
+  return found
+
+
+def make_space(config: Config) -> Space:
+  """The space by name."""
+  space: Space = choose('model.space', config.model.space, SPACES)()
+  return space
+
+
+def make_denoiser(
+  config: Config,
+  section: Mapping[str, Any],
+  data: Data,
+  schedule: Schedule,
+) -> Denoiser:
+  """The network that `section` describes, as a denoiser of x for this data.
+
+  The network is given those keys of the section that it has as fields, and of `out_ch`, `num_classes`, `schedule`,
+  `dtype` and `remat`, too.
+
+  Raises:
+    UserError: the network does not fit the section, or the data.
+  """
+  output = section['output']
+  choose('model.output', output, OUTPUTS)
+  cls = choose('model.name', section['name'], NETWORKS)
+  num_classes = data.num_classes if section['conditional'] else 0
+  if not section['conditional'] and config.dataset.label_dropout:
+    raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
+  if section['conditional'] and not num_classes:
+    raise UserError(f'model.conditional=True, but dataset {config.dataset.name!r} has no labels')
+  shape = make_space(config).shape(data.image_shape)
+  given = {
+    **section,
+    **{key: config.compute[key] for key in ('dtype', 'remat')},
+    'out_ch': output_channels(output, shape[-1]),
+    'num_classes': num_classes,
+    'schedule': schedule,
+  }
+  fields = [f.name for f in dataclasses.fields(cls) if f.name in given and f.name != 'name']
+  network = build('model', cls, **{name: given[name] for name in fields})
+  try:
+    network.check(shape)
+  except ValueError as error:
+    raise UserError(f'config.model: {error}') from error
+  return Denoiser(network, output)
+
+
+def make_context(config: Config, base: Stage) -> Context:
+  """What the methods that follow `base` are built from."""
+  return Context(
+    schedule=base.schedule,
+    weighting=choose('weighting', config.weighting, WEIGHTINGS)(),
+    law=make_law(config, base.schedule),
+    uniform=times.Uniform(config.time.stratified),
+    clip=base.space.clip if config.evaluation.clip_x else None,
+    teacher=base.denoise,
+    shape=base.recipe.shape[1:],
+  )
+
+
+def make_recipe(
+  config: Config,
+  section: str,
+  seeds: tuple[int, ...],
+  networks: tuple[Denoiser, Denoiser],
+  method: Method,
+  rates: Mapping[str, float],
+  num_updates: int,
+  space: Space,
+  image_shape: tuple[int, ...],
+) -> Recipe:
+  """What the step of a stage needs.
+
+  Args:
+    config: of the run.
+    section: of the config that the stage's training is in.
+    seeds: what tells the stage's noise from that of others with the same `config.seed`.
+    networks: the student, and the teacher.
+    method: its loss.
+    rates: the highest learning rate, by network.
+    num_updates: of the stage.
+    space: what x is.
+    image_shape: (H, W, C).
+  """
+  of = config[section]
+  choose(f'{section}.decay', of.decay, DECAYS)
+  adam = dict(config.optimizer) | ({'clip_norm': of.clip_norm} if 'clip_norm' in of else {})
+  return Recipe(
+    networks=FrozenDict(method.networks(*networks)),
+    method=method,
+    optimizer=build('optimizer', Adam, weight_decay=of.weight_decay, **adam),
+    learning_rate={
+      name: LearningRate(rate, num_updates, of.warmup, of.decay) for name, rate in rates.items()
+    },
+    ema_decay=tuple(of.ema_decay),
+    seed=make_seed(config, *seeds),
+    space=space,
+    shape=(of.batch_size, *space.shape(image_shape)),
+    random_flip=config.dataset.random_flip,
+    dequantize=config.dataset.dequantize,
+    cond_dropout=config.dataset.label_dropout,
+    micro_batches=of.micro_batches,
+  )
+
+
+def make_pairs(config: Config) -> Pairs:
+  """The stored pairs of the base."""
+  section = config.pairs
+  choose('pairs.grid', section.grid, dict.fromkeys(times.GRIDS))
+  return Pairs(
+    count=section.num_pairs,
+    sampler=choose('pairs.sampler', section.sampler, DETERMINISTIC)(),
+    clip_x=config.evaluation.clip_x,
+    num_steps=section.num_steps,
+    grid=section.grid,
+    seed=make_seed(config, *b'pairs'),
+    batch_size=section.batch_size,
+  )
+
+
+def make_seed(config: Config, *numbers: int) -> int:
+  """A seed of its own for what `numbers` stand for, below 2^31."""
+  return int(np.random.SeedSequence([config.seed, *numbers]).generate_state(1)[0] >> 1)
+
+
+def make_law(config: Config, schedule: Schedule) -> times.Law:
+  """The law of t in base training."""
+  section, uniform = config.time, times.Uniform(config.time.stratified)
+  if choose('time.law', section.law, LAWS) is times.Uniform:
+    return uniform
+  if section.num_steps:
+    raise UserError('time.law=lognormal is of continuous time: set time.num_steps=0')
+  return times.LogNormal(schedule, section.log_mean, section.log_std, uniform)
+
+
+def make_schedule(config: Config, image_shape: tuple[int, ...]) -> Schedule:
+  """The schedule by name, from those keys of its section that it knows."""
+  cls = choose('schedule.name', config.schedule.name, SCHEDULES)
+  given: Mapping[str, Any] = {**config.schedule, 'image_size': image_shape[0]}
+  schedule: Schedule = build('schedule', cls, **{f.name: given[f.name] for f in dataclasses.fields(cls)})
+  return schedule
