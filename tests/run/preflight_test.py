@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.run import preflight
-from diffusion_distillation.stages import provenance, workdir
+from diffusion_distillation.stages import workdir
 from diffusion_distillation.system import sharding
 from tests import tiny
 
@@ -34,7 +34,7 @@ def needs(tmp_path, finished=()):
 @pytest.mark.parametrize(('name', 'networks'), [('base', 1), ('progressive_0001', 1), ('dmd', 2)])
 def test_memory_is_counted_by_networks(name, networks):
   stage = STAGES[NAMES.index(name)]
-  found, network = preflight.memory(stage), size(provenance.abstract_params(stage))
+  found, network = preflight.memory(stage), size(stage.abstract_params())
   assert found.params == networks * network and found.averages == network
   assert found.gradients == 2 * networks * network and found.gathered == 0
   assert 2 * networks * network <= found.optimizer <= 2 * networks * network + 64  # and a count each
@@ -70,7 +70,7 @@ def test_a_teacher_in_bfloat16_is_half():
 
 
 def test_the_disk_holds_two_checkpoints_a_stage_one_more_and_the_pairs():
-  states = {stage.name: size(provenance.abstract_state(stage)) for stage in STAGES}
+  states = {stage.name: size(stage.abstract_state()) for stage in STAGES}
   pairs = 1000 * (2 * 4 * 8 * 8 + 4)
   assert preflight.disk(STAGES, set()) == 2 * sum(states.values()) + max(states.values()) + pairs
   assert preflight.disk(STAGES, {'base'}) == (
