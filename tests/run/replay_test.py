@@ -44,9 +44,7 @@ def test_the_first_update_of_the_streak_is_kept_with_its_batch_and_seed(diverged
 
 
 def test_the_state_that_is_kept_is_the_one_that_the_update_began_with(diverged, step):
-  kept, _ = Checkpoints(diverged / 'base' / 'nonfinite').restore(
-    BASE.abstract_state(), set_aside=False
-  )
+  kept, _ = Checkpoints(diverged / 'base' / 'nonfinite').restore(BASE.abstract_state(), set_aside=False)
   expected, _ = advance(step, BASE, first_state(BASE), 9)
   assert checkpoints.digest(kept) == checkpoints.digest(expected)
 
