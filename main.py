@@ -37,7 +37,9 @@ _CLASSES = flags.DEFINE_list(
   'classes', [], 'sample: classes to draw in turn, by number or name, or none; by default all.'
 )
 _OUT = flags.DEFINE_string('out', None, 'sample: a .png (a grid) or .npz (the arrays).')
-_SOURCE = flags.DEFINE_string('source', None, 'import: google (the released code) or workdir (a run).')
+_SOURCE = flags.DEFINE_string(
+  'source', None, 'import: google (the released code), workdir (a stage of a run) or model (a folder).'
+)
 _STEP = flags.DEFINE_integer('step', None, 'replay: the update to look at.', 0)
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'Of several processes: HOST:PORT of the first.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many they are.', 1)

@@ -158,8 +158,8 @@ def _plan(options: Options) -> None:
 def _import(options: Options) -> None:
   directory = _workdir(options)
   if options.source is None:
-    raise UserError(f'--mode=import needs --source, one of {", ".join(importing.SOURCES)}')
-  source = choose('--source', options.source, importing.SOURCES)
+    raise UserError(f'--mode=import needs --source, one of {", ".join(importing.READERS)}')
+  source = choose('--source', options.source, importing.READERS)
   if options.checkpoint is None:
     raise UserError('--mode=import needs --checkpoint, the file or directory to read')
   model = source(_config(options), options.default, options.checkpoint, directory)

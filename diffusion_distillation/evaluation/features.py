@@ -24,7 +24,7 @@ from flax import traverse_util
 
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
-from diffusion_distillation.evaluation.frechet import Moments, RunningMoments
+from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.networks import classifier
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.system import cluster, files, interrupts, sharding
@@ -67,11 +67,10 @@ class FeatureExtractor:
     features: np.ndarray = sharding.to_host(_apply(self.params, images)[1])
     return features
 
-  def moments(self, images: Loader, indices: np.ndarray | None = None) -> Moments:
-    """Moments of the features of all images, or of those at `indices`; broken ones do not count."""
-    running = RunningMoments()
-    size = _shown()
-    count = math.ceil((len(images) if indices is None else len(indices)) / size)
+  def summary(self, images: Loader, indices: np.ndarray | None = None) -> Features:
+    """The features of all images, or of those at `indices`; broken ones do not count."""
+    size, number = _shown(), len(images) if indices is None else len(indices)
+    running, count = RunningFeatures(number), math.ceil(number / size)
     batches, name = images.in_order(size, indices), f'features of {images.images.name}'
     with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
       for batch in batches:

@@ -18,8 +18,9 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, report
-from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
+from diffusion_distillation.evaluation.metrics import METRICS, Features, RunningFeatures, frechet
 from diffusion_distillation.evaluation.sampling import Drawer
+from diffusion_distillation.stages.model import add_metrics
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
@@ -99,7 +100,7 @@ def evaluate(
   began = time.monotonic()
   held_out = open_images(config, 'eval')
   extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
-  reference = extractor.moments(train)
+  reference = extractor.summary(train)
   results = _header(config, extractor, train, held_out, reference, models)
   results['stages'] = _origins([model.stage for model in models], results['seconds'], workdir)
   for loader in (train, held_out):
@@ -125,6 +126,7 @@ def evaluate(
       row = results['rows'][-1]
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
+  _record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
   watched = {model.stage.name: _watched(workdir / model.stage.name) for model in models}
   drawn = grid_rows(config, models)
@@ -136,12 +138,19 @@ def evaluate(
   return results
 
 
+def _record(rows: list[dict[str, Any]], models: list[Model], workdir: pathlib.Path) -> None:
+  """Writes the rows of each model into its folder."""
+  for m in models:
+    own = [row for row in rows if row['stage'] == m.stage.name and row['digest'] == m.digest]
+    add_metrics(workdir / m.stage.name / 'model', own)
+
+
 def _header(
   config: Config,
   extractor: features.FeatureExtractor,
   train: Loader,
   held_out: Loader,
-  reference: Moments,
+  reference: Features,
   models: list[Model],
 ) -> dict[str, Any]:
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -150,7 +159,7 @@ def _header(
     'metric': f'FD-{extractor.name}',
     'floor': _floor(config, extractor, train, reference),
     'held_out': {
-      'value': frechet_distance(extractor.moments(held_out), reference),
+      'value': frechet(extractor.summary(held_out), reference),
       'num_samples': len(held_out) - len(held_out.skipped),
     },
     'extractor': {
@@ -184,7 +193,8 @@ def _origins(
     before = [needs.get(name or '', set()) for name in (stage.parent, stage.start)]
     needs[stage.name] = own | from_pairs | set().union(*before)
     cost = sum(drawing if name == 'pairs' else seconds[name] for name in needs[stage.name])
-    origin = {'method': stage.method, 'parent': stage.parent, 'start': stage.start or stage.parent}
+    start = None if stage.starts_anew else stage.start or stage.parent
+    origin = {'method': stage.method, 'parent': stage.parent, 'start': start}
     found[stage.name] = origin | {'cost': cost}
   return found
 
@@ -197,7 +207,7 @@ def _watched(stage_dir: pathlib.Path) -> report.Watched:
 
 
 def _floor(
-  config: Config, extractor: features.FeatureExtractor, train: Loader, reference: Moments
+  config: Config, extractor: features.FeatureExtractor, train: Loader, reference: Features
 ) -> dict[str, Any]:
   """Real against real at the same size: training images drawn with replacement, against all of them.
 
@@ -205,7 +215,7 @@ def _floor(
   """
   size = config.evaluation.num_samples
   chosen = np.random.Generator(np.random.Philox(config.evaluation.seed)).integers(len(train), size=size)
-  value = frechet_distance(extractor.moments(train, chosen), reference)
+  value = frechet(extractor.summary(train, chosen), reference)
   broken = int(np.isin(chosen, list(train.skipped)).sum())
   return {'value': value, 'num_samples': size - broken, 'seed': config.evaluation.seed}
 
@@ -231,10 +241,11 @@ def _describe(config: Config, setting: Setting) -> dict[str, Any]:
   }
 
 
+_MEASURED = ('metric', 'value', 'metrics', 'seconds_per_image')
+
+
 def _key(row: dict[str, Any]) -> tuple:
-  return tuple(
-    sorted((k, v) for k, v in row.items() if k not in ('metric', 'value', 'seconds_per_image'))
-  )
+  return tuple(sorted((k, v) for k, v in row.items() if k not in _MEASURED))
 
 
 def _known_rows(path: pathlib.Path, extractor: features.FeatureExtractor) -> dict[tuple, dict[str, Any]]:
@@ -244,10 +255,16 @@ def _known_rows(path: pathlib.Path, extractor: features.FeatureExtractor) -> dic
   try:
     old = read_json(path)
     same = old['extractor']['digest'] == extractor.digest
-    return {_key(row): row for row in old['rows'] if row['value'] >= 0.0} if same else {}
+    return {_key(row): row for row in old['rows'] if _is_whole(row)} if same else {}
   except (DamagedError, KeyError, TypeError, AttributeError) as error:
     _log.warning('%s is damaged (%r): its rows are measured again', path, error)
     return {}
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+  """Whether a row has a value of every metric; before there were several it had the Frechet distance alone."""
+  known = row.get('metrics', {'frechet': row['value']})
+  return bool(row['value'] >= 0.0) and METRICS.keys() <= known.keys()
 
 
 def make(config: Config, sampler: str) -> Sampler:
@@ -276,10 +293,10 @@ def grid(config: Config, setting: Setting) -> np.ndarray:
 
 
 def measure_setting(
-  config: Config, setting: Setting, extractor: features.FeatureExtractor, reference: Moments
+  config: Config, setting: Setting, extractor: features.FeatureExtractor, reference: Features
 ) -> dict[str, Any]:
   """One row: draws `evaluation.num_samples` images and compares their features with the reference's."""
-  running = RunningMoments()
+  running = RunningFeatures(config.evaluation.num_samples)
   seconds = drawer(config, setting.model.stage, setting.sampler).seconds_per_image(
     setting.model.params,
     grid(config, setting),
@@ -287,9 +304,12 @@ def measure_setting(
     config.evaluation.seed,
     use=lambda images: running.add(extractor(images)),
   )
+  samples = running.result()
+  values = {name: metric(samples, reference) for name, metric in METRICS.items()}
   return _describe(config, setting) | {
     'metric': f'FD-{extractor.name}',
-    'value': frechet_distance(running.result(), reference),
+    'value': values['frechet'],
+    'metrics': values,
     'seconds_per_image': seconds,
   }
 

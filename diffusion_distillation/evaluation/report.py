@@ -85,6 +85,7 @@ def write(
   html = environment.get_template('report.html').render(
     results=results,
     table=comparison(results['rows']),
+    metrics=[name for name in results['rows'][0].get('metrics', ()) if name != 'frechet'],
     config=list(flatten(config)),
     curves=list(curves(results['rows'])),
     base_nfe=max(curves(results['rows']).get('Base, DDIM', {0: 0})),
@@ -107,7 +108,7 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
   of_base: dict[str, dict[int, float]] = {}
   for row in rows:
     if row['weights'] == 'ema' and row['stage'] == base:
-      caption = f'Base, {_CAPTIONS[row["sampler"]]}'
+      caption = f'Base, {_CAPTIONS.get(row["sampler"], row["sampler"])}'
       of_base.setdefault(caption, {})[row['nfe']] = row['value']
     elif row['weights'] == 'ema':
       students.setdefault(family(row), {})[row['nfe']] = row['value']

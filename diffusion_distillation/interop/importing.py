@@ -1,7 +1,7 @@
 """Models from elsewhere as the first stage of a workdir: sampled, measured and distilled like its own."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -9,10 +9,13 @@ from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, choose, flatten
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import google
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import provenance, workdir
+from diffusion_distillation.stages.model import StoredModel, read
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.files import read_json
 
 
@@ -77,15 +80,53 @@ def from_workdir(config: Config, default: Config, path: pathlib.Path, into: path
   return _adopt(config, into, stage, jax.device_get(model.params), origin)
 
 
-def _adopt(config: Config, into: pathlib.Path, stage: Stage, params: object, origin: dict) -> Model:
+def from_model(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
+  """A model's folder, as every finished stage has one: it becomes the stage 'base', whatever the config's network.
+
+  Raises:
+    UserError: there is no model, or the config does not fit it; nothing was written.
+    DamagedError: the folder is not what was written.
+  """
+  del default
+  return adopt_stored(config, into, read(path), {'source': 'model', 'folder': str(path)})
+
+
+def adopt_stored(config: Config, into: pathlib.Path, stored: StoredModel, made: dict[str, str]) -> Model:
+  """A model that was read from elsewhere as the stage 'base' of a new workdir.
+
+  Args:
+    config: of the run to be; it need not describe the model.
+    into: the workdir.
+    stored: the model.
+    made: what it was read from, with a `folder` or file; its digest is added.
+
+  Raises:
+    UserError: the config does not fit the model, or there is a base; nothing was written.
+  """
+  classes = conditioning.classes(stored.denoise.conditioning)
+  origin = workdir.origin_of(stored)
+  stage = plan(config, stored.image_shape, classes.count if classes else 0, origin)[0]
+  made = {**made, 'sha256': digest(stored.params)}
+  return _adopt(config, into, stage, stored.params, made, stored.class_names)
+
+
+def _adopt(
+  config: Config,
+  into: pathlib.Path,
+  stage: Stage,
+  params: object,
+  origin: dict[str, str],
+  class_names: Sequence[str] = (),
+) -> Model:
   with workdir.lock_workdir(into):
     if (into / stage.name).exists():
       raise UserError(f'{into / stage.name} is there already; import into another workdir, or remove it')
     workdir.claim(into, config)
-    return provenance.adopt(into, stage, params, config, origin)
+    return provenance.adopt(into, stage, params, config, origin, class_names)
 
 
-SOURCES: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]] = {
+READERS: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]] = {
   'google': from_google,
   'workdir': from_workdir,
+  'model': from_model,
 }

@@ -47,8 +47,9 @@ class Pixels:
     """See `Space.decode`."""
     return jnp.round(127.5 * (self.clip(x) + 1.0)).astype(jnp.uint8)
 
-  def clip(self, x: jax.Array) -> jax.Array:
-    """See `Space.clip`."""
+  @staticmethod
+  def clip(x: jax.Array) -> jax.Array:
+    """See `Space.clip`; static, so that it is equal for all `Pixels`."""
     return jnp.clip(x, -1.0, 1.0)
 
   def dequantize(self, rng: jax.Array, x: jax.Array) -> jax.Array:

@@ -46,17 +46,26 @@ def _check_needs(stages: list[Stage], done: set[str], images: Loader | None) -> 
       )
 
 
-def _show(
+def _check(
   config: Config, workdir: pathlib.Path, stages: list[Stage]
 ) -> tuple[set[str], dict[str, Params]]:
-  """Checks a plan against the workdir and shows it; the names of finished stages, and the weights of distances."""
+  """Checks a plan by itself; returns the names of finished stages, and the weights of distances."""
   check_batches(config)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
-  done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
+  return {stage.name for stage in stages if provenance.is_finished(workdir, stage)}, distances_of
+
+
+def _show(
+  config: Config,
+  workdir: pathlib.Path,
+  stages: list[Stage],
+  done: set[str],
+  distances_of: dict[str, Params],
+) -> None:
+  """Checks a plan against the workdir and shows it."""
   workdirs.check_made_with(workdir, config)
   provenance.check_configs(workdir, stages, config)
   forecast.show(stages, done, config, workdir, distances_of)
-  return done, distances_of
 
 
 def show_plan(config: Config, workdir: pathlib.Path) -> None:
@@ -68,7 +77,8 @@ def show_plan(config: Config, workdir: pathlib.Path) -> None:
     UserError: config or workdir do not fit.
   """
   stages = workdirs.described_plan(workdir, config)
-  done, distances_of = _show(config, workdir, stages)
+  done, distances_of = _check(config, workdir, stages)
+  _show(config, workdir, stages, done, distances_of)
   forecast.show_times(stages, done, sharding.compile_step(train_steps), config, distances_of)
 
 
@@ -84,9 +94,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     Preempted, NumericalError: see `fit`.
   """
   stages, images = workdirs.plan_for(workdir, config)
+  done, distances_of = _check(config, workdir, stages)
+  _check_needs(stages, done, images)
   with workdirs.lock_workdir(workdir):
-    done, distances_of = _show(config, workdir, stages)
-    _check_needs(stages, done, images)
+    _show(config, workdir, stages, done, distances_of)
     workdirs.claim(workdir, config)
     if images is not None:
       workdirs.claim_images(workdir, images.images)

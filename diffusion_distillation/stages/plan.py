@@ -10,10 +10,12 @@ from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import METHODS, Denoising, Progressive, Student
+from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.networks.unet import DTYPES
 from diffusion_distillation.stages import parts
+from diffusion_distillation.stages.model import name_in, network_arguments
 from diffusion_distillation.stages.parts import Data
 from diffusion_distillation.stages.stage import Stage
 
@@ -157,8 +159,14 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
   otherwise = {key: value for key, value in config.student.items() if value is not None}
   if not otherwise:
     return base.denoise
-  section = {**config.model, 'dropout': 0.0, **otherwise}
-  network = parts.make_denoiser(config, section, data, base.schedule)
+  own = {
+    'name': name_in(NETWORKS, base.denoise.network),
+    'output': base.denoise.output,
+    'conditional': bool(base.denoise.conditioning),
+    **network_arguments(base.denoise.network),
+  }
+  data = dataclasses.replace(data, image_shape=base.image_shape)
+  network = parts.make_denoiser(config, {**config.model, **own, **otherwise}, data, base.schedule)
   if network.conditioning != base.denoise.conditioning:
     raise UserError('student.conditional: a student is told what its teacher is told')
   return network.without_dropout()

@@ -203,9 +203,12 @@ def claim_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
 
 
 def class_names(workdir: pathlib.Path) -> list[str]:
-  """Names of the classes by label, as the run found them; none for an imported model."""
+  """Names of the classes by label, as the run found them, or as an imported model has them."""
   path = workdir / 'dataset.json'
-  return [str(name) for name in read_json(path).get('classes', [])] if path.is_file() else []
+  if path.is_file():
+    return [str(name) for name in read_json(path).get('classes', [])]
+  folder = workdir / 'base' / 'model'
+  return list(model.read(folder, weights=False).class_names) if folder.is_dir() else []
 
 
 def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:

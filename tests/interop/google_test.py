@@ -239,13 +239,13 @@ def test_a_number_of_steps_that_no_stage_has_lists_those_there_are(tmp_path):
 
 @pytest.fixture(scope='module')
 def imported(tmp_path_factory):
-  """The student's file as a stage, by main.py: the workdir, and what was printed."""
+  """The student's file as a stage, by the flags of main.py: the workdir, and what was printed."""
   root = tmp_path_factory.mktemp('google')
   lines = ['from configs import default', '', '', 'def get_config():', '  c = default.get_config()']
   lines += [f'  c.update_from_flattened_dict({SAMPLE!r})', '  return c', '']
   (root / 'sample.py').write_text('\n'.join(lines))
   flags = [f'--config={root / "sample.py"}', f'--workdir={root / "run"}', '--mode=import']
-  code, out, err = tiny.run_main(*flags, '--source=google', f'--checkpoint={STUDENT}')
+  code, out, err = tiny.run_cli(*flags, '--source=google', f'--checkpoint={STUDENT}')
   assert code == 0, err
   return root / 'run', out
 
@@ -264,7 +264,7 @@ def test_an_imported_stage_says_where_it_is_from(imported, expected):
 
 def test_an_imported_stage_is_sampled_without_its_data(imported, tmp_path, expected):
   flags = ['--mode=sample', '--num_samples=6', '--seed=5', f'--out={tmp_path / "x.npz"}']
-  code, out, err = tiny.run_main(*flags, f'--workdir={imported[0]}')
+  code, out, err = tiny.run_cli(*flags, f'--workdir={imported[0]}')
   assert code == 0 and '6 images of progressive_0004 in 4 ddim steps' in out, err
   with np.load(tmp_path / 'x.npz') as arrays:
     images = arrays['images'].astype(int)
@@ -276,6 +276,7 @@ def test_an_imported_stage_is_sampled_without_its_data(imported, tmp_path, expec
   assert images.std() > 20
 
 
+@pytest.mark.slow
 def test_an_imported_stage_is_distilled_further_and_measured(imported, tmp_path, monkeypatch):
   monkeypatch.setitem(datasets.SOURCES, 'cifar10', tiny.colour_digits)
   monkeypatch.setattr(features, '_UPDATES', 20)

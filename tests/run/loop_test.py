@@ -14,8 +14,9 @@ import pytest
 from diffusion_distillation.datasets.loading import Shuffled
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
 from diffusion_distillation.methods import Denoising
-from diffusion_distillation.networks.spaces import to_x
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import loop
+from diffusion_distillation.run.inputs import Inputs
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import interrupts, sharding
@@ -26,7 +27,7 @@ from tests import tiny
 CONFIG = tiny.config(max_skipped=3)
 STAGES, IMAGES = tiny.plan(max_skipped=3)
 STUDENT = STAGES[1]
-SOURCES = loop.Sources(IMAGES)
+INPUTS = Inputs(IMAGES)
 
 
 @flax.struct.dataclass
@@ -35,8 +36,8 @@ class Poisoned(Denoising):
 
   bad: jax.Array = dataclasses.field(default_factory=lambda: jnp.array([-1]))
 
-  def loss(self, denoise, params, frozen, batch, rng, step):
-    loss, metrics = Denoising.loss(self, denoise, params, frozen, batch, rng, step)
+  def loss(self, nets, batch, rng, step):
+    loss, metrics = Denoising.loss(self, nets, batch, rng, step)
     return jnp.where(jnp.any(step == self.bad), jnp.nan, 1.0) * loss, metrics
 
 
@@ -59,19 +60,20 @@ def workdir(tmp_path):
 def host_batch(stage, k):
   """What update k of a stage learns from."""
   indices, _ = Shuffled(len(IMAGES), int(stage.recipe.seed), stage.batch_size)(k)
-  return IMAGES.images.batch(indices)
+  batch = IMAGES.images.batch(indices)
+  return {'image': batch['image'], 'cond': conditioning.select(stage.recipe.conditioning, batch['cond'])}
 
 
 def advance(step, stage, state, count, teacher=None):
   for _ in range(count):
-    batch = sharding.put(stage.inputs(host_batch(stage, int(state.step))))
+    batch = sharding.put(host_batch(stage, int(state.step)))
     frozen = {} if teacher is None else {'teacher': teacher}
     state, metrics = step(stage.recipe, state, frozen, batch)
   return state, metrics
 
 
 def first_state(stage):
-  params = stage.denoise.init(jax.random.key(stage.recipe.seed), stage.image_shape)
+  params = stage.init_params(jax.random.key(stage.recipe.seed))
   return sharding.replicate(stage.recipe.create_state(params))
 
 
@@ -104,7 +106,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(step):
 
 
 def test_some_skipped_updates_do_not_stop_a_run(step, workdir):
-  model = loop.fit(step, poisoned(3, 4, 8), SOURCES, workdir, CONFIG)
+  model = loop.fit(step, poisoned(3, 4, 8), INPUTS, workdir, CONFIG)
   assert model.step == 12
   lines = [json.loads(line) for line in (workdir / 'base' / 'metrics.jsonl').read_text().splitlines()]
   assert [line['skipped'] for line in lines] == [1, 2, 3]
@@ -112,7 +114,7 @@ def test_some_skipped_updates_do_not_stop_a_run(step, workdir):
 
 def test_too_many_in_a_row_go_back_once_and_then_stop_naming_stage_and_step(step, workdir, caplog):
   with pytest.raises(NumericalError, match=r'stage base: .* 3 updates in a row up to step 12'):
-    loop.fit(step, poisoned(8, 9, 10), SOURCES, workdir, CONFIG)
+    loop.fit(step, poisoned(8, 9, 10), INPUTS, workdir, CONFIG)
   assert 'back to step 10' in caplog.text
   assert all(
     np.isfinite(leaf).all()
@@ -130,7 +132,7 @@ def test_what_does_not_happen_again_is_survived(step, workdir):
     stage = poisoned(*([int(state.step)] if bad else []))
     return step(stage.recipe, state, frozen, batch)
 
-  model = loop.fit(faulty, BASE, SOURCES, workdir, CONFIG)
+  model = loop.fit(faulty, BASE, INPUTS, workdir, CONFIG)
   assert calls == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 11]
   assert (
     model.digest == provenance.to_model(BASE, advance(step, BASE, first_state(BASE), 12)[0], 0.0).digest
@@ -153,12 +155,12 @@ def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
   try:
     for stage, at in ((BASE, 7), (STUDENT, 2)):
       interrupts.install()
-      sources = loop.Sources(IMAGES, teacher=models[-1] if models else None)
+      inputs = Inputs(IMAGES, teacher=models[-1] if models else None)
       with pytest.raises(Preempted, match='SIGTERM'):
-        loop.fit(stopping(at), stage, sources, workdir, CONFIG)
+        loop.fit(stopping(at), stage, inputs, workdir, CONFIG)
       assert provenance.load_model(workdir, stage, CONFIG).step == at + 1
       interrupts.install()
-      models.append(loop.fit(step, stage, sources, workdir, CONFIG))
+      models.append(loop.fit(step, stage, inputs, workdir, CONFIG))
   finally:
     for number, handler in handlers.items():
       signal.signal(number, handler)
@@ -170,44 +172,44 @@ def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
 
 
 def test_a_finished_stage_returns_at_once(step, workdir):
-  model = loop.fit(step, BASE, SOURCES, workdir, CONFIG)
-  again = loop.fit(None, BASE, SOURCES, workdir, CONFIG)
+  model = loop.fit(step, BASE, INPUTS, workdir, CONFIG)
+  again = loop.fit(None, BASE, INPUTS, workdir, CONFIG)
   assert again.digest == model.digest and again.seconds == model.seconds
 
 
 def test_parameters_that_were_exchanged_are_noticed(step, workdir):
-  loop.fit(step, BASE, SOURCES, workdir, CONFIG)
+  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
   path = workdir / 'base' / 'stage.json'
   path.write_text(path.read_text().replace(json.loads(path.read_text())['digest'], 'f' * 64))
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
-    loop.fit(step, BASE, SOURCES, workdir, CONFIG)
+    loop.fit(step, BASE, INPUTS, workdir, CONFIG)
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
     provenance.load_model(workdir, BASE, CONFIG)
 
 
 def test_another_parameterization_is_refused_as_a_teacher(step, workdir):
-  loop.fit(step, BASE, SOURCES, workdir, CONFIG)
+  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
   path = workdir / 'base' / 'stage.json'
   path.write_text(path.read_text().replace('"output": "v"', '"output": "eps"', 1))
   with pytest.raises(UserError, match='output is eps, but this run needs v'):
-    loop.fit(step, BASE, SOURCES, workdir, CONFIG)
+    loop.fit(step, BASE, INPUTS, workdir, CONFIG)
 
 
 def test_another_config_is_refused_even_without_config_json(step, workdir):
-  loop.fit(step, BASE, SOURCES, workdir, CONFIG)
+  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
   (workdir / 'config.json').unlink()
   before = (workdir / 'base' / 'stage.json').read_text()
   other = tiny.config(max_skipped=3, train__learning_rate=0.5)
   with pytest.raises(UserError, match=r'another config: train\.learning_rate was 0\.001, is 0\.5'):
-    loop.fit(step, BASE, SOURCES, workdir, other)
+    loop.fit(step, BASE, INPUTS, workdir, other)
   assert (workdir / 'base' / 'stage.json').read_text() == before
 
 
 def test_checkpoints_without_lineage_are_refused(step, workdir):
-  loop.fit(step, BASE, SOURCES, workdir, CONFIG)
+  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
   (workdir / 'base' / 'stage.json').unlink()
   with pytest.raises(DamagedError, match=r'stage\.json is missing'):
-    loop.fit(step, BASE, SOURCES, workdir, CONFIG)
+    loop.fit(step, BASE, INPUTS, workdir, CONFIG)
 
 
 def test_rounds_share_one_compiled_step(step):
@@ -244,15 +246,15 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
   """The step against its definition, written out: one update of the base."""
   state = first_state(BASE)
   start = sharding.to_host(state)
-  batch = BASE.inputs(host_batch(BASE, 0))
+  batch = host_batch(BASE, 0)
   rng = jax.random.fold_in(jax.random.key(BASE.recipe.seed), 0)
   _, rng_draw, rng_dropout = jax.random.split(rng, 3)
   rng = jax.random.fold_in(rng_dropout, 0)  # of the one micro-batch there is
-  x = to_x(batch['image'])
-  example = {'x': x, 'label': None} | BASE.recipe.method.draw(rng_draw, x.shape)
+  x = BASE.space.encode(batch['image'])
+  example = {'x': x, 'cond': None} | BASE.recipe.method.draw(rng_draw, x.shape)
 
   def loss_fn(params):
-    return BASE.recipe.method.loss(BASE.recipe.denoise, params, {}, example, rng, 0)[0]
+    return BASE.recipe.method.loss(BASE.recipe.bind(params), example, rng, 0)[0]
 
   loss, grads = jax.jit(jax.value_and_grad(loss_fn))(start.params)
   tx = optax.chain(

@@ -11,9 +11,9 @@ from diffusion_distillation import config as configuration
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.schedules import Karras, LinearBeta, ShiftedCosine
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.methods import Denoising, Progressive
+from diffusion_distillation.methods import METHODS, Denoising, Progressive
 from diffusion_distillation.stages import plan as stages
-from diffusion_distillation.stages import students, workdir
+from diffusion_distillation.stages import workdir
 from tests import tiny
 
 
@@ -142,8 +142,9 @@ def test_the_schedule_is_made_of_the_keys_that_it_knows():
 
 def test_dropout_is_the_bases_alone():
   base, *rounds = plan()
-  assert base.recipe.denoise.network.dropout == 0.1 and base.denoise.network.dropout == 0.0
-  assert all(stage.recipe.denoise == stage.denoise == base.denoise for stage in rounds)
+  assert base.recipe.student.network.dropout == 0.1 and base.denoise.network.dropout == 0.0
+  assert all(stage.recipe.student == stage.denoise == base.denoise for stage in rounds)
+  assert all(stage.recipe.networks['teacher'] == stage.teacher == base.denoise for stage in rounds)
 
 
 def test_rounds_differ_only_in_the_arguments_of_one_compiled_step():
@@ -168,7 +169,7 @@ def test_conditional_networks_know_the_classes():
 def test_every_key_of_the_default_config_is_read(monkeypatch):
   """Planning reads the keys of images, model and training; the loops name theirs in full."""
   config = digits.get_config()
-  config.methods = ('progressive', *students.STUDENTS)
+  config.methods = tuple(name for name in METHODS if name != 'denoising')
   config.dmd2.regression, config.time.law = 0.25, 'lognormal'  # which have keys of their own
   sections = {id(config): '', **{id(v): f'{k}.' for k, v in config.items() if hasattr(v, 'items')}}
   read = set()

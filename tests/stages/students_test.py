@@ -15,7 +15,8 @@ from diffusion_distillation.diffusion.weightings import Constant, SnrPlusOne, Sn
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.interop import importing
-from diffusion_distillation.methods import DMD, Consistency, Gan, Knowledge, distances
+from diffusion_distillation.methods import DMD, DMD2, Consistency, Gan, Knowledge, distances
+from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.run import forecast
 from diffusion_distillation.stages import plan as stages
 from diffusion_distillation.stages import provenance
@@ -65,16 +66,16 @@ def test_pairs_are_the_same_for_all_that_learn_from_them():
   assert pairs == planned['knowledge'].pairs
   assert (pairs.count, pairs.sampler, pairs.num_steps) == (33, Heun(), 5)
   assert (pairs.grid, pairs.batch_size) == ('karras', 7)
-  assert plan('knowledge', evaluation__clip_x=False)['knowledge'].pairs.sampler == Heun(clip_x=False)
+  assert pairs.clip_x and not plan('knowledge', evaluation__clip_x=False)['knowledge'].pairs.clip_x
   assert plan('dmd', dmd__regression=0.0)['dmd'].pairs is None
   assert plan('dmd2', dmd2__regression=0.1)['dmd2'].pairs == plan('dmd')['dmd'].pairs
 
 
 @pytest.mark.parametrize('name', ['ddim', 'euler', 'heun', 'rk4', 'dpm_solver_2m'])
 def test_pairs_may_be_drawn_by_any_deterministic_sampler(name):
-  sampler = plan('knowledge', pairs__sampler=name)['knowledge'].pairs.sampler
+  pairs = plan('knowledge', pairs__sampler=name)['knowledge'].pairs
   expected = {'ddim': DDIM, 'euler': Euler, 'heun': Heun, 'dpm_solver_2m': DPMSolver2M}
-  assert type(sampler) is expected.get(name, type(sampler)) and sampler.clip_x
+  assert type(pairs.sampler) is expected.get(name, type(pairs.sampler)) and pairs.clip_x
 
 
 def test_each_section_has_its_own_updates_batches_averages_and_optimizer():
@@ -102,14 +103,14 @@ def test_every_network_has_a_learning_rate():
   planned = plan(*ALL, knowledge__learning_rate=5e-4, **changed)
   for name, stage in planned.items():
     peaks = {network: rate.peak for network, rate in stage.recipe.learning_rate.items()}
-    assert set(stage.recipe.method.networks) <= set(peaks)
+    assert set(stage.recipe.method.trained) <= set(peaks)
     if name in ('dmd', 'dmd2'):
       assert (peaks['student'], peaks['fake_score']) == (3e-4, 2e-3)
       assert peaks.get('head', 2e-3) == 2e-3
   assert planned['knowledge'].recipe.learning_rate['student'].peak == 5e-4
   for stage in list(planned.values())[1:]:
-    assert stage.recipe.denoise.network.dropout == 0.0 and stage.denoise == planned['base'].denoise
-  assert planned['dmd2'].recipe.method.at(4).networks == ('student', 'fake_score', 'head')
+    assert stage.recipe.student.network.dropout == 0.0 and stage.denoise == planned['base'].denoise
+  assert planned['dmd2'].recipe.method.at(4).trained == ('student', 'fake_score', 'head')
 
 
 def test_what_each_student_is_made_for_is_how_it_is_sampled_and_measured():
@@ -162,12 +163,14 @@ def test_the_methods_have_their_sections_options():
   planned = {name: stage.recipe.method for name, stage in plan(*ALL, **changed).items()}
   schedule, law = planned['base'].schedule, times.Uniform(stratified=True)
   assert planned['knowledge'] == Knowledge(schedule)
-  huber, solver = distances.PseudoHuber(), Euler(clip_x=False)
+  huber, solver = distances.PseudoHuber(), Euler()
   shared = (schedule, SnrPlusOne(), huber, solver, law, False)
   assert planned['consistency'] == Consistency(77, 3, 9, *shared)
-  assert planned['dmd'] == DMD(schedule, SnrTrunc(), law, 0.1, 0.9, 0.75)
+  clip = Pixels().clip
+  assert planned['dmd'] == DMD(schedule, SnrTrunc(), law, 0.1, 0.9, 0.75, clip=clip)
   several = {'regression': 0.0, 'fake_updates': 3, 'num_steps': 2, 'simulated': False}
-  assert planned['dmd2'] == DMD(schedule, SnrTrunc(), law, gan=Gan(8, 0.1, 0.2), **several)
+  assert planned['dmd2'] == DMD2(schedule, SnrTrunc(), law, clip=clip, gan=Gan(8, 0.1, 0.2), **several)
+  assert plan('dmd2', evaluation__clip_x=False)['dmd2'].recipe.method.clip is None
   assert plan('consistency')['consistency'].recipe.method.weighting == Constant()
 
 

@@ -1,0 +1,55 @@
+"""Metrics: how far samples are from real images, by the features of both.
+
+A metric is `metric(samples, reference) -> float` on two `Features`; smaller is better. Every metric in METRICS is
+computed for every row of results.json; the first one is the row's `value`, and what the figures show.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
+
+_KEPT = 10_000  # features that are kept one by one, of sets that have more
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+  """The features of a set of images.
+
+  Attributes:
+    moments: of all of them.
+    some: (n, D) float32, spread evenly over the set: all of them, or about _KEPT.
+  """
+
+  moments: Moments
+  some: np.ndarray
+
+
+class RunningFeatures:
+  """Features of a set of `count` images that arrive in batches."""
+
+  def __init__(self, count: int) -> None:
+    self._moments, self._some, self._seen = RunningMoments(), list[np.ndarray](), 0
+    self._stride = math.ceil(count / _KEPT)
+
+  def add(self, features: np.ndarray) -> None:
+    """Takes a batch (n, D)."""
+    self._moments.add(features)
+    self._some.append(features[-self._seen % self._stride :: self._stride])
+    self._seen += len(features)
+
+  def result(self) -> Features:
+    """Of all that was added; raises ValueError with fewer than two examples."""
+    moments = self._moments.result()
+    return Features(moments, np.concatenate(self._some))
+
+
+def frechet(samples: Features, reference: Features) -> float:
+  """The Frechet distance of two normal distributions with these moments; see `frechet.frechet_distance`."""
+  return frechet_distance(samples.moments, reference.moments)
+
+
+METRICS: dict[str, Callable[[Features, Features], float]] = {'frechet': frechet}
