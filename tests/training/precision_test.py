@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation.networks.unet import Denoiser, UNet
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.unet import UNet
 from diffusion_distillation.stages import provenance
 from tests import tiny
 
