@@ -9,11 +9,13 @@ import pytest
 from configs import default, digits
 from diffusion_distillation import cli, config, datasets
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.stages import plan, students
+from diffusion_distillation.methods import METHODS
+from diffusion_distillation.stages import plan
 from tests import tiny
 
+DEFAULTS = dict(config.flatten(default.get_config()))  # which also fills config.SECTIONS
 KEYS = config.all_keys()
-DEFAULTS = dict(config.flatten(default.get_config()))
+STUDENTS = tuple(name for name in METHODS if name != 'denoising')
 CONFIGS = [path.stem for path in sorted((tiny.ROOT / 'configs').glob('*.py'))]
 
 # Numbers that have no range of their own: the code that reads them compares them with others.
@@ -115,7 +117,7 @@ def test_numbers_that_no_stage_could_use_are_refused(key, value, says):
 
 def use(**overrides):
   """The plan of all methods; the dataset's settings are made on the way."""
-  made = tiny.config(methods=('progressive', *students.STUDENTS), **overrides)
+  made = tiny.config(methods=STUDENTS, **overrides)
   datasets.Settings.of(made.dataset)
   return plan.plan(made, (8, 8, 1), 10)
 
@@ -166,7 +168,7 @@ class Yours(Mine):
 def test_a_section_of_ones_own_is_made_checked_and_listed(monkeypatch):
   monkeypatch.setitem(config.SECTIONS, 'mine', Mine)
   monkeypatch.setitem(config.SECTIONS, 'yours', Yours)
-  made = default.get_config()
+  made = config.default_config()
   assert made.mine.to_dict() == {'weight': 0.5, 'width': None, 'parts': ('a',)}
   assert made.yours.weight == 0.25 and config.keys(Yours) == config.keys(Mine)
   config.check_numbers(made)
