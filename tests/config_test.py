@@ -20,12 +20,17 @@ CONFIGS = [path.stem for path in sorted((tiny.ROOT / 'configs').glob('*.py'))]
 
 # Numbers that have no range of their own: the code that reads them compares them with others.
 CHECKED_ELSEWHERE = {
-  *('dataset.channels', 'model.attn_resolutions', 'time.log_mean'),
+  *('dataset.channels', 'model.attn_resolutions', 'student.attn_resolutions', 'time.log_mean'),
   *(f'schedule.{key}' for key in ('logsnr_min', 'logsnr_max', 'beta_min', 'beta_max')),
   *(f'schedule.{key}' for key in ('s_min', 's_max', 'rho')),
   *(f'{method}.{key}' for method in ('dmd', 'dmd2') for key in ('first_t', 'last_t')),
   *('evaluation.gamma', 'mesh.data', 'mesh.fsdp'),
 }
+
+
+def example(name):
+  """A key's default; of the students' network, which has none, the default of the model."""
+  return DEFAULTS[name.replace('student.', 'model.')]
 
 
 def entries(value):
@@ -61,19 +66,27 @@ def test_every_config_has_the_default_keys_and_values_in_their_ranges(name):
   config.check_keys(made, default.get_config())
   config.check_numbers(made)
   for key, value in config.flatten(made):
-    assert not KEYS[key].choices or set(entries(value)) <= set(KEYS[key].choices), key
+    assert not KEYS[key].choices or set(entries(value)) <= {*KEYS[key].choices, DEFAULTS[key]}, key
+
+
+def test_the_students_network_has_the_keys_of_the_model_and_none_need_be_given():
+  sections = [
+    {k.split('.')[1]: KEYS[k] for k in KEYS if k.startswith(s)} for s in ('student.', 'model.')
+  ]
+  assert sections[0] == sections[1]
+  assert {value for key, value in DEFAULTS.items() if key.startswith('student.')} == {None}
 
 
 def test_every_number_has_a_range_or_is_checked_elsewhere():
-  numbers = {name for name, value in DEFAULTS.items() if all(map(is_number, entries(value)))}
+  numbers = {name for name in DEFAULTS if all(map(is_number, entries(example(name))))}
   assert {name for name in numbers if KEYS[name].valid is None} == CHECKED_ELSEWHERE
 
 
 @pytest.mark.parametrize('name', [name for name, key in KEYS.items() if key.valid])
 def test_ranges_are_enforced(name):
-  made, first = default.get_config(), entries(DEFAULTS[name])[0]
+  made, first = default.get_config(), entries(example(name))[0]
   bad = -1 if first is None else type(first)(-1)
-  bad = (bad,) if isinstance(DEFAULTS[name], tuple) else bad
+  bad = (bad,) if isinstance(example(name), tuple) else bad
   made.update_from_flattened_dict({name: bad})
   with pytest.raises(UserError) as error:
     config.check_numbers(made)

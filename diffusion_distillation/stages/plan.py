@@ -126,7 +126,7 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
   if origin is None:
     schedule = parts.make_schedule(config, data.image_shape)
     denoise = parts.make_denoiser(config, config.model, data, schedule)
-    space, num_steps = parts.make_space(config), config.distill.start_steps
+    space, num_steps = parts.make_space(config.model), config.distill.start_steps
     origin = Origin(denoise, schedule, space, data.image_shape, num_steps, 'ddim')
   loss = Denoising(
     schedule=origin.schedule,
@@ -158,6 +158,8 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
   if not otherwise:
     return base.denoise
   section = {**config.model, 'dropout': 0.0, **otherwise}
+  if parts.make_space(section) != base.space:
+    raise UserError('student.space: a student works on what its teacher works on')
   network = parts.make_denoiser(config, section, data, base.schedule)
   if network.conditioning != base.denoise.conditioning:
     raise UserError('student.conditional: a student is told what its teacher is told')
