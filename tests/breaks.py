@@ -100,7 +100,9 @@ def copy(target: pathlib.Path) -> None:
 
   def listed(*options: str) -> list[str]:
     command = ['git', 'ls-files', '-z', *options]
-    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split('\0')
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split(
+      '\0'
+    )
 
   for name in {*listed(), *listed('--others', '--exclude-standard', '*.py')} - {''}:
     if (ROOT / name).is_file():
@@ -170,7 +172,9 @@ def check(repository: pathlib.Path, breaks: list[Break]) -> bool:
     if code != 0:
       good = False
       print(f'FAILS UNBROKEN {test}\n{output[-3000:]}', flush=True)
-  print('the tests pass on the unbroken copy' if good else 'some tests fail on the unbroken copy', flush=True)
+  print(
+    'the tests pass on the unbroken copy' if good else 'some tests fail on the unbroken copy', flush=True
+  )
   return good
 
 
