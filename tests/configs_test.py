@@ -15,9 +15,8 @@ from diffusion_distillation.config import check_keys, flatten
 from diffusion_distillation.diffusion.weightings import SnrTrunc
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Denoising
-from diffusion_distillation.networks.unet import Denoiser
+from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.stages import plan as stages
-from diffusion_distillation.stages import provenance
 from tests import parity_test, tiny
 
 LSUN = {
@@ -144,7 +143,7 @@ def test_every_stage_is_as_in_the_paper(name, variant):
 
   for stage in [base, *rounds]:
     is_base, recipe = stage is base, stage.recipe
-    network, rate = recipe.denoise.network, recipe.learning_rate['student']
+    network, rate = recipe.student.network, recipe.learning_rate['student']
     assert stage.batch_size == paper['batch'] and stage.image_shape == paper['shape']
     assert rate.peak == (paper['rate'] if is_base else 1e-4)
     assert (rate.warmup, rate.decay) == ((1000, 'none') if is_base else (0, 'linear'))
@@ -153,7 +152,7 @@ def test_every_stage_is_as_in_the_paper(name, variant):
     assert (recipe.optimizer.b1, recipe.optimizer.b2, recipe.optimizer.eps) == (0.9, 0.999, 1e-8)
     assert recipe.optimizer.clip_norm == 1 and recipe.random_flip and recipe.micro_batches == 1
     assert recipe.ema_decay == ((0.9999,) if is_base else (0,))
-    assert recipe.denoise.output == paper['output'] and recipe.method.weighting == SnrTrunc()
+    assert recipe.student.output == paper['output'] and recipe.method.weighting == SnrTrunc()
     assert network.dropout == (paper['dropout'] if is_base else 0)
     assert (network.ch, network.ch_mult, network.num_res_blocks) == (paper['ch'], paper['ch_mult'], 3)
     assert (network.emb_ch, network.num_classes) == (paper['emb_ch'], paper['classes'])
@@ -191,8 +190,8 @@ def test_network_and_optimizer_have_the_sizes_that_the_layer_list_gives(name):
     resample=True,
   )
   print(f'{name}: {expected:,} parameters')
-  state = provenance.abstract_state(base)
-  assert size_of(provenance.abstract_params(base)) == size_of(state.params) == expected
+  state = base.abstract_state()
+  assert size_of(base.abstract_params()) == size_of(state.params) == expected
   assert [size_of(average) for average in state.ema_params] == [expected]
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape]
   assert size_of(moments) == 2 * expected  # Adam's two

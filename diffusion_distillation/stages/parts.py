@@ -53,9 +53,9 @@ def make_sampler(name: str, gamma: float = 0.0) -> samplers.Sampler:
   return found
 
 
-def make_space(config: Config) -> Space:
-  """The space by name."""
-  space: Space = choose('model.space', config.model.space, SPACES)()
+def make_space(section: Mapping[str, Any]) -> Space:
+  """The space of a network by name."""
+  space: Space = choose('model.space', section['space'], SPACES)()
   return space
 
 
@@ -81,7 +81,7 @@ def make_denoiser(
     raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
   if section['conditional'] and not num_classes:
     raise UserError(f'model.conditional=True, but dataset {config.dataset.name!r} has no labels')
-  shape = make_space(config).shape(data.image_shape)
+  shape = make_space(section).shape(data.image_shape)
   given = {
     **section,
     **{key: config.compute[key] for key in ('dtype', 'remat')},

@@ -7,8 +7,8 @@ import pytest
 
 from configs import default
 from diffusion_distillation import cli
-from diffusion_distillation.run import forecast, loop
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.run import forecast
+from diffusion_distillation.run import run as run_module
 from diffusion_distillation.system import sharding
 from tests import tiny
 
@@ -61,7 +61,13 @@ def measured(monkeypatch):
 
   monkeypatch.setattr(forecast, 'seconds_per_update', seconds_per_update)
   monkeypatch.setattr(forecast, 'seconds_per_call', lambda stage, config: 1 / 16)
+  without_memory(monkeypatch)
   return names
+
+
+def without_memory(monkeypatch):
+  """What is needed of devices and disk is in preflight_test.py: a second of tracing for every stage."""
+  monkeypatch.setattr(forecast.preflight, 'needs', lambda *_: ['memory of each device'])
 
 
 def show(capsys, finished=(), stages=STAGES, **overrides):
@@ -78,7 +84,7 @@ def show(capsys, finished=(), stages=STAGES, **overrides):
 
 def test_the_table_has_updates_and_network_calls_of_every_stage(capsys, measured):
   plan, _ = show(capsys)
-  parameters = sum(leaf.size for leaf in jax.tree.leaves(provenance.abstract_params(STAGES[0])))
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(STAGES[0].abstract_params()))
   assert plan[0] == f'{parameters:,} parameters; 8 cpu device(s)'
   lines = {line.split()[0]: ' '.join(line.split()[1:]) for line in plan[1:]}
   assert list(lines) == [*NAMES, 'evaluation']
@@ -139,6 +145,7 @@ def test_without_updates_to_measure_there_is_no_estimate(capsys, measured):
 def test_times_are_told_in_units_that_fit(capsys, monkeypatch, seconds, text):
   monkeypatch.setattr(forecast, 'seconds_per_update', lambda *_: seconds / 12)
   monkeypatch.setattr(forecast, 'seconds_per_call', lambda *_: 0.0)
+  without_memory(monkeypatch)
   _, estimate = show(capsys, stages=STAGES[:1])
   assert estimate[1].split('(')[0].split(maxsplit=1)[1].strip() == text
 
@@ -150,13 +157,14 @@ def test_an_update_is_timed_without_its_compilation(monkeypatch):
 
   def step(recipe, state, frozen, batch):
     now[0] += 2.0 if seen else 100.0
-    label = batch['label']
-    seen.append((list(frozen), batch['image'].shape, None if label is None else label.shape))
+    cond = batch['cond']
+    seen.append((list(frozen), batch['image'].shape, None if cond is None else cond['label'].shape))
     return state, {}
 
   told = tiny.plan(model__conditional=True, model__ch_mult=(1,))[0]
   for stage, shape in ((STAGES[0], None), (STAGES[1], None), (told[0], (24,))):
-    stage = dataclasses.replace(stage, batch_size=24)
+    recipe = stage.recipe.replace(shape=(24, *stage.image_shape))
+    stage = dataclasses.replace(stage, recipe=recipe)
     seen.clear()
     assert forecast.seconds_per_update(stage, step, 4) == 2.0
     assert seen == [(['teacher'] if stage.parent else [], (24, 8, 8, 1), shape)] * 5
@@ -233,10 +241,10 @@ def test_measured_and_real_updates_are_one_program(tmp_path, monkeypatch, condit
 
   compile_really = sharding.compile_step
   monkeypatch.setattr(sharding, 'compile_step', compile_step)
-  monkeypatch.setattr(loop, 'train_steps', train_step)
+  monkeypatch.setattr(run_module, 'train_steps', train_step)
   monkeypatch.setattr(forecast, 'seconds_per_call', lambda *_: 0.0)
   monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, again: None)
-  loop.run(tiny.config(model__conditional=conditional, model__ch_mult=(1,)), tmp_path / 'run')
+  run_module.run(tiny.config(model__conditional=conditional, model__ch_mult=(1,)), tmp_path / 'run')
   assert done == [0, 1, 0, 1, *range(12), *range(8), *range(8)]  # measured, measured, three stages
   assert len(traced) == 2, traced
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import flax
@@ -55,6 +56,19 @@ BASE = poisoned()
 def workdir(tmp_path):
   workdirs.claim(tmp_path, CONFIG)
   return tmp_path
+
+
+@pytest.fixture(scope='module')
+def of_base(tmp_path_factory, step):
+  """A workdir with a finished base, which tests only copy, and its model."""
+  workdir = tmp_path_factory.mktemp('base')
+  workdirs.claim(workdir, CONFIG)
+  return workdir, loop.fit(step, BASE, INPUTS, workdir, CONFIG)
+
+
+@pytest.fixture
+def trained(of_base, tmp_path):
+  return shutil.copytree(of_base[0], tmp_path / 'trained')
 
 
 def host_batch(stage, k):
@@ -171,45 +185,40 @@ def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
   assert models[1].digest == digest(student.ema_params[0])
 
 
-def test_a_finished_stage_returns_at_once(step, workdir):
-  model = loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  again = loop.fit(None, BASE, INPUTS, workdir, CONFIG)
+def test_a_finished_stage_returns_at_once(of_base, trained):
+  model, again = of_base[1], loop.fit(None, BASE, INPUTS, trained, CONFIG)
   assert again.digest == model.digest and again.seconds == model.seconds
 
 
-def test_parameters_that_were_exchanged_are_noticed(step, workdir):
-  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  path = workdir / 'base' / 'stage.json'
+def test_parameters_that_were_exchanged_are_noticed(trained):
+  path = trained / 'base' / 'stage.json'
   path.write_text(path.read_text().replace(json.loads(path.read_text())['digest'], 'f' * 64))
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
-    loop.fit(step, BASE, INPUTS, workdir, CONFIG)
+    loop.fit(None, BASE, INPUTS, trained, CONFIG)
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
-    provenance.load_model(workdir, BASE, CONFIG)
+    provenance.load_model(trained, BASE, CONFIG)
 
 
-def test_another_parameterization_is_refused_as_a_teacher(step, workdir):
-  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  path = workdir / 'base' / 'stage.json'
+def test_another_parameterization_is_refused_as_a_teacher(trained):
+  path = trained / 'base' / 'stage.json'
   path.write_text(path.read_text().replace('"output": "v"', '"output": "eps"', 1))
   with pytest.raises(UserError, match='output is eps, but this run needs v'):
-    loop.fit(step, BASE, INPUTS, workdir, CONFIG)
+    loop.fit(None, BASE, INPUTS, trained, CONFIG)
 
 
-def test_another_config_is_refused_even_without_config_json(step, workdir):
-  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  (workdir / 'config.json').unlink()
-  before = (workdir / 'base' / 'stage.json').read_text()
+def test_another_config_is_refused_even_without_config_json(trained):
+  (trained / 'config.json').unlink()
+  before = (trained / 'base' / 'stage.json').read_text()
   other = tiny.config(max_skipped=3, train__learning_rate=0.5)
   with pytest.raises(UserError, match=r'another config: train\.learning_rate was 0\.001, is 0\.5'):
-    loop.fit(step, BASE, INPUTS, workdir, other)
-  assert (workdir / 'base' / 'stage.json').read_text() == before
+    loop.fit(None, BASE, INPUTS, trained, other)
+  assert (trained / 'base' / 'stage.json').read_text() == before
 
 
-def test_checkpoints_without_lineage_are_refused(step, workdir):
-  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  (workdir / 'base' / 'stage.json').unlink()
+def test_checkpoints_without_lineage_are_refused(trained):
+  (trained / 'base' / 'stage.json').unlink()
   with pytest.raises(DamagedError, match=r'stage\.json is missing'):
-    loop.fit(step, BASE, INPUTS, workdir, CONFIG)
+    loop.fit(None, BASE, INPUTS, trained, CONFIG)
 
 
 def test_rounds_share_one_compiled_step(step):
@@ -256,12 +265,17 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
   def loss_fn(params):
     return BASE.recipe.method.loss(BASE.recipe.bind(params), example, rng, 0)[0]
 
-  loss, grads = jax.jit(jax.value_and_grad(loss_fn))(start.params)
   tx = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adam(1e-3 / 100)
   )  # first of 100 warm-up updates
-  updates, _ = tx.update(grads, tx.init(start.params))
-  expected = optax.apply_updates(start.params, updates)
+
+  @jax.jit
+  def by_hand(params):
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, _ = tx.update(grads, tx.init(params))
+    return loss, updates, optax.apply_updates(params, updates)
+
+  loss, updates, expected = by_hand(start.params)
   state, metrics = step(BASE.recipe, state, {}, sharding.put(batch))
   assert float(metrics['loss']) == pytest.approx(float(loss), rel=1e-5)
   norm = optax.tree.norm(updates) / (1e-3 / 100)

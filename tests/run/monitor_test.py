@@ -14,8 +14,11 @@ from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.errors import Preempted
 from diffusion_distillation.evaluation import measure
+from diffusion_distillation.networks.denoiser import Bound
+from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.run import loop, monitor
-from diffusion_distillation.run.monitor import Figures, Health
+from diffusion_distillation.run.inputs import Inputs
+from diffusion_distillation.run.monitor import Figures, Monitor
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import interrupts
@@ -75,12 +78,17 @@ def test_spread_is_the_root_of_half_the_mean_squared_distance_of_two_feature_vec
 class Flat:
   """A denoiser to whom every image is one grey, its parameter; it remembers nothing."""
 
-  def __call__(self, params, z, logsnr, label, rng=None):
+  def __call__(self, params, z, logsnr, cond, rng=None):
     return Prediction(jnp.full_like(z, params), z)
 
 
+def bind(params):
+  return {name: Bound(Flat(), of_network) for name, of_network in params.items()}
+
+
 STAGE = types.SimpleNamespace(
-  name='dmd', denoise=Flat(), schedule=Cosine(), sampler='ddim', num_steps=1, num_updates=25
+  **{'name': 'dmd', 'denoise': Flat(), 'schedule': Cosine(), 'space': Pixels(), 'sampler': 'ddim'},
+  **{'num_steps': 1, 'num_updates': 25, 'recipe': types.SimpleNamespace(bind=bind)},
 )
 
 
@@ -98,7 +106,7 @@ class Draws:
     self.asked.append((params, grid.tolist(), seed))
     return self.images[:count]
 
-  def labels(self, index):
+  def cond(self, index):
     return None
 
 
@@ -120,7 +128,7 @@ def watch(loader, tmp_path):
 
   def make(extractor=features, **overrides):
     config = tiny.config(log__health_every=10, evaluation__seed=5, **overrides)
-    return Health(config, STAGE, tmp_path, 1.0, loader, extractor)
+    return Monitor(config, STAGE, tmp_path, 1.0, loader, extractor)
 
   return make
 
@@ -304,7 +312,7 @@ def test_a_signal_while_samples_are_drawn_loses_nothing(watch, tmp_path, monkeyp
   monkeypatch.setattr(measure, 'drawer', lambda *_: types.SimpleNamespace(draw=draw))
   workdirs.claim(tmp_path, config)
   with pytest.raises(Preempted):
-    loop.fit(step, stages[0], loop.Sources(images, health=watch()), tmp_path, config)
+    loop.fit(step, stages[0], Inputs(images, monitor=watch()), tmp_path, config)
   assert provenance.load_model(tmp_path, stages[0], config).step == 10
   lines = (tmp_path / 'base' / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines] == [4, 8, 10]

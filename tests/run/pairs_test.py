@@ -18,14 +18,16 @@ from diffusion_distillation.diffusion.samplers import DDIM, Heun
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.errors import Preempted, UserError
 from diffusion_distillation.evaluation import sampling
+from diffusion_distillation.networks.conditioning import Classes
+from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.run import pairs
 from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Pairs
 from diffusion_distillation.system import interrupts, sharding
-from diffusion_distillation.training.recipe import Pairs
 from tests.exact import Gaussian, scales
 
 SHAPE = (3, 2, 1)
-ONE = Pairs(20, DDIM(clip_x=False), 3, 'uniform', 7, 8)  # files of 8, 8 and 4
+ONE = Pairs(20, DDIM(), False, 3, 'uniform', 7, 8)  # files of 8, 8 and 4
 FILES = ['00000.npy', '00001.npy', '00002.npy']
 
 
@@ -36,19 +38,19 @@ class Exact:
   num_classes: int = 0
 
   @property
-  def network(self):
-    return types.SimpleNamespace(num_classes=self.num_classes)
+  def conditioning(self):
+    return {'label': Classes(self.num_classes)} if self.num_classes else {}
 
-  def __call__(self, mean, z, logsnr, label, rng=None):
-    assert (label is None) == (self.num_classes == 0)
-    own = 0.0 if label is None else 0.1 * label[:, None, None, None]
+  def __call__(self, mean, z, logsnr, cond, rng=None):
+    assert (cond is None) == (self.num_classes == 0)
+    own = 0.0 if cond is None else 0.1 * cond['label'][:, None, None, None]
     return Gaussian(mean + own, 0.3)(z, logsnr)
 
 
 def teacher(mean=0.2, num_classes=0, **fields):
   """A model whose flow is known in closed form."""
   stage = types.SimpleNamespace(
-    name='base', denoise=Exact(num_classes), schedule=Cosine(), image_shape=SHAPE
+    name='base', denoise=Exact(num_classes), schedule=Cosine(), space=Pixels(), image_shape=SHAPE
   )
   params = np.float32(mean)
   return Model(
@@ -107,7 +109,7 @@ def test_a_pair_is_noise_and_what_the_sampler_makes_of_it(tmp_path, grid):
   law = dataclasses.replace(ONE, grid=grid, count=320, batch_size=160)
   found = everything(pairs.ensure(tmp_path, law, teacher()))
   noise = np.float64(found['noise'])
-  assert noise.shape == found['image'].shape == (320, *SHAPE) and found['label'] is None
+  assert noise.shape == found['image'].shape == (320, *SHAPE) and found['cond'] is None
   assert found['noise'].dtype == found['image'].dtype == np.float32
   expected = ddim(noise, times.make_grid(grid, 3, Cosine()), 0.2)
   np.testing.assert_allclose(found['image'], expected, atol=1e-5)
@@ -118,7 +120,7 @@ def test_a_pair_is_noise_and_what_the_sampler_makes_of_it(tmp_path, grid):
 
 def test_with_clipping_no_pixel_leaves_the_range(tmp_path):
   """Steps that end on clean data return x^, which is clipped if the sampler clips."""
-  law = dataclasses.replace(ONE, sampler=DDIM(clip_x=True))
+  law = dataclasses.replace(ONE, clip_x=True)
   image = everything(pairs.ensure(tmp_path, law, teacher(0.9)))['image']
   assert image.max() == 1.0 and image.min() < 0.9
 
@@ -152,9 +154,10 @@ def test_the_seed_makes_the_noise_and_the_teacher_the_images(drawn, tmp_path):
 def test_a_conditional_teacher_s_pairs_have_the_labels_that_it_was_told(tmp_path):
   """In turn, so that they are balanced; class c has its pixels around 0.2 + 0.1 c."""
   found = everything(pairs.ensure(tmp_path, ONE, teacher(num_classes=3)))
-  assert found['label'].dtype == np.int32
-  np.testing.assert_array_equal(found['label'], np.arange(20) % 3)
-  means = 0.2 + 0.1 * found['label'][:, None, None, None]
+  label = found['cond']['label']
+  assert label.dtype == np.int32
+  np.testing.assert_array_equal(label, np.arange(20) % 3)
+  means = 0.2 + 0.1 * label[:, None, None, None]
   np.testing.assert_allclose(found['image'], ddim(found['noise'], times.uniform(3), means), atol=1e-5)
 
 
@@ -272,8 +275,8 @@ def test_nothing_is_unpickled_even_if_its_digest_is_listed(drawn, tmp_path, way)
 
 OTHERS = {
   'num_pairs': (dataclasses.replace(ONE, count=24), teacher()),
-  'sampler': (dataclasses.replace(ONE, sampler=Heun(clip_x=False)), teacher()),
-  'clip_x': (dataclasses.replace(ONE, sampler=DDIM(clip_x=True)), teacher()),
+  'sampler': (dataclasses.replace(ONE, sampler=Heun()), teacher()),
+  'clip_x': (dataclasses.replace(ONE, clip_x=True), teacher()),
   'num_steps': (dataclasses.replace(ONE, num_steps=4), teacher()),
   'grid': (dataclasses.replace(ONE, grid='karras'), teacher()),
   'seed': (dataclasses.replace(ONE, seed=8), teacher()),
@@ -307,7 +310,7 @@ def test_every_pair_comes_once_an_epoch_and_a_batch_depends_on_seed_and_number_a
   every = everything(stored)
   count = 5 * 20 // batch_size
   batches = list(stored.shuffled(3, batch_size, 0, count))
-  assert len(batches) == count and all(batch['label'] is None for batch in batches)
+  assert len(batches) == count and all(batch['cond'] is None for batch in batches)
   place = {noise.tobytes(): k for k, noise in enumerate(every['noise'])}
   order = [place[noise.tobytes()] for batch in batches for noise in batch['noise']]
   epochs = [order[k : k + 20] for k in range(0, len(order) - 19, 20)]

@@ -18,7 +18,7 @@ from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import checkpoints, sharding
 from diffusion_distillation.system.checkpoints import Checkpoints
 from tests import tiny
-from tests.run.loop_test import BASE, CONFIG, IMAGES, SOURCES, advance, first_state, poisoned
+from tests.run.loop_test import BASE, CONFIG, IMAGES, INPUTS, advance, first_state, poisoned
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +27,7 @@ def diverged(tmp_path_factory, step):
   workdir = tmp_path_factory.mktemp('diverged')
   workdirs.claim(workdir, CONFIG)
   with pytest.raises(NumericalError):
-    loop.fit(step, poisoned(9, 10, 11), SOURCES, workdir, CONFIG)
+    loop.fit(step, poisoned(9, 10, 11), INPUTS, workdir, CONFIG)
   return workdir
 
 
@@ -38,15 +38,13 @@ def test_the_first_update_of_the_streak_is_kept_with_its_batch_and_seed(diverged
   assert found['images'] == indices.tolist()
   assert found['loss'] == 'nan'
   assert not found['nonfinite']['parameters'] and not found['nonfinite']['moments']
-  leaves = len(jax.tree.leaves(provenance.abstract_params(BASE)))
+  leaves = len(jax.tree.leaves(BASE.abstract_params()))
   assert len(found['nonfinite']['gradients']) == leaves  # a NaN loss leaves no gradient finite
   assert 'student/conv_out/bias' in found['nonfinite']['gradients']
 
 
 def test_the_state_that_is_kept_is_the_one_that_the_update_began_with(diverged, step):
-  kept, _ = Checkpoints(diverged / 'base' / 'nonfinite').restore(
-    provenance.abstract_state(BASE), set_aside=False
-  )
+  kept, _ = Checkpoints(diverged / 'base' / 'nonfinite').restore(BASE.abstract_state(), set_aside=False)
   expected, _ = advance(step, BASE, first_state(BASE), 9)
   assert checkpoints.digest(kept) == checkpoints.digest(expected)
 
@@ -54,7 +52,7 @@ def test_the_state_that_is_kept_is_the_one_that_the_update_began_with(diverged, 
 def test_one_array_that_is_not_finite_is_named(step):
   state = sharding.to_host(first_state(BASE))
   state.params['student']['conv_in']['kernel'][0, 0, 0, 0] = np.inf
-  found = replay.examine(BASE, SOURCES, sharding.place(state))
+  found = replay.examine(BASE, INPUTS, sharding.place(state))
   assert found['nonfinite']['parameters'] == ['student/conv_in/kernel']
   assert found['nonfinite']['averages'] == [] and found['nonfinite']['frozen'] == []
   assert found['nonfinite']['gradients'] and found['step'] == 0
@@ -73,7 +71,7 @@ def short_plan(monkeypatch, tmp_path):
 
 def test_a_single_skipped_update_is_told_and_can_be_taken_again(short_plan, step, caplog, monkeypatch):
   workdir, stage = short_plan
-  loop.fit(step, stage, SOURCES, workdir, CONFIG)
+  loop.fit(step, stage, INPUTS, workdir, CONFIG)
   told = [line for line in caplog.text.splitlines() if 'skipped update' in line]
   assert len(told) == 2 and 'skipped update(s) 3,' in told[0] and 'skipped update(s) 7,' in told[1]
   assert f'--mode=replay --workdir={workdir} --stage=base --step=7' in told[1]
@@ -88,7 +86,7 @@ def test_a_single_skipped_update_is_told_and_can_be_taken_again(short_plan, step
 
 def test_replay_goes_on_from_the_nearest_checkpoint_before(short_plan, step, monkeypatch):
   workdir, stage = short_plan
-  loop.fit(step, stage, SOURCES, workdir, CONFIG)
+  loop.fit(step, stage, INPUTS, workdir, CONFIG)
   taken = []
 
   def counting(recipe, state, frozen, batch):
@@ -99,7 +97,7 @@ def test_replay_goes_on_from_the_nearest_checkpoint_before(short_plan, step, mon
   expected, _ = advance(step, stage, first_state(stage), 11)
   found = replay.replay(CONFIG, workdir, 'base', 11)
   assert taken == [10]
-  direct = replay.examine(stage, SOURCES, expected)
+  direct = replay.examine(stage, INPUTS, expected)
   assert found == direct
 
 
@@ -153,5 +151,5 @@ def test_the_mode_needs_stage_and_step(finished, capsys):
 def test_a_streak_that_has_ended_is_not_kept(step, tmp_path):
   state = first_state(BASE)
   (tmp_path / 'base').mkdir()
-  replay.keep(BASE, SOURCES, tmp_path / 'base', dataclasses.replace(state, skipped=state.skipped + 3))
+  replay.keep(BASE, INPUTS, tmp_path / 'base', dataclasses.replace(state, skipped=state.skipped + 3))
   assert not list((tmp_path / 'base').iterdir())
