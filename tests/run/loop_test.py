@@ -116,6 +116,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(step):
   before = sharding.to_host(huge)
   state, metrics = advance(step, poisoned(), state.replace(params=sharding.replicate(huge)), 1)
   assert not np.isfinite(metrics['grad_norm'])
+  assert (int(state.skipped), int(state.skipped_in_a_row)) == (1, 1)
   assert_same(state.params, before)
 
 

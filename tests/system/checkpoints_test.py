@@ -1,3 +1,4 @@
+import errno
 import pathlib
 import shutil
 
@@ -178,3 +179,17 @@ def test_json_that_is_damaged_is_named(tmp_path):
     damage(path)
     with pytest.raises(DamagedError, match=r'x\.json is damaged'):
       read_json(path)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path, write = tmp_path / 'x.json', pathlib.Path.write_text
+  write_json(path, {'a': 1})
+
+  def full(self, text):
+    write(self, text[: len(text) // 2])
+    raise OSError(errno.ENOSPC, 'no space left')
+
+  monkeypatch.setattr(pathlib.Path, 'write_text', full)
+  with pytest.raises(OSError, match='no space left'):
+    write_json(path, {'a': 2})
+  assert read_json(path) == {'a': 1}
