@@ -130,7 +130,7 @@ def test_batches_are_the_same_started_in_the_middle(images):
   assert_same(batches(Loader(images, in_memory_gb=1), start=5), expected[5:])
 
 
-def test_the_tiny_pictures.flat_four_processes_make_the_batches_of_one(images):
+def test_the_parts_of_four_processes_make_the_batches_of_one(images):
   parts = [map(tiny_pictures.flat, batches(Loader(images, part=(k, 4)))) for k in range(4)]
   for batch, *of_it in zip(map(tiny_pictures.flat, batches(Loader(images))), *parts, strict=True):
     for key, whole in batch.items():

@@ -249,7 +249,7 @@ def imported(tmp_path_factory):
   lines += [f'  c.update_from_flattened_dict({SAMPLE!r})', '  return c', '']
   (root / 'sample.py').write_text('\n'.join(lines))
   flags = [f'--config={root / "sample.py"}', f'--workdir={root / "run"}', '--mode=import']
-  code, out, err = tiny.run_main(*flags, '--source=google', f'--checkpoint={STUDENT}')
+  code, out, err = tiny.run_cli(*flags, '--source=google', f'--checkpoint={STUDENT}')
   assert code == 0, err
   return root / 'run', out
 
@@ -268,7 +268,7 @@ def test_an_imported_stage_says_where_it_is_from(imported, expected):
 
 def test_an_imported_stage_is_sampled_without_its_data(imported, tmp_path, expected):
   flags = ['--mode=sample', '--num_samples=6', '--seed=5', f'--out={tmp_path / "x.npz"}']
-  code, out, err = tiny.run_main(*flags, f'--workdir={imported[0]}')
+  code, out, err = tiny.run_cli(*flags, f'--workdir={imported[0]}')
   assert code == 0 and '6 images of progressive_0004 in 4 ddim steps' in out, err
   with np.load(tmp_path / 'x.npz') as arrays:
     images = arrays['images'].astype(int)
@@ -280,6 +280,7 @@ def test_an_imported_stage_is_sampled_without_its_data(imported, tmp_path, expec
   assert images.std() > 20
 
 
+@pytest.mark.slow
 def test_an_imported_stage_is_distilled_further_and_measured(imported, tmp_path, monkeypatch):
   monkeypatch.setitem(datasets.SOURCES, 'cifar10', tiny.colour_digits)
   monkeypatch.setattr(features, '_UPDATES', 20)
