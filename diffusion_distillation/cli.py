@@ -240,7 +240,8 @@ def _classes(options: Options, stored: StoredModel) -> Chosen:
     return None
   text = ','.join(given)
   if classes is None:
-    raise UserError(f'--classes={text}: the model is unconditional')
+    name = stored.provenance.get('stage', 'the model')
+    raise UserError(f'--classes={text}: {name} is unconditional')
   if given == ['none'] and 'none' not in stored.class_names:
     if not stored.cond_dropout:
       raise UserError(

@@ -64,7 +64,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope='module')
 def like():
-  return provenance.abstract_state(PLAN[LAST])
+  return PLAN[LAST].abstract_state()
 
 
 @pytest.fixture(scope='module')

@@ -211,9 +211,12 @@ CASES = {
   'sample in no steps': ([*SAMPLE, '--steps=0'], ['steps']),
   'classes without classes': (
     [*SAMPLE, '--classes=3'],
-    ['--classes=3', 'progressive_0001', 'unconditional'],
+    ['--classes=3', 'unconditional'],
   ),
-  'sample from nothing': (['--mode=sample', '--workdir={workdir}', '--out=x.png'], ['holds no run']),
+  'sample from nothing': (
+    ['--mode=sample', '--workdir={workdir}', '--out=x.png'],
+    ['{workdir}', 'holds no model'],
+  ),
   'evaluate nothing': (['--mode=evaluate', '--workdir={workdir}'], ['holds no run']),
 } | bad_data.CASES
 

@@ -34,6 +34,10 @@ LONG = (
   'methods/methods_test.py',
   'chaos_disk_test.py',
   'sample_test.py',
+  'training/precision_test.py',
+  'run/replay_test.py',
+  'parity_test.py',
+  'methods/isolation_test.py',
 )
 
 

@@ -15,7 +15,7 @@ from configs import default
 from diffusion_distillation import cli, datasets
 from diffusion_distillation.datasets import prepared
 from diffusion_distillation.evaluation import features
-from diffusion_distillation.run import loop
+from diffusion_distillation.run import run as run_module
 from tests import tiny
 from tests.cli_test import options, written
 
@@ -243,17 +243,17 @@ def test_a_flat_folder_has_no_classes_and_is_measured_by_quarter_turns(tmp_path,
   """A whole run, but for the updates, which change nothing."""
 
   def train_step(recipe, state, frozen, batch):
-    assert batch['label'] is None
+    assert batch['cond'] is None
     counts = {'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
     return state.replace(step=state.step + 1), counts | {'loss': 0.0 * state.step}
 
-  monkeypatch.setattr(loop, 'train_steps', train_step)
+  monkeypatch.setattr(run_module, 'train_steps', train_step)
   monkeypatch.setattr(features, '_UPDATES', 40)
   for k in range(40):
     draw(tmp_path / 'flat' / f'{k}.png', 0, k)
   path = str(tmp_path / 'flat')
   changes = {'model__conditional': False, 'dataset__label_dropout': 0.0, 'evaluation__batch_size': 16}
-  loop.run(config(dataset__path=path, **changes), tmp_path / 'run')
+  run_module.run(config(dataset__path=path, **changes), tmp_path / 'run')
   results = read(tmp_path / 'run' / 'results.json')
   assert results['metric'] == 'FD-flat' and results['extractor']['task'] == 'quarter turns'
   assert results['rows'][0]['value'] > 0 and results['skipped'] == {'train': 0, 'held_out': 0}

@@ -21,6 +21,7 @@ def cut_back(workdir, stage=LAST, step=5):
   if not step or not any((stage_dir / 'checkpoints').iterdir()):
     shutil.rmtree(stage_dir)
     return
+  shutil.rmtree(stage_dir / 'model')
   found = json.loads((stage_dir / 'stage.json').read_text())
   found = {key: value for key, value in found.items() if key not in ('digest', 'seconds')}
   (stage_dir / 'stage.json').write_text(json.dumps(found | {'finished': False}))

@@ -123,8 +123,8 @@ def test_several_updates_in_one_program_are_those_one_by_one(lay_out):
   lay_out(4, 2)
   for name in ('base', 'dmd2'):
     stage = BY_NAME[name]
-    params = sharding.to_host(peer.Small().init(stage.image_shape))
-    frozen = sharding.place(stage.frozen({'teacher': params if stage.parent else None}))
+    params, teacher = peer.params_of(stage)
+    frozen = sharding.place(stage.frozen(teacher, None))
     batches = [sharding.put(peer.batch_of(stage, IMAGES, k)) for k in range(2)]
     recipes = tuple(stage.recipe.at(stage.recipe.method.period - 2 + k) for k in range(2))
     step = sharding.compile_step(update.train_steps)
@@ -151,19 +151,18 @@ def test_a_mesh_that_is_not_the_devices_is_refused(data, fsdp):
 
 @pytest.mark.parametrize('key', ['log.every', 'log.health_every', 'checkpoint.every'])
 def test_what_is_due_between_dispatches_is_refused(key):
-  from diffusion_distillation.run import loop
+  from diffusion_distillation.run.run import check_batches
 
   every = {'log__every': 4, 'log__health_every': 4, 'checkpoint__every': 4}
   config = tiny.config(**every | {key.replace('.', '__'): 6}, compute__updates_per_dispatch=4)
   with pytest.raises(UserError, match=rf'{key}=6 must be a multiple of compute\.updates_per_dispatch=4'):
-    loop.check_batches(config)
+    check_batches(config)
 
 
 def test_a_teacher_kept_in_bfloat16_takes_half_and_teaches_nearly_the_same(lay_out, on_eight):
   lay_out(8, 1)
   stage = dataclasses.replace(BY_NAME['progressive_0001'], teacher_dtype='bfloat16')
-  params = sharding.to_host(peer.Small().init(stage.image_shape))
-  kept = stage.frozen({'teacher': params})['teacher']
+  kept = stage.frozen(peer.params_of(stage)[1], None)['teacher']
   assert {leaf.dtype.name for leaf in jax.tree.leaves(kept)} == {'bfloat16'}
   _, told = peer.train(stage, IMAGES)
   expected = [metrics['loss'] for metrics in on_eight[stage.name]['told']]

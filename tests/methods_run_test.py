@@ -14,8 +14,7 @@ from configs import default
 from diffusion_distillation import cli
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.interop import importing
-from diffusion_distillation.run import loop
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.run import run as run_module
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import Checkpoints, digest
@@ -253,11 +252,11 @@ def test_students_start_from_the_stage_that_is_named_and_the_fake_score_from_the
   config = tiny.config(**OVERRIDES | {'log__measured_updates': 0, 'log__health_every': 0})
   for name in ('dmd', 'dmd2'):
     shutil.rmtree(workdir / name)
-  loop.run(config, workdir)
+  run_module.run(config, workdir)
   planned = {stage.name: stage for stage in workdirs.plan_for(workdir, config)[0]}
   for name, start in (('dmd', 'progressive_0001'), ('dmd2', 'progressive_0002')):
     assert read(workdir, name)['digest'] == read(workdir, start)['digest']
-    like = provenance.abstract_state(planned[name])
+    like = planned[name].abstract_state()
     state, _ = Checkpoints(workdir / name).restore(like, set_aside=False)
     fake_score = digest(sharding.to_host(state.params['fake_score']))
     assert fake_score == read(workdir, 'base')['digest'] != read(workdir, start)['digest']
@@ -309,7 +308,7 @@ def test_a_student_of_another_run_is_imported_as_what_it_is(ran, tmp_path, monke
   theirs, found = read(ran[0], name), read(tmp_path / 'run', name)
   assert model.stage.name == name and found['digest'] == theirs['digest']
   assert (found['method'], found['sampler']) == (theirs['method'], theirs['sampler'])
-  loop.run(config, tmp_path / 'run')
+  run_module.run(config, tmp_path / 'run')
 
 
 @pytest.mark.slow

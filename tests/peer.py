@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation.diffusion import process
+from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.system import checkpoints, cluster, files, sharding
 from diffusion_distillation.training import step as update
 from tests import tiny
@@ -46,13 +48,18 @@ class Network(nn.Module):
 class Small:
   """A denoiser over it."""
 
-  def init(self, shape):
-    return Network().init(jax.random.key(0), jnp.zeros((1, *shape)), jnp.zeros(1))['params']
+  conditioning: ClassVar[dict] = {}
 
-  def __call__(self, params, z, logsnr, label, rng=None):
+  def without_dropout(self):
+    return self
+
+  def init(self, rng, shape):
+    return Network().init(rng, jnp.zeros((1, *shape)), jnp.zeros(1))['params']
+
+  def __call__(self, params, z, logsnr, cond, rng=None):
     return process.OUTPUTS['v'](z, logsnr, Network().apply({'params': params}, z, logsnr)[0])
 
-  def bottleneck(self, params, z, logsnr, label):
+  def bottleneck(self, params, z, logsnr, cond):
     return Network().apply({'params': params}, z, logsnr)[1]
 
 
@@ -60,8 +67,21 @@ def stages_of(methods):
   """The stages of these methods, 'base' among them if it is named, and the images."""
   planned, images = tiny.plan(methods=tuple(name for name in METHODS if name in methods), **SMALL)
   wanted = [stage for stage in planned if stage.parent or 'base' in methods]
-  small = [dataclasses.replace(stage.recipe, denoise=Small()) for stage in wanted]
-  return [dataclasses.replace(stage, recipe=r) for stage, r in zip(wanted, small, strict=True)], images
+  small = [stage.recipe.map_networks(_small) for stage in wanted]
+  return [
+    dataclasses.replace(stage, recipe=recipe, teacher=stage.teacher and Small())
+    for stage, recipe in zip(wanted, small, strict=True)
+  ], images
+
+
+def _small(network):
+  return Small() if isinstance(network, Denoiser) else network
+
+
+def params_of(stage):
+  """The parameters that a stage starts from, and that its teacher has, on the host."""
+  params = sharding.to_host(stage.init_params(jax.random.key(0)))
+  return params, params if stage.parent else None
 
 
 def batch_of(stage, images, k):
@@ -69,17 +89,19 @@ def batch_of(stage, images, k):
   rng, size = np.random.default_rng(k), stage.batch_size
   image = images.images.batch(np.arange(k * size, (k + 1) * size))['image']
   noise = rng.normal(size=(2, *image.shape)).astype(np.float32)
-  pairs = {'noise': noise[0], 'image': np.tanh(noise[1]), 'label': None} if stage.pairs else None
+  pairs = {'noise': noise[0], 'image': np.tanh(noise[1]), 'cond': None}
   index, count = sharding.part()
-  whole = {'image': image, 'label': None} | ({'pairs': pairs} if stage.pairs else {})
+  needs = stage.recipe.method.needs
+  whole = {'cond': None} | ({'image': image} if 'images' in needs else {})
+  whole |= {'pairs': pairs} if 'pairs' in needs else {}
   return jax.tree.map(lambda a: np.split(a, count)[index], whole)
 
 
 def train(stage, images, updates=2):
   """The state after some updates, and what each reported."""
-  params = sharding.to_host(Small().init(stage.image_shape))
+  params, teacher = params_of(stage)
   state = sharding.create(stage.recipe.create_state, params)
-  frozen = sharding.place(stage.frozen({'teacher': params if stage.parent else None}))
+  frozen = sharding.place(stage.frozen(teacher, None))
   step, told = sharding.compile_step(update.train_steps), []
   for k in range(updates):
     batch = sharding.put(batch_of(stage, images, k))

@@ -66,6 +66,6 @@ def test_two_and_four_processes_train_every_method_as_one_does(tmp_path):
     assert found['restored'] == found['dmd2']['digest']
   # What two processes have written, this one reads, on eight devices.
   stage = peer.stages_of(methods)[0][-1]
-  like = jax.eval_shape(stage.recipe.create_state, peer.Small().init(stage.image_shape))
+  like = jax.eval_shape(stage.recipe.create_state, peer.params_of(stage)[0])
   restored, _ = checkpoints.Checkpoints(tmp_path / 'two').restore(like, set_aside=False)
   assert checkpoints.digest(restored) == two['restored']

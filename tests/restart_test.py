@@ -1,5 +1,6 @@
 """Killed, stopped or damaged, and started again: the end is the one of a run that was never stopped."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -14,10 +15,22 @@ COMMAND = [*tiny.flags(), '--config.log.measured_updates=0']  # starts sooner
 
 
 def outcome(workdir):
-  """Digests of all stages, and all measured values."""
+  """Digests of all stages, all measured values, and the models' folders."""
   digests = [json.loads((workdir / name / 'stage.json').read_text())['digest'] for name in STAGES]
   rows = json.loads((workdir / 'results.json').read_text())['rows']
-  return digests, [(row['stage'], row['sampler'], row['nfe'], row['value']) for row in rows]
+  models = {name: model_folder(workdir / name / 'model') for name in STAGES}
+  return digests, [(row['stage'], row['sampler'], row['nfe'], row['value']) for row in rows], models
+
+
+def model_folder(folder):
+  """The digest of each file; of model.json, without the seconds that anything took."""
+  found = {path.name: path.read_bytes() for path in folder.iterdir()}
+  described = json.loads(found['model.json'])
+  del described['provenance']['seconds']
+  for row in described['metrics']:
+    del row['seconds_per_image']
+  found['model.json'] = json.dumps(described).encode()
+  return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
 def steps_logged(workdir, stage):

@@ -12,6 +12,7 @@ from diffusion_distillation import cli, datasets
 from diffusion_distillation.diffusion import samplers, schedules, times
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.run import loop
+from diffusion_distillation.run.inputs import Inputs
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import sharding
@@ -54,8 +55,8 @@ def colour(tmp_path_factory):
     workdirs.claim(workdir, config)
     stages, images = workdirs.plan_for(workdir, config)
     workdirs.claim_images(workdir, images.images)
-    step, sources = sharding.compile_step(update.train_steps), loop.Sources(images)
-    loop.fit(step, stages[0], sources, workdir, config)
+    step, inputs = sharding.compile_step(update.train_steps), Inputs(images)
+    loop.fit(step, stages[0], inputs, workdir, config)
   return workdir
 
 
@@ -78,7 +79,7 @@ def test_a_half_finished_conditional_run_of_colour_images_is_sampled_with_labels
   """Also: without its data set, which need not be at hand to sample from a workdir."""
   _, labels, line = sample()
   assert labels == [*range(10), 0, 1]
-  assert line.endswith('12 images of base in 4 ddim steps, 4 network calls each (12 of 12 updates)\n')
+  assert line.endswith('12 images of base in 4 ddim steps, 4 network calls each (12 updates)\n')
 
 
 def test_classes_are_drawn_in_turn_and_decide_what_is_drawn(sample):
@@ -125,7 +126,8 @@ def test_noise_and_clipping_can_be_chosen_anew(sample):
 
 def test_the_weights_that_are_asked_for_are_sampled(sample, colour):
   config = workdirs.read_config(colour, default.get_config())
-  model = provenance.load_model(colour, workdirs.stored_plan(colour, config)[0], config)
+  stage = workdirs.stored_plan(colour, config)[0]
+  model = provenance.load_model(colour, stage, config, stage.weights)
   draw = measure.drawer(config, model.stage, 'ddim').draw
   drawn = {name: sample(weights=name)[0] for name in ('ema', 'ema_0.99', 'last')}
   for name, images in drawn.items():
@@ -139,8 +141,8 @@ def test_classes_that_are_not_there_are_refused(colour, tmp_path, monkeypatch, c
   monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
   assert cli.run(options(colour, out=tmp_path / 'x.npz', classes=classes)) == 2
   error = (
-    f'error: --classes={",".join(classes)}: classes are whole numbers, 0 to 9, or their names in '
-    f'{colour / "dataset.json"}\n'
+    f'error: --classes={",".join(classes)}: classes are whole numbers, 0 to 9, or their names, such as '
+    f'{NAMES[0]}\n'
   )
   assert capsys.readouterr().err == error and not (tmp_path / 'x.npz').exists()
 

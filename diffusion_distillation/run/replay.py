@@ -149,7 +149,8 @@ def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dic
   parents = {parent for parent in (stage.parent, stage.start) if parent}
   models = {}
   for parent in sorted(parents):
-    model = provenance.load_model(directory, stages[parent], config)
+    weights = stage.parent_weights if parent == stage.parent else 'ema'
+    model = provenance.load_model(directory, stages[parent], config, (weights,))
     if model is None or model.step < stages[parent].num_updates:
       raise UserError(f'stage {parent}, which stage {name} comes from, is not finished')
     models[parent] = model

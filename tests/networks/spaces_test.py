@@ -169,10 +169,15 @@ def test_training_does_all_of_it_apart_and_anew_at_every_step(step):
     np.testing.assert_array_equal(label[~drops[-1]], LABELS[~drops[-1]])
   for one, other in ((mirrors, mirrors), (drops, drops), (mirrors, drops)):
     assert about((one[0] ^ other[1]).sum(), 0.5)
+<<<<<<< HEAD
   for mirror, dropped in zip(mirrors, drops, strict=True):
     assert (
       about(mirror.sum(), 0.5) and about(dropped.sum(), 0.5) and about((mirror & dropped).sum(), 0.25)
     )
+=======
+  for mirror, gone in zip(mirrors, drops, strict=True):
+    assert about(mirror.sum(), 0.5) and about(gone.sum(), 0.5) and about((mirror & gone).sum(), 0.25)
+>>>>>>> tnets
   assert abs(np.corrcoef(*offs)[0, 1]) < 4 / np.sqrt(offs[0].size)
 
 

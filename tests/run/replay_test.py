@@ -12,11 +12,11 @@ import pytest
 from diffusion_distillation import cli
 from diffusion_distillation.datasets.loading import Shuffled
 from diffusion_distillation.errors import NumericalError, UserError
-from diffusion_distillation.run import loop, replay
+from diffusion_distillation.run import inputs, loop, replay
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import checkpoints, sharding
-from diffusion_distillation.system.checkpoints import Checkpoints
+from diffusion_distillation.system.checkpoints import Checkpoints, digest
 from tests import tiny
 from tests.run.loop_test import BASE, CONFIG, IMAGES, INPUTS, advance, first_state, poisoned
 
@@ -137,6 +137,27 @@ def test_the_command_that_is_told_works(finished, tmp_path):
   )
   assert code == 0, err
   assert out.startswith('update 5: loss ') and 'not finite: nothing' in out
+
+
+def test_a_teacher_s_last_weights_are_found_too(finished, tmp_path, monkeypatch):
+  """Its folder has the moving average alone."""
+  workdir, gathered = shutil.copytree(finished, tmp_path / 'workdir'), []
+  for path in (workdir / 'config.json', *workdir.glob('*/stage.json')):
+    path.write_text(path.read_text().replace('"from_weights": "ema"', '"from_weights": "last"'))
+
+  class Enough(Exception):
+    pass
+
+  def gather(*args):
+    gathered.append(inputs.gather(*args))
+    raise Enough
+
+  monkeypatch.setattr(replay, 'gather', gather)
+  with pytest.raises(Enough):
+    replay.replay(tiny.config(distill__from_weights='last'), workdir, 'progressive_0002', 5)
+  teacher = gathered[0].teacher
+  assert teacher.weights == 'last' and teacher.digest == digest(teacher.all['last'])
+  assert digest(teacher.all['last']) != digest(teacher.all['ema'])
 
 
 def test_the_mode_needs_stage_and_step(finished, capsys):
