@@ -31,6 +31,7 @@ from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError, UserError
 from diffusion_distillation.evaluation import features, measure
 from diffusion_distillation.run import loop
+from diffusion_distillation.run.inputs import Inputs
 from diffusion_distillation.stages import plan
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.workdir import lock_workdir
@@ -74,7 +75,7 @@ class Bench:
     self.extractor = features.load_or_train(
       self.workdir / 'extractor.safetensors', self.images, held_out
     )
-    self.reference = self.extractor.moments(self.images)
+    self.reference = self.extractor.summary(self.images)
     self.step = sharding.compile_step(step.train_steps)
     self.path = self.workdir / 'rows.json'
     stored = read_json(self.path) if self.path.exists() else {'scale': self.scale, 'rows': []}
@@ -94,13 +95,13 @@ class Bench:
     workdir = self.workdir / f'seed_{config.seed}' / name
     workdir.mkdir(parents=True, exist_ok=True)
     if base is None:
-      return [loop.fit(self.step, planned[0], loop.Sources(self.images), workdir, config)]
+      return [loop.fit(self.step, planned[0], Inputs(self.images), workdir, config)]
     models = [base]
     for stage in planned[1:]:
       if stage.num_steps < down_to:
         break
-      sources = loop.Sources(self.images, models[-1])
-      models.append(loop.fit(self.step, stage, sources, workdir, config))
+      inputs = Inputs(self.images, models[-1])
+      models.append(loop.fit(self.step, stage, inputs, workdir, config))
     return models[1:]
 
   def has(self, part: str, seed: int, **key: Any) -> bool:

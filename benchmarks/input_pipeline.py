@@ -17,9 +17,10 @@ import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import psutil
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -29,7 +30,9 @@ from configs import cifar10, digits, imagenet64
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets import loading, preparing
-from diffusion_distillation.stages import plan, provenance
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.run import inputs
+from diffusion_distillation.stages import plan
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training import step as update
 
@@ -41,9 +44,9 @@ def flops_per_image(config: Config) -> float:
   """FLOPs of one update of base training, an image, from the step as it is lowered; nothing is compiled."""
   described = datasets.describe(datasets.Settings.of(config.dataset))
   base = plan.plan(config, *described)[0]
-  image = jax.ShapeDtypeStruct((8, *base.image_shape), jnp.uint8)
-  batch = base.inputs({'image': image, 'label': jax.ShapeDtypeStruct((8,), jnp.int32)})
-  lowered = jax.jit(update.train_step).lower(base.recipe, provenance.abstract_state(base), {}, batch)
+  recipe = base.recipe.replace(shape=(8, *base.recipe.shape[1:]))
+  batch = inputs.shapes(base, 8)
+  lowered = jax.jit(update.train_step).lower(recipe, base.abstract_state(), {}, batch)
   cost = lowered.cost_analysis()
   return float(cost['flops']) / 8
 
@@ -91,13 +94,20 @@ def waits(root: pathlib.Path, args: argparse.Namespace) -> None:
   settings = image_files.write(root, args.images, 32)
   base = plan.plan(config, (32, 32, 3), 6)[0]
   step = sharding.compile_step(update.train_steps)
-  params = base.denoise.init(jax.random.key(0), base.image_shape)
+  params = base.init_params(jax.random.key(0))
   count = math.ceil(args.seconds * 2)
+
+  def given(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the step is given of a batch of the loader."""
+    return {
+      'image': batch['image'],
+      'cond': conditioning.select(base.recipe.conditioning, batch['cond']),
+    }
 
   def seconds(batches: object) -> float:
     """Of an update."""
     state = sharding.replicate(base.recipe.create_state(params))
-    taken = sharding.ahead(map(base.inputs, batches))  # type: ignore[call-overload]
+    taken = sharding.ahead(map(given, batches))  # type: ignore[call-overload]
     for _ in range(2):
       state, _ = step(base.recipe, state, {}, next(taken))
     jax.block_until_ready(state)

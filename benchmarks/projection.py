@@ -10,13 +10,11 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from configs import imagenet64
-from diffusion_distillation.run import preflight
+from diffusion_distillation.run import inputs, preflight
 from diffusion_distillation.stages import plan as stages
-from diffusion_distillation.stages import provenance
-from diffusion_distillation.training.recipe import Stage
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.training.step import train_step
 
 SHAPE, CLASSES = (64, 64, 3), 1000
@@ -121,15 +119,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def lowered_flops(stage: Stage, images: int) -> float:
   """Of an update of so many images, as it is lowered; nothing is compiled."""
-  teacher = provenance.abstract_params(stage)
-  frozen = jax.eval_shape(stage.frozen, {'teacher': teacher if stage.parent else None})
-  batch = stage.inputs(
-    {
-      'image': jax.ShapeDtypeStruct((images, *stage.image_shape), jnp.uint8),
-      'label': jax.ShapeDtypeStruct((images,), jnp.int32),
-    }
-  )
-  lowered = jax.jit(train_step).lower(stage.recipe, provenance.abstract_state(stage), frozen, batch)
+  frozen = jax.eval_shape(lambda teacher: stage.frozen(teacher, None), stage.abstract_teacher())
+  recipe = stage.recipe.replace(shape=(images, *stage.recipe.shape[1:]))
+  batch = inputs.shapes(stage, images)
+  lowered = jax.jit(train_step).lower(recipe, stage.abstract_state(), frozen, batch)
   cost: Any = lowered.cost_analysis()
   return float(cost['flops'])
 
@@ -143,7 +136,7 @@ def count_flops(stage: Stage) -> float:
 def of_stage(stage: Stage, flops: float) -> Update:
   """What an update of it takes, with all parameters on every chip; on one device."""
   needs = preflight.memory(stage)
-  params = sum(leaf.size for leaf in jax.tree.leaves(provenance.abstract_params(stage)))
+  params = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
   return Update(
     images=stage.batch_size,
     flops=flops,

@@ -28,10 +28,10 @@ def main() -> None:
   config = digits.get_config()
   base = plan.plan(config, *datasets.describe(datasets.Settings.of(config.dataset)))[0]
   size = config.evaluation.batch_size
-  params = base.denoise.init(jax.random.key(0), base.image_shape)
+  params = base.init_params(jax.random.key(0))
   print(f'{jax.device_count()} {jax.default_backend()} device(s), {size} images a call')
   for name, sampler in SAMPLERS.items():
-    drawer = sampling.Drawer(base.denoise, sampler(), base.schedule, base.image_shape, size)
+    drawer = sampling.Drawer(base.denoise, sampler(), base.schedule, base.space, base.image_shape, size)
 
     def seconds(num_steps: int, drawer: sampling.Drawer = drawer) -> float:
       began = time.perf_counter()

@@ -25,17 +25,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import collectives, projection
 from configs import cifar10, digits
-from diffusion_distillation.run import preflight
-from diffusion_distillation.stages import plan, provenance
+from diffusion_distillation.run import inputs, preflight
+from diffusion_distillation.stages import plan
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import sharding
-from diffusion_distillation.training.recipe import Stage
 from diffusion_distillation.training.step import train_steps
 
 STAGES = {'base': 0, 'round': 1}
@@ -117,7 +116,8 @@ class Case:
     config = get_config()
     config.update_from_flattened_dict(dict(self.changes))
     stage = plan.plan(config, shape, classes)[STAGES[self.stage]]
-    return dataclasses.replace(stage, batch_size=stage.batch_size * self.times)
+    shape = (stage.batch_size * self.times, *stage.recipe.shape[1:])
+    return dataclasses.replace(stage, recipe=stage.recipe.replace(shape=shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +149,12 @@ class Found:
 
 def arguments_of(stage: Stage) -> tuple[Any, ...]:
   """Shapes of what the step is given, each with its sharding."""
-  teacher = provenance.abstract_params(stage)
-  networks = {'teacher': teacher if stage.parent else None}
-  frozen = jax.eval_shape(stage.frozen, networks)
-  image = jax.ShapeDtypeStruct((stage.batch_size, *stage.image_shape), jnp.uint8)
-  batch = stage.inputs({'image': image, 'label': jax.ShapeDtypeStruct(image.shape[:1], jnp.int32)})
+  frozen = jax.eval_shape(lambda teacher: stage.frozen(teacher, None), stage.abstract_teacher())
+  batch = inputs.shapes(stage, stage.batch_size)
   batch = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.split()), batch
   )
-  state = sharding.abstract(provenance.abstract_state(stage))
+  state = sharding.abstract(stage.abstract_state())
   return stage.recipe, state, sharding.abstract(frozen), batch
 
 
@@ -169,7 +166,7 @@ def theory(stage: Stage, data: int, fsdp: int) -> dict[str, int]:
   and an all-reduce of the parts along data. With micro-batches, once for each. Parameters that are split
   are gathered once for each network.
   """
-  params = provenance.abstract_params(stage)
+  params = stage.abstract_params()
   leaves = jax.tree.leaves(params)
   split = sum(
     _bytes(leaf)
@@ -181,7 +178,7 @@ def theory(stage: Stage, data: int, fsdp: int) -> dict[str, int]:
   reduced = stage.recipe.micro_batches * ((whole + split + parts) if data * fsdp > 1 else 0)
   gathered = 0
   if stage.parent:
-    teacher = jax.eval_shape(stage.frozen, {'teacher': params})['teacher']
+    teacher = jax.eval_shape(lambda params: stage.frozen(params, None), params)['teacher']
     gathered = split * jax.tree.leaves(teacher)[0].dtype.itemsize // 4
   return {'all-reduce': reduced, 'all-gather': split + gathered}
 
