@@ -147,7 +147,7 @@ CASES = {
   ),
   'sample without class': (
     [*SAMPLE, '--classes=none'],
-    ['--classes=none', 'unconditional'],
+    ['--classes=none', 'progressive_0001', 'unconditional'],
   ),
 }
 

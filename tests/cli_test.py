@@ -211,7 +211,7 @@ CASES = {
   'sample in no steps': ([*SAMPLE, '--steps=0'], ['steps']),
   'classes without classes': (
     [*SAMPLE, '--classes=3'],
-    ['--classes=3', 'unconditional'],
+    ['--classes=3', 'progressive_0001', 'unconditional'],
   ),
   'sample from nothing': (
     ['--mode=sample', '--workdir={workdir}', '--out=x.png'],

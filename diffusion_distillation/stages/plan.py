@@ -159,7 +159,8 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
   otherwise = {key: value for key, value in config.student.items() if value is not None}
   if not otherwise:
     return base.denoise
-  if otherwise.get('space') not in (None, name_in(SPACES, base.space)):
+  name = otherwise.get('space', name_in(SPACES, base.space))
+  if choose('student.space', name, SPACES) is not type(base.space):
     raise UserError('student.space: a student works on what its teacher works on')
   own = {
     'name': name_in(NETWORKS, base.denoise.network),

@@ -352,4 +352,4 @@ def test_lineage_names_both_parents():
     'pairs': 'p',
     'distance': None,
   }
-  assert provenance.Parents(model).describe()['start'] == described['parent']
+  assert provenance.Parents(model).describe()['start'] is None  # new parameters
