@@ -222,14 +222,14 @@ def test_the_layer_list_gives_the_size_of_the_released_sample():
 def test_an_unknown_variant_is_one_clear_line(tmp_path):
   with pytest.raises(UserError, match=r'variant :quick .*:fast'):
     load('lsun_church128', 'quick')
-  code, _, err = tiny.run_main('--config=configs/cifar10.py:quick', f'--workdir={tmp_path / "run"}')
+  code, _, err = tiny.run_cli('--config=configs/cifar10.py:quick', f'--workdir={tmp_path / "run"}')
   assert code == 2 and err.startswith('error: config variant :quick') and err.count('\n') == 1
   assert not (tmp_path / 'run').exists()
 
 
 def test_a_variant_reaches_the_plan_from_the_command_line(tmp_path):
   flags = ['--config=configs/cifar10.py:fast', '--mode=plan', '--config.log.measured_updates=0']
-  code, _, err = tiny.run_main(*flags, f'--workdir={tmp_path / "run"}')
+  code, _, err = tiny.run_cli(*flags, f'--workdir={tmp_path / "run"}')
   assert code == 0, err
   lines = [line.split() for line in err.splitlines() if ' updates of ' in line and 'progressive' in line]
   assert [line[3] for line in lines[-3:]] == ['10,000', '20,000', '20,000']

@@ -181,10 +181,16 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     num_steps, clip_x = int(found['num_steps']), bool(found['clip_x'])
     cond_dropout = float(found['cond_dropout'])
     names = tuple(map(str, found['conditioning'].get('label', {}).get('names', ())))
+    metrics, provenance = tuple(map(dict, found['metrics'])), dict(found['provenance'])
+    if num_steps < 1 or min(image_shape) < 1:
+      raise ValueError(f'num_steps={num_steps}, image_shape={image_shape}')
     denoise = Denoiser(network, found['output'])
     shape = space.shape(image_shape)
+    network.check(shape)
     params = _read_weights(directory, denoise, shape, found['digest']) if weights else None
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # networks raise whatever their arguments make them raise
     raise DamagedError(f'{path} is damaged ({error!r}); restore it from a copy') from error
   return StoredModel(
     denoise=denoise,
@@ -198,8 +204,8 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     clip_x=clip_x,
     cond_dropout=cond_dropout,
     class_names=names,
-    provenance=found['provenance'],
-    metrics=tuple(found['metrics']),
+    provenance=provenance,
+    metrics=metrics,
   )
 
 

@@ -38,11 +38,16 @@ class Small(nn.Module):
   def conditioning(self):
     return {'label': Classes(self.num_classes)} if self.num_classes else {}
 
+  def check(self, image_shape):
+    if image_shape[0] % 2 or image_shape[1] % 2:
+      raise ValueError(f'sides must divide by 2; these are {image_shape[0]}x{image_shape[1]}')
+
   @nn.compact
   def __call__(self, z, logsnr, cond, deterministic=True):
     h = nn.Conv(self.ch, (3, 3), name='conv0')(z) + jnp.tanh(logsnr)[:, None, None, None]
     if self.num_classes:
-      h = h + nn.Embed(self.num_classes, self.ch, name='label')(cond['label'])[:, None, None, :]
+      one_hot = jax.nn.one_hot(cond['label'], self.num_classes)
+      h = h + nn.Dense(self.ch, name='label')(one_hot)[:, None, None, :]
     h = nn.Dropout(self.dropout)(nn.swish(h), deterministic=deterministic)
     h = nn.Conv(2 * self.ch, (3, 3), strides=2, name='conv1')(h)
     if self.sows:
