@@ -318,7 +318,7 @@ def test_steps_and_times_exclude_each_other(tmp_path):
     cli._grid(options(tmp_path, steps=2, times=['0', '1']), None)
 
 
-def test_a_second_run_in_one_workdir_is_refused(finished, tmp_path):
+def test_a_second_run_in_one_workdir_is_refused(tmp_path):
   with workdirs.lock_workdir(tmp_path), pytest.raises(UserError, match='another run is using'):
     workdirs.lock_workdir(tmp_path)
   workdirs.lock_workdir(tmp_path).close()

@@ -329,6 +329,16 @@ def test_the_weights_of_a_distance_reach_it(name):
   np.testing.assert_allclose(thrice - none, 3 * (once - none), rtol=1e-4)
 
 
+def test_the_weight_of_a_regression_reaches_it():
+  method, rest = VARIANTS['dmd'], []
+  for weight in (0.5, 4.0):
+    chosen = dataclasses.replace(method, regression=weight)
+    loss, metrics = chosen.loss(nets(chosen, shifts(method), FROZEN), given(method), None, 0)
+    rest.append(loss - weight * metrics['regression'])
+  assert metrics['regression'] > 0.01
+  np.testing.assert_allclose(rest[0], rest[1], rtol=1e-4)
+
+
 @every_variant
 def test_turns_repeat_after_a_period_and_every_network_has_one(method):
   turns = [method.at(step) for step in range(2 * method.period)]

@@ -22,6 +22,7 @@ from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
+from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.step import train_steps
 from tests import tiny
 
@@ -286,3 +287,24 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
   ):
     np.testing.assert_allclose(a, b, atol=2e-7)
     np.testing.assert_allclose(ema, 0.999 * old + 0.001 * a, atol=1e-7)
+
+
+def test_every_update_has_the_recipe_of_its_number(workdir, monkeypatch):
+  """Networks take turns by it. Nothing is compiled: the step only counts."""
+  monkeypatch.setattr(Recipe, 'at', lambda self, number: number)
+  seen = []
+
+  def count(recipe, state, frozen, batch):
+    seen.append((recipe, int(state.step)))
+    metrics = {'loss': jnp.float32(1), 'skipped': state.skipped, 'skipped_in_a_row': state.skipped}
+    return state.replace(step=state.step + 1), metrics
+
+  loop.fit(count, BASE, INPUTS, workdir, CONFIG)
+  assert seen == [(number, number) for number in range(12)]
+
+
+def test_a_line_of_metrics_has_the_means_of_what_is_finite():
+  losses = [2.0, np.nan, 4.0, np.inf]
+  told = [{'loss': np.float32(x), 'skipped': k, 'skipped_in_a_row': 0} for k, x in enumerate(losses)]
+  told[0]['turn'] = np.float32(7.0)
+  assert loop._summary(told) == {'loss': 3.0, 'turn': 7.0, 'skipped': 3.0}

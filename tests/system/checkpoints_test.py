@@ -108,6 +108,16 @@ def test_a_flipped_byte_in_the_arrays_is_noticed(stage_dir):
   assert (int(state['step']), seconds) == (1, 10.0)
 
 
+def test_seconds_that_were_changed_are_noticed(stage_dir):
+  """Nothing else in the checkpoint depends on them."""
+  path = stage_dir / 'checkpoints' / '2' / '_CHECKPOINT_METADATA'
+  text = path.read_text()
+  assert text.count('20.0') == 1
+  path.write_text(text.replace('20.0', '90.0'))
+  state, seconds = Checkpoints(stage_dir).restore(LIKE, set_aside=False)
+  assert seconds == 10.0 and int(state['step']) == 1
+
+
 def test_the_damaged_step_can_be_written_again(stage_dir):
   checkpoints = Checkpoints(stage_dir)
   checkpoints.save(3, state_at(3), 30.0)
