@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -72,13 +74,21 @@ def test_conditional_models_draw_balanced_classes_or_those_that_are_given():
   assert unconditional.cond(np.arange(40)) is None
 
 
-def test_drawing_is_timed_without_what_is_done_with_the_images():
+def test_drawing_is_timed_without_what_is_done_with_the_images(monkeypatch):
   drawer, params = make(16)
   seen = []
   seconds = drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=seen.append)
   assert [len(images) for images in seen] == [16, 16, 8]
   assert 0 < seconds < 1
   np.testing.assert_array_equal(np.concatenate(seen), drawer.draw(params, times.uniform(2), 40, 0))
+
+  clock = [0.0]
+
+  def slow(images):
+    clock[0] += 100.0
+
+  monkeypatch.setattr(sampling, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
+  assert drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=slow) == 0.0
 
 
 def test_a_signal_stops_drawing(monkeypatch):
