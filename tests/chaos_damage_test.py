@@ -21,8 +21,6 @@ from tests import disasters, tiny
 from tests.disasters import CONFIG, LAST, PLAN
 from tests.restart_test import COMMAND, outcome
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
 
 def truncate(path):
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -86,6 +84,7 @@ def parts(root, of_files):
   return sorted(os.path.relpath(path, root) for path in found if kind(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'of_files'),
   [*((kind, True) for kind in OF_FILES), *((kind, False) for kind in OF_DIRECTORIES)],
@@ -229,6 +228,7 @@ def test_damaged_metrics_lose_lines_and_nothing_else(finished, tmp_path):
     assert found[-1] == {'step': 8, 'loss': 1.5}
 
 
+@pytest.mark.slow
 def test_damaged_compiled_programs_do_not_stop_a_run(finished, tmp_path, monkeypatch):
   """Half of a program, as a killed process may leave one in jax's cache: compiled again."""
   cache = pathlib.Path(shutil.copytree(os.environ['JAX_COMPILATION_CACHE_DIR'], tmp_path / 'cache'))
@@ -249,6 +249,6 @@ def test_damage_is_an_error_of_its_own_exit_code(finished, tmp_path):
   truncate(workdir / LAST / 'stage.json')
   with pytest.raises(DamagedError):
     reopened(workdir)
-  code, _, err = tiny.run_main(*COMMAND, f'--workdir={workdir}')
+  code, _, err = tiny.run_cli(*COMMAND, f'--workdir={workdir}')
   assert code == 3
   disasters.assert_told(err, 'stage.json is damaged', 'restore it')

@@ -1,5 +1,6 @@
 """Bad input: one clear line, a non-zero exit, and nothing changed."""
 
+import errno
 import importlib.util
 
 import pytest
@@ -212,7 +213,10 @@ CASES = {
     [*SAMPLE, '--classes=3'],
     ['--classes=3', 'progressive_0001', 'unconditional'],
   ),
-  'sample from nothing': (['--mode=sample', '--workdir={workdir}', '--out=x.png'], ['holds no model']),
+  'sample from nothing': (
+    ['--mode=sample', '--workdir={workdir}', '--out=x.png'],
+    ['{workdir}', 'holds no model'],
+  ),
   'evaluate nothing': (['--mode=evaluate', '--workdir={workdir}'], ['holds no run']),
 } | bad_data.CASES
 
@@ -289,7 +293,32 @@ def test_every_kind_of_error_has_its_exit_code(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == 'error: what is wrong\n'
 
 
-def test_a_second_run_in_one_workdir_is_refused(finished, tmp_path):
+def test_what_a_disk_says_has_the_exit_code_of_the_disk(tmp_path, monkeypatch, capsys):
+  numbers = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EDQUOT)
+  for number, code in (*((number, 5) for number in numbers), (errno.EACCES, 2)):
+
+    def fail(_, number=number):
+      raise OSError(number, 'what is wrong', 'some/file')
+
+    monkeypatch.setitem(cli.MODES, 'sample', fail)
+    monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
+    assert cli.run(options(tmp_path)) == code
+    assert 'some/file' in capsys.readouterr().err
+
+
+def test_gamma_is_for_ancestral_sampling_alone(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
+  for sampler, word in (('ancestral', 'no model'), ('ddim', '--gamma only'), (None, '--gamma only')):
+    given = options(tmp_path, out=tmp_path / 'x.png', gamma=0.5, sampler=sampler)
+    assert cli.run(given) == 2 and word in capsys.readouterr().err
+
+
+def test_steps_and_times_exclude_each_other(tmp_path):
+  with pytest.raises(UserError, match='not both'):
+    cli._grid(options(tmp_path, steps=2, times=['0', '1']), None)
+
+
+def test_a_second_run_in_one_workdir_is_refused(tmp_path):
   with workdirs.lock_workdir(tmp_path), pytest.raises(UserError, match='another run is using'):
     workdirs.lock_workdir(tmp_path)
   workdirs.lock_workdir(tmp_path).close()

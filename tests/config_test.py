@@ -9,21 +9,28 @@ import pytest
 from configs import default, digits
 from diffusion_distillation import cli, config, datasets
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.stages import plan, students
+from diffusion_distillation.methods import METHODS
+from diffusion_distillation.stages import plan
 from tests import tiny
 
+DEFAULTS = dict(config.flatten(default.get_config()))  # which also fills config.SECTIONS
 KEYS = config.all_keys()
-DEFAULTS = dict(config.flatten(default.get_config()))
+STUDENTS = tuple(name for name in METHODS if name != 'denoising')
 CONFIGS = [path.stem for path in sorted((tiny.ROOT / 'configs').glob('*.py'))]
 
 # Numbers that have no range of their own: the code that reads them compares them with others.
 CHECKED_ELSEWHERE = {
-  *('dataset.channels', 'model.attn_resolutions', 'time.log_mean'),
+  *('dataset.channels', 'model.attn_resolutions', 'student.attn_resolutions', 'time.log_mean'),
   *(f'schedule.{key}' for key in ('logsnr_min', 'logsnr_max', 'beta_min', 'beta_max')),
   *(f'schedule.{key}' for key in ('s_min', 's_max', 'rho')),
   *(f'{method}.{key}' for method in ('dmd', 'dmd2') for key in ('first_t', 'last_t')),
   *('evaluation.gamma', 'mesh.data', 'mesh.fsdp'),
 }
+
+
+def example(name):
+  """A key's default; of the students' network, which has none, the default of the model."""
+  return DEFAULTS[name.replace('student.', 'model.')]
 
 
 def entries(value):
@@ -59,19 +66,27 @@ def test_every_config_has_the_default_keys_and_values_in_their_ranges(name):
   config.check_keys(made, default.get_config())
   config.check_numbers(made)
   for key, value in config.flatten(made):
-    assert not KEYS[key].choices or set(entries(value)) <= set(KEYS[key].choices), key
+    assert not KEYS[key].choices or set(entries(value)) <= {*KEYS[key].choices, DEFAULTS[key]}, key
+
+
+def test_the_students_network_has_the_keys_of_the_model_and_none_need_be_given():
+  sections = [
+    {k.split('.')[1]: KEYS[k] for k in KEYS if k.startswith(s)} for s in ('student.', 'model.')
+  ]
+  assert sections[0] == sections[1]
+  assert {value for key, value in DEFAULTS.items() if key.startswith('student.')} == {None}
 
 
 def test_every_number_has_a_range_or_is_checked_elsewhere():
-  numbers = {name for name, value in DEFAULTS.items() if all(map(is_number, entries(value)))}
+  numbers = {name for name in DEFAULTS if all(map(is_number, entries(example(name))))}
   assert {name for name in numbers if KEYS[name].valid is None} == CHECKED_ELSEWHERE
 
 
 @pytest.mark.parametrize('name', [name for name, key in KEYS.items() if key.valid])
 def test_ranges_are_enforced(name):
-  made, first = default.get_config(), entries(DEFAULTS[name])[0]
+  made, first = default.get_config(), entries(example(name))[0]
   bad = -1 if first is None else type(first)(-1)
-  bad = (bad,) if isinstance(DEFAULTS[name], tuple) else bad
+  bad = (bad,) if isinstance(example(name), tuple) else bad
   made.update_from_flattened_dict({name: bad})
   with pytest.raises(UserError) as error:
     config.check_numbers(made)
@@ -115,7 +130,7 @@ def test_numbers_that_no_stage_could_use_are_refused(key, value, says):
 
 def use(**overrides):
   """The plan of all methods; the dataset's settings are made on the way."""
-  made = tiny.config(methods=('progressive', *students.STUDENTS), **overrides)
+  made = tiny.config(methods=STUDENTS, **overrides)
   datasets.Settings.of(made.dataset)
   return plan.plan(made, (8, 8, 1), 10)
 
@@ -166,7 +181,7 @@ class Yours(Mine):
 def test_a_section_of_ones_own_is_made_checked_and_listed(monkeypatch):
   monkeypatch.setitem(config.SECTIONS, 'mine', Mine)
   monkeypatch.setitem(config.SECTIONS, 'yours', Yours)
-  made = default.get_config()
+  made = config.default_config()
   assert made.mine.to_dict() == {'weight': 0.5, 'width': None, 'parts': ('a',)}
   assert made.yours.weight == 0.25 and config.keys(Yours) == config.keys(Mine)
   config.check_numbers(made)

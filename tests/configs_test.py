@@ -15,9 +15,8 @@ from diffusion_distillation.config import check_keys, flatten
 from diffusion_distillation.diffusion.weightings import SnrTrunc
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Denoising
-from diffusion_distillation.networks.unet import Denoiser
+from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.stages import plan as stages
-from diffusion_distillation.stages import provenance
 from tests import parity_test, tiny
 
 LSUN = {
@@ -144,7 +143,7 @@ def test_every_stage_is_as_in_the_paper(name, variant):
 
   for stage in [base, *rounds]:
     is_base, recipe = stage is base, stage.recipe
-    network, rate = recipe.denoise.network, recipe.learning_rate['student']
+    network, rate = recipe.student.network, recipe.learning_rate['student']
     assert stage.batch_size == paper['batch'] and stage.image_shape == paper['shape']
     assert rate.peak == (paper['rate'] if is_base else 1e-4)
     assert (rate.warmup, rate.decay) == ((1000, 'none') if is_base else (0, 'linear'))
@@ -153,7 +152,7 @@ def test_every_stage_is_as_in_the_paper(name, variant):
     assert (recipe.optimizer.b1, recipe.optimizer.b2, recipe.optimizer.eps) == (0.9, 0.999, 1e-8)
     assert recipe.optimizer.clip_norm == 1 and recipe.random_flip and recipe.micro_batches == 1
     assert recipe.ema_decay == ((0.9999,) if is_base else (0,))
-    assert recipe.denoise.output == paper['output'] and recipe.method.weighting == SnrTrunc()
+    assert recipe.student.output == paper['output'] and recipe.method.weighting == SnrTrunc()
     assert network.dropout == (paper['dropout'] if is_base else 0)
     assert (network.ch, network.ch_mult, network.num_res_blocks) == (paper['ch'], paper['ch_mult'], 3)
     assert (network.emb_ch, network.num_classes) == (paper['emb_ch'], paper['classes'])
@@ -191,8 +190,8 @@ def test_network_and_optimizer_have_the_sizes_that_the_layer_list_gives(name):
     resample=True,
   )
   print(f'{name}: {expected:,} parameters')
-  state = provenance.abstract_state(base)
-  assert size_of(provenance.abstract_params(base)) == size_of(state.params) == expected
+  state = base.abstract_state()
+  assert size_of(base.abstract_params()) == size_of(state.params) == expected
   assert [size_of(average) for average in state.ema_params] == [expected]
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape]
   assert size_of(moments) == 2 * expected  # Adam's two
@@ -223,14 +222,14 @@ def test_the_layer_list_gives_the_size_of_the_released_sample():
 def test_an_unknown_variant_is_one_clear_line(tmp_path):
   with pytest.raises(UserError, match=r'variant :quick .*:fast'):
     load('lsun_church128', 'quick')
-  code, _, err = tiny.run_main('--config=configs/cifar10.py:quick', f'--workdir={tmp_path / "run"}')
+  code, _, err = tiny.run_cli('--config=configs/cifar10.py:quick', f'--workdir={tmp_path / "run"}')
   assert code == 2 and err.startswith('error: config variant :quick') and err.count('\n') == 1
   assert not (tmp_path / 'run').exists()
 
 
 def test_a_variant_reaches_the_plan_from_the_command_line(tmp_path):
   flags = ['--config=configs/cifar10.py:fast', '--mode=plan', '--config.log.measured_updates=0']
-  code, _, err = tiny.run_main(*flags, f'--workdir={tmp_path / "run"}')
+  code, _, err = tiny.run_cli(*flags, f'--workdir={tmp_path / "run"}')
   assert code == 0, err
   lines = [line.split() for line in err.splitlines() if ' updates of ' in line and 'progressive' in line]
   assert [line[3] for line in lines[-3:]] == ['10,000', '20,000', '20,000']

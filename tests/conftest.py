@@ -22,6 +22,30 @@ if (
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 
+# Each file goes to one worker; the long ones first, for what begins last should be short. The very first does
+# without `finished`, which the second makes meanwhile.
+LONG = (
+  'run/loop_test.py',
+  'run_test.py',
+  'processes_test.py',
+  'chaos_test.py',
+  'methods_run_test.py',
+  'layouts_test.py',
+  'methods/methods_test.py',
+  'chaos_disk_test.py',
+  'sample_test.py',
+  'training/precision_test.py',
+  'run/replay_test.py',
+  'parity_test.py',
+  'methods/isolation_test.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  places = {str(tiny.ROOT / 'tests' / name): place for place, name in enumerate(LONG)}
+  items.sort(key=lambda item: places.get(str(item.path), len(LONG)))
+
+
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory):
   """A finished run of the tiny config; tests only read it, or copy it.

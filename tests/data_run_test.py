@@ -74,19 +74,13 @@ def settings(root, **changes):
 
 @pytest.fixture(scope='module')
 def whole(animals, tmp_path_factory):
-  """A run in memory that nothing interrupts: its workdir, and what it says."""
+  """A run in memory that nothing interrupts, in this process: its workdir, and what it says."""
   workdir = tmp_path_factory.mktemp('whole') / 'workdir'
   with pytest.MonkeyPatch.context() as patch:
-    use_cache(patch, animals[0])
-    code, out, err = tiny.run_main(*command(animals[0], workdir))
+    patch.setattr(features, '_UPDATES', 60)
+    code, out, err = tiny.run_cli(*command(animals[0], workdir))
   assert code == 0, err
   return workdir, out + err
-
-
-def use_cache(patch, root):
-  """What one of the runs has compiled, another finds."""
-  patch.setenv('JAX_COMPILATION_CACHE_DIR', str(root.parent / 'compiled'))
-  patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
 
 def test_a_folder_by_class_is_trained_on_and_measured(animals, whole):
@@ -144,8 +138,7 @@ def resumed(animals, whole, tmp_path_factory):
     prepare = config(dataset__path=str(root), dataset__prepared=str(copy), dataset__workers=0)
     assert cli.run(cli.Options('prepare', prepare, default.get_config(), None)) == 0
 
-    use_cache(patch, root)
-    process = tiny.start_main(*command(root, workdir), *STREAMED)
+    process = tiny.start_main(*command(root, workdir), *STREAMED, devices=8)
     while process.poll() is None and not (workdir / 'base' / 'metrics.jsonl').exists():
       time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -158,12 +151,14 @@ def resumed(animals, whole, tmp_path_factory):
     assert process.returncode == 75, told
     assert 1 <= max(int(path.name) for path in (workdir / 'base' / 'checkpoints').iterdir()) < 12
 
-    shutil.copy(whole[0] / 'extractor.safetensors', workdir)  # as long to train as all the rest
-    code, *last = tiny.run_main(*command(root, workdir), f'--config.dataset.prepared={copy}', *STREAMED)
+    shutil.copy(whole[0] / 'extractor.safetensors', workdir)  # of fewer updates
+    prepared_copy = f'--config.dataset.prepared={copy}'
+    code, *last = tiny.run_main(*command(root, workdir), prepared_copy, *STREAMED, devices=8)
     assert code == 0, last
   return workdir, copy, [''.join(texts) for texts in (*told, last)], mapped
 
 
+@pytest.mark.slow
 def test_streamed_stopped_and_resumed_from_a_copy_it_ends_like_the_run_in_memory(whole, resumed):
   one, other = whole[0], resumed[0]
   assert read(one / 'base' / 'stage.json')['digest'] == read(other / 'base' / 'stage.json')['digest']
@@ -180,6 +175,7 @@ def test_streamed_stopped_and_resumed_from_a_copy_it_ends_like_the_run_in_memory
   ]
 
 
+@pytest.mark.slow
 def test_a_copy_tells_of_the_broken_file_what_the_folder_does(animals, resumed):
   _, copy, (first, last), _ = resumed
   info = prepared.read_info(copy)
@@ -189,6 +185,7 @@ def test_a_copy_tells_of_the_broken_file_what_the_folder_does(animals, resumed):
   assert first.count('skipped an image') <= 1 and 'Traceback' not in first + last
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks at /proc')
 def test_a_process_that_reads_images_loads_numpy_and_no_jax(resumed):
   """Of each worker jax would take some 200 MB, and seconds at the start."""

@@ -15,8 +15,9 @@ from diffusion_distillation.diffusion.process import diffuse
 from diffusion_distillation.diffusion.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
 from diffusion_distillation.diffusion.weightings import Edm
 from diffusion_distillation.methods import Denoising
-from diffusion_distillation.networks.unet import TIME_INPUTS, Denoiser
-from diffusion_distillation.run import loop
+from diffusion_distillation.networks.denoiser import Bound, Denoiser
+from diffusion_distillation.networks.unet import TIME_INPUTS
+from diffusion_distillation.run import run
 from tests import tiny
 from tests.exact import Gaussian, scales
 
@@ -40,7 +41,7 @@ class Table1:
 class Network:
   """F in place of the U-Net: tanh(params * input) + cos(time input), so that what it is given shows."""
 
-  def apply(self, variables, z, logsnr, label, deterministic, rngs=None):
+  def apply(self, variables, z, logsnr, cond, deterministic, rngs=None):
     time = TIME_INPUTS['edm'](logsnr)[:, None, None, None]
     return jnp.tanh(variables['params'] * z) + jnp.cos(3.0 * time)
 
@@ -90,11 +91,11 @@ def test_base_training_has_the_paper_s_loss(drawn):
   y = z / alpha
   wanted = (x - table.skip * y) / table.out
   raw = np.tanh(0.7 * table.input * y) + np.cos(3.0 * table.noise)
-  batch = {'x': x, 'eps': eps, 't': t, 'label': None}
+  batch = {'x': x, 'eps': eps, 't': t, 'cond': None}
   with jax.enable_x64(True):
     method = Denoising(Karras(), Edm())
     batch = {k: v if v is None else jnp.array(v) for k, v in batch.items()}
-    losses = method.losses(Denoiser(Network(), 'edm'), 0.7, batch)
+    losses = method.losses(Bound(Denoiser(Network(), 'edm'), 0.7), batch)
   np.testing.assert_allclose(losses, np.mean((raw - wanted) ** 2, (1, 2, 3)), rtol=1e-8)
 
 
@@ -148,9 +149,7 @@ def test_heun_on_the_grid_converges_to_the_flow_of_gaussian_data_at_second_order
   with jax.enable_x64(True):
     z = jnp.linspace(-2.0, 2.0, 9)[:, None, None, None]
     keys = jax.random.split(jax.random.key(0), 9)
-    run = jax.jit(
-      lambda grid: samplers.sample(samplers.Heun(clip_x=False), data, schedule, grid, z, keys)
-    )
+    run = jax.jit(lambda grid: samplers.sample(samplers.Heun(), data, schedule, grid, z, keys))
     exact = data.probability_flow(z, float(schedule(jnp.array(1.0))))
     errors = []
     for n in nums:
@@ -186,7 +185,7 @@ METHOD = {
 @pytest.mark.slow
 def test_an_edm_teacher_is_trained_measured_on_its_grid_and_distilled(finished, tmp_path):
   shutil.copy(finished / 'extractor.safetensors', tmp_path)
-  loop.run(tiny.config(**METHOD), tmp_path)
+  run.run(tiny.config(**METHOD), tmp_path)
   results = json.loads((tmp_path / 'results.json').read_text())
   rows = [(row['stage'], row['sampler'], row['grid'], row['nfe']) for row in results['rows']]
   assert rows == [

@@ -101,8 +101,9 @@ def test_no_two_modules_need_each_other():
 
 @pytest.mark.parametrize('path', sorted((PACKAGE / 'methods').glob('*.py')), ids=lambda p: p.stem)
 def test_methods_do_not_import_networks_of_images(path):
-  """They receive networks; only the classifier that distances compare by is theirs to call."""
-  assert {name for name in imported(path)[0] if top(name) == 'networks'} <= {'networks.classifier'}
+  """They receive networks; only a head of their own and the classifier of distances are theirs to make."""
+  known = {f'networks.{name}' for name in ('classifier', 'conditioning', 'denoiser', 'head')}
+  assert {name for name in imported(path)[0] if top(name) == 'networks'} <= known
 
 
 MATHEMATICS = [
@@ -158,6 +159,7 @@ def test_import_is_quick_and_starts_no_backend():
   program = (
     'import sys, diffusion_distillation;'
     'assert "jax" not in sys.modules, "importing the package alone imports jax";'
+    'assert callable(diffusion_distillation.load) and "jax" in sys.modules;'
     'import diffusion_distillation.cli;'
     'import jax._src.xla_bridge as bridge;'
     'assert not bridge._backends, bridge._backends;'

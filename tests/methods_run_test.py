@@ -53,15 +53,6 @@ OVERRIDES = {
 COMMAND = [*tiny.flags(**OVERRIDES | {'log__measured_updates': 0})]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def cache(tmp_path_factory):
-  """Programs that one process compiled are there for the next."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
-    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-    yield
-
-
 @pytest.fixture(scope='module')
 def ran(finished, tmp_path_factory):
   """A run of all methods, with the extractor of another one: its workdir, and what was said."""

@@ -120,11 +120,12 @@ def test_a_finished_stage_of_which_nothing_whole_is_left_is_not_silently_trained
   workdir = shutil.copytree(finished, tmp_path / 'workdir')
   for path in (workdir / 'base' / 'checkpoints').rglob('_METADATA'):
     cut_short(path)
-  code, _, err = tiny.run_main(*COMMAND, f'--workdir={workdir}')
+  code, _, err = tiny.run_cli(*COMMAND, f'--workdir={workdir}')
   assert code == 3 and 'no whole checkpoint is left' in err.splitlines()[-1], err
   assert len(list((workdir / 'base' / 'damaged').iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_damaged_results_are_measured_again(finished, tmp_path):
   workdir = shutil.copytree(finished, tmp_path / 'workdir')
   cut_short(workdir / 'results.json')
@@ -139,7 +140,7 @@ def test_a_stage_whose_parent_was_replaced_is_refused(finished, tmp_path):
   lineage = json.loads(path.read_text())
   lineage['parent']['digest'] = '0' * 64
   path.write_text(json.dumps(lineage))
-  code, _, err = tiny.run_main(*COMMAND, f'--workdir={workdir}')
+  code, _, err = tiny.run_cli(*COMMAND, f'--workdir={workdir}')
   assert code == 2
   assert err.splitlines()[-1].startswith('error:') and 'parent' in err.splitlines()[-1]
   assert str(path) in err

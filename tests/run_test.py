@@ -185,10 +185,12 @@ def test_a_second_run_changes_nothing_but_the_report(finished, tmp_path):
   assert [line.split()[0] for line in err.splitlines() if line.endswith('  finished')] == STAGES
 
 
-def test_evaluate_measures_again_and_finds_the_same(finished, tmp_path):
+@pytest.mark.parametrize('extractor_too', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_evaluate_measures_again_and_finds_the_same(finished, tmp_path, extractor_too):
   workdir = shutil.copytree(finished, tmp_path / 'workdir')
   (workdir / 'results.json').unlink()
-  (workdir / 'extractor.safetensors').unlink()
+  if extractor_too:
+    (workdir / 'extractor.safetensors').unlink()
   shutil.rmtree(workdir / 'report')
   code, _, err = tiny.run_cli('--mode=evaluate', f'--workdir={workdir}')
   assert code == 0, err

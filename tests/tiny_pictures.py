@@ -72,6 +72,12 @@ def write_zip(path, folder):
   return path
 
 
+def flat(batch):
+  """The arrays of a loader's batch of labelled images."""
+  assert batch.keys() == {'image', 'cond', 'mask'} and batch['cond'].keys() == {'label'}
+  return {'image': batch['image'], **batch['cond'], 'mask': batch['mask']}
+
+
 FEATURES = {
   'image': tfds.features.Image(shape=(None, None, 3)),
   'label': tfds.features.ClassLabel(names=['blue', 'green', 'red']),

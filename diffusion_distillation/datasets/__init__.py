@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 from diffusion_distillation.datasets import digits, folder, prepared, shapes, tfds
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
-from diffusion_distillation.datasets.settings import NONE, OURS, ROLES, Settings
+from diffusion_distillation.datasets.settings import NONE, ROLES, Settings
 
-SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = dict(
-  zip(OURS, (digits.open_split, shapes.open_split, folder.open_split), strict=True)
-)
+# Any other name is a set of tensorflow-datasets.
+SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
+  'digits': digits.open_split,
+  'shapes': shapes.open_split,
+  'folder': folder.open_split,
+}
 
 
 def open_original(settings: Settings, role: str) -> ImageSet:

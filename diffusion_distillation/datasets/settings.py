@@ -11,7 +11,7 @@ from diffusion_distillation.errors import UserError
 ROLES = ('train', 'eval')
 WITHOUT_FILES = ('digits', 'shapes')
 NONE = 'none'  # no images at all, for runs that need none
-OURS = (*WITHOUT_FILES, 'folder')  # all other names are tensorflow-datasets'
+OURS = (*WITHOUT_FILES, 'folder')  # named where a name is not known
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,11 +51,13 @@ class LoadedModel:
       (num_samples, H, W, C) uint8.
 
     Raises:
-      UserError: there is no such sampler or label, or a number is not positive.
+      UserError: there is no such sampler or label, or a number is out of range.
     """
     chosen = self.check_labels(labels)
     if num_samples < 1 or (steps is not None and steps < 1):
       raise UserError(f'num_samples={num_samples} and steps={steps} must be positive')
+    if not 0 <= seed < 2**31:
+      raise UserError(f'seed={seed} must be zero or more, and below 2^31')
     cls = choose('sampler', sampler or self.stored.sampler, samplers.SAMPLERS)
     grid = times.make_grid(self.stored.times, steps or self.stored.num_steps, self.stored.schedule)
     draw = self.drawer(cls(), self.stored.clip_x, min(_BATCH, num_samples))

@@ -193,7 +193,8 @@ def _origins(
     before = [needs.get(name or '', set()) for name in (stage.parent, stage.start)]
     needs[stage.name] = own | from_pairs | set().union(*before)
     cost = sum(drawing if name == 'pairs' else seconds[name] for name in needs[stage.name])
-    origin = {'method': stage.method, 'parent': stage.parent, 'start': stage.start or stage.parent}
+    start = None if stage.starts_anew else stage.start or stage.parent
+    origin = {'method': stage.method, 'parent': stage.parent, 'start': start}
     found[stage.name] = origin | {'cost': cost}
   return found
 

@@ -133,8 +133,8 @@ class Consistency(OneNetwork, Student):
 
   def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
     """See `Method.networks`."""
-    nets = {'student': student, 'average': student, 'teacher': teacher}
-    return nets | {'distance': Weighted(self.distance)}
+    nets = {'student': student, 'teacher': teacher, 'distance': Weighted(self.distance)}
+    return nets | {'average': student} if self.follows_average else nets
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
     """`t` (B,) in (0, 1], in no interval yet, and `eps` (B, H, W, C)."""

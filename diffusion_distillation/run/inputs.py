@@ -42,12 +42,12 @@ class Inputs:
   distance: Params = None
   monitor: Monitor | None = None
 
-  @property
-  def parents(self) -> provenance.Parents:
+  def parents(self, stage: Stage) -> provenance.Parents:
     """As the stage's provenance names them."""
+    start = self.start or (None if stage.starts_anew else self.teacher)
     return provenance.Parents(
       self.teacher,
-      self.start,
+      start,
       None if self.pairs is None else self.pairs.digest,
       None if self.distance is None else digest(self.distance),
     )

@@ -50,7 +50,7 @@ def fit(step: Callable, stage: Stage, inputs: Inputs, workdir: pathlib.Path, con
     NumericalError: after going back to the last checkpoint, too many updates in a row were skipped again.
     Preempted: a signal came; the state is saved.
   """
-  provenance.begin_stage(workdir, stage, inputs.parents, config)
+  provenance.begin_stage(workdir, stage, inputs.parents(stage), config)
   with contextlib.closing(Checkpoints(workdir / stage.name)) as checkpoints:
     loop = functools.partial(_loop, step, stage, inputs, config, checkpoints)
     state, seconds = _restore_or_start(checkpoints, stage, inputs)
@@ -76,7 +76,7 @@ def fit(step: Callable, stage: Stage, inputs: Inputs, workdir: pathlib.Path, con
             'lower its learning rate (in a new workdir), or look at its data'
           ) from again
   model = provenance.to_model(stage, state, seconds)
-  provenance.finish_stage(workdir, inputs.parents, model, config)
+  provenance.finish_stage(workdir, inputs.parents(stage), model, config)
   return model
 
 

@@ -126,13 +126,19 @@ def versions() -> dict[str, str]:
 
 
 def write(directory: pathlib.Path, model: StoredModel) -> None:
-  """Writes a model's folder whole or not at all; one that holds the same model stays as it is."""
+  """Writes a model's folder whole or not at all.
+
+  Where the same weights are there, they stay, and so does what they were made from; only how they are sampled may change.
+  """
   if not files.writes():
     return
   description = json.loads(json.dumps(describe(model)))
   if (directory / DESCRIPTION).is_file():
     found = files.read_json(directory / DESCRIPTION)
     if found.get('digest') == description['digest'] and (directory / WEIGHTS).is_file():
+      kept = description | {key: found[key] for key in ('provenance', 'metrics') if key in found}
+      if kept != found:
+        files.write_json(directory / DESCRIPTION, kept)
       return
   temporary = directory.with_name(directory.name + '.tmp')
   shutil.rmtree(temporary, ignore_errors=True)
@@ -181,10 +187,16 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     num_steps, clip_x = int(found['num_steps']), bool(found['clip_x'])
     cond_dropout = float(found['cond_dropout'])
     names = tuple(map(str, found['conditioning'].get('label', {}).get('names', ())))
+    metrics, provenance = tuple(map(dict, found['metrics'])), dict(found['provenance'])
+    if num_steps < 1 or min(image_shape) < 1:
+      raise ValueError(f'num_steps={num_steps}, image_shape={image_shape}')
     denoise = Denoiser(network, found['output'])
     shape = space.shape(image_shape)
+    network.check(shape)
     params = _read_weights(directory, denoise, shape, found['digest']) if weights else None
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # networks raise whatever their arguments make them raise
     raise DamagedError(f'{path} is damaged ({error!r}); restore it from a copy') from error
   return StoredModel(
     denoise=denoise,
@@ -198,8 +210,8 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     clip_x=clip_x,
     cond_dropout=cond_dropout,
     class_names=names,
-    provenance=found['provenance'],
-    metrics=tuple(found['metrics']),
+    provenance=provenance,
+    metrics=metrics,
   )
 
 

@@ -1,6 +1,7 @@
 """From the sections of a config to the parts of a stage. Pure."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,10 +54,15 @@ def make_sampler(name: str, gamma: float = 0.0) -> samplers.Sampler:
   return found
 
 
-def make_space(config: Config) -> Space:
-  """The space by name."""
-  space: Space = choose('model.space', config.model.space, SPACES)()
-  return space
+def make_space(section: Mapping[str, Any]) -> Space:
+  """The space of a network by name."""
+  return _one_of(choose('model.space', section['space'], SPACES))
+
+
+@functools.cache
+def _one_of(cls: type[Any]) -> Any:
+  """The same instance every time: its bound methods are static under jit, and only equal to themselves."""
+  return cls()
 
 
 def make_denoiser(
@@ -81,7 +87,7 @@ def make_denoiser(
     raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
   if section['conditional'] and not num_classes:
     raise UserError(f'model.conditional=True, but dataset {config.dataset.name!r} has no labels')
-  shape = make_space(config).shape(data.image_shape)
+  shape = make_space(section).shape(data.image_shape)
   given = {
     **section,
     **{key: config.compute[key] for key in ('dtype', 'remat')},

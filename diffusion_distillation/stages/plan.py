@@ -12,7 +12,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import METHODS, Denoising, Progressive, Student
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import Denoiser
-from diffusion_distillation.networks.spaces import Space
+from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.networks.unet import DTYPES
 from diffusion_distillation.stages import parts
 from diffusion_distillation.stages.model import name_in, network_arguments
@@ -128,7 +128,7 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
   if origin is None:
     schedule = parts.make_schedule(config, data.image_shape)
     denoise = parts.make_denoiser(config, config.model, data, schedule)
-    space, num_steps = parts.make_space(config), config.distill.start_steps
+    space, num_steps = parts.make_space(config.model), config.distill.start_steps
     origin = Origin(denoise, schedule, space, data.image_shape, num_steps, 'ddim')
   loss = Denoising(
     schedule=origin.schedule,
@@ -159,6 +159,9 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
   otherwise = {key: value for key, value in config.student.items() if value is not None}
   if not otherwise:
     return base.denoise
+  name = otherwise.get('space', name_in(SPACES, base.space))
+  if choose('student.space', name, SPACES) is not type(base.space):
+    raise UserError('student.space: a student works on what its teacher works on')
   own = {
     'name': name_in(NETWORKS, base.denoise.network),
     'output': base.denoise.output,

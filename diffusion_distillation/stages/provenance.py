@@ -83,7 +83,7 @@ class Parents:
 
   Attributes:
     teacher: its parent's model, or None.
-    start: the model that it starts from; None: its teacher.
+    start: the model that it starts from; None: new parameters.
     pairs: digest of the pairs that it learns from, or None.
     distance: digest of the weights of its distance, or None.
   """
@@ -95,7 +95,7 @@ class Parents:
 
   def describe(self) -> dict[str, Any]:
     """As stage.json has it."""
-    models = {'parent': self.teacher, 'start': self.start or self.teacher}
+    models = {'parent': self.teacher, 'start': self.start}
     found: dict[str, Any] = {
       key: model and {'stage': model.stage.name, 'weights': model.weights, 'digest': model.digest}
       for key, model in models.items()
@@ -244,7 +244,7 @@ def load_model(
   _check_lineage(stage_dir / 'stage.json', found, expected, config)
   folder = stage_dir / 'model'
   if tuple(weights) == ('ema',) and found.get('finished') and (folder / DESCRIPTION).is_file():
-    return _from_folder(workdir, stage, read(folder))
+    return _from_folder(workdir, stage, folder)
   restored = Checkpoints(stage_dir).restore(stage.abstract_state(), set_aside=False)
   if restored is None:
     return None
@@ -254,11 +254,12 @@ def load_model(
   return model
 
 
-def _from_folder(workdir: pathlib.Path, stage: Stage, stored: StoredModel) -> Model:
-  """A finished stage's model as its folder holds it."""
+def _from_folder(workdir: pathlib.Path, stage: Stage, folder: pathlib.Path) -> Model:
+  """A finished stage's model as its folder holds it, which `read` has checked against its digest."""
+  stored, checked = read(folder), read_json(folder / DESCRIPTION)['digest']
   params, made = stored.params, stored.provenance
   step, seconds = int(made['updates']), float(made['seconds'])
-  model = Model(stage, 'ema', params, digest(params), step, seconds, {'ema': params})
+  model = Model(stage, 'ema', params, checked, step, seconds, {'ema': params})
   check_digest(workdir, model)
   return model
 

@@ -27,7 +27,7 @@ def test_digits_are_images_with_their_labels():
   batch = everything(train)
   assert len(train) == 1437 and train.image_shape == (8, 8, 1) and train.classes == tuple('0123456789')
   assert batch['image'].shape == (1437, 8, 8, 1) and batch['image'].dtype == np.uint8
-  assert batch['label'].dtype == np.int32 and np.bincount(batch['label']).min() > 100
+  assert batch['cond']['label'].dtype == np.int32 and np.bincount(batch['cond']['label']).min() > 100
   assert batch['whole'].all() and batch['skipped'] == ()
   levels = np.unique(batch['image'])
   np.testing.assert_array_equal(levels, np.round(np.arange(17) * 255 / 16))
@@ -41,7 +41,9 @@ def test_every_digit_is_either_trained_on_or_held_out():
     batch = everything(datasets.open_split(settings('digits'), role))
     assert len(batch['image']) == count
     sixteenths = np.round(batch['image'][..., 0] * (16 / 255))
-    found += [(image.tobytes(), label) for image, label in zip(sixteenths, batch['label'], strict=True)]
+    found += [
+      (image.tobytes(), label) for image, label in zip(sixteenths, batch['cond']['label'], strict=True)
+    ]
   assert sorted(found) == sorted(originals)
   assert found != originals
   assert len({image for image, _ in originals}) == 1797
@@ -52,7 +54,7 @@ def test_a_batch_holds_what_is_read_one_by_one():
     images = datasets.open_split(settings(name), 'eval')
     indices = np.array([5, 2, 5])
     batch = images.batch(indices)
-    for k, image, label in zip(indices, batch['image'], batch['label'], strict=True):
+    for k, image, label in zip(indices, batch['image'], batch['cond']['label'], strict=True):
       np.testing.assert_array_equal(image, images.read(k)[0])
       assert label == images.read(k)[1]
 
@@ -62,7 +64,7 @@ def test_the_digits_are_the_same_every_time_and_can_be_sliced():
   part = datasets.open_split(settings('digits', split='train[100:110]'), 'train')
   assert datasets.open_split(settings('digits'), 'train').identity == whole.identity != part.identity
   np.testing.assert_array_equal(everything(part)['image'], whole.images[100:110])
-  np.testing.assert_array_equal(everything(part)['label'], whole.labels[100:110])
+  np.testing.assert_array_equal(everything(part)['cond']['label'], whole.labels[100:110])
   other = datasets.open_split(settings('digits', eval_split='train[100:110]'), 'eval')
   assert other.identity == part.identity
 

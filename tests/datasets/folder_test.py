@@ -158,7 +158,7 @@ def test_broken_images_are_named_and_another_stands_in(tmp_path, kind):
     with pytest.raises(BrokenImage, match=rf'{stem}\.png {reason}'):
       images.read(order.index(stem))
   batch = images.batch(np.arange(8))
-  assert {order[k] for k, _ in batch['skipped']} == set(reasons) and batch['label'] is None
+  assert {order[k] for k, _ in batch['skipped']} == set(reasons) and batch['cond'] is None
   for k, stem in enumerate(order):
     whole = next(name for name in (order + order)[k:] if name not in reasons)
     assert batch['whole'][k] == (stem not in reasons)

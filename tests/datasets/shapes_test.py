@@ -160,7 +160,7 @@ def test_images_are_drawn_by_index():
 def test_classes_are_equally_many():
   images = open_shapes(split='train[:600]', image_size=2)
   batch = images.batch(np.arange(600))
-  np.testing.assert_array_equal(np.bincount(batch['label']), [100] * 6)
+  np.testing.assert_array_equal(np.bincount(batch['cond']['label']), [100] * 6)
   assert images.classes == shapes.CLASSES and batch['whole'].all() and batch['skipped'] == ()
 
 

@@ -131,7 +131,7 @@ def test_the_label_is_the_one_of_that_name_or_the_only_one(features, label, clas
   images = open_set(tmp_path)
   assert images.read(0)[1] == label
   assert images.classes == (tuple(map(str, range(classes))) if isinstance(classes, int) else classes)
-  assert (images.batch(np.array([0]))['label'] is None) == (not images.classes)
+  assert (images.batch(np.array([0]))['cond'] is None) == (not images.classes)
 
 
 def test_the_image_is_the_one_of_that_name_or_the_only_one(tmp_path):

@@ -51,7 +51,7 @@ def test_every_deterministic_sampler_has_an_order_to_be_tested():
 @pytest.mark.parametrize('cls', ORDERS)
 def test_samplers_converge_to_the_probability_flow_at_their_order_by_a_quadratic_grid(cls, data):
   nums = (128, 256, 512)
-  errors = flow_errors(cls(clip_x=False), data, LinearBeta(), times.quadratic, nums)
+  errors = flow_errors(cls(), data, LinearBeta(), times.quadratic, nums)
   assert slope(nums, errors) == pytest.approx(-ORDERS[cls], abs=0.06)
   assert errors[-1] < 0.01
 
@@ -61,7 +61,7 @@ def test_samplers_converge_to_the_probability_flow_at_their_order_by_a_quadratic
 def test_samplers_converge_to_the_probability_flow_at_their_order_by_a_uniform_grid(cls, data):
   """DPM-Solver's steps in logsnr do not shrink at the ends of this schedule: log N / N^2."""
   nums = (512, 1024, 2048) if cls is DPMSolver2M else (128, 256, 512)
-  errors = flow_errors(cls(clip_x=False), data, SCHEDULE, times.uniform, nums)
+  errors = flow_errors(cls(), data, SCHEDULE, times.uniform, nums)
   logarithm = np.log(nums) if cls is DPMSolver2M else 1.0
   assert slope(nums, errors / logarithm) == pytest.approx(-ORDERS[cls], abs=0.15)
   assert errors[-1] < 0.01
@@ -70,7 +70,7 @@ def test_samplers_converge_to_the_probability_flow_at_their_order_by_a_uniform_g
 @pytest.mark.parametrize('data', [GAUSSIAN, MIXTURE], ids=['gaussian', 'mixture'])
 def test_ddim_converges_in_float32_as_well(data):
   z = jnp.linspace(-2.0, 2.0, 9)[:, None, None, None]
-  run = jax.jit(lambda grid: sample(DDIM(clip_x=False), data, SCHEDULE, grid, z, keys(9)))
+  run = jax.jit(lambda grid: sample(DDIM(), data, SCHEDULE, grid, z, keys(9)))
   exact = data.probability_flow(z, float(SCHEDULE(jnp.float32(1.0))))
   nums = np.array([32, 64, 128, 256])
   errors = [np.sqrt(np.mean((run(padded(times.uniform(n), 256)) - exact) ** 2)) for n in nums]
@@ -160,7 +160,7 @@ def test_runge_kutta_steps_follow_dz_dphi_equal_to_v(cls, usual, last):
     with np.errstate(divide='ignore'):
       at, to_logsnr = -2 * np.log(np.tan(phi_t)), -2 * np.log(np.tan(to))
     with jax.enable_x64(True):
-      step = cls(clip_x=False)
+      step = cls()
       got = by_hand(step, None, GAUSSIAN, jnp.array(z)[:, None], jnp.array([at, to_logsnr]))
     np.testing.assert_allclose(got[:, 0], formula(v, phi_t, z, to - phi_t), rtol=1e-11, atol=1e-11)
 
@@ -171,7 +171,7 @@ def test_dpm_solver_steps_are_those_of_its_algorithm():
   with jax.enable_x64(True):
     logsnr = np.array(SCHEDULE(jnp.array(t)))
     z = jnp.linspace(-2.0, 2.0, 5)[:, None]
-    got = by_hand(DPMSolver2M(clip_x=False), None, MIXTURE, z, jnp.tile(logsnr[:, None], (1, 5)))
+    got = by_hand(DPMSolver2M(), None, MIXTURE, z, jnp.tile(logsnr[:, None], (1, 5)))
     x = []
     (alpha, sigma), lamb = scales(logsnr), logsnr / 2
     for i in range(1, 6):
@@ -190,8 +190,7 @@ def test_the_first_step_of_dpm_solver_is_ddim_s_and_the_second_is_not():
     z = jnp.linspace(-2.0, 2.0, 5)[:, None]
     logsnr = jnp.tile(jnp.array([-3.0, -1.0, 1.0])[:, None], (1, 5))
     (one, one_ddim), (two, two_ddim) = (
-      [by_hand(cls(clip_x=False), None, MIXTURE, z, logsnr[:n]) for cls in (DPMSolver2M, DDIM)]
-      for n in (2, 3)
+      [by_hand(cls(), None, MIXTURE, z, logsnr[:n]) for cls in (DPMSolver2M, DDIM)] for n in (2, 3)
     )
   np.testing.assert_allclose(one, one_ddim, rtol=1e-12, atol=1e-12)
   assert np.abs(two - two_ddim).max() > 0.01
@@ -201,7 +200,7 @@ def test_ddim_on_a_gaussian_multiplies_deviations_by_a_known_factor_a_step():
   """A step from angle p to q (tan = sigma / alpha) scales (z - alpha m) by cos(p - q) if s = 1."""
   data, n = Gaussian(mean=0.3, std=1.0), 4
   z = jnp.linspace(-2.0, 2.0, 9)[:, None, None, None]
-  x = sample(DDIM(clip_x=False), data, SCHEDULE, jnp.array(times.uniform(n)), z, keys(9))
+  x = sample(DDIM(), data, SCHEDULE, jnp.array(times.uniform(n)), z, keys(9))
   alpha, sigma = scales(SCHEDULE(jnp.arange(n + 1) / n))
   factor = np.prod(np.cos(np.diff(np.arctan2(sigma, alpha))))
   np.testing.assert_allclose(x, 0.3 + factor * (z - alpha[-1] * 0.3), atol=1e-5)

@@ -209,7 +209,7 @@ def test_implied_x_is_the_inverse_of_a_ddim_step():
   def denoise(z, logsnr):
     return process.from_x(z, logsnr, x)
 
-  z_s = DDIM(clip_x=False)(None, denoise, z_t, logsnr_t, logsnr_s)
+  z_s = DDIM()(None, denoise, z_t, logsnr_t, logsnr_s)
   np.testing.assert_allclose(process.implied_x(z_t, z_s, logsnr_t, logsnr_s), x, atol=1e-5)
 
 

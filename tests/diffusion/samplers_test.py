@@ -1,6 +1,5 @@
 """Samplers against data for which the denoiser and the probability-flow map are known."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -18,9 +17,11 @@ from diffusion_distillation.diffusion.samplers import (
   MultistepConsistency,
   ProbabilityFlow,
   Sampler,
+  clipped,
   sample,
 )
 from diffusion_distillation.diffusion.schedules import Cosine
+from diffusion_distillation.networks.spaces import Pixels
 from tests.exact import Gaussian, Mixture, scales
 
 SCHEDULE = Cosine()
@@ -40,12 +41,12 @@ def padded(grid, length):
 
 def usual_samplers():
   """Every sampler with its usual numbers, unclipped."""
-  return [cls(clip_x=False) for cls in SAMPLERS.values()]
+  return [cls() for cls in SAMPLERS.values()]
 
 
 def all_samplers():
   """The same, and ancestral sampling at the other gammas."""
-  return [*usual_samplers(), Ancestral(gamma=0.5, clip_x=False), Ancestral(gamma=1.0, clip_x=False)]
+  return [*usual_samplers(), Ancestral(gamma=0.5), Ancestral(gamma=1.0)]
 
 
 def deterministic_samplers():
@@ -86,7 +87,7 @@ def test_dpm_solver_returns_x_exactly_after_several_steps_too():
     asked.append(MIXTURE(z, logsnr))
     return asked[-1]
 
-  x = by_hand(DPMSolver2M(clip_x=False), None, denoise, z, logsnr)
+  x = by_hand(DPMSolver2M(), None, denoise, z, logsnr)
   np.testing.assert_array_equal(x, asked[-1].x)
 
 
@@ -150,7 +151,7 @@ def test_an_ancestral_step_has_the_mean_and_variance_of_its_definition(gamma, lo
   noise = samplers.normal(keys(n, seed=1), (1, 1, 1))
   z_t = alpha_t * GAUSSIAN.mean + np.sqrt(v_t) * noise
   at, to = jnp.full(n, logsnr_t), jnp.full(n, logsnr_s)
-  step = jax.jit(Ancestral(gamma=gamma, clip_x=False), static_argnums=1)
+  step = jax.jit(Ancestral(gamma=gamma), static_argnums=1)
   z_s = np.float64(step(keys(n), GAUSSIAN, z_t, at, to)).ravel()
   residual = z_s - alpha_s * GAUSSIAN.mean - slope * (np.float64(z_t).ravel() - alpha_t * GAUSSIAN.mean)
 
@@ -169,7 +170,7 @@ def test_ancestral_sampling_of_one_known_image_has_the_marginals_of_the_forward_
   t = np.array([1.0, 0.8, 0.5, 0.2], np.float32)
   for i in range(3):
     at, to = (jnp.full(n, SCHEDULE(t[k])) for k in (i, i + 1))
-    z = Ancestral(clip_x=False)(keys(n, seed=2 + i), point, z, at, to)
+    z = Ancestral()(keys(n, seed=2 + i), point, z, at, to)
     alpha, sigma = scales(SCHEDULE(t[i + 1]))
     assert np.mean(z) == pytest.approx(alpha * 0.7, abs=4 * sigma / np.sqrt(n))
     assert np.var(z) == pytest.approx(sigma**2, rel=4 * np.sqrt(2 / n))
@@ -194,7 +195,7 @@ def test_a_multistep_consistency_step_adds_new_noise_to_x(logsnr):
   alpha_s, sigma_s = (s[1] for s in scales(logsnr))
   z_t = samplers.normal(keys(n, seed=1), (1, 1, 1))
   at, to = (jnp.full(n, value) for value in logsnr)
-  z_s = MultistepConsistency(clip_x=False)(keys(n), GAUSSIAN, z_t, at, to)
+  z_s = MultistepConsistency()(keys(n), GAUSSIAN, z_t, at, to)
   noise = np.ravel((np.float64(z_s) - alpha_s * np.float64(GAUSSIAN(z_t, at).x)) / sigma_s)
   assert abs(noise.mean()) < 4 / np.sqrt(n)
   assert noise.var() == pytest.approx(1.0, rel=4 * np.sqrt(2 / n))
@@ -209,7 +210,7 @@ def test_of_a_perfect_consistency_function_any_number_of_steps_draws_from_the_da
     return from_x(z, logsnr, GAUSSIAN.consistency(z, logsnr))
 
   z = samplers.normal(keys(n, seed=1), (1, 1, 1))
-  step = MultistepConsistency(clip_x=False)
+  step = MultistepConsistency()
   run = jax.jit(lambda grid: sample(step, consistent, SCHEDULE, grid, z, keys(n)))
   drawn = [np.float64(run(padded(times.uniform(steps), 5))) for steps in (1, 2, 5)]
   for x in drawn:
@@ -224,31 +225,30 @@ def test_ddim_needs_no_keys():
 
 
 @pytest.mark.parametrize('step', all_samplers(), ids=str)
-def test_clip_x_clips_the_prediction_to_pixels(step):
-  clipping = dataclasses.replace(step, clip_x=True)
+def test_a_clipped_denoiser_predicts_pixels_and_the_noise_that_goes_with_them(step):
   wide = Gaussian(mean=0.0, std=3.0)
   z = jnp.linspace(-4.0, 4.0, 9)[:, None, None, None]
   logsnr = [jnp.full(9, value) for value in (1.0, 2.0, jnp.inf)]
   assert np.abs(wide(z, logsnr[0]).x).max() > 1.5
 
-  def clipped(z, logsnr):
+  def by_definition(z, logsnr):
     return from_x(z, logsnr, jnp.clip(wide(z, logsnr).x, -1.0, 1.0))
 
   for rows in (logsnr, logsnr[::2]):
     got, expected, free = (
       by_hand(step, keys(9), denoise, z, rows)
-      for step, denoise in ((clipping, wide), (step, clipped), (step, wide))
+      for denoise in (clipped(wide, Pixels().clip), by_definition, clipped(wide, None))
     )
     np.testing.assert_array_equal(got, expected)
     assert np.abs(got - free).max() > 0.1
 
 
 @pytest.mark.parametrize('step', samplers_that_end_on_x(), ids=str)
-def test_clip_x_clips_what_is_returned(step):
+def test_samplers_of_a_clipped_denoiser_return_pixels(step):
   wide = Gaussian(mean=0.0, std=3.0)
   z = jnp.linspace(-4.0, 4.0, 9)[:, None, None, None]
   at, to = jnp.full(9, 1.0), jnp.full(9, jnp.inf)
-  x = by_hand(dataclasses.replace(step, clip_x=True), keys(9), wide, z, [at, to])
+  x = by_hand(step, keys(9), clipped(wide, Pixels().clip), z, [at, to])
   np.testing.assert_array_equal(x, np.clip(wide(z, at).x, -1.0, 1.0))
 
 
@@ -259,7 +259,8 @@ def test_ddim_takes_eps_from_the_clipped_x():
   (alpha_t, alpha_s), (sigma_t, sigma_s) = scales([1.0, 2.0])
   x = np.clip(wide(z, at).x, -1.0, 1.0)
   expected = alpha_s * x + sigma_s * (z - alpha_t * x) / sigma_t
-  np.testing.assert_allclose(DDIM()(None, wide, z, at, to), expected, atol=1e-5)
+  got = DDIM()(None, clipped(wide, Pixels().clip), z, at, to)
+  np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize('step', usual_samplers(), ids=str)
@@ -275,7 +276,7 @@ def test_grids_padded_to_one_length_share_a_trace():
 
   def run(grid, z):
     traces.append(grid)
-    return sample(DDIM(clip_x=False), GAUSSIAN, SCHEDULE, grid, z, keys(1))
+    return sample(DDIM(), GAUSSIAN, SCHEDULE, grid, z, keys(1))
 
   jitted, z = jax.jit(run), jnp.ones((1, 1, 1, 1))
   one, many = (float(jitted(padded(times.uniform(n), 8), z).squeeze()) for n in (1, 8))

@@ -148,7 +148,7 @@ def test_where_there_are_classes_these_are_to_be_told():
   batch = Loader(noise(27)).images.batch(np.arange(27))
   image, label = features._task(batch)
   np.testing.assert_array_equal(image, batch['image'])
-  np.testing.assert_array_equal(label, batch['label'])
+  np.testing.assert_array_equal(label, batch['cond']['label'])
 
 
 def test_where_there_are_none_every_image_is_given_a_quarter_turn():

@@ -1,5 +1,8 @@
 """Drawing: image k is a function of (seed, k); one program for all step counts."""
 
+import dataclasses
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -17,7 +20,8 @@ def make(batch_size, **overrides):
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   noise = [p + 0.1 * jax.random.normal(key, p.shape) for key, p in zip(keys, leaves, strict=True)]
-  drawer = sampling.Drawer(stage.denoise, Ancestral(), stage.schedule, (8, 8, 1), batch_size)
+  given = (stage.denoise, Ancestral(), stage.schedule, stage.space, (8, 8, 1), batch_size)
+  drawer = sampling.Drawer(*given)
   return drawer, jax.tree.unflatten(tree, noise)
 
 
@@ -48,7 +52,7 @@ def test_one_program_serves_all_grids_of_times():
       return super().__call__(*args, **kwargs)
 
   counting = Counting(drawer.denoise.network, drawer.denoise.output)
-  drawer = sampling.Drawer(counting, drawer.sampler, drawer.schedule, drawer.image_shape, 16)
+  drawer = dataclasses.replace(drawer, denoise=counting)
   grids = [*map(times.uniform, (1, 2, 7, 64)), times.quadratic(5), times.grid([0, 0.9, 1])]
   drawn = [drawer.draw(params, grid, 16, 0) for grid in grids]
   assert len({images.tobytes() for images in drawn}) == len(grids)
@@ -57,25 +61,33 @@ def test_one_program_serves_all_grids_of_times():
 
 def test_conditional_models_draw_balanced_classes_or_those_that_are_given():
   drawer, params = make(16, model__conditional=True)
-  labels = drawer.labels(np.arange(40))
+  labels = drawer.cond(np.arange(40))['label']
   assert np.bincount(labels).tolist() == [4] * 10
   images = drawer.draw(params, times.uniform(2), 20, seed=0)
   assert images.shape == (20, 8, 8, 1)
-  assert drawer.labels(np.arange(5), [7, 2]).tolist() == [7, 2, 7, 2, 7]
-  chosen = drawer.draw(params, times.uniform(2), 20, seed=0, classes=[*range(9), 0])
+  assert drawer.cond(np.arange(5), {'label': [7, 2]})['label'].tolist() == [7, 2, 7, 2, 7]
+  chosen = drawer.draw(params, times.uniform(2), 20, seed=0, chosen={'label': [*range(9), 0]})
   same = (chosen == images).all(axis=(1, 2, 3))
   assert same.tolist() == [k % 10 != 9 for k in range(20)]
   unconditional, _ = make(16)
-  assert unconditional.labels(np.arange(40)) is None
+  assert unconditional.cond(np.arange(40)) is None
 
 
-def test_drawing_is_timed_without_what_is_done_with_the_images():
+def test_drawing_is_timed_without_what_is_done_with_the_images(monkeypatch):
   drawer, params = make(16)
   seen = []
   seconds = drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=seen.append)
   assert [len(images) for images in seen] == [16, 16, 8]
   assert 0 < seconds < 1
   np.testing.assert_array_equal(np.concatenate(seen), drawer.draw(params, times.uniform(2), 40, 0))
+
+  clock = [0.0]
+
+  def slow(images):
+    clock[0] += 100.0
+
+  monkeypatch.setattr(sampling, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
+  assert drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=slow) == 0.0
 
 
 def test_a_signal_stops_drawing(monkeypatch):

@@ -1,5 +1,6 @@
 """Models from elsewhere: the released code's checkpoints, and stages of other runs."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import features, measure
 from diffusion_distillation.interop import google, importing
-from diffusion_distillation.run import loop
+from diffusion_distillation.run import run
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.system.checkpoints import digest
@@ -74,7 +75,7 @@ def leaves(tree):
 @pytest.fixture
 def expected():
   """Names and shapes that our network wants."""
-  return provenance.abstract_params(plan(sample_config(), (8, 8, 3), 10)[0])
+  return plan(sample_config(), (8, 8, 3), 10)[0].abstract_params()
 
 
 @pytest.mark.parametrize(('path', 'num_steps'), [(STUDENT, 4), (TEACHER, 8)])
@@ -94,7 +95,10 @@ def test_a_file_is_read_as_it_is(path, num_steps, expected):
 
 
 def test_the_sample_is_our_network():
-  assert plan(sample_config(), (8, 8, 3), 10)[0].denoise == parity_test.OURS
+  planned = plan(sample_config(), (8, 8, 3), 10)[0]
+  assert planned.denoise.output == parity_test.OURS.output
+  network = dataclasses.replace(planned.denoise.network, schedule=None)
+  assert network == parity_test.network()
 
 
 def edited(change, tmp_path, **fields):
@@ -239,13 +243,13 @@ def test_a_number_of_steps_that_no_stage_has_lists_those_there_are(tmp_path):
 
 @pytest.fixture(scope='module')
 def imported(tmp_path_factory):
-  """The student's file as a stage, by main.py: the workdir, and what was printed."""
+  """The student's file as a stage, by the flags of main.py: the workdir, and what was printed."""
   root = tmp_path_factory.mktemp('google')
   lines = ['from configs import default', '', '', 'def get_config():', '  c = default.get_config()']
   lines += [f'  c.update_from_flattened_dict({SAMPLE!r})', '  return c', '']
   (root / 'sample.py').write_text('\n'.join(lines))
   flags = [f'--config={root / "sample.py"}', f'--workdir={root / "run"}', '--mode=import']
-  code, out, err = tiny.run_main(*flags, '--source=google', f'--checkpoint={STUDENT}')
+  code, out, err = tiny.run_cli(*flags, '--source=google', f'--checkpoint={STUDENT}')
   assert code == 0, err
   return root / 'run', out
 
@@ -264,7 +268,7 @@ def test_an_imported_stage_says_where_it_is_from(imported, expected):
 
 def test_an_imported_stage_is_sampled_without_its_data(imported, tmp_path, expected):
   flags = ['--mode=sample', '--num_samples=6', '--seed=5', f'--out={tmp_path / "x.npz"}']
-  code, out, err = tiny.run_main(*flags, f'--workdir={imported[0]}')
+  code, out, err = tiny.run_cli(*flags, f'--workdir={imported[0]}')
   assert code == 0 and '6 images of progressive_0004 in 4 ddim steps' in out, err
   with np.load(tmp_path / 'x.npz') as arrays:
     images = arrays['images'].astype(int)
@@ -276,12 +280,13 @@ def test_an_imported_stage_is_sampled_without_its_data(imported, tmp_path, expec
   assert images.std() > 20
 
 
+@pytest.mark.slow
 def test_an_imported_stage_is_distilled_further_and_measured(imported, tmp_path, monkeypatch):
   monkeypatch.setitem(datasets.SOURCES, 'cifar10', tiny.colour_digits)
   monkeypatch.setattr(features, '_UPDATES', 20)
   workdir, config = tmp_path / 'run', sample_config()
   shutil.copytree(imported[0], workdir)
-  loop.run(config, workdir)
+  run.run(config, workdir)
 
   names = ['progressive_0004', 'progressive_0002', 'progressive_0001']
   assert sorted(path.parent.name for path in workdir.glob('*/stage.json')) == sorted(names)

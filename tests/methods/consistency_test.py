@@ -14,7 +14,9 @@ from diffusion_distillation.diffusion.samplers import DDIM, Euler, Heun, Multist
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.diffusion.weightings import Snr
 from diffusion_distillation.methods import Consistency, distances
+from diffusion_distillation.networks.denoiser import Bound
 from tests.exact import Gaussian, scales
+from tests.methods.methods_test import nets
 
 SCHEDULE = Cosine()
 GAUSSIAN = Gaussian(mean=0.3, std=0.5)
@@ -22,7 +24,7 @@ KEY = jax.random.key(0)
 SIZE = 16
 
 
-def denoise(params, z, logsnr, label, rng=None):
+def denoise(params, z, logsnr, cond, rng=None):
   """The exact denoiser, where `params` is None; else the exact consistency function plus `params`."""
   if params is None:
     return GAUSSIAN(z, logsnr)
@@ -37,11 +39,12 @@ def batch(t, dtype=jnp.float32):
   """The same few images and noises at each of the times `t`."""
   x, eps = jnp.linspace(-1.0, 1.0, SIZE, dtype=dtype), jnp.cos(jnp.arange(SIZE, dtype=dtype))
   x, eps = (jnp.tile(a, len(t))[:, None, None, None] for a in (x, eps))
-  return {'x': x, 'eps': eps, 't': jnp.repeat(jnp.array(t, dtype), SIZE), 'label': None}
+  return {'x': x, 'eps': eps, 't': jnp.repeat(jnp.array(t, dtype), SIZE), 'cond': None}
 
 
-def frozen(average=0.0):
-  return {'teacher': None, 'average': jnp.array(average)}
+def bound(at, student, average=0.0, denoise=denoise):
+  """The networks of the loss: student and average with these parameters, and the exact teacher."""
+  return nets(at, {'student': student, 'average': average, 'teacher': None}, student=denoise)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +60,8 @@ def test_the_exact_consistency_function_is_a_fixed_point_up_to_the_solvers_error
 
     @jax.jit
     def losses(intervals):
-      dynamic = Consistency(100, intervals, intervals, SCHEDULE, solver=solver(clip_x=False))
-      return dynamic.losses(denoise, jnp.array(0.0), frozen(), data, None, 0)
+      dynamic = Consistency(100, intervals, intervals, SCHEDULE, solver=solver())
+      return dynamic.losses(bound(dynamic, 0.0), data, None, 0)
 
     errors = [np.sqrt(np.mean(losses(n))) for n in nums]
   assert np.polyfit(np.log(nums), np.log(errors), 1)[0] == pytest.approx(-(order + 1), abs=0.1)
@@ -66,8 +69,8 @@ def test_the_exact_consistency_function_is_a_fixed_point_up_to_the_solvers_error
 
 def test_an_error_of_the_student_costs_its_square_and_one_that_its_target_shares_nothing():
   """Away from t = 0, where the target is the teacher's: a constant is consistent with itself."""
-  data, at = batch([0.5, 1.0]), method(200, solver=Heun(clip_x=False))
-  apart, shared = (at.losses(denoise, 0.1, frozen(average), data, None, 0) for average in (0.0, 0.1))
+  data, at = batch([0.5, 1.0]), method(200, solver=Heun())
+  apart, shared = (at.losses(bound(at, 0.1, average), data, None, 0) for average in (0.0, 0.1))
   np.testing.assert_allclose(apart, 0.1**2, rtol=1e-3)
   np.testing.assert_allclose(shared, 0.0, atol=1e-8)
 
@@ -75,17 +78,18 @@ def test_an_error_of_the_student_costs_its_square_and_one_that_its_target_shares
 def test_in_the_first_interval_the_target_is_the_teachers_image_and_the_network_is_not_asked_there():
   """However wrong the average is, and with no infinite logsnr."""
 
-  def finite(params, z, logsnr, label, rng=None):
+  def finite(params, z, logsnr, cond, rng=None):
     unknown = jnp.where(jnp.isfinite(logsnr), 0.0, jnp.nan)[:, None, None, None]
-    return Prediction(*(part + unknown for part in denoise(params, z, logsnr, label)))
+    return Prediction(*(part + unknown for part in denoise(params, z, logsnr, cond)))
 
-  for at, t in ((method(8, solver=Heun(clip_x=False)), [0.01, 0.125]), (method(1), [0.2, 1.0])):
+  for at, t in ((method(8, solver=Heun()), [0.01, 0.125]), (method(1), [0.2, 1.0])):
     data, logsnr = batch(t), SCHEDULE(jnp.full(len(t) * SIZE, 1.0 / at.end_intervals))
     with jax.disable_jit():
       assert all(np.isfinite(asked).all() for _, _, asked, _ in recorded(at, data)[0])
 
+    @jax.jit
     def losses(student, at=at, data=data):
-      return at.losses(finite, student, frozen(1e6), data, None, 0)
+      return at.losses(bound(at, student, 1e6, finite), data, None, 0)
 
     alpha, sigma = scales(logsnr[0])
     z = np.float32(alpha * data['x'] + sigma * data['eps'])
@@ -100,12 +104,12 @@ def recorded(at, data, rng=None):
   """(network, z, logsnr, rng) of every call that the loss makes, and the loss of each example."""
   calls = []
 
-  def recording(params, z, logsnr, label, rng=None):
-    calls.append((params, z, logsnr, rng))
+  def recording(name, z, logsnr, cond, rng=None):
+    calls.append((name, z, logsnr, rng))
     return GAUSSIAN(z, logsnr)
 
-  networks = {'teacher': 'teacher', 'average': 'average'}
-  return calls, at.losses(recording, 'student', networks, data, rng, 0)
+  named = {name: Bound(recording, name) for name in ('student', 'average', 'teacher')}
+  return calls, at.losses(bound(at, None) | named, data, rng, 0)
 
 
 @pytest.mark.parametrize('follower', ['average', 'student'])
@@ -130,11 +134,14 @@ def test_who_is_asked_what(follower):
 
 def test_the_weight_is_that_of_the_end_of_the_interval_and_the_distance_is_the_one_given():
   data = batch([0.3, 0.9])
-  plain = method(4).losses(denoise, 0.1, frozen(), data, None, 0)
-  weighted = method(4, weighting=Snr()).losses(denoise, 0.1, frozen(), data, None, 0)
+  methods = (
+    method(4),
+    method(4, weighting=Snr()),
+    method(4, distance=distances.PseudoHuber(0.2)),
+  )
+  plain, weighted, huber = (at.losses(bound(at, 0.1), data, None, 0) for at in methods)
   snr = np.exp(SCHEDULE(jnp.repeat(jnp.array([0.5, 1.0]), SIZE)))
   np.testing.assert_allclose(weighted, snr * plain, rtol=1e-5)
-  huber = method(4, distance=distances.PseudoHuber(0.2)).losses(denoise, 0.1, frozen(), data, None, 0)
   np.testing.assert_allclose(huber, np.sqrt(plain + 0.2**2) - 0.2, rtol=1e-3)
 
 
@@ -148,7 +155,7 @@ def test_the_number_of_intervals_over_a_stage(start, end):
   exact = [min(end, math.isqrt(-(-square // total) - 1) + 1) for square in squares]
   np.testing.assert_array_equal(got, exact)
   assert got[0] == start and got[-1] == end and (np.diff(got) >= 0).all()
-  loss, metrics = at.loss(denoise, {'student': 0.1}, frozen(), batch([0.5]), None, jnp.array(total // 2))
+  loss, metrics = at.loss(bound(at, 0.1), batch([0.5]), None, jnp.array(total // 2))
   assert metrics == {'intervals': got[total // 2]} and np.isfinite(loss)
 
 
@@ -168,7 +175,7 @@ def drawn(function, num_steps, size=4000):
   z = jax.random.normal(jax.random.key(1), (size, 1, 1, 1))
   with jax.disable_jit():
     x = sample(
-      MultistepConsistency(clip_x=False),
+      MultistepConsistency(),
       recording,
       SCHEDULE,
       jnp.array(times.uniform(num_steps)),

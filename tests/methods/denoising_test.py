@@ -13,6 +13,7 @@ from diffusion_distillation.diffusion.process import Prediction, diffuse, from_v
 from diffusion_distillation.diffusion.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS, SnrTrunc
 from diffusion_distillation.methods import Denoising
+from diffusion_distillation.networks.denoiser import Bound
 from tests.methods.methods_test import GAUSSIAN, KEY, SCHEDULE
 
 
@@ -50,12 +51,12 @@ def base_losses():
     x = GAUSSIAN.mean + GAUSSIAN.std * jax.random.normal(key_x, (1024, 1, 1, 1))
 
     def loss(weighting, denoiser):
-      def denoise(params, z, logsnr, label, rng=None):
+      def denoise(params, z, logsnr, cond, rng=None):
         return denoiser(z, logsnr)
 
       method = Denoising(SCHEDULE, WEIGHTINGS[weighting]())
-      data = {'x': x, 'label': None} | method.draw(key_loss, x.shape)
-      return method.loss(denoise, {'student': None}, {}, data, None, 0)[0]
+      data = {'x': x, 'cond': None} | method.draw(key_loss, x.shape)
+      return method.loss({'student': Bound(denoise, None)}, data, None, 0)[0]
 
     return {(w, d): loss(w, DENOISERS[d]) for w in WEIGHTINGS for d in DENOISERS}
 
@@ -95,15 +96,16 @@ def test_an_error_of_known_size_in_x_costs_its_square(base_losses):
 
 
 def recorded(method, size=4096):
-  """What base training asks of the student: z, logsnr, label and rng."""
+  """What base training asks of the student: z, logsnr, cond and rng."""
   calls = []
 
-  def recording(params, z, logsnr, label, rng=None):
-    calls.append((z, logsnr, label, rng))
+  def recording(params, z, logsnr, cond, rng=None):
+    calls.append((z, logsnr, cond, rng))
     return GAUSSIAN(z, logsnr)
 
-  data = {'x': jnp.full((size, 1, 1, 1), 0.5), 'label': jnp.arange(size)}
-  method.loss(recording, {'student': None}, {}, data | method.draw(KEY, (size, 1, 1, 1)), KEY, 0)
+  data = {'x': jnp.full((size, 1, 1, 1), 0.5), 'cond': {'label': jnp.arange(size)}}
+  student = {'student': Bound(recording, None)}
+  method.loss(student, data | method.draw(KEY, (size, 1, 1, 1)), KEY, 0)
   return calls
 
 
@@ -115,7 +117,7 @@ def time_at(logsnr):
 
 @pytest.mark.parametrize('law', [times.Uniform(), times.Uniform(stratified=True)], ids=str)
 def test_base_training_draws_time_uniformly_and_noise_normally(law):
-  ((z, logsnr, label, rng),) = recorded(Denoising(SCHEDULE, SnrTrunc(), law))
+  ((z, logsnr, cond, rng),) = recorded(Denoising(SCHEDULE, SnrTrunc(), law))
   t = time_at(logsnr)
   clean = diffuse(jnp.full_like(z, 0.5), jnp.zeros_like(z), logsnr)
   sigma = diffuse(jnp.zeros_like(z), jnp.ones_like(z), logsnr)
@@ -123,7 +125,7 @@ def test_base_training_draws_time_uniformly_and_noise_normally(law):
   assert stats.kstest(t, 'uniform').pvalue > 0.01
   assert stats.kstest(eps[t > 0.01], 'norm').pvalue > 0.01
   assert abs(np.corrcoef(t, eps)[0, 1]) < 4 / np.sqrt(len(t))
-  np.testing.assert_array_equal(label, np.arange(len(t)))
+  np.testing.assert_array_equal(cond['label'], np.arange(len(t)))
   assert rng is not None
 
 
@@ -157,8 +159,8 @@ def test_in_discrete_time_the_exact_denoiser_has_the_mean_of_its_losses_at_i_nth
 
   @jax.jit
   def losses():
-    data = {'x': x, 'label': None} | method.draw(KEY, x.shape)
-    return method.losses(lambda params, z, logsnr, *_: GAUSSIAN(z, logsnr), None, data)
+    data = {'x': x, 'cond': None} | method.draw(KEY, x.shape)
+    return method.losses(lambda z, logsnr, *_: GAUSSIAN(z, logsnr), data)
 
   logsnr = logsnr_at(np.arange(1, n + 1) / n)
   weight = np.maximum(1.0, np.exp(logsnr))
@@ -185,11 +187,12 @@ def test_a_time_of_0_is_taken_for_the_first_after_it(schedule, weighting):
   method = Denoising(schedule, WEIGHTINGS[weighting]())
   x, eps = jax.random.normal(KEY, (2, 4, 2, 2, 1))
 
-  def denoise(params, z, logsnr, label, rng=None):
+  def denoise(params, z, logsnr, cond, rng=None):
     return from_v(z, logsnr, params * z)
 
   def losses(scale, t):
-    return method.losses(denoise, scale, {'x': x, 'eps': eps, 't': jnp.full(4, t), 'label': None})
+    data = {'x': x, 'eps': eps, 't': jnp.full(4, t), 'cond': None}
+    return method.losses(Bound(denoise, scale), data)
 
   at_0, after = losses(1.0, 0.0), losses(1.0, 1e-30)
   assert np.isfinite(at_0).all()

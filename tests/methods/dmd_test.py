@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 from scipy import stats
 
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.diffusion.weightings import SnrTrunc
-from diffusion_distillation.methods import DMD, Gan
+from diffusion_distillation.methods import DMD, DMD2, Gan
+from diffusion_distillation.networks.denoiser import Bound
+from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.training import step as update
 from diffusion_distillation.training.optimizers import Adam, LearningRate
 from diffusion_distillation.training.recipe import Recipe
@@ -22,10 +25,11 @@ from tests.exact import Gaussian, scales
 
 SCHEDULE = Cosine()
 KEY = jax.random.key(0)
+GAN = Gan(width=8, generator_weight=1.0, fake_weight=1.0)
 DATA = {'mean': jnp.array(0.3), 'std': jnp.array(0.5)}
 
 
-def denoise(params, z, logsnr, label, rng=None):
+def denoise(params, z, logsnr, cond, rng=None):
   """A linear generator x = scale z + shift, or the exact denoiser of Gaussian data."""
   if 'scale' in params:
     return Prediction(params['scale'] * z + params['shift'], z)
@@ -34,6 +38,11 @@ def denoise(params, z, logsnr, label, rng=None):
 
 def generator(scale, shift):
   return {'scale': jnp.array(scale), 'shift': jnp.array(shift)}
+
+
+def scores(fake, teacher=DATA):
+  """Fake score and teacher, bound."""
+  return {'fake_score': Bound(denoise, fake), 'teacher': Bound(denoise, teacher)}
 
 
 def numbers(params):
@@ -74,11 +83,11 @@ def quadrature(pixels=2):
 def slopes(student, fake, t):
   """d losses / d parameter (n,) for each parameter; losses, sizes and images; at the nodes of quadrature."""
   z, eps, _ = quadrature()
-  batch = {'t': jnp.full(len(z), t), 'eps': eps, 'z': z, 'label': None}
+  batch = {'t': jnp.full(len(z), t), 'eps': eps, 'z': z, 'cond': None}
 
   def losses(student):
-    x = method().generate(denoise, student, batch, None)
-    losses, sizes = method().matching_losses(denoise, fake, DATA, x, batch)
+    x = method().generate(Bound(denoise, student), batch, None)
+    losses, sizes = method().matching_losses(scores(fake), x, batch)
     return losses, (losses, sizes, x)
 
   return jax.jacfwd(losses, has_aux=True)(student)
@@ -147,34 +156,34 @@ def test_images_that_the_teacher_believes_in_already_have_a_finite_gradient():
   """x = mu_real in every pixel: the weight has an end."""
   point = {'mean': jnp.array(0.3), 'std': jnp.array(0.0)}
   x, eps = jnp.full((4, 2, 2, 1), 0.3), jax.random.normal(KEY, (4, 2, 2, 1))
-  batch = {'t': jnp.full(4, 0.5), 'eps': eps, 'label': None}
-  losses, _ = method().matching_losses(denoise, DATA, point, x, batch)
+  batch = {'t': jnp.full(4, 0.5), 'eps': eps, 'cond': None}
+  losses, _ = method().matching_losses(scores(DATA, point), x, batch)
   assert np.isfinite(losses).all()
 
 
 @functools.cache
 def training(dmd, num_periods, pairs=None):
   """A function: from a generator to it and its fake score after training by `train_step`."""
-  shape = (64, 2, 2, 1)
+  shape, rate = (64, 2, 2, 1), LearningRate(0.02, num_periods * dmd.period, decay='linear')
   recipe = Recipe(
-    denoise=denoise,
+    networks=FrozenDict(dmd.networks(denoise, denoise)),
     method=dmd,
     optimizer=Adam(b1=0.0, b2=0.9, clip_norm=1e3),
-    learning_rate={
-      'student': LearningRate(0.02, num_periods * dmd.period, decay='linear'),
-      'fake_score': LearningRate(0.02, num_periods * dmd.period, decay='linear'),
-    },
+    learning_rate=dict.fromkeys(('student', 'fake_score'), rate),
     ema_decay=(0.0,),
     seed=0,
+    space=Pixels(),
+    shape=shape,
   )
+  frozen = {'teacher': DATA, 'distance': None}
 
   def period(k, state):
-    batch = {'image': jnp.zeros(shape, jnp.uint8), 'label': None}
+    batch = {'cond': None}
     if pairs is not None:
       batch['pairs'] = pairs(jax.random.fold_in(KEY, k), shape)
 
     def step(k, state):
-      return update.train_step(recipe.at(k), state, {'teacher': DATA}, batch)[0]
+      return update.train_step(recipe.at(k), state, frozen, batch)[0]
 
     state = jax.lax.fori_loop(0, dmd.period - 1, lambda _, state: step(0, state), state)
     return step(dmd.period - 1, state)
@@ -190,7 +199,7 @@ def training(dmd, num_periods, pairs=None):
 
 @pytest.mark.parametrize('student', [(1.0, -0.5), (-0.2, 0.8)], ids=str)
 def test_a_linear_generator_converges_to_the_law_of_the_data_by_its_scores_alone(student):
-  """The fake score is trained meanwhile, five times as often; the scale keeps its sign."""
+  """The fake score is trained meanwhile, five times as often; the scale keeps its sign. No image is given."""
   found, fake_score = training(method(fake_updates=5), 300)(generator(*student))
   assert found == pytest.approx({'scale': np.copysign(0.5, student[0]), 'shift': 0.3}, abs=0.01)
   assert fake_score == pytest.approx({'std': 0.5, 'mean': 0.3}, abs=0.02)
@@ -200,7 +209,7 @@ def exact_pairs(key, shape):
   """Noise and where the probability flow of the data takes it."""
   noise = jax.random.normal(key, shape)
   image = Gaussian(**DATA).consistency(noise, SCHEDULE(jnp.ones(len(noise))))
-  return {'noise': noise, 'image': image, 'label': None}
+  return {'noise': noise, 'image': image, 'cond': None}
 
 
 @pytest.mark.parametrize('student', [(1.0, -0.5), (-0.05, 0.8)], ids=str)
@@ -214,14 +223,14 @@ def test_with_pairs_it_converges_to_the_teachers_own_map(student):
 def asked(dmd, params, size=4000):
   """What the generator is asked of: inputs and logsnr (size,), with the batch that was drawn."""
   shape = (size, 1, 1, 1)
-  batch = {'x': jnp.full(shape, 0.7), 'label': None} | dmd.draw(KEY, shape)
+  batch = {'x': jnp.full(shape, 0.7), 'cond': None} | dmd.draw(KEY, shape)
   calls = []
 
-  def recording(params, z, logsnr, label, rng=None):
+  def recording(params, z, logsnr, cond, rng=None):
     calls.append((z[:, 0, 0, 0], logsnr))
-    return denoise(params, z, logsnr, label)
+    return denoise(params, z, logsnr, cond)
 
-  dmd.generate(recording, params, batch, None)
+  dmd.generate(Bound(recording, params), batch, None)
   return *calls[-1], batch
 
 
@@ -258,9 +267,34 @@ def test_no_gradient_reaches_the_earlier_steps():
   """d x / d scale is the input itself, for every image, though the input came of the same scale."""
   dmd, student = method(num_steps=4), generator(0.25, 0.2)
   inputs, _, batch = asked(dmd, student, 64)
-  slope = jax.jacfwd(lambda student: dmd.generate(denoise, student, batch, None))(student)
+  slope = jax.jacfwd(lambda student: dmd.generate(Bound(denoise, student), batch, None))(student)
   np.testing.assert_allclose(slope['scale'][:, 0, 0, 0], inputs, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(slope['shift'], 1.0)
+
+
+def test_x_is_clipped_between_the_steps_and_never_at_the_end():
+  """A generator that says 5 whatever it is asked: what it is asked next is made of 1, and what it draws is 5."""
+  dmd, student = method(num_steps=2, clip=Pixels().clip), generator(0.0, 5.0)
+  inputs, logsnr, batch = asked(dmd, student)
+  alpha, sigma = scales(logsnr)
+  assert stats.kstest(((inputs - alpha) / sigma)[batch['step'] == 1], 'norm').pvalue > 0.01
+  np.testing.assert_array_equal(dmd.generate(Bound(denoise, student), batch, None), 5.0)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'needs'),
+  [
+    ({}, {'labels'}),
+    ({'regression': 0.25}, {'labels', 'pairs'}),
+    ({'gan': GAN}, {'labels', 'images'}),
+    ({'num_steps': 4}, {'labels'}),
+    ({'num_steps': 4, 'simulated': False}, {'labels', 'images'}),
+  ],
+)
+def test_images_are_needed_by_a_gan_and_by_inputs_of_data_and_pairs_by_the_regression(fields, needs):
+  """One step by scores alone needs no images; see also where it converges, without any."""
+  assert method(**fields).needs == needs
+  assert DMD2(SCHEDULE, SnrTrunc(), **{'regression': 0.0} | fields).needs == needs
 
 
 def test_one_step_begins_with_noise_at_the_end_of_time():
@@ -270,8 +304,8 @@ def test_one_step_begins_with_noise_at_the_end_of_time():
 
 
 def test_times_and_noise_that_are_drawn():
-  size, gan = 4000, Gan(width=8, generator_weight=1.0, fake_weight=1.0)
-  dmd = method(first_t=0.1, last_t=0.6, num_steps=4, gan=gan)
+  size = 4000
+  dmd = method(first_t=0.1, last_t=0.6, num_steps=4, gan=GAN)
   drawn = dmd.draw(KEY, (size, 1, 1, 1))
   for name in ('t', 'gan_t'):
     assert stats.kstest(drawn[name], 'uniform', (0.1, 0.5)).pvalue > 0.01
@@ -280,8 +314,7 @@ def test_times_and_noise_that_are_drawn():
   for noise in noises:
     assert stats.kstest(noise, 'norm').pvalue > 0.01
   columns = np.concatenate([noises, [drawn[name] for name in ('t', 'fake_t', 'gan_t', 'step')]])
-  apart = np.corrcoef(columns) - np.eye(len(columns))
-  assert np.abs(apart).max() < 4.5 / np.sqrt(size)
+  assert np.abs(np.corrcoef(columns) - np.eye(len(columns))).max() < 4.5 / np.sqrt(size)
   counts = np.bincount(drawn['step'], minlength=5)
   assert counts[0] == 0 and np.abs(counts[1:] - size / 4).max() < 4 * np.sqrt(size * 3 / 16)
   assert len(np.unique(jax.random.key_data(drawn['keys']), axis=0)) == size
@@ -296,7 +329,7 @@ def test_the_fake_score_is_trained_at_times_of_the_law_given():
 def test_the_generator_has_its_turn_at_the_end_of_each_period():
   dmd = method(fake_updates=3)
   assert dmd.period == 3
-  turns = [dmd.at(step).networks for step in range(6)]
+  turns = [dmd.at(step).trained for step in range(6)]
   assert turns == 2 * [('fake_score',), ('fake_score',), ('student', 'fake_score')]
   assert [method().at(step) for step in range(3)] == 3 * [method()]
   assert dataclasses.replace(dmd.at(0), generator_turn=True) == dmd.at(2) == dmd

@@ -9,6 +9,7 @@ from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.methods import Knowledge, distances
 from tests.exact import Gaussian
+from tests.methods.methods_test import nets
 
 SCHEDULE = Cosine()
 GAUSSIAN = Gaussian(mean=0.3, std=0.5)
@@ -16,17 +17,18 @@ KEY = jax.random.key(0)
 METHOD = Knowledge(SCHEDULE)
 
 
-def linear(params, z, logsnr, label, rng=None):
+def linear(params, z, logsnr, cond, rng=None):
   x = params['scale'] * z + params['shift']
   return Prediction(x, jnp.full_like(x, jnp.nan))  # which is none of its business
 
 
 def pairs(noise, image):
-  return {'pairs': {'noise': noise, 'image': image, 'label': None}}
+  return {'pairs': {'noise': noise, 'image': image, 'cond': None}}
 
 
 def loss(method, scale, shift, batch):
-  return method.loss(linear, {'student': {'scale': scale, 'shift': shift}}, {}, batch, None, 0)[0]
+  student = {'student': {'scale': scale, 'shift': shift}}
+  return method.loss(nets(method, student, student=linear), batch, None, 0)[0]
 
 
 NOISE, SCATTER = jax.random.normal(KEY, (2, 16, 3, 2, 1))
@@ -53,20 +55,22 @@ def test_the_loss_is_zero_at_the_teachers_own_map():
 
 
 def test_the_student_is_asked_once_at_the_end_of_time_of_the_pairs_noise_and_label():
-  """Nothing else of the batch is looked at, nor of what is frozen."""
+  """Nothing else of the batch is looked at, and no other network."""
   calls = []
 
   def recording(params, *asked):
     calls.append(asked)
     return linear(params, *asked)
 
-  label = jnp.arange(16) % 7
-  batch = {'pairs': {'noise': NOISE, 'image': NOISE, 'label': label}}
-  METHOD.loss(recording, {'student': {'scale': 1.0, 'shift': 0.0}}, {}, batch, KEY, 0)
+  cond = {'label': jnp.arange(16) % 7}
+  batch = {'pairs': {'noise': NOISE, 'image': NOISE, 'cond': cond}}
+  held = nets(METHOD, {'student': {'scale': 1.0, 'shift': 0.0}}, student=recording)
+  assert set(held) == {'student', 'distance'}
+  METHOD.loss(held, batch, KEY, 0)
   ((z, logsnr, told, rng),) = calls
   np.testing.assert_array_equal(z, NOISE)
   np.testing.assert_array_equal(logsnr, np.full(16, SCHEDULE(jnp.array(1.0))))
-  np.testing.assert_array_equal(told, label)
+  np.testing.assert_array_equal(told['label'], cond['label'])
   assert rng is KEY
   assert METHOD.draw(KEY, NOISE.shape) == {}
 
@@ -74,5 +78,5 @@ def test_the_student_is_asked_once_at_the_end_of_time_of_the_pairs_noise_and_lab
 def test_the_distance_is_that_given():
   batch, params = pairs(NOISE, NOISE + 0.5), {'student': {'scale': 1.0, 'shift': 0.0}}
   huber = Knowledge(SCHEDULE, distances.PseudoHuber(1.2))
-  got = huber.loss(linear, params, {}, batch, None, 0)[0]
+  got = huber.loss(nets(huber, params, student=linear), batch, None, 0)[0]
   assert got == pytest.approx(np.hypot(0.5, 1.2) - 1.2, rel=1e-5)

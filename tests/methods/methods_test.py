@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction
@@ -16,7 +18,9 @@ from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.diffusion.weightings import SnrTrunc
 from diffusion_distillation.methods import DMD, METHODS, Consistency, Denoising, Gan, Progressive
 from diffusion_distillation.methods.distances import L2
-from diffusion_distillation.networks.unet import Denoiser, UNet
+from diffusion_distillation.networks.conditioning import Classes
+from diffusion_distillation.networks.denoiser import BOTTLENECK, Bound, Denoiser
+from diffusion_distillation.networks.unet import UNet
 from tests.exact import Gaussian
 
 SCHEDULE = Cosine()
@@ -32,9 +36,25 @@ FIELDS = {
 }
 GAN = Gan(width=16, generator_weight=0.7, fake_weight=0.3)
 SHAPE = (8, 8, 8, 1)
-NETWORK = UNet(
+UNET = UNet(
   out_ch=1, ch=8, emb_ch=8, ch_mult=(1,), num_res_blocks=1, num_groups=4, dropout=0.1, num_classes=3
 )
+
+
+class Plain(nn.Module):
+  """Three convolutions with dropout, told time and class; the last begins at zero, as that of a U-Net."""
+
+  dropout: float = 0.1
+  conditioning = FrozenDict({'label': Classes(3)})
+
+  @nn.compact
+  def __call__(self, z, logsnr, cond, deterministic=True):
+    about = nn.Dense(8, name='time')(0.1 * logsnr[:, None]) + nn.Embed(3, 8, name='class')(cond['label'])
+    h = jnp.tanh(nn.Conv(8, (3, 3), name='conv_in')(z) + about[:, None, None, :])
+    h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
+    h = jnp.tanh(nn.Conv(8, (3, 3), name='conv')(h))
+    self.sow(BOTTLENECK, 'h', h)
+    return nn.Conv(z.shape[-1], (3, 3), kernel_init=nn.initializers.zeros, name='conv_out')(h)
 
 
 def build(cls):
@@ -49,15 +69,22 @@ def dmd2(**fields):
   return DMD(SCHEDULE, SnrTrunc(), **given)
 
 
+def nets(method, params, frozen=None, student=None, teacher=None):
+  """The networks of the method's loss, bound to `params` and `frozen`; all of them are `student` without a `teacher`."""
+  student = Shifted() if student is None else student
+  found = method.networks(student, student if teacher is None else teacher)
+  held = {**(frozen or {}), **params}
+  return {name: Bound(network, held.get(name)) for name, network in found.items()}
+
+
 def size(tree):
   """The largest absolute value."""
   return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
-@pytest.fixture(scope='module')
-def student():
+def new_params(network):
   """As a new network has them: random, and zero where it starts with zeros."""
-  tree = jax.eval_shape(lambda: Denoiser(NETWORK, 'v').init(KEY, (8, 8, 1)))
+  tree = jax.eval_shape(lambda: Denoiser(network, 'v').init(KEY, (8, 8, 1)))
   rng = np.random.default_rng(1)
 
   def draw(path, leaf):
@@ -67,18 +94,26 @@ def student():
   return jax.tree_util.tree_map_with_path(draw, tree)
 
 
-@pytest.fixture(scope='module', params=METHODS)
-def case(request, student):
+OF_UNET = [pytest.param(('denoising', UNET), id='denoising-unet')]
+OF_UNET += [pytest.param(('dmd2', UNET), id='dmd2-unet', marks=pytest.mark.slow)]
+
+
+@pytest.fixture(
+  scope='module', params=[*(pytest.param((name, Plain()), id=name) for name in METHODS), *OF_UNET]
+)
+def case(request):
   """A method with a small network, its parameters, a different teacher's, and one compiled gradient."""
-  method = build(METHODS[request.param])
-  if request.param == 'dmd':
-    method = dataclasses.replace(method, gan=GAN.replace(width=NETWORK.ch))
-  denoise, rng = Denoiser(NETWORK, 'v'), np.random.default_rng(0)
+  name, network = request.param
+  method = build(METHODS[name])
+  if isinstance(method, DMD):  # DMD with pairs and a GAN, DMD2 without pairs
+    method = dataclasses.replace(method, gan=GAN.replace(width=8), regression=0.25 * (name == 'dmd'))
+  denoise, rng = Denoiser(network, 'v'), np.random.default_rng(0)
+  student = new_params(network)
   teacher = jax.tree.map(lambda p: p + jnp.float32(0.1 * rng.normal(size=p.shape)), student)
-  label = jnp.arange(8) % 3
-  data = {'x': jnp.float32(rng.uniform(-1, 1, SHAPE)), 'label': label}
+  cond = {'label': jnp.arange(8) % 3}
+  data = {'x': jnp.float32(rng.uniform(-1, 1, SHAPE)), 'cond': cond}
   noise, image = jnp.float32(rng.normal(size=(2, *SHAPE)))
-  data['pairs'] = {'noise': noise, 'image': image, 'label': label}
+  data['pairs'] = {'noise': noise, 'image': image, 'cond': cond}
   frozen = {'teacher': teacher, 'average': teacher}
 
   @jax.jit
@@ -86,13 +121,15 @@ def case(request, student):
     """((loss, metrics), gradient of params)."""
 
     def loss(params):
-      return method.loss(denoise, params, frozen, data | draws, rng, jnp.array(0))
+      bound = nets(method, params, frozen, denoise)
+      return method.loss(bound, data | draws, rng, jnp.array(0))
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
   return types.SimpleNamespace(
     method=method,
     params=method.init(student, teacher, KEY),
+    student=student,
     teacher=teacher,
     gradients=lambda params, key=KEY, rng=KEY: gradients(
       method, params, frozen, method.draw(key, SHAPE), rng
@@ -100,8 +137,8 @@ def case(request, student):
   )
 
 
-def test_the_student_starts_from_its_own_parameters_and_the_fake_score_from_the_teachers(case, student):
-  starts = {'student': student, 'fake_score': case.teacher}
+def test_the_student_starts_from_its_own_parameters_and_the_fake_score_from_the_teachers(case):
+  starts = {'student': case.student, 'fake_score': case.teacher}
   for name, params in case.params.items():
     if name in starts:
       jax.tree.map(np.testing.assert_array_equal, params, starts[name])
@@ -156,11 +193,12 @@ def test_a_method_is_an_argument_of_a_compiled_step(case):
 
 
 VARIANTS = {
-  **{name: build(cls) for name, cls in METHODS.items()},
+  **{name: build(cls) for name, cls in METHODS.items() if name != 'dmd2'},
   'discrete': Denoising(SCHEDULE, SnrTrunc(), times.Uniform(stratified=True), num_steps=1000),
   'by_three': Progressive(4, SCHEDULE, SnrTrunc(), factor=3),
   'by_four': Progressive(4, SCHEDULE, SnrTrunc(), factor=4),
-  'heun': Consistency(100, 2, 8, SCHEDULE, solver=Heun(clip_x=False), follows_average=False),
+  'heun': Consistency(100, 2, 8, SCHEDULE, solver=Heun(), follows_average=False),
+  'dmd_by_scores_alone': dmd2(fake_updates=1, gan=None),
   'dmd2': dmd2(),
   'dmd2_in_steps': dmd2(num_steps=3),
   'dmd2_of_data': dmd2(num_steps=4, simulated=False, gan=None),
@@ -171,31 +209,29 @@ every_variant = pytest.mark.parametrize('method', VARIANTS.values(), ids=VARIANT
 class Shifted:
   """A denoiser of one parameter."""
 
-  def __call__(self, params, z, logsnr, label, rng=None):
+  def __call__(self, params, z, logsnr, cond, rng=None):
     x, eps = GAUSSIAN(z, logsnr)
     return Prediction(x + params, eps - params)
 
-  def bottleneck(self, params, z, logsnr, label):
+  def bottleneck(self, params, z, logsnr, cond):
     return jnp.repeat(z + params, GAN.width, axis=-1)
 
 
 def given(method):
   """Images, labels, stored pairs, and what the method draws."""
   x, noise, image = jax.random.uniform(KEY, (3, *SHAPE), minval=-1.0)
-  label = jnp.arange(len(x)) % 3
-  pairs = {'noise': noise, 'image': image, 'label': label}
-  return {'x': x, 'label': label, 'pairs': pairs} | method.draw(KEY, SHAPE)
+  cond = {'label': jnp.arange(len(x)) % 3}
+  pairs = {'noise': noise, 'image': image, 'cond': cond}
+  return {'x': x, 'cond': cond, 'pairs': pairs} | method.draw(KEY, SHAPE)
 
 
 FROZEN = {'teacher': jnp.array(0.2), 'average': jnp.array(0.15)}
 
 
-def networks(method):
-  """Shifts that differ, and a head if the method has one."""
-  shifts = {'student': jnp.array(0.1), 'fake_score': jnp.array(-0.1)}
-  return method.init(shifts['student'], FROZEN['teacher'], KEY) | {
-    name: shift for name, shift in shifts.items() if name in method.init(None, None, KEY)
-  }
+def shifts(method):
+  """The parameters of the networks in training: shifts that differ, and a head if the method has one."""
+  params = method.init(jnp.array(0.1), FROZEN['teacher'], KEY)
+  return params | ({'fake_score': jnp.array(-0.1)} if 'fake_score' in params else {})
 
 
 @every_variant
@@ -226,9 +262,34 @@ def test_networks_are_called_as_often_as_is_said(method, monkeypatch):
 
   monkeypatch.setattr(jax.lax, 'fori_loop', unrolled)
   for step in range(method.period):
-    loss = functools.partial(method.at(step).loss, Counting())
-    jax.eval_shape(loss, networks(method), FROZEN, given(method), None, step)
+    bound = nets(method, shifts(method), FROZEN, Counting())
+    jax.eval_shape(method.at(step).loss, bound, given(method), None, step)
   assert sum(calls) / method.period == pytest.approx(method.calls)
+
+
+class Watched(dict):
+  """A dict that knows which of its entries were asked for."""
+
+  def __init__(self, *args):
+    super().__init__(*args)
+    self.asked = set()
+
+  def __getitem__(self, key):
+    self.asked.add(key)
+    return super().__getitem__(key)
+
+
+@every_variant
+def test_the_loss_takes_what_the_method_says_that_it_needs_and_nothing_else(method):
+  """Over a period: of the batch `needs` and what was drawn, and every network of `networks`."""
+  entries = {'images': 'x', 'labels': 'cond', 'pairs': 'pairs'}
+  needed = {entries[name] for name in method.needs}
+  batch, bound = Watched(given(method)), Watched(nets(method, shifts(method), FROZEN))
+  for step in range(method.period):
+    jax.eval_shape(lambda step=step: method.at(step).loss(bound, batch, None, step)[0])
+  assert batch.asked - set(method.draw(KEY, SHAPE)) == needed
+  assert bound.asked == set(method.networks('student', 'teacher'))
+  assert set(method.init(None, None, KEY)) <= bound.asked
 
 
 @every_variant
@@ -239,7 +300,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_examples(method):
   @jax.jit
   def loss(chosen):
     examples = jax.tree.map(lambda a: a[chosen], data)
-    return method.loss(Shifted(), networks(method), FROZEN, examples, None, 0)[0]
+    return method.loss(nets(method, shifts(method), FROZEN), examples, None, 0)[0]
 
   alone = [loss(jnp.full(8, k)) for k in range(8)]
   assert np.std(alone) > 0.01 * np.mean(alone)
@@ -260,7 +321,7 @@ def test_the_weights_of_a_distance_reach_it(name):
 
   def loss(distance, frozen=FROZEN):
     chosen = dataclasses.replace(method, distance=distance)
-    return chosen.loss(Shifted(), networks(method), frozen, data, None, 0)[0]
+    return chosen.loss(nets(chosen, shifts(method), frozen), data, None, 0)[0]
 
   none, once, thrice = (loss(Scaled(), FROZEN | {'distance': jnp.array(w)}) for w in (0.0, 1.0, 3.0))
   assert once > none
@@ -268,8 +329,18 @@ def test_the_weights_of_a_distance_reach_it(name):
   np.testing.assert_allclose(thrice - none, 3 * (once - none), rtol=1e-4)
 
 
+def test_the_weight_of_a_regression_reaches_it():
+  method, rest = VARIANTS['dmd'], []
+  for weight in (0.5, 4.0):
+    chosen = dataclasses.replace(method, regression=weight)
+    loss, metrics = chosen.loss(nets(chosen, shifts(method), FROZEN), given(method), None, 0)
+    rest.append(loss - weight * metrics['regression'])
+  assert metrics['regression'] > 0.01
+  np.testing.assert_allclose(rest[0], rest[1], rtol=1e-4)
+
+
 @every_variant
 def test_turns_repeat_after_a_period_and_every_network_has_one(method):
   turns = [method.at(step) for step in range(2 * method.period)]
   assert turns[: method.period] == turns[method.period :]
-  assert {name for turn in turns for name in turn.networks} == set(method.init(None, None, KEY))
+  assert {name for turn in turns for name in turn.trained} == set(method.init(None, None, KEY))

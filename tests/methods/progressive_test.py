@@ -13,7 +13,9 @@ from diffusion_distillation.diffusion.samplers import DDIM, sample
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS, Constant, SnrTrunc
 from diffusion_distillation.methods.progressive import Progressive
+from diffusion_distillation.networks.denoiser import Bound
 from tests.exact import Gaussian, Mixture
+from tests.methods.methods_test import nets
 
 SCHEDULE = Cosine()
 GAUSSIAN = Gaussian(mean=0.3, std=0.5)
@@ -31,18 +33,18 @@ def grid_index(num_steps, logsnr):
 def teacher_and_student(data, method):
   """A denoiser whose `params` None are the exact teacher, and else the perfect student plus `params`."""
 
-  def denoise(params, z, logsnr, label, rng=None):
+  def denoise(params, z, logsnr, cond, rng=None):
     if params is None:
       return data(z, logsnr)
     i = grid_index(method.num_steps, logsnr)
-    return from_x(z, logsnr, method.target_x(denoise, None, z, i, label) + params)
+    return from_x(z, logsnr, method.target_x(Bound(denoise, None), z, i, cond) + params)
 
   return denoise
 
 
 def batch(method, size=512):
   shape = (size, 1, 1, 1)
-  return {'x': jax.random.uniform(KEY, shape, minval=-1.0), 'label': None} | method.draw(KEY, shape)
+  return {'x': jax.random.uniform(KEY, shape, minval=-1.0), 'cond': None} | method.draw(KEY, shape)
 
 
 @pytest.mark.parametrize('factor', [2, 3, 4])
@@ -58,7 +60,7 @@ def test_a_perfect_student_lands_in_n_steps_where_its_teacher_does_in_factor_tim
       def bound(z, logsnr):
         return denoise(params, z, logsnr, None)
 
-      return sample(DDIM(clip_x=False), bound, SCHEDULE, grid, z, jax.random.split(KEY, 64))
+      return sample(DDIM(), bound, SCHEDULE, grid, z, jax.random.split(KEY, 64))
 
     return drawn(None, teacher_times), drawn(0.0, student_times), drawn(None, student_times)
 
@@ -81,9 +83,8 @@ def test_loss_and_gradient_are_zero_at_the_target_and_grow_away_from_it():
     for weighting in WEIGHTINGS.values():
       method = Progressive(4, SCHEDULE, weighting())
       denoise = teacher_and_student(GAUSSIAN, method)
-      values.append(
-        method.loss(denoise, {'student': shift}, {'teacher': None}, batch(method), None, 0)[0]
-      )
+      held = nets(method, {'student': shift}, student=denoise)
+      values.append(method.loss(held, batch(method), None, 0)[0])
     return jnp.stack(values)
 
   assert (losses(0.1) > 1e-3).all()
@@ -94,7 +95,7 @@ def test_loss_and_gradient_are_zero_at_the_target_and_grow_away_from_it():
   np.testing.assert_allclose(losses(0.1)[of_constant], 0.1**2, rtol=1e-4)
 
 
-def shifted(params, z, logsnr, label, rng=None):
+def shifted(params, z, logsnr, cond, rng=None):
   x, eps = GAUSSIAN(z, logsnr)
   return Prediction(x + params, eps - params)
 
@@ -103,7 +104,8 @@ def test_no_gradient_flows_into_the_teacher():
   method = Progressive(4, SCHEDULE, SnrTrunc())
 
   def loss(student, teacher):
-    return method.loss(shifted, {'student': student}, {'teacher': teacher}, batch(method), None, 0)[0]
+    held = nets(method, {'student': student, 'teacher': teacher}, student=shifted)
+    return method.loss(held, batch(method), None, 0)[0]
 
   by_student, by_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(0.1, -0.2)
   assert by_teacher == 0.0
@@ -111,17 +113,20 @@ def test_no_gradient_flows_into_the_teacher():
 
 
 def test_rounds_share_one_trace():
-  traces, networks = [], ({'student': 0.1}, {'teacher': 0.0})
+  traces = []
+
+  def plain(method):
+    held = nets(method, {'student': 0.1, 'teacher': 0.0}, student=shifted)
+    return method.loss(held, batch(method), None, 0)[0]
 
   @jax.jit
   def loss(method):
     traces.append(method)
-    return method.loss(shifted, *networks, batch(method), None, 0)[0]
+    return plain(method)
 
   many, few = (loss(Progressive(n, SCHEDULE, SnrTrunc())) for n in (4, 1))
   assert len(traces) == 1
-  single = Progressive(1, SCHEDULE, SnrTrunc())
-  alone = jax.jit(lambda: single.loss(shifted, *networks, batch(single), None, 0)[0])()
+  alone = jax.jit(lambda: plain(Progressive(1, SCHEDULE, SnrTrunc())))()
   np.testing.assert_allclose(few, alone, rtol=1e-5)
   assert abs(many - few) > 1e-3 * few
 
@@ -131,15 +136,15 @@ def test_the_only_leaf_of_the_method_is_its_number_of_steps():
 
 
 def recorded(method):
-  """What the loss asks of student and teacher: (z, logsnr, label, rng) of each call."""
+  """What the loss asks of student and teacher: (z, logsnr, cond, rng) of each call."""
   calls = {'student': [], 'teacher': []}
 
-  def recording(params, z, logsnr, label, rng=None):
-    calls[params].append((z, logsnr, label, rng))
+  def recording(name, z, logsnr, cond, rng=None):
+    calls[name].append((z, logsnr, cond, rng))
     return GAUSSIAN(z, logsnr)
 
-  data = batch(method) | {'label': jnp.arange(512) % 7}
-  method.loss(recording, {'student': 'student'}, {'teacher': 'teacher'}, data, KEY, 0)
+  data = batch(method) | {'cond': {'label': jnp.arange(512) % 7}}
+  method.loss(nets(method, {name: name for name in calls}, student=recording), data, KEY, 0)
   return calls
 
 
@@ -163,7 +168,7 @@ def test_the_student_is_trained_at_i_nths_and_the_teacher_asked_in_equal_steps_f
 def test_the_teacher_goes_on_from_where_it_has_come_by_ddim_steps():
   asked = recorded(Progressive(4, SCHEDULE, SnrTrunc(), factor=3))['teacher']
   for (z, at, *_), (z_next, to, *_) in itertools.pairwise(asked):
-    expected = DDIM(clip_x=False)(None, GAUSSIAN, z, at, to)
+    expected = DDIM()(None, GAUSSIAN, z, at, to)
     np.testing.assert_allclose(z_next, expected, atol=1e-5)
 
 
@@ -184,7 +189,8 @@ def test_losses_are_those_of_each_example():
   method = Progressive(1, SCHEDULE, Constant())
   denoise = teacher_and_student(GAUSSIAN, method)
   shift = jnp.arange(4.0)[:, None, None, None] / 10
-  losses = method.losses(denoise, shift, None, batch(method, 4))
+  held = nets(method, {'student': shift}, student=denoise)
+  losses = method.losses(held, batch(method, 4))
   np.testing.assert_allclose(losses, (np.arange(4) / 10) ** 2, rtol=1e-4, atol=1e-6)
 
 
@@ -196,5 +202,5 @@ def test_the_student_may_have_dropout_and_the_teacher_never():
 
 def test_labels_reach_student_and_teacher():
   calls = recorded(Progressive(4, SCHEDULE, SnrTrunc()))
-  for _, _, label, _ in calls['student'] + calls['teacher']:
-    np.testing.assert_array_equal(label, np.arange(512) % 7)
+  for _, _, cond, _ in calls['student'] + calls['teacher']:
+    np.testing.assert_array_equal(cond['label'], np.arange(512) % 7)

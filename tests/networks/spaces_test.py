@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.methods.method import OneNetwork
-from diffusion_distillation.networks import spaces
+from diffusion_distillation.networks.conditioning import Classes, drop
+from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.system import sharding
+from diffusion_distillation.training import augment
 from tests import tiny
 
+SPACE = Pixels()
+LABEL = {'label': Classes(10)}
 ALL = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
 
 
@@ -19,21 +23,21 @@ def images(count, channels=1, seed=0):
 
 
 def test_pixels_survive_the_way_to_x_and_back():
-  x = spaces.to_x(ALL)
+  x = SPACE.encode(ALL)
   assert float(x.min()) == -1.0 and float(x.max()) == 1.0 and x.dtype == jnp.float32
   np.testing.assert_allclose(x, ALL.astype(np.float64) * 2 / 255 - 1, atol=1e-6)
-  np.testing.assert_array_equal(spaces.to_image(x), ALL)
-  assert spaces.to_image(x).dtype == jnp.uint8
+  np.testing.assert_array_equal(SPACE.decode(x), ALL)
+  assert SPACE.decode(x).dtype == jnp.uint8
 
 
 def test_x_goes_to_the_nearest_pixel():
   for step in (-0.49, 0.49):
-    np.testing.assert_array_equal(spaces.to_image(spaces.to_x(ALL) + step / 127.5), ALL)
+    np.testing.assert_array_equal(SPACE.decode(SPACE.encode(ALL) + step / 127.5), ALL)
 
 
 def test_x_beyond_its_range_is_clipped_not_wrapped():
-  np.testing.assert_array_equal(spaces.to_image(np.array([-3.0, 3.0, 0.0])), [0, 255, 128])
-  np.testing.assert_array_equal(spaces.to_image(np.array([-np.inf, np.inf])), [0, 255])
+  np.testing.assert_array_equal(SPACE.decode(np.array([-3.0, 3.0, 0.0])), [0, 255, 128])
+  np.testing.assert_array_equal(SPACE.decode(np.array([-np.inf, np.inf])), [0, 255])
 
 
 def mirrored(image, original, off=0.0):
@@ -54,9 +58,9 @@ def about(count, share):
 
 def test_half_the_images_are_mirrored_left_to_right():
   x = images(4000, 3)
-  mirror = mirrored(np.asarray(spaces.flip(jax.random.key(0), x)), x)
+  mirror = mirrored(np.asarray(augment.flip(jax.random.key(0), x)), x)
   assert about(mirror.sum(), 0.5)
-  again = mirrored(np.asarray(spaces.flip(jax.random.key(1), x)), x)
+  again = mirrored(np.asarray(augment.flip(jax.random.key(1), x)), x)
   assert about((mirror ^ again).sum(), 0.5)
 
 
@@ -70,17 +74,17 @@ def off_by(x, image):
 
 def test_dequantized_pixels_round_to_what_they_were():
   original = images(1000)
-  x = spaces.dequantize(jax.random.key(0), spaces.to_x(original))
+  x = SPACE.dequantize(jax.random.key(0), SPACE.encode(original))
   off = off_by(x, original)
   assert -HALF < off.min() < -0.4995 and 0.4995 < off.max() < HALF
-  assert np.mean(np.asarray(spaces.to_image(x)) != original) < 1e-4
+  assert np.mean(np.asarray(SPACE.decode(x)) != original) < 1e-4
 
 
 def test_dequantized_pixels_are_spread_evenly_over_what_rounds_to_them():
   """Kolmogorov and Smirnov's test at the level 0.001, whatever the pixel; no two pixels alike."""
   for value in (0, 100, 255):
-    x = spaces.to_x(np.full((16, 8, 8, 3), value, np.uint8))
-    off = 127.5 * (np.asarray(spaces.dequantize(jax.random.key(value), x) - x, np.float64)).ravel()
+    x = SPACE.encode(np.full((16, 8, 8, 3), value, np.uint8))
+    off = 127.5 * (np.asarray(SPACE.dequantize(jax.random.key(value), x) - x, np.float64)).ravel()
     share, count = np.sort(off) + 0.5, off.size
     empirical = np.arange(count + 1) / count
     assert max((empirical[1:] - share).max(), (share - empirical[:-1]).max()) < 1.95 / np.sqrt(count)
@@ -91,8 +95,8 @@ def test_dequantized_pixels_are_spread_evenly_over_what_rounds_to_them():
 @pytest.mark.parametrize('probability', [0.1, 0.5, 0.9])
 def test_labels_are_dropped_with_the_given_probability(probability):
   label = np.arange(4000, dtype=np.int32) % 10
-  told = np.asarray(spaces.drop_labels(jax.random.key(0), label, probability))
-  dropped = told == spaces.NO_CLASS
+  told = np.asarray(drop(jax.random.key(0), LABEL, {'label': label}, probability)['label'])
+  dropped = told == Classes.NONE
   assert about(dropped.sum(), probability) and told.dtype == np.int32
   np.testing.assert_array_equal(told[~dropped], label[~dropped])
   for k in range(10):
@@ -101,12 +105,13 @@ def test_labels_are_dropped_with_the_given_probability(probability):
 
 def test_no_label_is_dropped_with_probability_zero_and_all_are_with_one():
   label = np.arange(100, dtype=np.int32)
-  np.testing.assert_array_equal(spaces.drop_labels(jax.random.key(0), label, 0.0), label)
-  assert (np.asarray(spaces.drop_labels(jax.random.key(0), label, 1.0)) == spaces.NO_CLASS).all()
+  kept, gone = (drop(jax.random.key(0), LABEL, {'label': label}, p)['label'] for p in (0.0, 1.0))
+  np.testing.assert_array_equal(kept, label)
+  assert (np.asarray(gone) == Classes.NONE).all()
 
 
 def test_no_class_is_no_class():
-  assert spaces.NO_CLASS < 0
+  assert Classes.NONE < 0
 
 
 @flax.struct.dataclass
@@ -116,8 +121,8 @@ class Watching(OneNetwork):
   def draw(self, rng, shape):
     return {}
 
-  def loss(self, denoise, params, frozen, batch, rng, step):
-    return jnp.sum(params['student'] ** 2), {'x': batch['x'], 'label': batch['label']}
+  def loss(self, nets, batch, rng, step):
+    return jnp.sum(nets['student'].params ** 2), {'x': batch['x'], **batch['cond']}
 
 
 IMAGES, LABELS = images(4000, 1), np.arange(4000, dtype=np.int32) % 10
@@ -125,22 +130,23 @@ IMAGES, LABELS = images(4000, 1), np.arange(4000, dtype=np.int32) % 10
 
 def seen(step, updates=1, **changes):
   """x and labels (4000,) of the last of some updates of the compiled step."""
-  recipe = tiny.plan()[0][0].recipe.replace(method=Watching(), **changes)
+  recipe = tiny.plan(model__conditional=True)[0][0].recipe
+  recipe = recipe.replace(method=Watching(), shape=IMAGES.shape, **changes)
   state = sharding.replicate(recipe.create_state(jnp.ones(1)))
   for _ in range(updates):
-    state, metrics = step(recipe, state, {}, sharding.put({'image': IMAGES, 'label': LABELS}))
+    state, metrics = step(recipe, state, {}, sharding.put({'image': IMAGES, 'cond': {'label': LABELS}}))
   return np.asarray(metrics['x']), np.asarray(metrics['label']).astype(int)
 
 
 def test_training_leaves_images_and_labels_alone_unless_it_is_told(step):
   x, label = seen(step)
-  np.testing.assert_allclose(x, spaces.to_x(IMAGES), atol=2e-7)
+  np.testing.assert_allclose(x, SPACE.encode(IMAGES), atol=2e-7)
   np.testing.assert_array_equal(label, LABELS)
 
 
 def test_training_mirrors_images(step):
   x, label = seen(step, random_flip=True)
-  mirror = mirrored(np.asarray(spaces.to_image(x)), IMAGES)
+  mirror = mirrored(np.asarray(SPACE.decode(x)), IMAGES)
   assert about(mirror.sum(), 0.5)
   np.testing.assert_array_equal(label, LABELS)
 
@@ -153,18 +159,18 @@ def test_training_spreads_pixels(step):
 
 def test_training_does_all_of_it_apart_and_anew_at_every_step(step):
   """Which images are mirrored says nothing of which labels are dropped, or of the step before."""
-  changes = {'random_flip': True, 'dequantize': True, 'label_dropout': 0.5}
+  changes = {'random_flip': True, 'dequantize': True, 'cond_dropout': 0.5}
   mirrors, drops, offs = [], [], []
   for updates in (1, 2):
     x, label = seen(step, updates, **changes)
     mirrors.append(mirrored(off_by(x, 0.0), IMAGES, HALF))
-    drops.append(label == spaces.NO_CLASS)
-    offs.append(off_by(x, np.asarray(spaces.to_image(x))).ravel())
+    drops.append(label == Classes.NONE)
+    offs.append(off_by(x, np.asarray(SPACE.decode(x))).ravel())
     np.testing.assert_array_equal(label[~drops[-1]], LABELS[~drops[-1]])
   for one, other in ((mirrors, mirrors), (drops, drops), (mirrors, drops)):
     assert about((one[0] ^ other[1]).sum(), 0.5)
-  for mirror, drop in zip(mirrors, drops, strict=True):
-    assert about(mirror.sum(), 0.5) and about(drop.sum(), 0.5) and about((mirror & drop).sum(), 0.25)
+  for mirror, gone in zip(mirrors, drops, strict=True):
+    assert about(mirror.sum(), 0.5) and about(gone.sum(), 0.5) and about((mirror & gone).sum(), 0.25)
   assert abs(np.corrcoef(*offs)[0, 1]) < 4 / np.sqrt(offs[0].size)
 
 

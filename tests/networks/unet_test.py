@@ -9,8 +9,9 @@ import pytest
 from flax import traverse_util
 
 from diffusion_distillation.diffusion.process import OUTPUTS, edm_input, output_channels
-from diffusion_distillation.diffusion.schedules import Cosine
-from diffusion_distillation.networks.unet import TIME_INPUTS, Denoiser, UNet, time_embedding
+from diffusion_distillation.diffusion.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.unet import TIME_INPUTS, UNet, time_embedding
 from tests.exact import scales
 
 UNCONDITIONAL = UNet(
@@ -69,12 +70,12 @@ def params():
 @pytest.fixture(scope='module')
 def inputs():
   z = jax.random.normal(KEY, (3, *SHAPE))
-  return z, jnp.array([-3.0, 0.5, 4.0]), jnp.array([0, 2, 1])
+  return z, jnp.array([-3.0, 0.5, 4.0]), {'label': jnp.array([0, 2, 1])}
 
 
 @pytest.fixture(scope='module')
 def apply():
-  """(params, z, logsnr, label) to the network's output, compiled."""
+  """(params, z, logsnr, cond) to the network's output, compiled."""
   return jax.jit(lambda params, *args: NETWORK.apply({'params': params}, *args))
 
 
@@ -152,14 +153,16 @@ def test_output_has_the_shape_of_the_image_and_its_own_channels(apply, params, i
 @pytest.mark.parametrize('name', TIME_INPUTS)
 def test_time_inputs_are_their_closed_forms(name):
   logsnr = np.array([-30.0, -20.0, -10.0, -3.0, 0.0, 1.7, 10.0, 20.0, 30.0])
+  softplus = np.log1p(np.exp(-logsnr))
   expected = {
     'inv_cos': np.arctan(np.exp(-np.clip(logsnr, -20, 20) / 2)) * 2 / np.pi,
     'linear': (logsnr + 10) / 20,
     'sigmoid': scales(logsnr)[0] ** 2,
     'edm': np.log(scales(logsnr)[1] / scales(logsnr)[0]) / 4,
+    't': (np.sqrt(0.1**2 + 2 * 19.9 * softplus) - 0.1) / 19.9,
   }[name]
   with jax.enable_x64(True):
-    got = np.array(TIME_INPUTS[name](jnp.array(logsnr)))
+    got = np.array(TIME_INPUTS[name](jnp.array(logsnr), LinearBeta(logsnr_max=80.0)))
   np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -168,6 +171,18 @@ def test_the_inverse_cosine_input_is_the_time_of_the_unclipped_cosine_schedule()
   with jax.enable_x64(True):
     got = np.array(TIME_INPUTS['inv_cos'](Cosine(-30.0, 60.0)(jnp.array(t))))
   np.testing.assert_allclose(got, t, atol=1e-6)  # e^-15 of angle is left out at t = 1
+
+
+@pytest.mark.parametrize('schedule', [Cosine(), ShiftedCosine(32), LinearBeta(), Karras()], ids=str)
+def test_the_time_input_t_is_the_inverse_of_the_schedule(schedule, inputs):
+  logsnr = jnp.array([-4.0, 0.5, 6.0])
+  np.testing.assert_array_equal(TIME_INPUTS['t'](logsnr, schedule), schedule.inverse(logsnr))
+  t = np.linspace(0.1, 0.9, 9)
+  with jax.enable_x64(True):
+    np.testing.assert_allclose(TIME_INPUTS['t'](schedule(jnp.array(t)), schedule), t, rtol=1e-9)
+  network = dataclasses.replace(SMALL, time_input='t')
+  with pytest.raises(ValueError, match="'t' needs the schedule"):
+    jax.eval_shape(lambda: Denoiser(network, 'v').init(KEY, SHAPE))
 
 
 @pytest.mark.parametrize('dim', [4, 10])
@@ -182,7 +197,7 @@ def test_time_embedding_is_sines_then_cosines_of_a_thousandfold_input(dim):
 
 def test_the_network_sees_logsnr_by_its_time_input_alone(inputs):
   """Networks that differ in it agree at logsnr of the same input, and nowhere else."""
-  z, _, label = inputs
+  z, _, cond = inputs
   params = random_params(shapes(SMALL))
   u = np.array([0.2, 0.6, 0.9])
   same = {
@@ -190,12 +205,15 @@ def test_the_network_sees_logsnr_by_its_time_input_alone(inputs):
     'linear': 20 * u - 10,
     'sigmoid': np.log(u / (1 - u)),
     'edm': -8 * u,
+    't': np.float64(LinearBeta()(jnp.float32(u))),
   }
+
+  small = dataclasses.replace(SMALL, schedule=LinearBeta())
 
   @jax.jit
   def outputs(logsnr):
-    networks = {name: dataclasses.replace(SMALL, time_input=name) for name in TIME_INPUTS}
-    return {n: network.apply({'params': params}, z, logsnr[n], label) for n, network in networks.items()}
+    networks = {name: dataclasses.replace(small, time_input=name) for name in TIME_INPUTS}
+    return {n: network.apply({'params': params}, z, logsnr[n], cond) for n, network in networks.items()}
 
   got = outputs({name: jnp.float32(logsnr) for name, logsnr in same.items()})
   apart = outputs({name: jnp.float32(same['linear']) for name in TIME_INPUTS})
@@ -248,10 +266,10 @@ def test_there_is_dropout_only_with_a_key(inputs):
 
 
 def test_output_depends_on_label_and_on_time(apply, params, inputs):
-  z, logsnr, label = inputs
-  base = apply(params, z, logsnr, label)
-  relabelled = apply(params, z, logsnr, jnp.array([0, 1, 1]))
-  later = apply(params, z, logsnr - jnp.array([0.0, 1.0, 0.0]), label)
+  z, logsnr, cond = inputs
+  base = apply(params, z, logsnr, cond)
+  relabelled = apply(params, z, logsnr, {'label': jnp.array([0, 1, 1])})
+  later = apply(params, z, logsnr - jnp.array([0.0, 1.0, 0.0]), cond)
   for changed in (relabelled, later):
     np.testing.assert_array_equal(changed[::2], base[::2])
     assert np.abs(changed[1] - base[1]).max() > 0.01
@@ -264,11 +282,11 @@ def test_a_conditional_network_refuses_to_go_without_labels(params, inputs):
 
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch(apply, params, inputs):
-  z, logsnr, label = inputs
-  among = apply(params, z, logsnr, label)
+  z, logsnr, cond = inputs
+  among = apply(params, z, logsnr, cond)
   others = jnp.array([2, 1, 0])  # image 1 keeps its place
   scale = jnp.array([4.0, 1.0, 4.0])[:, None, None, None]
-  moved = apply(params, scale * z[others], logsnr[others], label[others])
+  moved = apply(params, scale * z[others], logsnr[others], jax.tree.map(lambda a: a[others], cond))
   np.testing.assert_array_equal(moved[1], among[1])
   assert np.abs(moved[2] - among[0]).max() > 0.01
 
@@ -292,6 +310,7 @@ def test_check_takes_what_goes_through():
     ({'ch': 9, 'num_groups': 3}, SHAPE, 'ch=9 must be even'),
     ({'ch': 2, 'num_groups': 2}, SHAPE, 'ch=2 must be even and at least 4'),
     ({'time_input': 'cos'}, SHAPE, "time_input='cos' is not one of .*'linear'"),
+    ({'time_input': 't'}, SHAPE, "time_input='t' needs the schedule"),
   ],
 )
 def test_check_refuses_what_does_not_and_says_why(change, shape, message):

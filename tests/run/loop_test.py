@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import flax
@@ -21,6 +22,7 @@ from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
+from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.step import train_steps
 from tests import tiny
 
@@ -55,6 +57,19 @@ BASE = poisoned()
 def workdir(tmp_path):
   workdirs.claim(tmp_path, CONFIG)
   return tmp_path
+
+
+@pytest.fixture(scope='module')
+def of_base(tmp_path_factory, step):
+  """A workdir with a finished base, which tests only copy, and its model."""
+  workdir = tmp_path_factory.mktemp('base')
+  workdirs.claim(workdir, CONFIG)
+  return workdir, loop.fit(step, BASE, INPUTS, workdir, CONFIG)
+
+
+@pytest.fixture
+def trained(of_base, tmp_path):
+  return shutil.copytree(of_base[0], tmp_path / 'trained')
 
 
 def host_batch(stage, k):
@@ -102,6 +117,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(step):
   before = sharding.to_host(huge)
   state, metrics = advance(step, poisoned(), state.replace(params=sharding.replicate(huge)), 1)
   assert not np.isfinite(metrics['grad_norm'])
+  assert (int(state.skipped), int(state.skipped_in_a_row)) == (1, 1)
   assert_same(state.params, before)
 
 
@@ -171,45 +187,40 @@ def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
   assert models[1].digest == digest(student.ema_params[0])
 
 
-def test_a_finished_stage_returns_at_once(step, workdir):
-  model = loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  again = loop.fit(None, BASE, INPUTS, workdir, CONFIG)
+def test_a_finished_stage_returns_at_once(of_base, trained):
+  model, again = of_base[1], loop.fit(None, BASE, INPUTS, trained, CONFIG)
   assert again.digest == model.digest and again.seconds == model.seconds
 
 
-def test_parameters_that_were_exchanged_are_noticed(step, workdir):
-  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  path = workdir / 'base' / 'stage.json'
+def test_parameters_that_were_exchanged_are_noticed(trained):
+  path = trained / 'base' / 'stage.json'
   path.write_text(path.read_text().replace(json.loads(path.read_text())['digest'], 'f' * 64))
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
-    loop.fit(step, BASE, INPUTS, workdir, CONFIG)
+    loop.fit(None, BASE, INPUTS, trained, CONFIG)
   with pytest.raises(DamagedError, match='digest ffffffffffff'):
-    provenance.load_model(workdir, BASE, CONFIG)
+    provenance.load_model(trained, BASE, CONFIG)
 
 
-def test_another_parameterization_is_refused_as_a_teacher(step, workdir):
-  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  path = workdir / 'base' / 'stage.json'
+def test_another_parameterization_is_refused_as_a_teacher(trained):
+  path = trained / 'base' / 'stage.json'
   path.write_text(path.read_text().replace('"output": "v"', '"output": "eps"', 1))
   with pytest.raises(UserError, match='output is eps, but this run needs v'):
-    loop.fit(step, BASE, INPUTS, workdir, CONFIG)
+    loop.fit(None, BASE, INPUTS, trained, CONFIG)
 
 
-def test_another_config_is_refused_even_without_config_json(step, workdir):
-  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  (workdir / 'config.json').unlink()
-  before = (workdir / 'base' / 'stage.json').read_text()
+def test_another_config_is_refused_even_without_config_json(trained):
+  (trained / 'config.json').unlink()
+  before = (trained / 'base' / 'stage.json').read_text()
   other = tiny.config(max_skipped=3, train__learning_rate=0.5)
   with pytest.raises(UserError, match=r'another config: train\.learning_rate was 0\.001, is 0\.5'):
-    loop.fit(step, BASE, INPUTS, workdir, other)
-  assert (workdir / 'base' / 'stage.json').read_text() == before
+    loop.fit(None, BASE, INPUTS, trained, other)
+  assert (trained / 'base' / 'stage.json').read_text() == before
 
 
-def test_checkpoints_without_lineage_are_refused(step, workdir):
-  loop.fit(step, BASE, INPUTS, workdir, CONFIG)
-  (workdir / 'base' / 'stage.json').unlink()
+def test_checkpoints_without_lineage_are_refused(trained):
+  (trained / 'base' / 'stage.json').unlink()
   with pytest.raises(DamagedError, match=r'stage\.json is missing'):
-    loop.fit(step, BASE, INPUTS, workdir, CONFIG)
+    loop.fit(None, BASE, INPUTS, trained, CONFIG)
 
 
 def test_rounds_share_one_compiled_step(step):
@@ -256,12 +267,17 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
   def loss_fn(params):
     return BASE.recipe.method.loss(BASE.recipe.bind(params), example, rng, 0)[0]
 
-  loss, grads = jax.jit(jax.value_and_grad(loss_fn))(start.params)
   tx = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adam(1e-3 / 100)
   )  # first of 100 warm-up updates
-  updates, _ = tx.update(grads, tx.init(start.params))
-  expected = optax.apply_updates(start.params, updates)
+
+  @jax.jit
+  def by_hand(params):
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, _ = tx.update(grads, tx.init(params))
+    return loss, updates, optax.apply_updates(params, updates)
+
+  loss, updates, expected = by_hand(start.params)
   state, metrics = step(BASE.recipe, state, {}, sharding.put(batch))
   assert float(metrics['loss']) == pytest.approx(float(loss), rel=1e-5)
   norm = optax.tree.norm(updates) / (1e-3 / 100)
@@ -271,3 +287,24 @@ def test_the_update_is_adam_on_the_clipped_gradient_and_ema_follows(step):
   ):
     np.testing.assert_allclose(a, b, atol=2e-7)
     np.testing.assert_allclose(ema, 0.999 * old + 0.001 * a, atol=1e-7)
+
+
+def test_every_update_has_the_recipe_of_its_number(workdir, monkeypatch):
+  """Networks take turns by it. Nothing is compiled: the step only counts."""
+  monkeypatch.setattr(Recipe, 'at', lambda self, number: number)
+  seen = []
+
+  def count(recipe, state, frozen, batch):
+    seen.append((recipe, int(state.step)))
+    metrics = {'loss': jnp.float32(1), 'skipped': state.skipped, 'skipped_in_a_row': state.skipped}
+    return state.replace(step=state.step + 1), metrics
+
+  loop.fit(count, BASE, INPUTS, workdir, CONFIG)
+  assert seen == [(number, number) for number in range(12)]
+
+
+def test_a_line_of_metrics_has_the_means_of_what_is_finite():
+  losses = [2.0, np.nan, 4.0, np.inf]
+  told = [{'loss': np.float32(x), 'skipped': k, 'skipped_in_a_row': 0} for k, x in enumerate(losses)]
+  told[0]['turn'] = np.float32(7.0)
+  assert loop._summary(told) == {'loss': 3.0, 'turn': 7.0, 'skipped': 3.0}

@@ -118,11 +118,14 @@ def test_a_pair_is_noise_and_what_the_sampler_makes_of_it(tmp_path, grid):
   assert len({record.tobytes() for record in noise}) == 320
 
 
-def test_with_clipping_no_pixel_leaves_the_range(tmp_path):
+def test_with_clipping_no_pixel_leaves_the_range_and_without_some_do(tmp_path):
   """Steps that end on clean data return x^, which is clipped if the sampler clips."""
   law = dataclasses.replace(ONE, clip_x=True)
   image = everything(pairs.ensure(tmp_path, law, teacher(0.9)))['image']
   assert image.max() == 1.0 and image.min() < 0.9
+  (tmp_path / 'free').mkdir()
+  free = everything(pairs.ensure(tmp_path / 'free', ONE, teacher(0.9)))['image']
+  assert free.max() > 1.0 and not ONE.clip_x
 
 
 def test_pairs_do_not_depend_on_the_batch_that_they_are_drawn_in_nor_on_devices(

@@ -1,6 +1,7 @@
 """What a run is told, and refused, before anything is compiled. (Against the compiler's own figures: scaling_test.py.)"""
 
 import collections
+import functools
 import shutil
 
 import jax
@@ -27,6 +28,20 @@ def size(tree):
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+MEMORY = preflight.memory  # a second of tracing for every stage
+
+
+@functools.cache
+def memory_of(name):
+  return MEMORY(STAGES[NAMES.index(name)])
+
+
+@pytest.fixture
+def once(monkeypatch):
+  """What the stages need of each of eight devices is found out once for all tests that ask for it."""
+  monkeypatch.setattr(preflight, 'memory', lambda stage, *_: memory_of(stage.name))
+
+
 def needs(tmp_path, finished=()):
   return list(preflight.needs(STAGES, set(finished), tmp_path / 'not' / 'there', {}))
 
@@ -34,7 +49,7 @@ def needs(tmp_path, finished=()):
 @pytest.mark.parametrize(('name', 'networks'), [('base', 1), ('progressive_0001', 1), ('dmd', 2)])
 def test_memory_is_counted_by_networks(name, networks):
   stage = STAGES[NAMES.index(name)]
-  found, network = preflight.memory(stage), size(stage.abstract_params())
+  found, network = memory_of(name), size(stage.abstract_params())
   assert found.params == networks * network and found.averages == network
   assert found.gradients == 2 * networks * network and found.gathered == 0
   assert 2 * networks * network <= found.optimizer <= 2 * networks * network + 64  # and a count each
@@ -82,7 +97,7 @@ def test_the_disk_holds_two_checkpoints_a_stage_one_more_and_the_pairs():
   assert preflight.disk(STAGES, set(NAMES)) == 0
 
 
-def test_a_line_a_stage_and_one_of_the_disk(tmp_path):
+def test_a_line_a_stage_and_one_of_the_disk(once, tmp_path):
   lines = needs(tmp_path)
   assert [line.split()[0] for line in lines[1:-1]] == NAMES
   assert all('(2 images)' in line for line in lines[1:-1])  # of 16, on 8 devices
@@ -92,7 +107,7 @@ def test_a_line_a_stage_and_one_of_the_disk(tmp_path):
   assert [line.split()[0] for line in left[1:-1]] == ['progressive_0001']
 
 
-def test_what_does_not_fit_a_device_is_refused(tmp_path, monkeypatch):
+def test_what_does_not_fit_a_device_is_refused(once, tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, 'memory_per_device', lambda: 100_000)
   with pytest.raises(
     UserError, match=r'stage base: .* GB of a device: raise mesh\.fsdp, or set compute'
@@ -100,7 +115,7 @@ def test_what_does_not_fit_a_device_is_refused(tmp_path, monkeypatch):
     needs(tmp_path)
 
 
-def test_what_may_not_fit_a_device_is_a_warning(tmp_path, monkeypatch):
+def test_what_may_not_fit_a_device_is_a_warning(once, tmp_path, monkeypatch):
   figures = [preflight.memory(stage) for stage in STAGES]
   limit = max(of.arguments for of in figures) + 1
   assert all(of.total > limit for of in figures)
@@ -109,7 +124,7 @@ def test_what_may_not_fit_a_device_is_a_warning(tmp_path, monkeypatch):
   assert len(warnings) == len(STAGES) and 'compute.remat=True' in warnings[0]
 
 
-def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused(once, tmp_path, monkeypatch):
   needed = preflight.disk(STAGES, set())
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(0, 0, needed))
   needs(tmp_path)

@@ -1,3 +1,4 @@
+import errno
 import pathlib
 import shutil
 
@@ -107,6 +108,16 @@ def test_a_flipped_byte_in_the_arrays_is_noticed(stage_dir):
   assert (int(state['step']), seconds) == (1, 10.0)
 
 
+def test_seconds_that_were_changed_are_noticed(stage_dir):
+  """Nothing else in the checkpoint depends on them."""
+  path = stage_dir / 'checkpoints' / '2' / '_CHECKPOINT_METADATA'
+  text = path.read_text()
+  assert text.count('20.0') == 1
+  path.write_text(text.replace('20.0', '90.0'))
+  state, seconds = Checkpoints(stage_dir).restore(LIKE, set_aside=False)
+  assert seconds == 10.0 and int(state['step']) == 1
+
+
 def test_the_damaged_step_can_be_written_again(stage_dir):
   checkpoints = Checkpoints(stage_dir)
   checkpoints.save(3, state_at(3), 30.0)
@@ -178,3 +189,17 @@ def test_json_that_is_damaged_is_named(tmp_path):
     damage(path)
     with pytest.raises(DamagedError, match=r'x\.json is damaged'):
       read_json(path)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path, write = tmp_path / 'x.json', pathlib.Path.write_text
+  write_json(path, {'a': 1})
+
+  def full(self, text):
+    write(self, text[: len(text) // 2])
+    raise OSError(errno.ENOSPC, 'no space left')
+
+  monkeypatch.setattr(pathlib.Path, 'write_text', full)
+  with pytest.raises(OSError, match='no space left'):
+    write_json(path, {'a': 2})
+  assert read_json(path) == {'a': 1}

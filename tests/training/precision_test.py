@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation.networks.unet import Denoiser, UNet
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.unet import UNet
 from diffusion_distillation.stages import provenance
 from tests import tiny
 
@@ -18,11 +19,14 @@ SHAPE = (8, 8, 1)
 @pytest.fixture(scope='module')
 def params():
   """Not those it begins with, where the last convolution is zero."""
-  start = Denoiser(NETWORK, 'v').init(jax.random.key(0), SHAPE)
-  leaves, tree = jax.tree.flatten(start)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(tree, noisy)
+  tree = jax.eval_shape(lambda: Denoiser(NETWORK, 'v').init(jax.random.key(0), SHAPE))
+  rng = np.random.default_rng(1)
+
+  def draw(path, leaf):
+    noise = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 100)
+    return jnp.float32(noise + (path[-1].key == 'scale'))
+
+  return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 def denoiser(**changes):

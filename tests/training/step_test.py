@@ -8,21 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 
 from diffusion_distillation.diffusion.process import from_v
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.methods import Method
-from diffusion_distillation.networks.spaces import to_x
-from diffusion_distillation.run import loop
+from diffusion_distillation.methods import METHODS, Method, Student
+from diffusion_distillation.networks.conditioning import Classes
+from diffusion_distillation.run import run
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
-from diffusion_distillation.stages.students import STUDENTS
 from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.training import step as update
 from diffusion_distillation.training.optimizers import LearningRate
 from tests import tiny
-from tests.run.loop_test import IMAGES, advance, assert_same, poisoned
+from tests.run.loop_test import IMAGES, advance, assert_same
+
+STUDENTS = [name for name, cls in METHODS.items() if issubclass(cls, Student)]
 
 
 def assert_close(tree, other, rtol):
@@ -35,18 +37,10 @@ def assert_close(tree, other, rtol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-  """What a stage asks of its network: whether it is told the label."""
-
-  num_classes: int = 10
-  dropout: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Small:
   """A conditional denoiser that compiles at once: one dense layer over all pixels."""
 
-  network: Told = Told()
+  conditioning = FrozenDict({'label': Classes(10)})
 
   def init(self, rng, shape):
     size = int(np.prod(shape))
@@ -57,8 +51,9 @@ class Small:
       'time': jnp.zeros(size),
     }
 
-  def __call__(self, params, z, logsnr, label, rng=None):
-    h = z.reshape(len(z), -1) @ params['kernel'] + jax.nn.one_hot(label, 10) @ params['classes']
+  def __call__(self, params, z, logsnr, cond, rng=None):
+    classes = jax.nn.one_hot(cond['label'], 10) @ params['classes']
+    h = z.reshape(len(z), -1) @ params['kernel'] + classes
     v = jnp.tanh(h + logsnr[:, None] * params['time'][None, :])
     return from_v(z, logsnr, v.reshape(z.shape))
 
@@ -68,7 +63,10 @@ class Reporting:
   """A method that reports a mean over its batch as well."""
 
   method: Method
-  networks = ('student',)
+  trained = ('student',)
+
+  def networks(self, student, teacher):
+    return self.method.networks(student, teacher)
 
   def init(self, student, teacher, rng):
     return self.method.init(student, teacher, rng)
@@ -76,17 +74,19 @@ class Reporting:
   def draw(self, rng, shape):
     return self.method.draw(rng, shape)
 
-  def loss(self, denoise, params, frozen, batch, rng, step):
-    loss, _ = self.method.loss(denoise, params, frozen, batch, rng, step)
-    return loss, {'eps_of_label': jnp.mean(batch['eps'] * batch['label'][:, None, None, None])}
+  def loss(self, nets, batch, rng, step):
+    loss, _ = self.method.loss(nets, batch, rng, step)
+    label = batch['cond']['label'][:, None, None, None]
+    return loss, {'eps_of_label': jnp.mean(batch['eps'] * label)}
 
 
 def small(place, **changes):
   """Stage `place` of a plan with stratified time and flips, over the small denoiser; 32 images a batch."""
   stage = tiny.plan(time__stratified=True, dataset__random_flip=True)[0][place]
-  changes |= {'denoise': Small(), 'learning_rate': {'student': LearningRate(0.01, 12)}}
-  recipe = stage.recipe.replace(method=Reporting(stage.recipe.method), **changes)
-  return dataclasses.replace(stage, recipe=recipe, batch_size=32)
+  method = Reporting(stage.recipe.method)
+  changes |= {'networks': FrozenDict(method.networks(Small(), Small())), 'shape': (32, 8, 8, 1)}
+  changes |= {'learning_rate': {'student': LearningRate(0.01, 12)}}
+  return dataclasses.replace(stage, recipe=stage.recipe.replace(method=method, **changes))
 
 
 def small_params(seed):
@@ -111,8 +111,8 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(place, backend, 
   outcomes = []
   for micro_batches in (1, 2, 4):
     recipe = small(place, micro_batches=micro_batches).recipe
-    examples = {'x': to_x(images['image']), 'label': images['label']}
-    examples |= recipe.method.draw(jax.random.key(2), examples['x'].shape)
+    examples = {'x': recipe.space.encode(images['image']), 'cond': images['cond']}
+    examples |= recipe.method.draw(jax.random.key(2), recipe.shape)
     networks, batch = {'student': small_params(0)}, sharding.put(examples)
     key, number = jax.random.key(3), jnp.int32(0)
     compiled = jax.jit(lambda *arguments: update.gradients(*arguments))
@@ -181,17 +181,16 @@ def test_a_round_is_taught_by_and_starts_from_the_weights_that_are_named(
       starts.append(sharding.to_host((state.params['student'], frozen['teacher'])))
     return step(recipe, state, frozen, batch)
 
-  planned[0] = poisoned(base=planned[0])
   monkeypatch.setattr(workdirs, 'plan_for', lambda *_: (planned, images))
   monkeypatch.setattr(sharding, 'compile_step', lambda _: watching)
   monkeypatch.setattr('diffusion_distillation.run.forecast.show', lambda *_: None)
   monkeypatch.setattr('diffusion_distillation.run.forecast.show_times', lambda *_: None)
   monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, again: None)
-  loop.run(config, tmp_path)
+  run.run(config, tmp_path)
 
   assert len(starts) == 2
   for parent, child, (start, teacher) in zip(planned, planned[1:], starts, strict=False):
-    model = provenance.load_model(tmp_path, parent, config)
+    model = provenance.load_model(tmp_path, parent, config, parent.weights)
     assert digest(model.all['ema']) != digest(model.all['last'])
     assert_same(start, model.all[weights])
     assert_same(teacher, model.all[weights])
@@ -221,11 +220,11 @@ def test_a_model_has_all_the_weights_of_its_stage_by_name():
 def test_batches_have_to_divide_by_micro_batches_and_devices(section):
   methods = (section,) if section in STUDENTS else ('progressive',)
   changes = {'methods': methods, f'{section}__batch_size': 16}
-  loop.check_batches(tiny.config(**changes, **{f'{section}__micro_batches': 2}))
+  run.check_batches(tiny.config(**changes, **{f'{section}__micro_batches': 2}))
   too_many = {f'{section}__micro_batches': 4}
   with pytest.raises(UserError) as error:
-    loop.check_batches(tiny.config(**changes, **too_many))
+    run.check_batches(tiny.config(**changes, **too_many))
   for words in (f'{section}.batch_size=16', f'{section}.micro_batches=4', '8 devices', 'of 32'):
     assert words in str(error.value)
   if section in STUDENTS:  # nor does it matter where it is not asked for
-    loop.check_batches(tiny.config(**too_many))
+    run.check_batches(tiny.config(**too_many))

@@ -1,0 +1,98 @@
+"""What networks are told beside z and the time: made, selected and withheld by example."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.conditioning import Classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+  """A condition of this test alone: unit vectors (B, 2); zeros where it is not told."""
+
+  def zeros(self, count):
+    return np.tile(np.float32([1.0, 0.0]), (count, 1))
+
+  def in_turn(self, index, chosen=()):
+    angles = np.float32(chosen or [0.0, np.pi])[index % (len(chosen) or 2)]
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+
+  def withheld(self, values):
+    return jnp.zeros_like(values)
+
+
+BOTH = {'label': Classes(3), 'direction': Direction()}
+CONDITIONINGS = {'none': {}, 'label': {'label': Classes(3)}, 'both': BOTH}
+
+
+@pytest.mark.parametrize('name', CONDITIONINGS)
+def test_zeros_are_valid_values_of_the_shapes_and_types_that_are_drawn(name):
+  made = conditioning.zeros(CONDITIONINGS[name], 5)
+  drawn = conditioning.in_turn(CONDITIONINGS[name], np.arange(5))
+  assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(
+    lambda a: (a.shape, a.dtype), drawn
+  )
+  assert (made is None) == (name == 'none')
+  if made is not None:
+    assert made.keys() == CONDITIONINGS[name].keys()
+    assert (made['label'] == 0).all() and made['label'].dtype == np.int32
+
+
+def test_values_come_in_turn_by_index_all_there_are_or_those_that_are_chosen():
+  index = np.array([0, 1, 2, 3, 7])
+  assert conditioning.in_turn(BOTH, index)['label'].tolist() == [0, 1, 2, 0, 1]
+  chosen = conditioning.in_turn(BOTH, index, {'label': [2, -1]})
+  assert chosen['label'].tolist() == [2, -1, 2, -1, -1]
+  np.testing.assert_array_equal(chosen['direction'], Direction().in_turn(index))
+  assert conditioning.in_turn({}, index, {'label': [2]}) is None
+
+
+def test_a_network_takes_its_own_conditions_of_what_the_data_have():
+  given = {'label': np.arange(4), 'direction': np.zeros((4, 2)), 'text': np.zeros(4)}
+  assert conditioning.select({'label': Classes(3)}, given) == {'label': given['label']}
+  assert conditioning.select(BOTH, given).keys() == BOTH.keys()
+  assert conditioning.select({}, given) is None
+  assert conditioning.select({}, None) is None
+
+
+@pytest.mark.parametrize('given', [None, {}, {'label': np.arange(4)}])
+def test_a_condition_that_the_data_do_not_have_is_named(given):
+  with pytest.raises(ValueError, match="conditioned on 'direction', which the data does not have"):
+    conditioning.select({'direction': Direction(), 'text': Direction()}, given)
+
+
+def test_the_classes_of_a_network_are_those_of_its_labels():
+  assert conditioning.classes(BOTH) == Classes(3)
+  assert conditioning.classes({}) is None
+  assert conditioning.classes({'label': Direction()}) is None
+
+
+@pytest.mark.parametrize('probability', [0.0, 0.1, 0.7, 1.0])
+def test_all_conditions_of_an_example_are_withheld_together_with_the_given_probability(probability):
+  cond = conditioning.in_turn(BOTH, np.arange(4000))
+  found = conditioning.drop(jax.random.key(0), BOTH, cond, probability)
+  gone = np.asarray(found['label']) == Classes.NONE
+  np.testing.assert_array_equal(gone, (np.asarray(found['direction']) == 0.0).all(-1))
+  for key, values in cond.items():
+    np.testing.assert_array_equal(found[key][~gone], values[~gone])
+    assert found[key].dtype == values.dtype
+  deviation = np.sqrt(4000 * probability * (1 - probability))
+  assert abs(gone.sum() - 4000 * probability) <= 4 * deviation
+
+
+def test_which_examples_are_dropped_is_a_function_of_the_key():
+  cond = conditioning.in_turn(BOTH, np.arange(100))
+  one, same, other = (
+    np.asarray(conditioning.drop(jax.random.key(seed), BOTH, cond, 0.5)['label']) for seed in (0, 0, 1)
+  )
+  np.testing.assert_array_equal(one, same)
+  assert (one != other).any()
+
+
+def test_where_nothing_is_told_nothing_is_dropped():
+  assert conditioning.drop(jax.random.key(0), {}, None, 0.5) is None

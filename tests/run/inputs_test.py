@@ -1,0 +1,43 @@
+"""What a stage starts from, and what its batches are told."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_distillation.run import inputs
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.system import sharding
+from diffusion_distillation.system.checkpoints import digest
+from tests import tiny
+
+PLANNED = tiny.plan(methods=('dmd',), dmd__num_updates=10, dmd__batch_size=16)[0]
+BASE, DMD = PLANNED
+
+
+def model_of(stage, seed):
+  params = sharding.to_host(stage.init_params(jax.random.key(seed)))
+  return Model(stage, 'ema', params, digest(params), 1, 0.0, {'ema': params})
+
+
+def test_a_student_starts_from_the_stage_that_is_named_and_the_fake_score_from_the_teacher():
+  teacher, start = model_of(BASE, 0), model_of(BASE, 1)
+  state = inputs.Inputs(None, teacher, start).first_state(DMD)
+  assert digest(state.params['student']) == digest(state.ema_params[0]) == start.digest
+  assert digest(state.params['fake_score']) == teacher.digest
+
+
+def test_without_another_start_a_student_starts_from_its_teacher():
+  teacher = model_of(BASE, 0)
+  state = inputs.Inputs(None, teacher).first_state(dataclasses.replace(DMD, start=None))
+  assert digest(state.params['student']) == teacher.digest
+
+
+@pytest.mark.parametrize('i', [0, 3])
+def test_processes_share_the_conditions_of_a_batch(monkeypatch, i):
+  parts = []
+  for index in range(4):
+    monkeypatch.setattr(sharding, 'part', lambda index=index: (index, 4))
+    parts.append(inputs._part(i, 8))
+  np.testing.assert_array_equal(np.concatenate(parts), np.arange(8 * i, 8 * i + 8))

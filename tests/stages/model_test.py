@@ -1,0 +1,360 @@
+"""Models as folders: what is written is read again, and all else is one clear line."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from diffusion_distillation.diffusion.schedules import Cosine, Karras, LinearBeta
+from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.spaces import Pixels
+from diffusion_distillation.networks.unet import UNet
+from diffusion_distillation.stages import model
+from diffusion_distillation.stages.model import StoredModel
+from diffusion_distillation.system import files
+from diffusion_distillation.system.checkpoints import digest
+from tests.networks.denoiser_test import Small
+
+UNET = UNet(out_ch=1, ch=8, emb_ch=8, ch_mult=(1,), num_res_blocks=1, num_groups=4)
+
+
+def stored(network, schedule=Cosine(), seed=0, **fields):  # noqa: B008
+  """A model whose parameters are zero nowhere; nothing is compiled."""
+  if isinstance(network, UNet):
+    network = dataclasses.replace(network, schedule=schedule)
+  denoise = Denoiser(network, fields.pop('output', 'v'))
+  tree = jax.eval_shape(lambda: denoise.init(jax.random.key(0), (8, 8, 1)))
+  rng = np.random.default_rng(seed)
+  params = jax.tree.map(lambda leaf: np.float32(0.3 * rng.normal(size=leaf.shape)), tree)
+  usual = {'sampler': 'ddim', 'num_steps': 4}
+  return StoredModel(denoise, params, schedule, Pixels(), (8, 8, 1), **usual | fields)
+
+
+MODELS = {
+  'unconditional': functools.partial(stored, UNET),
+  'conditional': functools.partial(
+    stored,
+    dataclasses.replace(UNET, num_classes=3, time_input='t', attn_resolutions=(8,), num_heads=2),
+    schedule=LinearBeta(beta_max=12.0),
+    output='eps',
+    sampler='multistep_consistency',
+    num_steps=2,
+    times='quadratic',
+    clip_x=False,
+    cond_dropout=0.1,
+    class_names=('cat', 'dog', 'hen'),
+    provenance={'stage': 'consistency', 'parent': {'stage': 'base', 'digest': 'ab'}, 'updates': 7},
+    metrics=({'metric': 'FD', 'value': 1.25},),
+  ),
+  'network of its own': functools.partial(stored, Small(1, num_classes=3), schedule=Karras()),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_is_a_network(monkeypatch):
+  monkeypatch.setitem(NETWORKS, 'small', Small)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """The folder of a conditional model."""
+  model.write(tmp_path / 'model', MODELS['conditional']())
+  return tmp_path / 'model'
+
+
+def content(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_equal(found, expected):
+  for field in dataclasses.fields(StoredModel):
+    if field.name != 'params':
+      assert getattr(found, field.name) == getattr(expected, field.name), field.name
+  assert jax.tree.structure(found.params) == jax.tree.structure(expected.params)
+  jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_what_is_read_is_what_was_written_wherever_the_folder_is_moved_to(name, tmp_path):
+  made = MODELS[name]()
+  model.write(tmp_path / 'run' / 'stage' / 'model', made)
+  assert set(content(tmp_path / 'run' / 'stage' / 'model')) == {model.DESCRIPTION, model.WEIGHTS}
+  assert [path.name for path in (tmp_path / 'run' / 'stage').iterdir()] == ['model']
+  shutil.move(tmp_path / 'run' / 'stage' / 'model', tmp_path / 'elsewhere')
+  shutil.rmtree(tmp_path / 'run')
+  assert_equal(model.read(tmp_path / 'elsewhere'), made)
+  described = model.read(tmp_path / 'elsewhere', weights=False)
+  assert described.params is None and described == dataclasses.replace(made, params=None)
+
+
+def test_how_a_network_is_computed_is_not_part_of_the_model(tmp_path):
+  network = dataclasses.replace(UNET, dtype='bfloat16', remat=True)
+  model.write(tmp_path / 'model', stored(network))
+  assert_equal(model.read(tmp_path / 'model'), stored(UNET))
+
+
+def test_the_description_and_the_weights_name_the_same_digest(folder):
+  described = json.loads((folder / model.DESCRIPTION).read_text())
+  with safetensors.safe_open(folder / model.WEIGHTS, 'numpy') as weights:
+    assert weights.metadata() == {'digest': described['digest']}
+  assert described['digest'] == digest(MODELS['conditional']().params)
+  assert described['conditioning'] == {'label': {'count': 3, 'names': ['cat', 'dog', 'hen']}}
+
+
+def edited(*path, value=None):
+  """Sets a value somewhere in the description, or removes it where it is None."""
+
+  def damage(folder):
+    found = json.loads((folder / model.DESCRIPTION).read_text())
+    inner = functools.reduce(lambda tree, key: tree[key], path[:-1], found)
+    if value is None:
+      del inner[path[-1]]
+    else:
+      inner[path[-1]] = value
+    (folder / model.DESCRIPTION).write_text(json.dumps(found))
+
+  return damage
+
+
+def with_weights(change):
+  """Changes the arrays by name."""
+
+  def damage(folder):
+    flat = safetensors.numpy.load_file(folder / model.WEIGHTS)
+    change(flat)
+    safetensors.numpy.save_file(flat, folder / model.WEIGHTS)
+
+  return damage
+
+
+def flipped(name, position):
+  """One bit of a file."""
+
+  def damage(folder):
+    data = bytearray((folder / name).read_bytes())
+    data[position] ^= 1
+    (folder / name).write_bytes(data)
+
+  return damage
+
+
+def cut_off(name):
+  return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-40])
+
+
+def another_s_weights(folder):
+  model.write(folder.with_name('other'), MODELS['conditional'](seed=1))
+  shutil.copy(folder.with_name('other') / model.WEIGHTS, folder)
+
+
+# What is done to the folder; the error, and words of its one line.
+DAMAGES = {
+  'unknown field': (edited('future', value=1), UserError, "'future' is not known"),
+  'newer format': (edited('format', value=2), UserError, 'format 2 is not known'),
+  'missing field': (edited('space'), DamagedError, "no 'space' in it"),
+  'unknown network': (edited('network', 'name', value='unett'), UserError, "did you mean 'unet'"),
+  'unknown argument': (
+    edited('network', 'arguments', 'depth', value=3),
+    UserError,
+    "network 'unet' has no argument 'depth' in this version",
+  ),
+  'missing argument': (edited('network', 'arguments', 'emb_ch'), UserError, "'emb_ch'"),
+  'unknown schedule': (edited('schedule', 'name', value='square'), UserError, "schedule='square'"),
+  'bad schedule': (edited('schedule', 'arguments', 'beta_min', value=-1), UserError, 'beta_min'),
+  'unknown space': (edited('space', 'name', value='latents'), UserError, "space='latents'"),
+  'unknown output': (edited('output', value='w'), UserError, "output='w'"),
+  'unknown sampler': (edited('sampler', value='dpm'), UserError, "sampler='dpm'"),
+  'unknown times': (edited('times', value='cubic'), UserError, "times='cubic'"),
+  'no steps': (edited('num_steps', value=0), DamagedError, 'num_steps=0'),
+  'no size': (edited('image_shape', value=[8, 0, 1]), DamagedError, '(8, 0, 1)'),
+  'no width': (edited('network', 'arguments', 'emb_ch', value=0), DamagedError, 'ZeroDivision'),
+  'wrong shape': (
+    with_weights(lambda flat: flat.update({'dense0/bias': np.zeros(9, np.float32)})),
+    DamagedError,
+    "'dense0/bias' has shape (9,), its network needs (8,)",
+  ),
+  'missing weight': (with_weights(lambda flat: flat.pop('conv_out/bias')), DamagedError, "out/bias' is"),
+  'one weight too many': (
+    with_weights(lambda flat: flat.update({'extra': np.zeros(1, np.float32)})),
+    DamagedError,
+    "'extra' is not one of the network",
+  ),
+  'weights of another model': (another_s_weights, DamagedError, 'its digest differs'),
+  'flipped bit of a weight': (flipped(model.WEIGHTS, -5), DamagedError, 'its digest differs'),
+  'flipped bit of the header': (flipped(model.WEIGHTS, 9), DamagedError, 'is damaged'),
+  'weights cut off': (cut_off(model.WEIGHTS), DamagedError, 'is damaged'),
+  'no weights': (lambda folder: (folder / model.WEIGHTS).unlink(), DamagedError, 'is missing'),
+  'description cut off': (cut_off(model.DESCRIPTION), DamagedError, 'is damaged'),
+  'description of another kind': (
+    lambda folder: (folder / model.DESCRIPTION).write_text('[1, 2]'),
+    DamagedError,
+    'no JSON object',
+  ),
+  'no description': (
+    lambda folder: (folder / model.DESCRIPTION).unlink(),
+    UserError,
+    'holds no model',
+  ),
+}
+
+
+def refused(folder):
+  """The error with which a folder is refused: one line that names it."""
+  with pytest.raises(UserError) as caught:
+    model.read(folder)
+  assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
+  return caught.value
+
+
+@pytest.mark.parametrize('case', DAMAGES)
+def test_a_folder_that_is_not_what_was_written_is_one_clear_line(case, folder):
+  damage, error, words = DAMAGES[case]
+  damage(folder)
+  found = refused(folder)
+  assert type(found) is error and words in str(found)
+
+
+def places(tree, path=()):
+  """Paths to everything in a description."""
+  inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+  return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
+
+
+def test_whatever_is_in_the_description_a_refusal_is_one_line(tmp_path):
+  model.write(tmp_path / 'model', stored(Small(1, num_classes=3), metrics=({'value': 1.0},)))
+  whole = json.loads((tmp_path / 'model' / model.DESCRIPTION).read_text())
+  refusals = 0
+  for path in places(whole)[1:]:
+    for value in (-1, 0, 1.5, 'x', [], [1], {}, {'a': 1}):
+      (tmp_path / 'model' / model.DESCRIPTION).write_text(json.dumps(whole))
+      edited(*path, value=value)(tmp_path / 'model')
+      try:
+        model.read(tmp_path / 'model')
+      except UserError:
+        refused(tmp_path / 'model')
+        refusals += 1
+  assert refusals > 100
+
+
+class Killed(BaseException):
+  """In place of a kill."""
+
+
+def killing(function, calls):
+  """The function, which does not return from its call number `calls`, and does nothing then."""
+  count = iter(range(calls + 1))
+
+  def call(*args, **kwargs):
+    if next(count) == calls:
+      raise Killed
+    return function(*args, **kwargs)
+
+  return call
+
+
+def half_removed(path, **kwargs):
+  """shutil.rmtree, killed after the first of a directory's files."""
+  if path.is_dir():
+    next(path.iterdir()).unlink()
+    raise Killed
+
+
+# Of what `write` calls: the function that the process dies in, and in which call of it.
+DEATHS = [
+  (safetensors.numpy, 'save_file', 0),
+  (model.files, 'write_json', 0),
+  (model.os, 'replace', 0),
+  (model.os, 'replace', 1),
+  (model.shutil, 'rmtree', 1),
+]
+
+
+@pytest.mark.parametrize('before', [False, True])
+@pytest.mark.parametrize(('owner', 'name', 'calls'), DEATHS)
+def test_a_folder_is_written_whole_or_not_at_all(owner, name, calls, before, tmp_path, monkeypatch):
+  """Where another model is there before, it is replaced: it is whole or gone, too."""
+  old, new = MODELS['conditional'](seed=1), MODELS['conditional']()
+  if before:
+    model.write(tmp_path / 'model', old)
+  with monkeypatch.context() as patch:
+    patch.setattr(owner, name, killing(getattr(owner, name), calls))
+    with pytest.raises(Killed):
+      model.write(tmp_path / 'model', new)
+  if (tmp_path / 'model').exists():
+    assert before
+    assert_equal(model.read(tmp_path / 'model'), old)
+  model.write(tmp_path / 'model', new)
+  assert_equal(model.read(tmp_path / 'model'), new)
+  assert [path.name for path in tmp_path.iterdir()] == ['model']
+
+
+def test_a_folder_that_was_being_removed_is_refused_and_written_again(folder, monkeypatch):
+  new = MODELS['conditional'](seed=1)
+  with monkeypatch.context() as patch:
+    patch.setattr(model.shutil, 'rmtree', half_removed)
+    with pytest.raises(Killed):
+      model.write(folder, new)
+  refused(folder)
+  model.write(folder, new)
+  assert_equal(model.read(folder), new)
+
+
+def test_the_same_model_is_not_written_again(folder):
+  before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+  model.write(folder, MODELS['conditional']())
+  assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+  model.write(folder, MODELS['conditional'](seed=1))
+  assert_equal(model.read(folder), MODELS['conditional'](seed=1))
+
+
+def test_how_a_model_is_sampled_may_change_under_the_same_weights(folder):
+  model.add_metrics(folder, [{'value': 1.0}])
+  weights = (folder / model.WEIGHTS).stat().st_mtime_ns
+  changed = dataclasses.replace(MODELS['conditional'](), clip_x=False, provenance={'updates': 0})
+  model.write(folder, changed)
+  found = model.read(folder)
+  assert found.clip_x is False and found.metrics == ({'value': 1.0},)
+  assert found.provenance == MODELS['conditional']().provenance
+  assert (folder / model.WEIGHTS).stat().st_mtime_ns == weights
+
+
+def test_a_process_that_only_reads_writes_nothing(folder, monkeypatch):
+  before = content(folder)
+  monkeypatch.setattr(files, '_writes', False)
+  model.write(folder, MODELS['conditional'](seed=1))
+  model.write(folder.with_name('other'), MODELS['conditional']())
+  model.add_metrics(folder, [{'value': 2.0}])
+  assert content(folder) == before and not folder.with_name('other').exists()
+
+
+def test_measurements_are_recorded_in_place_of_those_before(folder):
+  rows = [{'metric': 'FD', 'value': 0.5}, {'metric': 'FD', 'value': 2.0}]
+  weights = (folder / model.WEIGHTS).read_bytes()
+  model.add_metrics(folder, rows)
+  assert_equal(model.read(folder), dataclasses.replace(MODELS['conditional'](), metrics=tuple(rows)))
+  assert (folder / model.WEIGHTS).read_bytes() == weights
+  before = (folder / model.DESCRIPTION).stat().st_mtime_ns
+  model.add_metrics(folder, rows)
+  assert (folder / model.DESCRIPTION).stat().st_mtime_ns == before
+  model.write(folder, MODELS['conditional']())  # as a resumed run does
+  assert model.read(folder, weights=False).metrics == tuple(rows)
+
+
+def test_measurements_of_a_model_that_is_not_there_are_not_recorded(tmp_path):
+  model.add_metrics(tmp_path / 'model', [{'value': 0.5}])
+  assert not (tmp_path / 'model').exists()
+
+
+def test_a_network_that_is_in_no_table_is_not_written(tmp_path, monkeypatch):
+  monkeypatch.delitem(NETWORKS, 'small')
+  with pytest.raises(ValueError, match='Small is not in the table of unet'):
+    model.write(tmp_path / 'model', stored(Small(1)))
+  assert not (tmp_path / 'model').exists()

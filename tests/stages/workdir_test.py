@@ -1,0 +1,55 @@
+"""What a run may find changed in its workdir, and what it may not."""
+
+import dataclasses
+import json
+
+import pytest
+
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.stages import workdir as workdirs
+from tests import tiny
+
+IMAGES = tiny.plan()[1].images
+
+
+def made_with(**changes):
+  return json.loads(tiny.config(**changes).to_json())
+
+
+def test_other_images_of_the_same_number_are_refused(tmp_path):
+  workdirs.claim_images(tmp_path, IMAGES)
+  workdirs.check_images(tmp_path, IMAGES)
+  other = dataclasses.replace(IMAGES, identity='0' * 64)
+  with pytest.raises(UserError, match='began with other images'):
+    workdirs.check_images(tmp_path, other)
+
+
+def test_a_value_that_made_a_stage_may_not_change(tmp_path):
+  path = tmp_path / 'config.json'
+  for key in ('train__learning_rate', 'distill__batch_size', 'model__ch', 'seed', 'weighting'):
+    value = 'snr' if key == 'weighting' else 48
+    with pytest.raises(UserError, match=key.replace('__', r'\.')):
+      workdirs.check_config(path, made_with(), tiny.config(**{key: value}))
+
+
+def test_what_only_measures_logs_or_lays_out_may_change(tmp_path):
+  changes = {'evaluation__num_samples': 7, 'log__every': 3, 'checkpoint__every': 2, 'mesh__fsdp': 2}
+  changes |= {'methods': ('dmd',), 'dataset__workers': 1, 'compute__remat': True}
+  workdirs.check_config(tmp_path / 'config.json', made_with(), tiny.config(**changes))
+
+
+def test_a_students_section_may_change_under_all_stages_but_its_own(tmp_path):
+  path, changed = tmp_path / 'stage.json', tiny.config(dmd__learning_rate=0.5)
+  for stage in ('', 'base', 'knowledge'):
+    workdirs.check_config(path, made_with(), changed, stage)
+  with pytest.raises(UserError, match=r'dmd\.learning_rate'):
+    workdirs.check_config(path, made_with(), changed, 'dmd')
+
+
+def test_keys_that_an_older_version_did_not_have_are_not_compared(tmp_path):
+  older = made_with()
+  del older['weighting']
+  workdirs.check_config(tmp_path / 'config.json', older, tiny.config())
+  newer = made_with() | {'of_a_newer_version': 1}
+  with pytest.raises(UserError, match='of_a_newer_version was 1, is absent'):
+    workdirs.check_config(tmp_path / 'config.json', newer, tiny.config())
