@@ -1,7 +1,6 @@
 """Drawing: image k is a function of (seed, k); one program for all step counts."""
 
 import dataclasses
-
 import types
 
 import jax
