@@ -45,6 +45,7 @@ setuptools.setup(
     'dev': [
       'mypy>=1.15',
       'pytest>=8.3',
+      'pytest-cov>=6.0',
       'pytest-timeout>=2.3',
       'pytest-xdist>=3.6',
       'ruff>=0.9',

@@ -126,13 +126,19 @@ def versions() -> dict[str, str]:
 
 
 def write(directory: pathlib.Path, model: StoredModel) -> None:
-  """Writes a model's folder whole or not at all; one that holds the same model stays as it is."""
+  """Writes a model's folder whole or not at all.
+
+  Where the same weights are there, they stay, and so does what they were made from; only how they are sampled may change.
+  """
   if not files.writes():
     return
   description = json.loads(json.dumps(describe(model)))
   if (directory / DESCRIPTION).is_file():
     found = files.read_json(directory / DESCRIPTION)
     if found.get('digest') == description['digest'] and (directory / WEIGHTS).is_file():
+      kept = description | {key: found[key] for key in ('provenance', 'metrics') if key in found}
+      if kept != found:
+        files.write_json(directory / DESCRIPTION, kept)
       return
   temporary = directory.with_name(directory.name + '.tmp')
   shutil.rmtree(temporary, ignore_errors=True)

@@ -315,6 +315,17 @@ def test_the_same_model_is_not_written_again(folder):
   assert_equal(model.read(folder), MODELS['conditional'](seed=1))
 
 
+def test_how_a_model_is_sampled_may_change_under_the_same_weights(folder):
+  model.add_metrics(folder, [{'value': 1.0}])
+  weights = (folder / model.WEIGHTS).stat().st_mtime_ns
+  changed = dataclasses.replace(MODELS['conditional'](), clip_x=False, provenance={'updates': 0})
+  model.write(folder, changed)
+  found = model.read(folder)
+  assert found.clip_x is False and found.metrics == ({'value': 1.0},)
+  assert found.provenance == MODELS['conditional']().provenance
+  assert (folder / model.WEIGHTS).stat().st_mtime_ns == weights
+
+
 def test_a_process_that_only_reads_writes_nothing(folder, monkeypatch):
   before = content(folder)
   monkeypatch.setattr(files, '_writes', False)

@@ -1,6 +1,5 @@
 """The plan of students that go to few steps at once, what is refused of it, and what it costs."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -19,9 +18,7 @@ from diffusion_distillation.methods import DMD, DMD2, Consistency, Gan, Knowledg
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.run import forecast
 from diffusion_distillation.stages import plan as stages
-from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
-from diffusion_distillation.stages.provenance import Model
 from tests import tiny
 
 ALL = ('progressive', 'knowledge', 'consistency', 'dmd', 'dmd2')
@@ -340,16 +337,3 @@ def test_a_stage_costs_what_led_from_the_base_to_it_each_once(tmp_path, drawn):
   origin = {'method': 'dmd', 'parent': 'base', 'start': 'dmd', 'cost': found['dmd2']['cost']}
   assert found['dmd2'] == origin
   assert found['base'] == {'method': 'denoising', 'parent': None, 'start': None, 'cost': 0.0}
-
-
-def test_lineage_names_both_parents():
-  model = Model(plan()['base'], 'ema', None, 'a', 1, 0.0, {})
-  other = dataclasses.replace(model, stage=plan('knowledge')['knowledge'], digest='b')
-  described = provenance.Parents(model, other, 'p').describe()
-  assert described == {
-    'parent': {'stage': 'base', 'weights': 'ema', 'digest': 'a'},
-    'start': {'stage': 'knowledge', 'weights': 'ema', 'digest': 'b'},
-    'pairs': 'p',
-    'distance': None,
-  }
-  assert provenance.Parents(model).describe()['start'] is None  # new parameters
