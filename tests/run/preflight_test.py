@@ -17,6 +17,7 @@ STAGES, _ = tiny.plan(
   methods=('progressive', 'dmd'),
   dmd__batch_size=16,
   dmd__num_updates=10,
+  dmd__fake_updates=5,
   pairs__num_pairs=1000,
   distill__start_steps=2,
 )

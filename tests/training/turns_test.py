@@ -1,7 +1,8 @@
-"""An update of several networks: the learning rate of each, and the average that a loss is given."""
+"""An update of several networks: the learning rate of each, the average that a loss is given, and what is skipped."""
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,23 +32,43 @@ def test_every_network_moves_by_its_own_learning_rate():
   assert metrics['fake_score_learning_rate'] == np.float32(3e-3)
 
 
-def test_the_average_that_a_loss_is_given_is_the_first_moving_average():
-  """A toy method, whose loss is the distance of the student from it."""
-
-  def loss(nets, batch, rng, step):
-    return jnp.sum(jnp.square(nets['student']['w'] - nets['average']['w'])), {}
-
-  draw = lambda rng, shape: {'eps': jnp.zeros(shape)}  # noqa: E731
-  recipe = types.SimpleNamespace(
-    method=types.SimpleNamespace(trained=('student',), loss=loss, draw=draw),
+def toy(loss):
+  """A recipe of a method that trains the student by `loss(nets)`, and draws what it does not use."""
+  method = types.SimpleNamespace(
+    trained=('student',),
+    loss=lambda nets, batch, rng, step: (loss(nets), {}),
+    draw=lambda rng, shape: {'eps': jnp.zeros(shape)},
+  )
+  return types.SimpleNamespace(
+    method=method,
     bind=dict,
+    learning_rate={'student': LearningRate(1e-3, 10)},
+    optimizer=Adam(),
+    ema_decay=(0.9, 0.5),
     seed=0,
     shape=(4, 1),
     cond_dropout=0.0,
     micro_batches=1,
   )
-  state = TrainState.create({'student': {'w': jnp.zeros(3)}}, Adam().transform(), 2)
-  state = state.replace(ema_params=({'w': jnp.full(3, 2.0)}, {'w': jnp.full(3, 5.0)}))
+
+
+def zeros():
+  return TrainState.create({'student': {'w': jnp.zeros(3)}}, Adam().transform(), 2)
+
+
+def test_the_average_that_a_loss_is_given_is_the_first_moving_average():
+  recipe = toy(lambda nets: jnp.sum(jnp.square(nets['student']['w'] - nets['average']['w'])))
+  state = zeros().replace(ema_params=({'w': jnp.full(3, 2.0)}, {'w': jnp.full(3, 5.0)}))
   found, _, grads = step.loss_and_gradients(recipe, state, {}, {'cond': None})
   assert found == 12.0
   np.testing.assert_array_equal(grads['student']['w'], -4.0)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
+  """The square root has one at 0."""
+  recipe = toy(lambda nets: jnp.sum(jnp.sqrt(nets['student']['w'])))
+  state, metrics = step.train_step(recipe, zeros(), {}, {'cond': None})
+  assert metrics['loss'] == 0.0 and not np.isfinite(metrics['grad_norm'])
+  assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (1, 1, 1)
+  before = zeros().replace(step=state.step, skipped=state.skipped, skipped_in_a_row=state.skipped)
+  jax.tree.map(np.testing.assert_array_equal, state, before)
