@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import jax
@@ -52,7 +53,8 @@ OF_FILES = {
   'flipped': flip,
   'garbage': garbage,
 }
-DESCRIPTIONS = ['config.json', 'dataset.json', f'{LAST}/stage.json']
+WEIGHTS = f'{LAST}/model/weights.safetensors'
+DESCRIPTIONS = ['config.json', 'dataset.json', f'{LAST}/stage.json', f'{LAST}/model/model.json']
 OF_DIRECTORIES = {'emptied': empty_directory, 'gone': shutil.rmtree}
 
 
@@ -114,6 +116,7 @@ def test_no_damage_to_a_checkpoint_gives_wrong_values(
 @pytest.mark.parametrize('kind', OF_FILES)
 def test_the_older_checkpoint_is_used_instead_of_a_damaged_one(finished, tmp_path, caplog, kind):
   workdir = shutil.copytree(finished, tmp_path / 'workdir')
+  shutil.rmtree(workdir / LAST / 'model')  # a finished model is read from there
   newest = workdir / LAST / 'checkpoints' / '8'
   files = [path for path in newest.rglob('*') if path.is_file()]
   OF_FILES[kind](max(files, key=lambda path: path.stat().st_size))
@@ -163,16 +166,27 @@ def test_damaged_descriptions_end_in_a_message_or_are_written_again(finished, tm
 )
 def test_a_description_that_holds_something_else_is_named(finished, tmp_path, name, text):
   """Valid JSON that nobody here wrote."""
-  for path in ('config.json', 'dataset.json', f'{LAST}/stage.json'):
+  for path in (*DESCRIPTIONS, WEIGHTS):
     (tmp_path / path).parent.mkdir(exist_ok=True)
     shutil.copy(finished / path, tmp_path / path)
   (tmp_path / name).write_text(text)
   try:
-    assert reopened(tmp_path) is None
+    found = reopened(tmp_path)
   except UserError as error:
     assert str(tmp_path / name) in str(error)
   else:
     assert name == 'config.json'  # which is written again, if nothing in it differs
+    assert found == json.loads((finished / LAST / 'stage.json').read_text())['digest']
+
+
+@pytest.mark.parametrize('kind', OF_FILES)
+def test_damaged_weights_of_a_finished_model_are_named(finished, tmp_path, kind):
+  workdir = shutil.copytree(finished, tmp_path / 'workdir')
+  OF_FILES[kind](workdir / WEIGHTS)
+  with pytest.raises(
+    DamagedError, match=f'{re.escape(str(workdir / WEIGHTS))} is .*restore it from a copy'
+  ):
+    disasters.load(workdir)
 
 
 class Extractor:
