@@ -1,10 +1,57 @@
-"""What a stage was made from, as its stage.json names it."""
+"""What a stage was made from, as its stage.json names it, and that it goes on only from that."""
 
 import dataclasses
+import json
 
+import jax
+import pytest
+
+from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.stages import provenance
-from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.provenance import Model, Parents
+from diffusion_distillation.system import sharding
+from diffusion_distillation.system.checkpoints import Checkpoints
+from tests import tiny
 from tests.stages.students_test import plan
+
+CONFIG = tiny.config()
+BASE, STUDENT = tiny.plan()[0][:2]
+
+
+def model_of(stage, digest):
+  return Model(stage, 'ema', None, digest, stage.num_updates, 0.0, {})
+
+
+@pytest.mark.parametrize('what', ['teacher', 'start', 'pairs', 'distance'])
+def test_a_stage_that_came_from_something_else_is_refused(tmp_path, what):
+  teacher = model_of(BASE, 'a')
+  parents = Parents(teacher, teacher, 'p', 'd')
+  provenance.begin_stage(tmp_path, STUDENT, parents, CONFIG)
+  provenance.begin_stage(tmp_path, STUDENT, parents, CONFIG)
+  other = model_of(BASE, 'b') if what in ('teacher', 'start') else 'other'
+  key = 'parent' if what == 'teacher' else what
+  with pytest.raises(UserError, match=rf'stage\.json: {key} is '):
+    provenance.begin_stage(tmp_path, STUDENT, dataclasses.replace(parents, **{what: other}), CONFIG)
+
+
+def test_an_import_that_fails_leaves_no_stage(tmp_path, monkeypatch):
+  def full(*_):
+    raise StorageError('the disk is full')
+
+  params = sharding.to_host(BASE.init_params(jax.random.key(0)))
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, 'save', full)
+    with pytest.raises(StorageError):
+      provenance.adopt(tmp_path, BASE, params, CONFIG, {'source': 'a test'})
+  assert not (tmp_path / 'base' / 'stage.json').exists()
+
+
+def test_an_imported_stage_is_finished_and_has_no_parents(tmp_path):
+  params = sharding.to_host(BASE.init_params(jax.random.key(0)))
+  model = provenance.adopt(tmp_path, BASE, params, CONFIG, {'source': 'a test'})
+  found = json.loads((tmp_path / 'base' / 'stage.json').read_text())
+  assert found['finished'] and found['digest'] == model.digest and found['parent'] is None
+  assert provenance.load_model(tmp_path, BASE, CONFIG).digest == model.digest
 
 
 def test_lineage_names_both_parents():
