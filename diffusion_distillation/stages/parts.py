@@ -1,7 +1,6 @@
 """From the sections of a config to the parts of a stage. Pure."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,13 +55,8 @@ def make_sampler(name: str, gamma: float = 0.0) -> samplers.Sampler:
 
 def make_space(section: Mapping[str, Any]) -> Space:
   """The space of a network by name."""
-  return _one_of(choose('model.space', section['space'], SPACES))
-
-
-@functools.cache
-def _one_of(cls: type[Any]) -> Any:
-  """The same instance every time: its bound methods are static under jit, and only equal to themselves."""
-  return cls()
+  space: Space = choose('model.space', section['space'], SPACES)()
+  return space
 
 
 def make_denoiser(
