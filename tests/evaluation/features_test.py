@@ -124,7 +124,7 @@ def test_moments_are_those_of_the_images_that_are_whole_each_once(few, extractor
   images = noise(27, broken=broken)
   found = extractor(images.images[[k for k in range(27) if k not in broken]])
   loader = Loader(images if hold is InMemory else streamed(images))
-  assert_moments_of(extractor.moments(loader), found)
+  assert_moments_of(extractor.summary(loader).moments, found)
   assert set(loader.skipped) == set(broken)
 
 
@@ -133,7 +133,7 @@ def test_moments_of_chosen_images_count_them_as_often_as_they_are_chosen(few, ex
   chosen = np.random.default_rng(1).integers(27, size=45)
   found = extractor(images.images[[k for k in chosen if k not in BROKEN]])
   assert 20 < len(found) < 45
-  assert_moments_of(extractor.moments(Loader(streamed(images)), chosen), found)
+  assert_moments_of(extractor.summary(Loader(streamed(images)), chosen).moments, found)
 
 
 def test_features_do_not_depend_on_the_batches_and_are_one_program(few, extractor):
@@ -208,5 +208,5 @@ def test_it_learns_to_tell_quarter_turns_apart(tmp_path, monkeypatch):
 def test_a_set_of_which_nothing_can_be_read_is_no_reference(few, extractor):
   images = noise(9, broken=set(range(9)))
   with pytest.raises(Exception, match='none of 9 images in a row can be used') as error:
-    extractor.moments(Loader(streamed(images)))
+    extractor.summary(Loader(streamed(images)))
   assert not isinstance(error.value, BrokenImage)

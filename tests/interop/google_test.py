@@ -154,7 +154,7 @@ def refused(config, path, into, source='google'):
   """The message with which an import is refused; nothing may have been written."""
   before = content(into) if into.exists() else None
   with pytest.raises(UserError) as caught:
-    importing.SOURCES[source](config, default.get_config(), path, into)
+    importing.READERS[source](config, default.get_config(), path, into)
   message = str(caught.value)
   assert '\n' not in message and str(path) in message
   assert before == (content(into) if into.exists() else None)
