@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests import conftest  # sets the environment of all tests, before jax is imported
+from tests import conftest  # noqa: F401 (sets the environment of all tests, before jax is imported)
 
 ROOT = pathlib.Path(__file__).parent.parent
 TABLES = pathlib.Path(__file__).parent / 'breaks_tables'
@@ -219,5 +219,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-  assert conftest.os.environ['JAX_PLATFORMS'] == 'cpu'
   sys.exit(main())
