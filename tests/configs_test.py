@@ -227,6 +227,7 @@ def test_an_unknown_variant_is_one_clear_line(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_variant_reaches_the_plan_from_the_command_line(tmp_path):
   flags = ['--config=configs/cifar10.py:fast', '--mode=plan', '--config.log.measured_updates=0']
   code, _, err = tiny.run_cli(*flags, f'--workdir={tmp_path / "run"}')

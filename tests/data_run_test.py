@@ -239,6 +239,7 @@ def test_a_conditional_model_is_sampled_by_name_or_without_a_class(whole, tmp_pa
     assert (one != other).any(axis=(1, 2, 3)).all()
 
 
+@pytest.mark.slow
 def test_a_flat_folder_has_no_classes_and_is_measured_by_quarter_turns(tmp_path, monkeypatch):
   """A whole run, but for the updates, which change nothing."""
 

@@ -118,6 +118,7 @@ def test_restored_on_other_devices_training_goes_on_as_before(lay_out, tmp_path)
     assert one == pytest.approx(other, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_several_updates_in_one_program_are_those_one_by_one(lay_out):
   """Of a method whose networks take turns, too."""
   lay_out(4, 2)

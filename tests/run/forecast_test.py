@@ -220,6 +220,7 @@ def test_networks_that_take_turns_are_timed_in_whole_periods(monkeypatch):
   assert turns == [False, False, False, False, True] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('conditional', [False, True])
 def test_measured_and_real_updates_are_one_program(tmp_path, monkeypatch, conditional):
   """Of the base, and of all rounds: what is compiled for the forecast is what the run goes on with."""

@@ -58,6 +58,7 @@ def flat(tree):
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
 
 
+@pytest.mark.slow
 def test_recomputed_activations_give_the_same_gradient(computed):
   """With the same dropout masks."""
   x, grads = computed()
