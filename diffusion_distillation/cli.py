@@ -85,6 +85,9 @@ def run(options: Options) -> int:
   except UserError as error:
     return _fail(str(error), error.exit_code)
   except OSError as error:
+    if (gone := _vanished(error, options.workdir)) is not None:
+      message = f'{gone} has vanished; bring it back, and run the same command again'
+      return _fail(message, StorageError.exit_code)
     if error.errno not in _OF_THE_DISK:
       return _fail(str(error), UserError.exit_code)
     where = error.filename or options.workdir
@@ -95,6 +98,14 @@ def run(options: Options) -> int:
 
 # What a disk says that is full, read-only, broken, gone, or beyond its quota.
 _OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EDQUOT)
+
+
+def _vanished(error: OSError, workdir: pathlib.Path | None) -> pathlib.Path | None:
+  """The directory in the workdir that is not there any more, if that is what the error is about."""
+  if error.errno != errno.ENOENT or error.filename is None or workdir is None:
+    return None
+  directory = pathlib.Path(error.filename).parent
+  return directory if workdir in directory.parents and not directory.exists() else None
 
 
 def _fail(message: str, code: int) -> int:

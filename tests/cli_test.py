@@ -306,6 +306,21 @@ def test_what_a_disk_says_has_the_exit_code_of_the_disk(tmp_path, monkeypatch, c
     assert 'some/file' in capsys.readouterr().err
 
 
+def test_a_directory_of_the_workdir_that_vanishes_is_the_disks_fault(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
+  (tmp_path / 'there').mkdir()
+  outside = tmp_path.parent / 'nowhere' / 'file'
+  for path, code in ((tmp_path / 'gone' / 'file', 5), (tmp_path / 'there' / 'file', 2), (outside, 2)):
+
+    def fail(_, path=path):
+      path.open()
+
+    monkeypatch.setitem(cli.MODES, 'sample', fail)
+    assert cli.run(options(tmp_path)) == code
+    err = capsys.readouterr().err
+    assert str(path) in err if code == 2 else f'{path.parent} has vanished; bring it back' in err
+
+
 def test_gamma_is_for_ancestral_sampling_alone(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
   for sampler, word in (('ancestral', 'no model'), ('ddim', '--gamma only'), (None, '--gamma only')):
