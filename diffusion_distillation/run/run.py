@@ -1,5 +1,6 @@
 """A run: every stage of a plan, then the evaluation."""
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -96,7 +97,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   stages, images = workdirs.plan_for(workdir, config)
   done, distances_of = _check(config, workdir, stages)
   _check_needs(stages, done, images)
-  with workdirs.lock_workdir(workdir):
+  # Whatever happens, the processes that read images end before this one does.
+  reading = contextlib.nullcontext() if images is None else contextlib.closing(images)
+  with reading, workdirs.lock_workdir(workdir):
     _show(config, workdir, stages, done, distances_of)
     workdirs.claim(workdir, config)
     if images is not None:
