@@ -142,6 +142,7 @@ _TYPES: dict[Any, str] = {
   str: 'string',
   tuple[int, ...]: 'integers',
   tuple[float, ...]: 'numbers',
+  tuple[str, ...]: 'strings',
 }
 
 
@@ -199,11 +200,21 @@ def check_keys(config: Mapping[str, Any], default: Mapping[str, Any]) -> None:
   if missing:
     raise UserError(f'config lacks the keys {", ".join(missing)}; start from configs/default.py')
   values = dict(flatten(config))
-  for key, example in flatten(default):
-    if isinstance(example, tuple):
-      wanted = (int, float) if isinstance(example[0], float) else type(example[0])
-      if not all(isinstance(e, wanted) and not isinstance(e, bool) for e in values[key]):
-        raise UserError(f'{key}={values[key]} must hold values like those of {example}')
+  for key, of_type in _tuples().items():
+    entry, found = typing.get_args(of_type)[0], values[key]
+    wanted = (int, float) if entry is float else entry
+    if found is not None and not all(isinstance(e, wanted) and not isinstance(e, bool) for e in found):
+      raise UserError(f'{key}={found} must hold {_TYPES[of_type]}')
+
+
+def _tuples() -> dict[str, Any]:
+  """The types of those keys of all SECTIONS that are tuples."""
+  types = {
+    _full(name, field.name): _not_optional(field.type)[0]
+    for name, cls in SECTIONS.items()
+    for field in dataclasses.fields(cls)
+  }
+  return {key: of_type for key, of_type in types.items() if typing.get_origin(of_type) is tuple}
 
 
 def check_known(given: list[str], known: list[str]) -> None:

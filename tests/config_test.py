@@ -219,3 +219,22 @@ def test_a_key_that_does_not_exist_names_the_nearest():
   del made['train']['bach_size'], made['train']['batch_size']
   with pytest.raises(UserError, match=r'lacks the keys train\.batch_size'):
     config.check_keys(made, default.get_config())
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'words'),
+  [
+    ('student.ch_mult', (1, 'a'), 'must hold integers'),
+    ('student.attn_resolutions', (4.5,), 'must hold integers'),
+    ('model.ch_mult', (True,), 'must hold integers'),
+    ('train.ema_decay', ('0.9',), 'must hold numbers'),
+    ('methods', (1,), 'must hold strings'),
+  ],
+)
+def test_entries_of_tuples_have_their_types(key, value, words):
+  """Those of optional keys, too, whose defaults show no entry."""
+  made = default.get_config().to_dict()
+  section, _, name = key.rpartition('.')
+  (made[section] if section else made)[name] = value
+  with pytest.raises(UserError, match=rf'{key}=.*{words}'):
+    config.check_keys(made, default.get_config())

@@ -11,6 +11,9 @@ import pytest
 from PIL import Image
 
 from diffusion_distillation import datasets
+from diffusion_distillation.datasets import loading
+from diffusion_distillation.errors import NumericalError
+from diffusion_distillation.run import run as run_module
 from tests import tiny
 
 STAGES = ['base', 'progressive_0002', 'progressive_0001']
@@ -215,3 +218,17 @@ def test_the_held_out_split_is_held_out():
 
   original = np.round(load_digits().data * 255 / 16).astype(np.uint8)
   assert sorted(map(bytes, every)) == sorted(map(bytes, original))
+
+
+def test_images_are_closed_however_a_run_ends(tmp_path, monkeypatch):
+  """Processes that read them would keep the run's own from ending."""
+  closed = []
+
+  def fit(*args):
+    raise NumericalError('diverged')
+
+  monkeypatch.setattr(run_module, 'fit', fit)
+  monkeypatch.setattr(loading.Loader, 'close', closed.append)
+  with pytest.raises(NumericalError, match='diverged'):
+    run_module.run(tiny.config(log__measured_updates=0), tmp_path / 'run')
+  assert len(closed) == 1

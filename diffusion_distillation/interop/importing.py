@@ -1,7 +1,8 @@
 """Models from elsewhere as the first stage of a workdir: sampled, measured and distilled like its own."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -77,7 +78,8 @@ def from_workdir(config: Config, default: Config, path: pathlib.Path, into: path
   if model is None or not found_in.get('finished'):
     raise UserError(f'--checkpoint={path} is not finished; train it to its end first')
   origin = {'source': 'workdir', 'file': str(path), 'sha256': model.digest}
-  return _adopt(config, into, stage, jax.device_get(model.params), origin)
+  made = provenance.to_stored(path.parent, model, stored).provenance
+  return _adopt(config, into, stage, jax.device_get(model.params), origin, made=made)
 
 
 def from_model(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
@@ -107,7 +109,7 @@ def adopt_stored(config: Config, into: pathlib.Path, stored: StoredModel, made: 
   origin = workdir.origin_of(stored)
   stage = plan(config, stored.image_shape, classes.count if classes else 0, origin)[0]
   made = {**made, 'sha256': digest(stored.params)}
-  return _adopt(config, into, stage, stored.params, made, stored.class_names)
+  return _adopt(config, into, stage, stored.params, made, stored.class_names, stored.provenance)
 
 
 def _adopt(
@@ -117,12 +119,13 @@ def _adopt(
   params: object,
   origin: dict[str, str],
   class_names: Sequence[str] = (),
+  made: Mapping[str, Any] | None = None,
 ) -> Model:
   with workdir.lock_workdir(into):
     if (into / stage.name).exists():
       raise UserError(f'{into / stage.name} is there already; import into another workdir, or remove it')
     workdir.claim(into, config)
-    return provenance.adopt(into, stage, params, config, origin, class_names)
+    return provenance.adopt(into, stage, params, config, origin, class_names, made)
 
 
 READERS: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]] = {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 from clu import parameter_overview
 
+from diffusion_distillation import datasets
 from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.evaluation import measure
@@ -81,7 +82,8 @@ def show_times(
     total += call * of_pairs
     _print(f'  {"pairs":<18} {_duration(call * of_pairs):>10}')
   calls = evaluation_calls(stages, config)
-  _print(f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)')
+  if calls:
+    _print(f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)')
   _print(f'  {"together":<18} {_duration(total + call * calls):>10}')
 
 
@@ -104,7 +106,8 @@ def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[s
       f'  {stage.name:<18} {stage.num_steps:>5} steps {stage.num_updates:>8,} updates of '
       f'{stage.batch_size} images {calls:>10.2e} network calls{done}'
     )
-  yield f'  {"evaluation":<18} {evaluation_calls(stages, config):>54.2e} network calls'
+  if calls := evaluation_calls(stages, config):
+    yield f'  {"evaluation":<18} {calls:>54.2e} network calls'
 
 
 def network_calls(stage: Stage) -> float:
@@ -121,7 +124,9 @@ def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
 
 
 def evaluation_calls(stages: list[Stage], config: Config) -> int:
-  """Network calls of one image that measuring every stage takes, if nothing is measured yet."""
+  """Network calls of one image that measuring every stage takes, if nothing is measured yet; 0 without images."""
+  if config.dataset.name == datasets.NONE:
+    return 0
   return config.evaluation.num_samples * sum(
     num_steps * measure.make(config, sampler).calls_per_step
     for _, _, sampler, num_steps in measure.rows(stages, config)

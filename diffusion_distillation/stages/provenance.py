@@ -257,9 +257,8 @@ def load_model(
 def _from_folder(workdir: pathlib.Path, stage: Stage, folder: pathlib.Path) -> Model:
   """A finished stage's model as its folder holds it, which `read` has checked against its digest."""
   stored, checked = read(folder), read_json(folder / DESCRIPTION)['digest']
-  params, made = stored.params, stored.provenance
-  step, seconds = int(made['updates']), float(made['seconds'])
-  model = Model(stage, 'ema', params, checked, step, seconds, {'ema': params})
+  params, seconds = stored.params, float(stored.provenance['seconds'])
+  model = Model(stage, 'ema', params, checked, stage.num_updates, seconds, {'ema': params})
   check_digest(workdir, model)
   return model
 
@@ -279,10 +278,20 @@ def adopt(
   config: Config,
   origin: Mapping[str, Any],
   class_names: Sequence[str] = (),
+  made: Mapping[str, Any] | None = None,
 ) -> Model:
   """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it.
 
   `stage.json` is written last: without it nothing was imported.
+
+  Args:
+    workdir: of the run to be.
+    stage: that the parameters become.
+    params: of its network.
+    config: of the run.
+    origin: where the parameters were read from, and their digest.
+    class_names: names of the classes by label.
+    made: the model's own provenance, where it came with one.
   """
   stage_dir = workdir / stage.name
   stage = stage.without_parents()
@@ -292,7 +301,10 @@ def adopt(
   model = to_model(stage, state, 0.0)
   outcome = {'finished': True, 'digest': model.digest, 'seconds': 0.0, 'imported': dict(origin)}
   stage_dir.mkdir()
-  stored = dataclasses.replace(to_stored(workdir, model, config), class_names=tuple(class_names))
+  stored = to_stored(workdir, model, config)
+  imported = {**origin, 'provenance': dict(made or {})}
+  history = {**stored.provenance, 'updates': 0, 'imported': imported}
+  stored = dataclasses.replace(stored, class_names=tuple(class_names), provenance=history)
   write(stage_dir / 'model', stored)
   with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
     checkpoints.save(stage.num_updates, state, 0.0)

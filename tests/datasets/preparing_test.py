@@ -339,8 +339,7 @@ def test_what_is_not_there_is_not_read(name, tmp_path):
 def test_an_empty_directory_may_be_used_and_a_disk_that_is_too_small_not(
   pristine, tmp_path, monkeypatch
 ):
-  size = (COUNT + 7) * (8 * 8 * 3 + 4)
-  usage = shutil.disk_usage(tmp_path)
+  size, usage = (COUNT + 7) * (8 * 8 * 3 + 4), shutil.disk_usage(tmp_path)
   for free in (size - 1, size):
     monkeypatch.setattr(shutil, 'disk_usage', lambda _, free=free: usage._replace(free=free))
     if free < size:

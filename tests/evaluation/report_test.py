@@ -342,7 +342,6 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
   assert (of_two['ddim'], of_two['heun'], of_two['rk4']) == (2, 4, 8)
   text = (tmp_path / 'report' / 'index.html').read_text()
   assert 'Base, Heun' in text and 'ema_0.5' in text
-
   asked.clear()
   again = tiny.config(
     evaluation__samplers=('ancestral', 'ddim'), **overrides | {'evaluation__gamma': 1.0}

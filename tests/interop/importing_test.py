@@ -10,6 +10,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import importing
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
+from diffusion_distillation.system.files import read_json
 from tests.interop.google_test import content, read_lineage, refused
 
 
@@ -40,6 +41,23 @@ def test_a_stage_of_another_run_is_imported_with_the_same_digest(finished, name,
   first, *rounds = workdirs.stored_plan(tmp_path / 'run', stored)
   assert first.name == name and first.parent is None and rounds[0].parent == name
   assert provenance.load_model(tmp_path / 'run', first, stored).digest == theirs['digest']
+  history = read_json(tmp_path / 'run' / name / 'model' / 'model.json')['provenance']
+  assert history['updates'] == 0 and history['imported']['sha256'] == theirs['digest']
+  made = read_json(finished / name / 'model' / 'model.json')['provenance']
+  assert history['imported']['provenance']['updates'] == made['updates'] > 0
+
+
+def test_an_imported_folder_keeps_its_provenance_however_often_it_moves(finished, config, tmp_path):
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  other = overridden(config, train__num_updates=9)
+  importing.from_model(other, default.get_config(), finished / 'progressive_0002' / 'model', first)
+  importing.from_model(other, default.get_config(), first / 'base' / 'model', second)
+  made, once, twice = (
+    read_json(path / 'model' / 'model.json')['provenance']
+    for path in (finished / 'progressive_0002', first / 'base', second / 'base')
+  )
+  assert once['imported']['provenance'] == made and twice['imported']['provenance'] == once
+  assert once['updates'] == twice['updates'] == 0
 
 
 @pytest.mark.parametrize(

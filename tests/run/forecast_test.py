@@ -97,6 +97,13 @@ def test_the_table_has_updates_and_network_calls_of_every_stage(capsys, measured
   assert not any(done for _, done in told.values())
 
 
+def test_a_run_without_images_forecasts_no_evaluation(capsys, measured):
+  assert forecast.evaluation_calls(STAGES, tiny.config(**OVERRIDES, dataset__name='none')) == 0
+  plan, estimate = show(capsys, dataset__name='none')
+  assert [line.split()[0] for line in plan[1:]] == NAMES
+  assert not any('evaluation' in line for line in estimate)
+
+
 def test_network_calls_are_counted_without_rounding():
   assert {stage.name: forecast.network_calls(stage) for stage in STAGES} == TRAINING
   assert forecast.evaluation_calls(STAGES, tiny.config(**OVERRIDES)) == EVALUATION
