@@ -16,6 +16,7 @@ from diffusion_distillation.config import FRACTION, POSITIVE, key
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
 from diffusion_distillation.networks.denoiser import BOTTLENECK
+from diffusion_distillation.networks.layers import Dropout, GroupNorm, attention
 
 
 def inverse_cosine(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
@@ -135,14 +136,12 @@ class ResBlock(nn.Module):
   def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
     resample = RESAMPLE[self.resample]
     dtype = self.dtype
-    h = resample(nn.swish(nn.GroupNorm(self.num_groups, dtype=dtype, name='norm1')(x)))
+    h = resample(nn.swish(GroupNorm(self.num_groups, dtype, name='norm1')(x)))
     h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv1')(h)
     scale_shift = nn.Dense(2 * self.out_ch, dtype=dtype, name='temb_proj')(nn.swish(emb))
-    scale_shift = scale_shift[:, None, None, :]
     scale, shift = jnp.split(scale_shift, 2, axis=-1)
-    h = nn.GroupNorm(self.num_groups, dtype=dtype, name='norm2')(h) * (1.0 + scale) + shift
-    h = nn.swish(h)
-    h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
+    h = nn.swish(GroupNorm(self.num_groups, dtype, name='norm2')(h, scale, shift))
+    h = Dropout(self.dropout)(h, deterministic)
     zeros = nn.initializers.zeros
     h = nn.Conv(self.out_ch, (3, 3), kernel_init=zeros, dtype=dtype, name='conv2')(h)
     shortcut = resample(x)
@@ -165,9 +164,8 @@ class AttnBlock(nn.Module):
     num_heads = self.num_heads or ch // (self.head_dim or ch)
     features = (num_heads, ch // num_heads)
     dtype = self.dtype
-    h = nn.GroupNorm(self.num_groups, dtype=dtype, name='norm')(x).reshape(batch, height * width, ch)
-    q, k, v = (nn.DenseGeneral(features, dtype=dtype, name=name)(h) for name in ('q', 'k', 'v'))
-    h = nn.dot_product_attention(q, k, v, force_fp32_for_softmax=True)
+    h = GroupNorm(self.num_groups, dtype, name='norm')(x).reshape(batch, height * width, ch)
+    h = attention(*(nn.DenseGeneral(features, dtype=dtype, name=name)(h) for name in ('q', 'k', 'v')))
     zeros = nn.initializers.zeros
     h = nn.DenseGeneral(ch, axis=(-2, -1), kernel_init=zeros, dtype=dtype, name='proj_out')(h)
     return x + h.reshape(x.shape)
@@ -310,5 +308,5 @@ class UNet(nn.Module):
       if level > 0:
         h = self._resample(h, emb, 'up', f'up_{level}.upsample', det)
 
-    h = nn.swish(nn.GroupNorm(self.num_groups, dtype=dtype, name='norm_out')(h)).astype(z.dtype)
+    h = nn.swish(GroupNorm(self.num_groups, dtype, name='norm_out')(h)).astype(z.dtype)
     return nn.Conv(self.out_ch, (3, 3), kernel_init=nn.initializers.zeros, name='conv_out')(h)
