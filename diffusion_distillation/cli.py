@@ -128,14 +128,14 @@ def _config(options: Options) -> Config:
     raise UserError(f'--mode={options.mode} needs --config, such as --config=configs/digits.py')
   config = options.config
   check_keys(config, options.default)
-  compilation.keep(config.compute.cache)
+  compilation.use(config.compute.cache, config.compute.fast_cpu)
   return config
 
 
 def _stored_config(options: Options, directory: pathlib.Path) -> Config:
   """That which the workdir was made with."""
   config = workdir.read_config(directory, options.default)
-  compilation.keep(config.compute.cache)
+  compilation.use(config.compute.cache, config.compute.fast_cpu)
   return config
 
 
@@ -212,7 +212,7 @@ def _stored_model(options: Options, directory: pathlib.Path) -> tuple[StoredMode
     return _model_of_workdir(options, directory, config), config.evaluation
   if options.stage is not None or options.weights != 'ema':
     raise UserError('--stage and --weights need the --workdir of a run, not the folder of a model')
-  compilation.keep('')
+  compilation.use()
   stored, settings = load(directory).stored, options.default.evaluation
   settings.unlock().update(clip_x=stored.clip_x)
   return stored, settings

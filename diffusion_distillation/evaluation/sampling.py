@@ -17,7 +17,7 @@ from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Space
-from diffusion_distillation.system import interrupts, sharding
+from diffusion_distillation.system import compilation, interrupts, sharding
 from diffusion_distillation.training.state import Params
 
 Chosen = Mapping[str, Sequence[Any]] | None  # values of a condition to draw in turn, by key
@@ -103,8 +103,7 @@ class Drawer:
     return seconds / num_samples
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(
+def _sample(
   drawer: Drawer,
   params: Params,
   grid: jax.Array,
@@ -131,7 +130,10 @@ def _run(
   return z, x
 
 
-@functools.partial(jax.jit, static_argnums=0)
+_run = compilation.jit(_sample, static_argnums=0)
+
+
+@functools.partial(compilation.jit, static_argnums=0)
 def _draw(drawer: Drawer, *args: Any) -> jax.Array:
   """The images alone, uint8."""
-  return drawer.space.decode(_run(drawer, *args)[1])
+  return drawer.space.decode(_sample(drawer, *args)[1])

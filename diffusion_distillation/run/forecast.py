@@ -83,7 +83,9 @@ def show_times(
     _print(f'  {"pairs":<18} {_duration(call * of_pairs):>10}')
   calls = evaluation_calls(stages, config)
   if calls:
-    _print(f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)')
+    _print(
+      f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)'
+    )
   _print(f'  {"together":<18} {_duration(total + call * calls):>10}')
 
 
@@ -113,6 +115,18 @@ def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[s
 def network_calls(stage: Stage) -> float:
   """Forward calls of one image that its training makes; those of trained networks are differentiated as well."""
   return stage.num_updates * stage.batch_size * stage.recipe.method.calls
+
+
+def work_after(stages: list[Stage], finished: set[str], config: Config) -> dict[str, float]:
+  """The work that follows each unfinished stage, in multiples of its own; a differentiated call counts as three calls."""
+  todo = [stage for stage in stages if stage.name not in finished]
+  own = [network_calls(stage) * (1.0 + 2.0 / stage.recipe.method.calls) for stage in todo]
+  rest = float(evaluation_calls(stages, config))
+  found = {}
+  for stage, work in reversed(list(zip(todo, own, strict=True))):
+    found[stage.name] = rest / work
+    rest += work
+  return found
 
 
 def pairs_calls(stages: list[Stage], finished: set[str]) -> int:

@@ -17,7 +17,7 @@ from diffusion_distillation.run.pairs import StoredPairs, ensure
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.system import sharding
+from diffusion_distillation.system import compilation, sharding
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.training.state import Params, TrainState
 
@@ -62,7 +62,8 @@ class Inputs:
     if self.start is not None:
       student = self.start.params
     elif stage.starts_anew or self.teacher is None:
-      student = sharding.to_host(stage.init_params(jax.random.key(stage.recipe.seed)))
+      key = jax.random.key(stage.recipe.seed)
+      student = sharding.to_host(compilation.run_once(stage.init_params, key))
     else:
       student = self.teacher.params
     teacher = student if self.teacher is None else self.teacher.params

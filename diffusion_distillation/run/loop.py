@@ -32,7 +32,14 @@ class _Diverged(Exception):
   """Too many updates in a row were skipped."""
 
 
-def fit(step: Callable, stage: Stage, inputs: Inputs, workdir: pathlib.Path, config: Config) -> Model:
+def fit(
+  step: Callable,
+  stage: Stage,
+  inputs: Inputs,
+  workdir: pathlib.Path,
+  config: Config,
+  work_after: float = 0.0,
+) -> Model:
   """Trains a stage to its end, from wherever its directory says that it stands.
 
   Args:
@@ -41,6 +48,7 @@ def fit(step: Callable, stage: Stage, inputs: Inputs, workdir: pathlib.Path, con
     inputs: what it is trained with.
     workdir: has the stage's directory in it.
     config: of the whole run.
+    work_after: the work that follows the stage, in multiples of its own; for the time that is shown.
 
   Returns:
     The finished model; at once, if it was finished before.
@@ -52,7 +60,7 @@ def fit(step: Callable, stage: Stage, inputs: Inputs, workdir: pathlib.Path, con
   """
   provenance.begin_stage(workdir, stage, inputs.parents(stage), config)
   with contextlib.closing(Checkpoints(workdir / stage.name)) as checkpoints:
-    loop = functools.partial(_loop, step, stage, inputs, config, checkpoints)
+    loop = functools.partial(_loop, step, stage, inputs, config, work_after, checkpoints)
     state, seconds = _restore_or_start(checkpoints, stage, inputs)
     if int(state.step) == stage.num_updates:
       provenance.check_digest(workdir, provenance.to_model(stage, state, seconds))
@@ -92,6 +100,7 @@ def _loop(
   stage: Stage,
   inputs: Inputs,
   config: Config,
+  work_after: float,
   checkpoints: Checkpoints,
   state: TrainState,
   seconds: float,
@@ -101,7 +110,9 @@ def _loop(
   host_batches = inputs.batches(stage, done)
   began = time.monotonic() - seconds
   frozen, pending = inputs.frozen(stage), []
-  progress = Progress(stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds)
+  progress = Progress(
+    stage.name, stage.num_updates, done, stage.batch_size, config.log.seconds, work_after
+  )
 
   def check(skipped: int) -> None:
     if skipped >= config.max_skipped:

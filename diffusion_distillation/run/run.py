@@ -104,8 +104,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     workdirs.claim(workdir, config)
     if images is not None:
       workdirs.claim_images(workdir, images.images)
-    step = sharding.compile_step(train_steps)
-    forecast.show_times(stages, done, step, config, distances_of)
+    step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
     models: dict[str, Model] = {}
     for stage in stages:
       inputs = gather(stage, models, images, workdir, distances_of[stage.name])
@@ -113,7 +112,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       if watched and inputs.teacher is not None and images is not None:
         found = monitor.begin(config, stage, workdir, inputs.teacher, images)
         inputs = dataclasses.replace(inputs, monitor=found)
-      models[stage.name] = fit(step, stage, inputs, workdir, config)
+      models[stage.name] = fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
     if images is None:
       _log.warning('dataset.name=none: nothing is measured, for want of images to compare with')
     else:

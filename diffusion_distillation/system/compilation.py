@@ -1,10 +1,13 @@
-"""Compiled programs, kept on the disk from run to run."""
+"""Compilation: its options, and compiled programs that are kept on the disk from run to run."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -35,22 +38,77 @@ class ComputeSection:
     '`log.every`, `log.health_every` and `checkpoint.every` must be multiples of it.',
     POSITIVE,
   )
+  fast_cpu: bool = key(
+    True,
+    "On CPUs: whether matrix products and convolutions use XLA's YNNPACK kernels, where this version of jaxlib has them. "
+    'A choice in `$XLA_FLAGS` takes precedence.',
+  )
   cache: str = key(
     '',
     "Directory in which compiled programs are kept; if empty, the user's cache directory; `none` for no cache.",
   )
 
 
-def keep(directory: str) -> None:
-  """From now on jax keeps what it compiles in `directory`; 'none': nowhere; '': in the user's cache directory.
+# By option of the compiler: the kernels for matrix products, to which convolutions are reduced.
+_FAST_CPU = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
+_fast_cpu = True
 
-  $JAX_COMPILATION_CACHE_DIR goes before the user's. Programs for one machine's CPU are not found by another's.
+
+def use(cache: str = '', fast_cpu: bool = True) -> None:
+  """Settles how everything that is compiled from now on is compiled, and where it is kept.
+
+  Args:
+    cache: directory in which jax keeps compiled programs; 'none': nowhere; '': the user's cache directory, unless
+      $JAX_COMPILATION_CACHE_DIR names another. Programs for one machine's CPU are not found by another's.
+    fast_cpu: whether `options` are used on CPUs.
   """
-  if directory == 'none':
+  global _fast_cpu
+  _fast_cpu = fast_cpu
+  if cache == 'none':
     jax.config.update('jax_enable_compilation_cache', False)
-  elif directory or not getattr(jax.config, 'jax_compilation_cache_dir', None):
-    base = pathlib.Path(directory) if directory else _of_the_user()
+  elif cache or not getattr(jax.config, 'jax_compilation_cache_dir', None):
+    base = pathlib.Path(cache) if cache else _of_the_user()
     jax.config.update('jax_compilation_cache_dir', str(base.absolute() / _machine()))
+
+
+def options() -> dict[str, str]:
+  """What `jax.jit` is to be given as `compiler_options` for programs whose speed matters."""
+  return _known_options() if _fast_cpu and jax.default_backend() == 'cpu' else {}
+
+
+@functools.cache
+def _known_options() -> dict[str, str]:
+  """Those of _FAST_CPU that this jaxlib knows and $XLA_FLAGS does not set."""
+  found = {}
+  for name, value in _FAST_CPU.items():
+    try:
+      jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:  # no such option, or no such value of it
+      continue
+    if name not in os.environ.get('XLA_FLAGS', ''):
+      found[name] = value
+  return found
+
+
+def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
+  """`jax.jit` of a module's function, with `options` as they are when it is first called."""
+
+  @functools.cache
+  def compiled() -> Callable[..., Any]:
+    return jax.jit(function, compiler_options=options(), **arguments)
+
+  @functools.wraps(function)
+  def call(*args: Any) -> Any:
+    return compiled()(*args)
+
+  return call
+
+
+def run_once(function: Callable[..., Any], *args: Any) -> Any:
+  """`function(*args)`, compiled in a hurry on CPUs, where optimising a program takes longer than running it once."""
+  hurried = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+  on_cpu = jax.default_backend() == 'cpu'
+  return jax.jit(function, compiler_options=hurried if on_cpu else None)(*args)
 
 
 def _of_the_user() -> pathlib.Path:

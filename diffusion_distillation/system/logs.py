@@ -23,7 +23,7 @@ class LogSection:
   every: int = key(100, 'Number of updates between two lines of `metrics.jsonl`.', POSITIVE)
   measured_updates: int = key(
     3,
-    'Number of updates of each kind that are timed to estimate how long a run takes; 0 for no estimate.',
+    'Number of updates of each kind that `--mode=plan` times to estimate how long a run takes; 0 for no estimate.',
     NOT_NEGATIVE,
   )
   health_every: int = key(

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diffusion_distillation.config import key
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.system import compilation
 
 _AXES = ('data', 'fsdp')
 _in_use: list[Mesh] = []
@@ -297,4 +298,4 @@ def compile_step(step: Callable) -> Callable:
       jax.lax.with_sharding_constraint(metrics, whole),
     )
 
-  return jax.jit(compiled, donate_argnums=1)
+  return jax.jit(compiled, donate_argnums=1, compiler_options=compilation.options())

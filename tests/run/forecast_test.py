@@ -227,10 +227,8 @@ def test_networks_that_take_turns_are_timed_in_whole_periods(monkeypatch):
   assert turns == [False, False, False, False, True] * 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('conditional', [False, True])
-def test_measured_and_real_updates_are_one_program(tmp_path, monkeypatch, conditional):
-  """Of the base, and of all rounds: what is compiled for the forecast is what the run goes on with."""
+def test_a_run_has_one_program_for_its_base_and_one_for_all_rounds(tmp_path, monkeypatch, conditional):
   traced, done = [], []
 
   def train_step(recipe, state, frozen, batch):
@@ -250,11 +248,29 @@ def test_measured_and_real_updates_are_one_program(tmp_path, monkeypatch, condit
   compile_really = sharding.compile_step
   monkeypatch.setattr(sharding, 'compile_step', compile_step)
   monkeypatch.setattr(run_module, 'train_steps', train_step)
-  monkeypatch.setattr(forecast, 'seconds_per_call', lambda *_: 0.0)
   monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, again: None)
   run_module.run(tiny.config(model__conditional=conditional, model__ch_mult=(1,)), tmp_path / 'run')
-  assert done == [0, 1, 0, 1, *range(12), *range(8), *range(8)]  # measured, measured, three stages
+  assert done == [*range(12), *range(8), *range(8)]
   assert len(traced) == 2, traced
+
+
+def test_the_work_after_a_stage_counts_differentiated_calls_as_three():
+  """By stage, in network calls: an update of the base is one call and its gradient; of a round, the teacher's too."""
+  calls = {'base': 3, 'progressive_0002': 3 + 4, 'progressive_0001': 3 + 2}
+  work = {
+    name: {'base': 12, 'progressive_0002': 20, 'progressive_0001': 30}[name] * 16 * calls[name]
+    for name in NAMES
+  }
+  config = tiny.config(**OVERRIDES)
+  found = forecast.work_after(STAGES, {'base'}, config)
+  assert found == pytest.approx(
+    {
+      'progressive_0002': (work['progressive_0001'] + EVALUATION) / work['progressive_0002'],
+      'progressive_0001': EVALUATION / work['progressive_0001'],
+    }
+  )
+  all_of_it = forecast.work_after(STAGES, set(), config)['base'] * work['base']
+  assert all_of_it == pytest.approx(sum(work.values()) - work['base'] + EVALUATION)
 
 
 def test_a_call_is_timed_for_one_image_of_a_full_batch(monkeypatch):

@@ -84,15 +84,15 @@ def jax_config():
 def test_programs_are_kept_where_the_config_or_the_user_says(jax_config, monkeypatch, tmp_path):
   jax.config.update('jax_compilation_cache_dir', None)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'user'))
-  compilation.keep('')
+  compilation.use('')
   users = tmp_path / 'user' / 'diffusion_distillation' / 'compiled'
   assert jax.config.jax_compilation_cache_dir.startswith(str(users))
-  compilation.keep(str(tmp_path / 'own'))
+  compilation.use(str(tmp_path / 'own'))
   assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / 'own'))
-  compilation.keep('')  # of the environment, or set before: stays
+  compilation.use('')  # of the environment, or set before: stays
   assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / 'own'))
   assert jax.config.jax_enable_compilation_cache
-  compilation.keep('none')
+  compilation.use('none')
   assert not jax.config.jax_enable_compilation_cache
 
 
