@@ -5,15 +5,17 @@ import dataclasses
 import io
 import itertools
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from diffusion_distillation.config import Config, flatten
 from diffusion_distillation.evaluation import pictures
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 _CAPTIONS = {
   'ddim': 'DDIM',
@@ -135,7 +137,7 @@ def comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   return lines
 
 
-def distance_figure(results: dict[str, Any]) -> Figure:
+def distance_figure(results: dict[str, Any]) -> 'Figure':
   """Frechet distance by network calls, log-log (as Salimans & Ho 2022, Figure 4)."""
   figure, axes = _axes()
   ticks: set[int] = set()
@@ -154,7 +156,7 @@ def distance_figure(results: dict[str, Any]) -> Figure:
   return figure
 
 
-def cost_figure(results: dict[str, Any]) -> Figure:
+def cost_figure(results: dict[str, Any]) -> 'Figure':
   """Frechet distance by the seconds of training from the base to each student; the number of calls at each point."""
   figure, axes = _axes()
   base = results['rows'][0]['stage']
@@ -175,7 +177,7 @@ def cost_figure(results: dict[str, Any]) -> Figure:
   return figure
 
 
-def health_figure(watched: dict[str, list[dict[str, float]]]) -> Figure:
+def health_figure(watched: dict[str, list[dict[str, float]]]) -> 'Figure':
   """Curves of the students' training by share of their updates: diversity, lag of the fake score, DM gradient."""
   names = {
     'diversity': 'diversity, as a ratio to the data',
@@ -183,7 +185,7 @@ def health_figure(watched: dict[str, list[dict[str, float]]]) -> Figure:
     'dm_gradient': 'size of the DM gradient',
   }
   shown = [name for name in names if any(name in line for lines in watched.values() for line in lines)]
-  figure = Figure(figsize=(3.6 * len(shown), 3.2), layout='constrained')
+  figure = _figure(3.6 * len(shown), 3.2)
   for place, name in enumerate(shown, start=1):
     axes = figure.add_subplot(1, len(shown), place)
     for (stage, lines), (colour, _) in zip(watched.items(), itertools.cycle(_STYLES), strict=False):
@@ -198,8 +200,15 @@ def health_figure(watched: dict[str, list[dict[str, float]]]) -> Figure:
   return figure
 
 
-def _axes() -> tuple[Figure, Axes]:
-  figure = Figure(figsize=(6.4, 4.4), layout='constrained')
+def _figure(width: float, height: float) -> 'Figure':
+  """An empty figure, in inches; matplotlib is imported here because that takes a third of the program's start."""
+  from matplotlib.figure import Figure
+
+  return Figure(figsize=(width, height), layout='constrained')
+
+
+def _axes() -> 'tuple[Figure, Axes]':
+  figure = _figure(6.4, 4.4)
   axes = figure.add_subplot()
   axes.set_yscale('log')
   axes.grid(color='#e5e7eb')
@@ -207,17 +216,17 @@ def _axes() -> tuple[Figure, Axes]:
   return figure, axes
 
 
-def _floor(axes: Axes, results: dict[str, Any]) -> None:
+def _floor(axes: 'Axes', results: dict[str, Any]) -> None:
   floor = results['floor']
   axes.axhline(floor['value'], color='#6b7280', linestyle='--', linewidth=1.2, label='Real against real')
   axes.set_ylabel(f'{results["metric"]}, {floor["num_samples"]} samples')
 
 
-def samples_figure(grid_rows: dict[str, np.ndarray]) -> Figure:
+def samples_figure(grid_rows: dict[str, np.ndarray]) -> 'Figure':
   """One row of images a stage; a column starts from one noise."""
   columns = max((len(images) for images in grid_rows.values()), default=1)
   height = max(len(grid_rows), 1)
-  figure = Figure(figsize=(0.55 * columns + 1.6, 0.55 * height + 0.1), layout='constrained')
+  figure = _figure(0.55 * columns + 1.6, 0.55 * height + 0.1)
   for place, (caption, images) in enumerate(grid_rows.items(), start=1):
     axes: Axes = figure.add_subplot(height, 1, place)
     axes.imshow(pictures.to_pil(pictures.grid(pictures.enlarge(images, 64), columns, 4)), cmap='gray')
@@ -228,7 +237,7 @@ def samples_figure(grid_rows: dict[str, np.ndarray]) -> Figure:
   return figure
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: 'Figure') -> bytes:
   file = io.BytesIO()
   figure.savefig(file, format='png', dpi=160, bbox_inches='tight')
   return file.getvalue()
