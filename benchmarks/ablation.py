@@ -124,7 +124,7 @@ class Bench:
     nfe, value = num_steps * measure.make(config, sampler).calls_per_step, None
     try:
       setting = measure.Setting(model(), sampler, num_steps)
-      row = measure.measure_setting(config, setting, self.extractor, self.reference)
+      row = measure.measure_setting(config, setting, self.extractor, self.reference, floor=0.0)
       value = row['value']
     except NumericalError as error:
       print(f'{part}: {error}', file=sys.stderr, flush=True)

@@ -87,7 +87,7 @@ def _shown() -> int:
   return sharding.round_up(_SHOWN)
 
 
-@compilation.jit
+@jax.jit
 def _apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   return classifier.apply(params, _PIXELS.encode(images))
 

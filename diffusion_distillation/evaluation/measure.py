@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, Config, key
+from diffusion_distillation.config import AT_LEAST_TWO, FRACTION, NOT_NEGATIVE, POSITIVE, Config, key
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
@@ -39,6 +39,12 @@ class EvaluationSection:
   """How stages are evaluated, and sampled from."""
 
   num_samples: int = key(50_000, 'Number of samples per row of `results.json`.', AT_LEAST_TWO)
+  tolerance: float = key(
+    0.0,
+    'A row needs no more samples than make its error, about `floor * num_samples / n` after n samples, this fraction of '
+    'its value; 0: every row has `num_samples`.',
+    FRACTION,
+  )
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
   seed: int = key(1, 'Seed of the sampling noise, the same for every row.', NOT_NEGATIVE)
   samplers: tuple[str, ...] = key(
@@ -117,13 +123,13 @@ def evaluate(
     for place, weights, sampler, num_steps in rows([model.stage for model in models], config)
   ]
   steps = sum(s.num_steps for s in todo)
-  size = config.evaluation.num_samples
+  size, floor = config.evaluation.num_samples, results['floor']['value']
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
       key = _key(_describe(config, setting))
-      results['rows'].append(known.get(key) or measure_setting(config, setting, extractor, reference))
+      row = known.get(key) or measure_setting(config, setting, extractor, reference, floor)
+      results['rows'].append(row)
       write_json(partial, results)
-      row = results['rows'][-1]
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
   _record(results['rows'], models, workdir)
@@ -232,6 +238,7 @@ def _describe(config: Config, setting: Setting) -> dict[str, Any]:
     'grid': 'uniform' if setting.model.stage.parent else config.evaluation.grid,
     'nfe': setting.num_steps * sampler.calls_per_step,
     'num_samples': config.evaluation.num_samples,
+    'tolerance': config.evaluation.tolerance,
     'seed': config.evaluation.seed,
     'clip_x': config.evaluation.clip_x,
     **dataclasses.asdict(sampler),
@@ -241,7 +248,7 @@ def _describe(config: Config, setting: Setting) -> dict[str, Any]:
   }
 
 
-_MEASURED = ('metric', 'value', 'metrics', 'seconds_per_image')
+_MEASURED = ('metric', 'value', 'metrics', 'num_drawn', 'seconds_per_image')
 
 
 def _key(row: dict[str, Any]) -> tuple:
@@ -293,23 +300,38 @@ def grid(config: Config, setting: Setting) -> np.ndarray:
 
 
 def measure_setting(
-  config: Config, setting: Setting, extractor: features.FeatureExtractor, reference: Features
+  config: Config,
+  setting: Setting,
+  extractor: features.FeatureExtractor,
+  reference: Features,
+  floor: float,
 ) -> dict[str, Any]:
-  """One row: draws `evaluation.num_samples` images and compares their features with the reference's."""
-  running = RunningFeatures(config.evaluation.num_samples)
-  seconds = drawer(config, setting.model.stage, setting.sampler).seconds_per_image(
-    setting.model.params,
-    grid(config, setting),
-    config.evaluation.num_samples,
-    config.evaluation.seed,
-    use=lambda images: running.add(extractor(images)),
-  )
+  """One row: draws images and compares their features with the reference's.
+
+  The Frechet distance of n samples is too large by about as much as that of n real images, which falls as 1/n: from
+  `floor`, that of `evaluation.num_samples` real images, the error of fewer is known, and compared at every doubling of n.
+  """
+  size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
+  running, due = RunningFeatures(size), 1
+
+  def is_enough(images: np.ndarray) -> bool:
+    nonlocal due
+    running.add(extractor(images))
+    if not tolerance or running.seen < due:
+      return False
+    due = 2 * running.seen
+    return floor * size / running.seen < tolerance * frechet(running.result(), reference)
+
+  model, by = setting.model, grid(config, setting)
+  draw = drawer(config, model.stage, setting.sampler)
+  seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, is_enough)
   samples = running.result()
   values = {name: metric(samples, reference) for name, metric in METRICS.items()}
   return _describe(config, setting) | {
     'metric': f'FD-{extractor.name}',
     'value': values['frechet'],
     'metrics': values,
+    'num_drawn': running.seen,
     'seconds_per_image': seconds,
   }
 

@@ -29,17 +29,17 @@ class Features:
 
 
 class RunningFeatures:
-  """Features of a set of `count` images that arrive in batches."""
+  """Features of a set of at most `count` images that arrive in batches; `seen` of them so far."""
 
   def __init__(self, count: int) -> None:
-    self._moments, self._some, self._seen = RunningMoments(), list[np.ndarray](), 0
+    self._moments, self._some, self.seen = RunningMoments(), list[np.ndarray](), 0
     self._stride = math.ceil(count / _KEPT)
 
   def add(self, features: np.ndarray) -> None:
     """Takes a batch (n, D)."""
     self._moments.add(features)
-    self._some.append(features[-self._seen % self._stride :: self._stride])
-    self._seen += len(features)
+    self._some.append(features[-self.seen % self._stride :: self._stride])
+    self.seen += len(features)
 
   def result(self) -> Features:
     """Of all that was added; raises ValueError with fewer than two examples."""

@@ -91,16 +91,22 @@ class Drawer:
     return z[: len(index)], x[: len(index)], self.cond(index)
 
   def seconds_per_image(
-    self, params: Params, grid: np.ndarray, num_samples: int, seed: int, use: Callable
+    self,
+    params: Params,
+    grid: np.ndarray,
+    num_samples: int,
+    seed: int,
+    use: Callable[[np.ndarray], bool | None],
   ) -> float:
-    """Passes every batch to `use(images)`; the time that drawing alone took, compilation excluded."""
+    """Passes every batch to `use(images)` until that is True; the time that drawing took, compilation excluded."""
     next(self.batches(params, times.uniform(1), 1, 1))
-    seconds, began = 0.0, time.monotonic()
+    seconds, began, drawn = 0.0, time.monotonic(), 0
     for images in self.batches(params, grid, num_samples, seed):
-      seconds += time.monotonic() - began
-      use(images)
+      seconds, drawn = seconds + time.monotonic() - began, drawn + len(images)
+      if use(images):
+        break
       began = time.monotonic()
-    return seconds / num_samples
+    return seconds / drawn
 
 
 def _sample(

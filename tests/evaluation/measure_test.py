@@ -1,0 +1,64 @@
+"""How many samples a row takes."""
+
+import types
+
+import numpy as np
+import pytest
+
+from diffusion_distillation.evaluation import measure, sampling
+from diffusion_distillation.evaluation.metrics import RunningFeatures
+from tests import tiny
+
+SIZE, FLOOR = 4096, 0.2
+
+
+@pytest.fixture
+def row(monkeypatch):
+  """A row of a model whose samples have features about `shift`, and the real ones about 0; 64 a batch."""
+
+  def extractor(images):
+    return np.asarray(images, np.float32)
+
+  extractor.name = 'test'
+  reference = RunningFeatures(SIZE)
+  reference.add(np.random.default_rng(0).normal(size=(SIZE, 4)).astype(np.float32))
+
+  def measured(shift, tolerance):
+    def batches(self, params, grid, num_samples, seed):
+      rng = np.random.default_rng(1)
+      for _ in range(-(-num_samples // 64)):
+        yield shift + rng.normal(size=(64, 4))
+
+    monkeypatch.setattr(sampling.Drawer, 'batches', batches)
+    config = tiny.config(evaluation__num_samples=SIZE, evaluation__tolerance=tolerance)
+    model = types.SimpleNamespace(
+      stage=tiny.plan()[0][0], params=None, weights='ema', step=0, digest='', seconds=0.0
+    )
+    setting = measure.Setting(model, 'ddim', 2)
+    return measure.measure_setting(config, setting, extractor, reference.result(), FLOOR)
+
+  return measured
+
+
+def test_without_tolerance_every_row_has_all_samples(row):
+  assert row(3.0, 0.0)['num_drawn'] == SIZE
+
+
+def test_a_row_takes_the_samples_that_its_error_asks_for(row):
+  """FLOOR * SIZE / n < 0.05 * 36 as soon as n = 455; of the doublings of 64, 512 is the first beyond."""
+  found = row(3.0, 0.05)
+  assert found['num_drawn'] == 512
+  assert found['value'] == pytest.approx(36.0, rel=0.05)
+  assert row(30.0, 0.05)['num_drawn'] == 64
+
+
+def test_a_row_near_the_floor_takes_all_samples(row):
+  assert row(0.5, 0.05)['num_drawn'] == SIZE
+
+
+def test_rows_of_another_tolerance_are_other_rows():
+  model = types.SimpleNamespace(stage=tiny.plan()[0][0], weights='ema', step=0, digest='')
+  setting = measure.Setting(model, 'ddim', 2)
+  rows = [measure._describe(tiny.config(evaluation__tolerance=t), setting) for t in (0.0, 0.5)]
+  assert measure._key(rows[0]) != measure._key(rows[1])
+  assert measure._key(rows[0]) == measure._key({**rows[0], 'num_drawn': 7})
