@@ -16,7 +16,7 @@ from diffusion_distillation.config import FRACTION, POSITIVE, key
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
 from diffusion_distillation.networks.denoiser import BOTTLENECK
-from diffusion_distillation.networks.layers import Dropout, GroupNorm, attention
+from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
 
 
 def inverse_cosine(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
@@ -157,6 +157,7 @@ class AttnBlock(nn.Module):
   num_heads: int | None
   head_dim: int | None
   dtype: Any = None
+  kernel: str = 'xla'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -165,7 +166,8 @@ class AttnBlock(nn.Module):
     features = (num_heads, ch // num_heads)
     dtype = self.dtype
     h = GroupNorm(self.num_groups, dtype, name='norm')(x).reshape(batch, height * width, ch)
-    h = attention(*(nn.DenseGeneral(features, dtype=dtype, name=name)(h) for name in ('q', 'k', 'v')))
+    q, k, v = (nn.DenseGeneral(features, dtype=dtype, name=name)(h) for name in ('q', 'k', 'v'))
+    h = attention(q, k, v, self.kernel)
     zeros = nn.initializers.zeros
     h = nn.DenseGeneral(ch, axis=(-2, -1), kernel_init=zeros, dtype=dtype, name='proj_out')(h)
     return x + h.reshape(x.shape)
@@ -191,6 +193,7 @@ class UNet(nn.Module):
     dtype: of activations, 'float32' or 'bfloat16'; parameters, time and the output stay float32, as do the
       statistics of norms and the softmax of attention.
     remat: whether each block's activations are computed again on the way back instead of being kept.
+    attention: what computes attention, a name in `layers.ATTENTION_KERNELS`.
     schedule: t to logsnr, for the time input 't'.
   """
 
@@ -211,6 +214,7 @@ class UNet(nn.Module):
   resblock_resample: bool = True
   dtype: str = 'float32'
   remat: bool = False
+  attention: str = 'xla'
   schedule: Schedule | None = None
 
   @property
@@ -226,6 +230,10 @@ class UNet(nn.Module):
       raise ValueError(f'time_input={self.time_input!r} is not one of {list(TIME_INPUTS)}')
     if self.time_input == 't' and self.schedule is None:
       raise ValueError("time_input='t' needs the schedule of the network")
+    if self.attention not in ATTENTION_KERNELS:
+      raise ValueError(f'attention={self.attention!r} is not one of {list(ATTENTION_KERNELS)}')
+    if self.attention == 'cudnn' and self.dtype != 'bfloat16':
+      raise ValueError('compute.attention=cudnn needs compute.dtype=bfloat16')
     height, width = image_shape[:2]
     factor = 2 ** (len(self.ch_mult) - 1)
     if height % factor or width % factor:
@@ -249,7 +257,8 @@ class UNet(nn.Module):
 
   def _attention(self, name: str) -> Callable[..., jax.Array]:
     cls = nn.remat(AttnBlock) if self.remat else AttnBlock
-    return cls(self.num_groups, self.num_heads, self.head_dim, DTYPES[self.dtype], name=name)
+    dtype = DTYPES[self.dtype]
+    return cls(self.num_groups, self.num_heads, self.head_dim, dtype, self.attention, name=name)
 
   def _resample(self, h: jax.Array, emb: jax.Array, way: str, name: str, det: bool) -> jax.Array:
     ch, dtype = h.shape[-1], DTYPES[self.dtype]

@@ -38,7 +38,7 @@ _FIELDS = (
   *('image_shape', 'conditioning', 'cond_dropout', 'digest', 'provenance', 'metrics'),
 )
 # Arguments of a network that say how it is computed, or that other fields of the description give.
-NOT_ARGUMENTS = ('parent', 'name', 'dtype', 'remat', 'schedule')
+NOT_ARGUMENTS = ('parent', 'name', 'dtype', 'remat', 'attention', 'schedule')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ def make_denoiser(
   """The network that `section` describes, as a denoiser of x for this data.
 
   The network is given those keys of the section that it has as fields, and of `out_ch`, `num_classes`, `schedule`,
-  `dtype` and `remat`, too.
+  `dtype`, `remat` and `attention`, too.
 
   Raises:
     UserError: the network does not fit the section, or the data.
@@ -84,7 +84,7 @@ def make_denoiser(
   shape = make_space(section).shape(data.image_shape)
   given = {
     **section,
-    **{key: config.compute[key] for key in ('dtype', 'remat')},
+    **{key: config.compute[key] for key in ('dtype', 'remat', 'attention')},
     'out_ch': output_channels(output, shape[-1]),
     'num_classes': num_classes,
     'schedule': schedule,

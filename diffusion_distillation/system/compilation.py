@@ -32,6 +32,12 @@ class ComputeSection:
     False,
     "Whether each block's activations are recomputed in the backward pass instead of being kept, which saves memory.",
   )
+  attention: str = key(
+    'xla',
+    'What computes attention. `cudnn` is a fused kernel for GPUs; it needs `compute.dtype=bfloat16` and heads of at most '
+    '128 channels.',
+    choices=('xla', 'cudnn'),
+  )
   updates_per_dispatch: int = key(
     1,
     'Number of updates per call of the compiled program; more than one pays off for small networks on fast devices. '

@@ -118,6 +118,14 @@ def check_batch(section: str, batch_size: int, micro_batches: int) -> None:
     )
 
 
+def check_attention(kernel: str) -> None:
+  """Raises UserError unless these devices have the kernel; see `layers.attention`."""
+  if kernel == 'cudnn' and jax.default_backend() != 'gpu':
+    raise UserError(
+      f'compute.attention=cudnn is for GPUs, and this run has {jax.default_backend()} devices: leave it out'
+    )
+
+
 def device_count() -> int:
   """Devices of all processes."""
   return jax.device_count()

@@ -106,3 +106,17 @@ def test_attention_in_bfloat16_has_its_softmax_in_float32():
   jaxpr = jax.make_jaxpr(attention)(q, k, k)
   exps = [line for line in str(jaxpr).splitlines() if '= exp ' in line]
   assert exps and all(':f32[' in line for line in exps)
+
+
+def test_the_kernel_of_cudnn_is_asked_for_by_its_name(monkeypatch):
+  """It runs on GPUs alone: here jax's own form stands in for it, which must agree with ours."""
+  fused, asked = jax.nn.dot_product_attention, []
+
+  def stand_in(q, k, v, implementation):
+    asked.append(implementation)
+    return fused(q, k, v, implementation='xla')
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
+  q, k, v = jax.random.normal(KEY, (3, 2, 5, 3, 4))
+  np.testing.assert_allclose(attention(q, k, v, 'cudnn'), attention(q, k, v), rtol=1e-5, atol=1e-6)
+  assert asked == ['cudnn']

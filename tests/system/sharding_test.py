@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
+import pytest
 
+from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import sharding
 
 
@@ -34,3 +36,9 @@ def test_fewer_batches_than_are_kept_ahead_all_arrive():
 
 def test_one_process_reads_whole_batches():
   assert sharding.part() == (0, 1)
+
+
+def test_attention_of_gpus_is_refused_elsewhere():
+  sharding.check_attention('xla')
+  with pytest.raises(UserError, match='is for GPUs, and this run has cpu devices'):
+    sharding.check_attention('cudnn')
