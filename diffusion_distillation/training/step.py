@@ -9,6 +9,7 @@ import optax
 
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.training import augment
+from diffusion_distillation.training.packing import Packing
 from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.state import Params, TrainState
 
@@ -29,12 +30,7 @@ def train_step(
     The next state, and scalar metrics.
   """
   loss, metrics, grads = loss_and_gradients(recipe, state, frozen, batch)
-  tried, moved = _apply(recipe, state, grads)
-  metrics |= moved
-  numbers = [loss, *(value for name, value in moved.items() if name.endswith('_norm'))]
-  finite = jnp.isfinite(jnp.array(numbers)).all()
-  kept = (state.params, state.opt_state, state.ema_params)
-  params, opt_state, ema_params = jax.tree.map(lambda n, o: jnp.where(finite, n, o), tried, kept)
+  (params, opt_state, ema_params), moved, finite = _apply(recipe, state, loss, grads)
   state = TrainState(
     step=state.step + 1,
     params=params,
@@ -43,12 +39,8 @@ def train_step(
     skipped=state.skipped + jnp.where(finite, 0, 1),
     skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
   )
-  metrics = metrics | {
-    'loss': loss,
-    'skipped': state.skipped,
-    'skipped_in_a_row': state.skipped_in_a_row,
-  }
-  return state, metrics
+  counts = {'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
+  return state, metrics | moved | {'loss': loss} | counts
 
 
 def loss_and_gradients(
@@ -96,30 +88,45 @@ def train_steps(
 
 
 def _apply(
-  recipe: Recipe, state: TrainState, grads: Mapping[str, Params]
-) -> tuple[tuple[Params, ...], dict[str, jax.Array]]:
-  """The next (parameters, optimizer states, averages), and the sizes of gradients and updates by network.
+  recipe: Recipe, state: TrainState, loss: jax.Array, grads: Mapping[str, Params]
+) -> tuple[tuple[Params, ...], dict[str, jax.Array], jax.Array]:
+  """The next (parameters, optimizer states, averages), the sizes of gradients and updates, and whether all is finite.
 
-  Networks without a gradient stay as they are, their moments too; the averages follow the student in its turn.
+  If it is not, everything stays as it is. So do networks without a gradient, their moments too; the averages follow the
+  student in its turn.
   """
   params, opt_state, averages = {**state.params}, {**state.opt_state}, state.ema_params
-  metrics = {}
-  for name, gradient in grads.items():
-    rate = recipe.learning_rate[name](state.step)
-    updates, opt_state[name] = recipe.optimizer.transform().update(
-      gradient, state.opt_state[name], state.params[name]
-    )
-    params[name] = jax.tree.map(lambda p, u, rate=rate: p - rate * u, state.params[name], updates)
+  packings = {name: Packing(params[name]) for name in grads}
+  before, after, metrics = {}, {}, {}
+  for name, packing in packings.items():
+    followers = averages if name == 'student' else ()
+    before[name] = packing.pack((params[name], opt_state[name], followers))
+    after[name], moved = _advance(recipe, name, before[name], packing.pack(grads[name]), state.step)
     own = '' if name == 'student' else f'{name}_'
-    metrics[f'{own}grad_norm'] = optax.tree.norm(gradient)
-    metrics[f'{own}update_norm'] = optax.tree.norm(updates)
-    metrics[f'{own}learning_rate'] = rate
-  if 'student' in grads:
-    averages = tuple(
-      optax.incremental_update(params['student'], average, 1.0 - decay)
-      for average, decay in zip(averages, recipe.ema_decay, strict=True)
-    )
-  return (params, opt_state, averages), metrics
+    metrics |= {f'{own}{key}': value for key, value in moved.items()}
+  numbers = [loss, *(value for key, value in metrics.items() if key.endswith('_norm'))]
+  finite = jnp.isfinite(jnp.array(numbers)).all()
+  kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+  for name, packing in packings.items():
+    params[name], opt_state[name], followers = packing.unpack(kept[name])
+    averages = followers if name == 'student' else averages
+  return (params, opt_state, averages), metrics, finite
+
+
+def _advance(
+  recipe: Recipe, name: str, network: tuple[Any, ...], gradient: Any, step: jax.Array
+) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
+  """A network's next (parameters, optimizer state, averages), and the sizes of its gradient and update."""
+  params, opt_state, averages = network
+  rate = recipe.learning_rate[name](step)
+  updates, opt_state = recipe.optimizer.transform().update(gradient, opt_state, params)
+  params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+  averages = tuple(
+    optax.incremental_update(params, average, 1.0 - decay)
+    for average, decay in zip(averages, recipe.ema_decay[: len(averages)], strict=True)
+  )
+  metrics = {'grad_norm': optax.tree.norm(gradient), 'update_norm': optax.tree.norm(updates)}
+  return (params, opt_state, averages), metrics | {'learning_rate': rate}
 
 
 def gradients(

@@ -24,7 +24,8 @@ def test_every_network_moves_by_its_own_learning_rate():
   )
   state = TrainState.create(start, adam.transform())
   grads = {'student': {'w': jnp.full(3, 0.1)}, 'fake_score': {'w': jnp.full(3, -0.2)}}
-  (params, _, averages), metrics = step._apply(recipe, state, grads)
+  (params, _, averages), metrics, finite = step._apply(recipe, state, jnp.zeros(()), grads)
+  assert finite
   np.testing.assert_allclose(params['student']['w'], -1e-3, rtol=1e-5)
   np.testing.assert_allclose(params['fake_score']['w'], 3e-3, rtol=1e-5)
   np.testing.assert_allclose(averages[0]['w'], -0.5e-3, rtol=1e-5)
