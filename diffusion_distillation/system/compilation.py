@@ -115,11 +115,11 @@ def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
   return call
 
 
-def run_once(function: Callable[..., Any], *args: Any) -> Any:
-  """`function(*args)`, compiled in a hurry on CPUs, where optimising a program takes longer than running it once."""
-  hurried = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-  on_cpu = jax.default_backend() == 'cpu'
-  return jax.jit(function, compiler_options=hurried if on_cpu else None)(*args)
+def run_once(function: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+  """`jax.jit(function, **arguments)(*args)`; on CPUs, where optimising takes longer than it gains, compiled in a hurry."""
+  hurried = {'xla_backend_optimization_level': '0', 'xla_llvm_disable_expensive_passes': 'True'}
+  options = hurried if jax.default_backend() == 'cpu' else {}
+  return jax.jit(function, compiler_options=options, **arguments)(*args)
 
 
 def _of_the_user() -> pathlib.Path:

@@ -215,7 +215,7 @@ def place(tree: Any) -> Any:
 def create(function: Callable[..., Any], *args: Any) -> Any:
   """What `function` makes of trees of the host, laid out as `of` says, without ever being whole on one device."""
   layout = of(jax.eval_shape(function, *args))
-  return jax.jit(function, out_shardings=layout)(*args)
+  return compilation.run_once(function, *args, out_shardings=layout)
 
 
 def abstract(tree: Any) -> Any:
