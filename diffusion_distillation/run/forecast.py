@@ -83,7 +83,9 @@ def show_times(
     _print(f'  {"pairs":<18} {_duration(call * of_pairs):>10}')
   calls = evaluation_calls(stages, config)
   if calls:
-    _print(f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)')
+    _print(
+      f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)'
+    )
   _print(f'  {"together":<18} {_duration(total + call * calls):>10}')
 
 
