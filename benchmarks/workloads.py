@@ -231,19 +231,25 @@ def num_parameters(stage: Stage) -> int:
   return int(parameter_overview.count_parameters(stage.abstract_params()))
 
 
-def count_flops(case: Case) -> float:
+def begin_counting_flops(case: Case) -> Callable[[], float]:
   """FLOPs of an update, or of drawing a batch, of the program as it is lowered, before the compiler changes it.
 
   They are counted on a CPU, because only there jax counts them; where this process has another device, by a process of
-  its own.
+  its own, for which the function that is returned waits.
   """
   if jax.default_backend() == 'cpu':
-    return _lowered_flops(case)
+    flops = _lowered_flops(case)
+    return lambda: flops
   script = str(pathlib.Path(__file__).with_name('step.py'))
   environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
   command = [sys.executable, script, f'--flops={case.to_json()}']
-  done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-  return float(done.stdout)
+  process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+  return lambda: float(process.communicate()[0])
+
+
+def count_flops(case: Case) -> float:
+  """The result of `begin_counting_flops`."""
+  return begin_counting_flops(case)()
 
 
 def describe(case: Case) -> dict[str, Any]:
@@ -384,7 +390,7 @@ def measure(case: Case, seconds: float) -> Row:
     case: what is measured.
     seconds: time to spend on the measurement; compilation, and the measurement of the peak, come on top.
   """
-  flops = count_flops(case)
+  flops = begin_counting_flops(case)
   prepared = prepare(case)
   measuring.forget_peak_memory()
   found = measuring.repeat(prepared.run, prepared.wait, seconds)
@@ -397,7 +403,7 @@ def measure(case: Case, seconds: float) -> Row:
     batch=case.batch_size,
     seconds=measuring.spread(found),
     repeats=len(found),
-    flops=flops,
+    flops=flops(),
     peak=peak_flops(case.dtype, min(2.0, seconds)),
     memory=memory,
     planned=prepared.planned,
