@@ -17,8 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import measuring, step, workloads
-from benchmarks.workloads import Case, Row
+from benchmarks import cases, measuring, step
+from benchmarks.cases import Case
+from benchmarks.workloads import Row
 from diffusion_distillation.networks.unet import DTYPES
 
 COLUMNS = (
@@ -32,7 +33,7 @@ class Axis:
   """Something that is doubled.
 
   Attributes:
-    work: what is measured, a name in `workloads.WORKS`.
+    work: what is measured, a name in `cases.WORKS`.
     at: the case at 1, 2, 4, ... times the smallest value.
     value: its value in a row.
   """
@@ -43,11 +44,11 @@ class Axis:
 
 
 def _side(row: Row) -> int:
-  return row.case.larger * workloads.NETWORKS[row.case.network].image_shape[0]
+  return row.case.larger * cases.NETWORKS[row.case.network].image_shape[0]
 
 
 def _channels(row: Row) -> int:
-  return int(workloads.NETWORKS[row.case.network].config().model.ch) * row.case.wider
+  return int(cases.NETWORKS[row.case.network].config().model.ch) * row.case.wider
 
 
 AXES = {
@@ -137,7 +138,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = measuring.Parser(description=__doc__.splitlines()[0])
   parser.add_argument(
     '--network',
-    type=measuring.one_of('network', workloads.NETWORKS),
+    type=measuring.one_of('network', cases.NETWORKS),
     default='tiny',
     help='at its smallest',
   )

@@ -114,11 +114,11 @@ def ours(connection: Any, case: dict[str, Any]) -> None:
   def prepare() -> tuple[Any, dict[str, Any], dict[str, Any]]:
     import jax
 
-    from benchmarks import workloads
+    from benchmarks import cases, workloads
     from diffusion_distillation.system import compilation
 
     compilation.keep('none')
-    known = workloads.Case(**case)
+    known = cases.Case(**case)
     connection.send(('ok', (workloads.describe(known), jax.default_backend(), jax.device_count())))
     flops = workloads.begin_counting_flops(known)
     work = workloads.prepare(known)
@@ -138,10 +138,10 @@ def theirs(connection: Any, spec: dict[str, Any], place: tuple[str, str], compil
   """The process of PyTorch's side; `place` is what `rival_torch.choose_device` is given."""
 
   def prepare() -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    from benchmarks import rival_torch
+    from benchmarks import rival_torch, rival_torch_work
 
     device = rival_torch.choose_device(*place)
-    work = rival_torch.Work(rival_torch.Spec(**spec), device, compiled)
+    work = rival_torch_work.Work(rival_torch_work.Spec(**spec), device, compiled)
     for _ in range(2):  # the first call compiles, the second one may do so again
       work.run()
       work.wait()
@@ -149,7 +149,7 @@ def theirs(connection: Any, spec: dict[str, Any], place: tuple[str, str], compil
     def peak() -> float:
       best = 0.0
       for width in (4096, 8192, 16384) if device == 'cuda' else (512, 1024, 2048):
-        product = rival_torch.matrix_product(width, spec['dtype'], device)
+        product = rival_torch_work.matrix_product(width, spec['dtype'], device)
         seconds = min(measuring.repeat(*product, _PEAK_SECONDS))
         best = max(best, 2.0 * width**3 / seconds)
       measuring.forget_peak_memory()
@@ -157,7 +157,7 @@ def theirs(connection: Any, spec: dict[str, Any], place: tuple[str, str], compil
       return best
 
     def memory() -> int:
-      return rival_torch.peak_memory(device) or measuring.peak_memory()
+      return rival_torch_work.peak_memory(device) or measuring.peak_memory()
 
     return work, {'peak': peak, 'memory': memory}, {'device': device}
 
@@ -277,13 +277,13 @@ def check(network: str, works: list[str]) -> int:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   """Reads the flags."""
-  from benchmarks import workloads
+  from benchmarks import cases
   from diffusion_distillation.networks.unet import DTYPES
 
   parser = measuring.Parser(description=__doc__.splitlines()[0])
-  network = measuring.one_of('network', workloads.NETWORKS)
+  network = measuring.one_of('network', cases.NETWORKS)
   positive = measuring.at_least(1)
-  parser.add_argument('--network', type=network, default='digits', help=', '.join(workloads.NETWORKS))
+  parser.add_argument('--network', type=network, default='digits', help=', '.join(cases.NETWORKS))
   parser.add_argument('--work', type=measuring.some_of('work', WORKS), default=','.join(WORKS))
   parser.add_argument('--batch', type=positive, default=0, help="images; by default the network's own")
   parser.add_argument('--dtype', type=measuring.one_of('type', DTYPES), default='float32')

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import rival_torch, workloads
+from benchmarks import cases, rival_torch, rival_torch_work, workloads
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.denoiser import Bound
@@ -20,7 +20,7 @@ def errors(network: str, works: list[str]) -> dict[str, float]:
   """Largest difference relative to the largest value: of the network's output, and of what each work makes of it.
 
   Args:
-    network: a name in `workloads.NETWORKS`; both sides compute in float32, PyTorch on the CPU.
+    network: a name in `cases.NETWORKS`; both sides compute in float32, PyTorch on the CPU.
     works: names in `rival.WORKS`: losses of base training and of a round, and images.
   """
   rival_torch.compute_exactly()
@@ -33,13 +33,13 @@ class Sides:
   """Both networks with the same parameters, and the inputs of both."""
 
   def __init__(self, network: str, work: str) -> None:
-    case = workloads.Case(network, 'base' if work == 'output' else work, calls=STEPS)
+    case = cases.Case(network, 'base' if work == 'output' else work, calls=STEPS)
     self.stage = case.stage()
-    spec = rival_torch.Spec(**{**workloads.describe(case), 'num_steps': STEPS})
+    spec = rival_torch_work.Spec(**{**workloads.describe(case), 'num_steps': STEPS})
     self.params = workloads.random_params(self.stage.abstract_params())
-    self.net = rival_torch.build(spec, 'cpu').eval()
+    self.net = rival_torch_work.build(spec, 'cpu').eval()
     rival_torch.load(self.net, self.params)
-    self.diffusion = rival_torch.Diffusion(spec)
+    self.diffusion = rival_torch_work.Diffusion(spec)
     self.ours = Bound(self.stage.denoise, self.params)
     rng = np.random.default_rng(1)
     shape = (BATCH, *self.stage.recipe.shape[1:])

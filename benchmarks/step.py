@@ -14,8 +14,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import measuring, workloads
-from benchmarks.workloads import Case, Row
+from benchmarks import cases, measuring, workloads
+from benchmarks.cases import Case
+from benchmarks.workloads import Row
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.networks.unet import DTYPES
 from diffusion_distillation.system import compilation
@@ -74,9 +75,9 @@ def show(cases: list[Case], seconds: float, measured: list[Row]) -> int:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   """Reads the flags."""
   parser = measuring.Parser(description=__doc__.splitlines()[0])
-  networks = measuring.some_of('network', workloads.NETWORKS)
-  works = measuring.some_of('work', workloads.WORKS)
-  parser.add_argument('--network', type=networks, default='digits', help=', '.join(workloads.NETWORKS))
+  networks = measuring.some_of('network', cases.NETWORKS)
+  works = measuring.some_of('work', cases.WORKS)
+  parser.add_argument('--network', type=networks, default='digits', help=', '.join(cases.NETWORKS))
   parser.add_argument('--work', type=works, default='base,round,dmd,sampling', help='what is measured')
   parser.add_argument(
     '--batch', type=measuring.at_least(1), default=0, help="images; by default the network's own"

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from benchmarks import growth, measuring, rival, step, workloads
-from benchmarks.workloads import Case, Row
+from benchmarks import cases, growth, measuring, rival, step, workloads
+from benchmarks.cases import Case
+from benchmarks.workloads import Row
 from configs import digits
 from tests import sides, tiny
 
@@ -23,8 +24,8 @@ def smallest():
 @pytest.fixture(autouse=True)
 def smallest_network(monkeypatch):
   """A network of few layers, by the name `smallest`."""
-  networks = workloads.NETWORKS | {'smallest': workloads.Network(smallest, (8, 8, 1), 10, 8)}
-  monkeypatch.setattr(workloads, 'NETWORKS', networks)
+  networks = cases.NETWORKS | {'smallest': cases.Network(smallest, (8, 8, 1), 10, 8)}
+  monkeypatch.setattr(cases, 'NETWORKS', networks)
 
 
 def a_row(**changes):
@@ -108,12 +109,12 @@ def test_a_case_says_batch_type_width_and_resolution():
   assert Case('tiny', 'base', batch=9).batch_size == 16  # there are 8 devices
 
 
-@pytest.mark.parametrize('name', workloads.NETWORKS)
+@pytest.mark.parametrize('name', cases.NETWORKS)
 def test_every_network_has_every_work(name):
-  for work, stage in workloads.WORKS.items():
+  for work, stage in cases.WORKS.items():
     found = Case(name, work).stage()
     assert found.name.startswith(stage)
-    assert found.batch_size == workloads.NETWORKS[name].batch_size
+    assert found.batch_size == cases.NETWORKS[name].batch_size
   if name == 'cifar10-small':
     assert 3.7e6 < workloads.num_parameters(found) < 3.9e6
 
@@ -126,7 +127,7 @@ def test_flops_of_sampling_grow_with_its_calls():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('work', workloads.WORKS)
+@pytest.mark.parametrize('work', cases.WORKS)
 def test_measures_every_work(work):
   row = workloads.measure(Case('smallest', work, calls=2), seconds=0.0)
   assert row.seconds.low > 0.0
@@ -303,9 +304,7 @@ def test_pytorch_computes_the_same(network, monkeypatch):
   pytest.importorskip('torch')
   from benchmarks import rival_check
 
-  monkeypatch.setitem(
-    workloads.NETWORKS, 'conditional', workloads.Network(conditional, (8, 8, 3), 10, 8)
-  )
+  monkeypatch.setitem(cases.NETWORKS, 'conditional', cases.Network(conditional, (8, 8, 3), 10, 8))
   found = rival_check.errors(network, list(rival.WORKS))
   assert set(found) == {'output', *rival.WORKS}
   assert max(found.values()) < 1e-4
@@ -313,7 +312,7 @@ def test_pytorch_computes_the_same(network, monkeypatch):
 
 def conditional():
   """What the tiny network does not have: classes, heads, both x and eps."""
-  config = workloads.NETWORKS['tiny'].config()
+  config = cases.NETWORKS['tiny'].config()
   config.model.conditional, config.model.output, config.model.head_dim = True, 'both', 4
   config.model.num_res_blocks = 2
   return config
