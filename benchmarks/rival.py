@@ -5,8 +5,8 @@ that a machine that slows down slows both: what is reported is the ratio turn by
 compiled by torch.compile, and the faster one stays. --check copies our parameters into PyTorch's network and
 compares what both compute. PyTorch must be installed; nothing else of this project needs it.
 
-On a CPU that other programs use as well, set OMP_WAIT_POLICY=PASSIVE: PyTorch's threads otherwise spin while they wait
-for each other, and can be many times slower.
+Measure on a CPU that nothing else uses: PyTorch's threads wait for each other in every operation, so that others' work
+slows it down many times more than it slows us. It runs with one thread where that is faster than with all.
 """
 
 import argparse
@@ -159,7 +159,8 @@ def theirs(connection: Any, spec: dict[str, Any], place: tuple[str, str], compil
     def memory() -> int:
       return rival_torch_work.peak_memory(device) or measuring.peak_memory()
 
-    return work, {'peak': peak, 'memory': memory}, {'device': device}
+    answers = {'peak': peak, 'memory': memory, 'threads': work.choose_threads}
+    return work, answers, {'device': device}
 
   serve(connection, prepare)
 
@@ -185,6 +186,9 @@ def compare(case: dict[str, Any], args: argparse.Namespace, deadline: float) -> 
         side.end()
     if not rivals:
       raise Failed('; '.join(notes))
+    for side in rivals:
+      threads = side.ask('threads', deadline)
+      notes.append(f'{side.name}: {threads} thread(s)')
     if len(rivals) > 1:
       tried = [min(side.ask(args.seconds, deadline)) for side in rivals]
       notes.append(', '.join(f'{s.name}: {1e3 * t:.1f} ms' for s, t in zip(rivals, tried, strict=True)))

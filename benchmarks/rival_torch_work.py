@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import measuring
 from benchmarks.rival_torch import UNet
 
 TYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
@@ -163,6 +164,7 @@ class Work:
     torch.set_float32_matmul_precision('high')  # as jax does: TF32 where there is some
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     self.spec, self.device, self.diffusion = spec, device, Diffusion(spec)
+    self.compiled = compiled
     self.net = build(spec, device)
     with torch.no_grad():
       for parameter in self.net.parameters():
@@ -208,6 +210,19 @@ class Work:
     """Returns when the device is done."""
     if self.device == 'cuda':
       torch.cuda.synchronize()
+
+  def choose_threads(self) -> int:
+    """Goes on with one thread if that is faster than with all; what is compiled keeps the threads it was compiled for."""
+    count = torch.get_num_threads()
+    if self.device == 'cuda' or self.compiled or count == 1:
+      return count
+    seconds = {}
+    for threads in (1, count):
+      torch.set_num_threads(threads)
+      seconds[threads] = min(measuring.repeat(self.run, self.wait, 1.0))
+    best = min(seconds, key=lambda threads: seconds[threads])
+    torch.set_num_threads(best)
+    return best
 
   def forget_peak_memory(self) -> None:
     """From now on the allocator's peak counts anew."""
