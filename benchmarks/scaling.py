@@ -30,6 +30,7 @@ import ml_collections
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import collectives, projection
+from benchmarks.measuring import row, table
 from configs import cifar10, digits
 from diffusion_distillation.run import inputs, preflight
 from diffusion_distillation.stages import plan
@@ -230,17 +231,6 @@ def measure_all(cases: Iterable[Case]) -> Iterator[tuple[Case, Found]]:
       for case in cases:
         if case.devices == devices:
           yield case, pool.submit(measure, case).result()
-
-
-def table(*columns: str) -> None:
-  """Prints the head of a markdown table."""
-  row(*columns)
-  row(*('---' for _ in columns))
-
-
-def row(*cells: Any) -> None:
-  """Prints a row of a markdown table."""
-  print('| ' + ' | '.join(str(cell) for cell in cells) + ' |', flush=True)
 
 
 def _over(measured: float, expected: float) -> str:

@@ -1,0 +1,123 @@
+"""Networks that the benchmarks of speed know by name, and the work that they can be given."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import ml_collections
+
+from configs import cifar10, digits, imagenet64
+from diffusion_distillation.stages import plan
+from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.system import sharding
+
+WORKS = {  # what is timed, and the stage that it belongs to
+  'base': 'base',
+  'round': 'progressive',
+  'dmd': 'dmd',
+  'sampling': 'base',
+}
+
+
+def _tiny() -> ml_collections.ConfigDict:
+  c = digits.get_config()
+  c.model.ch, c.model.emb_ch, c.model.num_groups = 8, 16, 4
+  return c
+
+
+def _cifar10_small() -> ml_collections.ConfigDict:
+  c = cifar10.get_config()
+  c.model.output = 'v'
+  c.model.ch, c.model.emb_ch = 64, 256
+  return c
+
+
+def _imagenet64_small() -> ml_collections.ConfigDict:
+  c = imagenet64.get_config()
+  c.model.ch, c.model.emb_ch = 64, 256
+  return c
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A network that can be asked for by name.
+
+  Attributes:
+    config: makes the config that it is part of.
+    image_shape: (H, W, C).
+    num_classes: of the images.
+    batch_size: examples per update unless another number is asked for.
+  """
+
+  config: Callable[[], ml_collections.ConfigDict]
+  image_shape: tuple[int, int, int]
+  num_classes: int
+  batch_size: int
+
+
+NETWORKS = {
+  'tiny': Network(_tiny, (8, 8, 1), 10, 16),
+  'digits': Network(digits.get_config, (8, 8, 1), 10, 64),
+  'cifar10-small': Network(_cifar10_small, (32, 32, 3), 10, 16),
+  'cifar10': Network(cifar10.get_config, (32, 32, 3), 10, 128),
+  'imagenet64-small': Network(_imagenet64_small, (64, 64, 3), 1000, 32),
+  'imagenet64': Network(imagenet64.get_config, (64, 64, 3), 1000, 32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A network and the work that it is given.
+
+  Attributes:
+    network: a name in NETWORKS.
+    work: a name in WORKS.
+    batch: examples per update, or images that are drawn at a time; 0 for the network's own number.
+    dtype: of the activations, and of the frozen teacher's parameters.
+    calls: network calls per image in sampling.
+    wider: factor on the network's channels.
+    larger: factor on the sides of the images; attention stays at the levels where it is.
+  """
+
+  network: str
+  work: str
+  batch: int = 0
+  dtype: str = 'float32'
+  calls: int = 4
+  wider: int = 1
+  larger: int = 1
+
+  @property
+  def batch_size(self) -> int:
+    """Examples, rounded up to a multiple of the number of devices."""
+    return sharding.round_up(self.batch or NETWORKS[self.network].batch_size)
+
+  def config(self) -> ml_collections.ConfigDict:
+    """The network's, with everything else as the case says."""
+    c = NETWORKS[self.network].config()
+    c.methods = ('progressive', 'dmd')
+    c.model.ch *= self.wider
+    c.model.emb_ch *= self.wider
+    c.model.attn_resolutions = tuple(self.larger * side for side in c.model.attn_resolutions)
+    c.compute.dtype = c.compute.teacher_dtype = self.dtype
+    c.evaluation.batch_size = self.batch_size
+    for section in (c.train, c.distill, c.dmd):
+      section.batch_size = self.batch_size
+    return c
+
+  def stage(self) -> Stage:
+    """The stage that the work belongs to."""
+    known = NETWORKS[self.network]
+    height, width, channels = known.image_shape
+    shape = (self.larger * height, self.larger * width, channels)
+    stages = plan.plan(self.config(), shape, known.num_classes)
+    return next(stage for stage in stages if stage.name.startswith(WORKS[self.work]))
+
+  def to_json(self) -> str:
+    """The case as `from_json` reads it."""
+    return json.dumps(dataclasses.asdict(self))
+
+  @classmethod
+  def from_json(cls, text: str) -> 'Case':
+    """The case that `to_json` has written."""
+    return cls(**json.loads(text))
