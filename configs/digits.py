@@ -6,7 +6,7 @@ from configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Base model at 32 steps, distilled to 16, 8, 4, 2 and 1."""
+  """Base model at 32 steps, distilled to 8, 4, 2 and 1."""
   c = default.get_config()
   c.dataset.name = 'digits'
 
@@ -20,17 +20,22 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.train.num_updates = 2600
   c.train.batch_size = 64
-  c.train.learning_rate = 1e-3
+  c.train.learning_rate = 2e-3
   c.train.warmup = 100
-  c.train.ema_decay = (0.999,)
+  c.train.decay = 'cosine'
+  c.train.ema_decay = (0.998,)
+  c.time.stratified = True
 
   c.distill.start_steps = 32
-  c.distill.num_updates = (200, 750, 750, 750)
+  c.distill.factor = (4, 2, 2, 2)
+  c.distill.num_updates = (150, 300, 600, 900)
   c.distill.batch_size = 64
-  c.distill.learning_rate = (3e-4,)
+  c.distill.learning_rate = (5e-4, 5e-4, 7e-4, 1e-3)
 
   c.checkpoint.every = 200
   c.log.every = 50
   c.evaluation.num_samples = 5000
+  c.evaluation.tolerance = 0.01
   c.evaluation.batch_size = 256
+  c.evaluation.samplers = ('ddim',)
   return c

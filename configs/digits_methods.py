@@ -43,5 +43,4 @@ def get_config() -> ml_collections.ConfigDict:
   c.dmd2.gan_fake = 0.03
 
   c.log.health_every = 50
-  c.evaluation.samplers = ('ddim',)
   return c
