@@ -49,12 +49,13 @@ def make_config(seed: int, scale: float, **changes: Any) -> ml_collections.Confi
   config.model.ch, config.model.emb_ch = 16, 64
   config.train.num_updates = round(1000 * scale)
   config.train.learning_rate, config.train.ema_decay = 2e-3, (0.995,)
-  config.distill.start_steps = START
+  config.train.decay, config.time.stratified = 'none', False
+  config.distill.start_steps, config.distill.factor = START, (2,)
   config.distill.learning_rate = (1e-3,)
   config.checkpoint.every = 10_000
   config.log.every = 25
   config.evaluation.num_samples, config.evaluation.batch_size = 2000, 500
-  config.evaluation.seed = seed + 1
+  config.evaluation.seed, config.evaluation.tolerance = seed + 1, 0.0
   config.update_from_flattened_dict({key.replace('__', '.'): v for key, v in changes.items()})
   return config
 
