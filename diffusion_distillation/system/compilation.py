@@ -46,8 +46,8 @@ class ComputeSection:
   )
   fast_cpu: bool = key(
     True,
-    "On CPUs: whether matrix products and convolutions use XLA's YNNPACK kernels, where this version of jaxlib has them. "
-    'A choice in `$XLA_FLAGS` takes precedence.',
+    'On CPUs: whether programs are compiled with the options that were found to be the fastest, as far as this version of '
+    "jaxlib has them: XLA's YNNPACK kernels, and less optimisation of the rest. `$XLA_FLAGS` takes precedence.",
   )
   cache: str = key(
     '',
@@ -55,13 +55,11 @@ class ComputeSection:
   )
 
 
-# By option of the compiler: the kernels for matrix products, to which convolutions are reduced; and no optimisation of the
-# rest that takes a third of the time of compilation and gains nothing.
-_FAST_CPU = {
-  'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT',
-  'xla_backend_optimization_level': '1',
-  'xla_llvm_disable_expensive_passes': 'True',
-}
+# Options of the compiler. The kernels are for matrix products, to which convolutions are reduced: one device computes them on
+# all cores, where several virtual devices would be in each other's way. The rest leaves out optimisation that takes a
+# third of the time of compilation and gains nothing.
+_KERNELS = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
+_QUICK = {'xla_backend_optimization_level': '1', 'xla_llvm_disable_expensive_passes': 'True'}
 _fast_cpu = True
 
 
@@ -84,21 +82,20 @@ def use(cache: str = '', fast_cpu: bool = True) -> None:
 
 def options() -> dict[str, str]:
   """What `jax.jit` is to be given as `compiler_options` for programs whose speed matters."""
-  return _known_options() if _fast_cpu and jax.default_backend() == 'cpu' else {}
+  if not _fast_cpu or jax.default_backend() != 'cpu':
+    return {}
+  wanted = _QUICK | (_KERNELS if jax.local_device_count() == 1 else {})
+  return {name: value for name, value in wanted.items() if _is_free(name, value)}
 
 
 @functools.cache
-def _known_options() -> dict[str, str]:
-  """Those of _FAST_CPU that this jaxlib knows and $XLA_FLAGS does not set."""
-  found = {}
-  for name, value in _FAST_CPU.items():
-    try:
-      jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:  # no such option, or no such value of it
-      continue
-    if name not in os.environ.get('XLA_FLAGS', ''):
-      found[name] = value
-  return found
+def _is_free(name: str, value: str) -> bool:
+  """Whether this jaxlib knows the option and its value, and $XLA_FLAGS does not set it."""
+  try:
+    jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+  except jax.errors.JaxRuntimeError:
+    return False
+  return name not in os.environ.get('XLA_FLAGS', '')
 
 
 def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
