@@ -96,6 +96,7 @@ class Case:
     """The network's, with everything else as the case says."""
     c = NETWORKS[self.network].config()
     c.methods = ('progressive', 'dmd')
+    c.distill.factor = (2,)
     c.model.ch *= self.wider
     c.model.emb_ch *= self.wider
     c.model.attn_resolutions = tuple(self.larger * side for side in c.model.attn_resolutions)

@@ -232,8 +232,6 @@ class UNet(nn.Module):
       raise ValueError("time_input='t' needs the schedule of the network")
     if self.attention not in ATTENTION_KERNELS:
       raise ValueError(f'attention={self.attention!r} is not one of {list(ATTENTION_KERNELS)}')
-    if self.attention == 'cudnn' and self.dtype != 'bfloat16':
-      raise ValueError('compute.attention=cudnn needs compute.dtype=bfloat16')
     height, width = image_shape[:2]
     factor = 2 ** (len(self.ch_mult) - 1)
     if height % factor or width % factor:

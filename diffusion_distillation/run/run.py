@@ -52,7 +52,6 @@ def _check(
 ) -> tuple[set[str], dict[str, Params]]:
   """Checks a plan by itself; returns the names of finished stages, and the weights of distances."""
   check_batches(config)
-  sharding.check_attention(config.compute.attention)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   return {stage.name for stage in stages if provenance.is_finished(workdir, stage)}, distances_of
 

@@ -18,6 +18,7 @@ from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.stages.stage import Pairs, Stage
+from diffusion_distillation.system import sharding
 from diffusion_distillation.training.optimizers import DECAYS, Adam, LearningRate
 from diffusion_distillation.training.recipe import Recipe
 
@@ -81,6 +82,7 @@ def make_denoiser(
     raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
   if section['conditional'] and not num_classes:
     raise UserError(f'model.conditional=True, but dataset {config.dataset.name!r} has no labels')
+  sharding.check_attention(config.compute.attention, config.compute.dtype)
   shape = make_space(section).shape(data.image_shape)
   given = {
     **section,

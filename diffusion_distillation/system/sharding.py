@@ -118,8 +118,10 @@ def check_batch(section: str, batch_size: int, micro_batches: int) -> None:
     )
 
 
-def check_attention(kernel: str) -> None:
-  """Raises UserError unless these devices have the kernel; see `layers.attention`."""
+def check_attention(kernel: str, dtype: str) -> None:
+  """Raises UserError unless these devices have the kernel, and for this type; see `layers.attention`."""
+  if kernel == 'cudnn' and dtype != 'bfloat16':
+    raise UserError('compute.attention=cudnn needs compute.dtype=bfloat16')
   if kernel == 'cudnn' and jax.default_backend() != 'gpu':
     raise UserError(
       f'compute.attention=cudnn is for GPUs, and this run has {jax.default_backend()} devices: leave it out'

@@ -25,13 +25,14 @@ class Packing:
   """Packs trees of the structure and shapes of `like`, wherever they are in a larger one; and unpacks them."""
 
   def __init__(self, like: Any) -> None:
-    leaves, self._structure = jax.tree.flatten(like)
+    leaves = jax.tree.leaves(like)
+    self._structure: Any = jax.tree.structure(like)
     self._sizes = [leaf.size if leaf.ndim == 1 else None for leaf in leaves]
     self._ends = np.cumsum([size for size in self._sizes if size is not None])[:-1]
 
   def pack(self, tree: Any) -> Any:
     """The tree with a `Packed` in place of each part of the structure."""
-    return self._map(self._pack, tree, lambda part: jax.tree.structure(part) == self._structure)
+    return self._map(self._pack, tree, lambda part: self._structure == jax.tree.structure(part))
 
   def unpack(self, tree: Any) -> Any:
     """The tree that `pack` was given, of these values."""

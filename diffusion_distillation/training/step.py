@@ -97,7 +97,9 @@ def _apply(
   """
   params, opt_state, averages = {**state.params}, {**state.opt_state}, state.ema_params
   packings = {name: Packing(params[name]) for name in grads}
-  before, after, metrics = {}, {}, {}
+  before: dict[str, Any] = {}
+  after: dict[str, Any] = {}
+  metrics: dict[str, jax.Array] = {}
   for name, packing in packings.items():
     followers = averages if name == 'student' else ()
     before[name] = packing.pack((params[name], opt_state[name], followers))
