@@ -33,6 +33,7 @@ class Range(NamedTuple):
 POSITIVE = Range('positive', lambda v: 0 < v < math.inf)
 NOT_NEGATIVE = Range('zero or more, and below 2^31', lambda v: 0 <= v < 2**31)
 FRACTION = Range('in [0, 1)', lambda v: 0 <= v < 1)
+SHARE = Range('in [0, 1]', lambda v: 0 <= v <= 1)
 AT_LEAST_TWO = Range('at least 2', lambda v: v >= 2)
 
 

@@ -90,7 +90,12 @@ CASES = {
   ),
   'no sampler to measure': ([*TRAIN, '--config.evaluation.samplers=()'], ['evaluation.samplers=()']),
   'nothing to measure': (
-    [*TRAIN, '--config.distill.end_steps=4', '--config.evaluation.max_steps=2'],
+    [
+      *TRAIN,
+      '--config.distill.end_steps=4',
+      '--config.distill.factor=2',
+      '--config.evaluation.max_steps=2',
+    ],
     ['evaluation.max_steps=2', 'distill.end_steps=4'],
   ),
   'images of another size': (
@@ -133,11 +138,11 @@ CASES = {
   'no updates': ([*TRAIN, '--config.train.num_updates=0'], ['train.num_updates=0']),
   'fraction of an update': (
     [*TRAIN, '--config.distill.num_updates=(8.5,)'],
-    ['distill.num_updates=(8.5,)', '50000'],
+    ['distill.num_updates=(8.5,)', 'integers'],
   ),
   'rate that is a word': (
     [*TRAIN, '--config.distill.learning_rate=("a",)'],
-    ['distill.learning_rate', '0.0001'],
+    ['distill.learning_rate', 'numbers'],
   ),
   'an average twice': ([*TRAIN, '--config.train.ema_decay=(0.9,0.9)'], ['train.ema_decay', 'twice']),
   'a sampler twice': (

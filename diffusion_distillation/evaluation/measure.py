@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation.config import AT_LEAST_TWO, FRACTION, NOT_NEGATIVE, POSITIVE, Config, key
+from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, SHARE, Config, key
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
@@ -43,7 +43,7 @@ class EvaluationSection:
     0.0,
     'A row needs no more samples than make its error, about `floor * num_samples / n` after n samples, this fraction of '
     'its value; 0: every row has `num_samples`.',
-    FRACTION,
+    SHARE,
   )
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
   seed: int = key(1, 'Seed of the sampling noise, the same for every row.', NOT_NEGATIVE)
@@ -60,6 +60,7 @@ class EvaluationSection:
   gamma: float = key(
     0.0,
     '`ancestral`: interpolates the variance of the noise from its lower bound (0) to its upper bound (1).',
+    SHARE,
   )
   clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
 
@@ -340,9 +341,8 @@ def grid_rows(config: Config, models: list[Model], columns: int = 16) -> dict[st
   """(columns, H, W, C) uint8 images a stage that is measured, all from the same noise, by caption."""
   drawn = {}
   for model in models:
-    if model.stage.num_steps > config.evaluation.max_steps:
+    if (steps := model.stage.num_steps) > config.evaluation.max_steps:
       continue
-    steps = model.stage.num_steps
     caption = f'{model.stage.name}\n{steps} step{"s" * (steps > 1)}'
     draw = drawer(config, model.stage, model.stage.sampler).draw
     by = grid(config, Setting(model, model.stage.sampler, steps))
