@@ -27,16 +27,21 @@ class Packing:
   def __init__(self, like: Any) -> None:
     leaves = jax.tree.leaves(like)
     self._structure: Any = jax.tree.structure(like)
+    self._shapes = [leaf.shape for leaf in leaves]
     self._sizes = [leaf.size if leaf.ndim == 1 else None for leaf in leaves]
     self._ends = np.cumsum([size for size in self._sizes if size is not None])[:-1]
 
   def pack(self, tree: Any) -> Any:
     """The tree with a `Packed` in place of each part of the structure."""
-    return self._map(self._pack, tree, lambda part: self._structure == jax.tree.structure(part))
+    return self._map(self._pack, tree, self._is_part)
 
   def unpack(self, tree: Any) -> Any:
     """The tree that `pack` was given, of these values."""
     return self._map(self._unpack, tree, lambda part: isinstance(part, Packed))
+
+  def _is_part(self, part: Any) -> bool:
+    leaves, structure = jax.tree.flatten(part)
+    return bool(self._structure == structure) and [np.shape(leaf) for leaf in leaves] == self._shapes
 
   def _map(self, function: Callable, tree: Any, is_part: Callable[[Any], bool]) -> Any:
     return jax.tree.map(lambda part: function(part) if is_part(part) else part, tree, is_leaf=is_part)

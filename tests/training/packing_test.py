@@ -34,6 +34,14 @@ def test_a_tree_without_vectors_is_packed():
   jax.tree.map(np.testing.assert_array_equal, packing.unpack(packing.pack(tree)), tree)
 
 
+def test_a_network_of_one_array_is_not_confused_with_the_count_of_updates():
+  one, adam = jnp.ones(3), optax.adam(0.1)
+  packing, whole = Packing(one), (one, adam.init(one))
+  packed = packing.pack(whole)
+  assert sum(leaf.ndim for leaf in jax.tree.leaves(packed)) == 3
+  jax.tree.map(np.testing.assert_array_equal, packing.unpack(packed), whole)
+
+
 def test_norms_are_those_of_the_tree():
   assert float(optax.tree.norm(Packing(TREE).pack(TREE))) == np.float32(
     np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(TREE)))
