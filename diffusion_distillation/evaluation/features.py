@@ -27,7 +27,7 @@ from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.networks import classifier
 from diffusion_distillation.networks.spaces import Pixels
-from diffusion_distillation.system import cluster, compilation, files, interrupts, sharding
+from diffusion_distillation.system import cluster, files, interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
@@ -107,7 +107,8 @@ def _train(train: Loader) -> Params:
   model = classifier.Classifier(len(train.images.classes) or 4)
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _UPDATES))
 
-  @functools.partial(compilation.jit, donate_argnums=(0, 1))
+  # Without `compilation.options`, which depend on the devices: the classifier must not.
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
   def update(
     params: Params, opt_state: optax.OptState, image: jax.Array, label: jax.Array
   ) -> tuple[Params, optax.OptState]:
