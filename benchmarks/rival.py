@@ -117,7 +117,7 @@ def ours(connection: Any, case: dict[str, Any]) -> None:
     from benchmarks import cases, workloads
     from diffusion_distillation.system import compilation
 
-    compilation.keep('none')
+    compilation.use('none')
     known = cases.Case(**case)
     connection.send(('ok', (workloads.describe(known), jax.default_backend(), jax.device_count())))
     flops = workloads.begin_counting_flops(known)

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     print(workloads.count_flops(args.flops))
     return 0
   if args.row:
-    compilation.keep('none')  # a stored program would hide the compilation time
+    compilation.use('none')  # a stored program would hide the compilation time
     try:
       print(json.dumps(workloads.measure(args.row, args.seconds).to_dict()))
     except UserError as error:
