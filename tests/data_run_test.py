@@ -28,7 +28,6 @@ CHANGES = {
   'train__learning_rate': 0.1,
   'train__ema_decay': (0.9,),
   'distill__start_steps': 1,  # no rounds
-  'log__measured_updates': 0,
   'evaluation__num_samples': 16,
   'evaluation__samplers': ('ddim',),
 }

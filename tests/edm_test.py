@@ -178,7 +178,6 @@ METHOD = {
   'pairs__grid': 'karras',
   'dmd__num_updates': 4,
   'dmd__batch_size': 16,
-  'log__measured_updates': 0,
 }
 
 

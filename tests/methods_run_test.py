@@ -50,7 +50,7 @@ OVERRIDES = {
   for name in STUDENTS
   for key, value in {'batch_size': 16, 'warmup': 0, 'learning_rate': 1e-3, 'ema_decay': (0.5,)}.items()
 }
-COMMAND = [*tiny.flags(**OVERRIDES | {'log__measured_updates': 0})]
+COMMAND = tiny.flags(**OVERRIDES)
 
 
 @pytest.fixture(scope='module')
@@ -249,7 +249,7 @@ def test_students_start_from_the_stage_that_is_named_and_the_fake_score_from_the
   monkeypatch.setattr(sharding, 'compile_step', lambda _: step)
   monkeypatch.setattr(measure, 'evaluate', lambda *_, again: None)
   workdir = shutil.copytree(ran[0], tmp_path / 'workdir')
-  config = tiny.config(**OVERRIDES | {'log__measured_updates': 0, 'log__health_every': 0})
+  config = tiny.config(**OVERRIDES | {'log__health_every': 0})
   for name in ('dmd', 'dmd2'):
     shutil.rmtree(workdir / name)
   run_module.run(config, workdir)
@@ -278,7 +278,7 @@ def test_a_changed_config_is_refused_under_stages_that_are_there(
   workdir = shutil.copytree(ran[0], tmp_path / 'workdir')
   before = content(workdir)
   changes, text = CHANGED[case]
-  config = tiny.config(**OVERRIDES | {'log__measured_updates': 0} | changes)
+  config = tiny.config(**OVERRIDES | changes)
   code, _, err = in_process('train', workdir, monkeypatch, capsys, config=config)
   last = err.splitlines()[-1]
   assert code == 2 and last.startswith('error: ') and text in last, err
@@ -290,7 +290,7 @@ def test_a_config_that_is_refused_is_not_kept(ran, tmp_path, monkeypatch, capsys
   """Or else the next --mode=sample would be refused with the same words."""
   workdir = shutil.copytree(ran[0], tmp_path / 'workdir')
   before = content(workdir)
-  config = tiny.config(**OVERRIDES | {'log__measured_updates': 0, 'dmd__num_updates': 8})
+  config = tiny.config(**OVERRIDES | {'dmd__num_updates': 8})
   assert in_process('train', workdir, monkeypatch, capsys, config=config)[0] == 2
   asked = {'stage': 'dmd', 'num_samples': 8, 'out': tmp_path / 'x.npz'}
   assert in_process('sample', workdir, monkeypatch, capsys, **asked)[0] == 0
@@ -302,7 +302,7 @@ def test_a_config_that_is_refused_is_not_kept(ran, tmp_path, monkeypatch, capsys
 def test_a_student_of_another_run_is_imported_as_what_it_is(ran, tmp_path, monkeypatch, name):
   """Under its name, with its sampler, and the run goes on from there."""
   monkeypatch.setattr(measure, 'evaluate', lambda *_, again: None)
-  changes = {'methods': ('progressive', name), 'log__measured_updates': 0}
+  changes = {'methods': ('progressive', name)}
   config = tiny.config(**OVERRIDES | changes)
   model = importing.from_workdir(config, default.get_config(), ran[0] / name, tmp_path / 'run')
   theirs, found = read(ran[0], name), read(tmp_path / 'run', name)
@@ -321,7 +321,7 @@ def test_a_stage_whose_teacher_start_or_pairs_were_others_is_refused(
   other = 'f' * 64 if what == 'pairs' else found[what] | {'digest': 'f' * 64}
   (workdir / 'dmd' / 'stage.json').write_text(json.dumps(found | {what: other}))
   before = content(workdir / 'dmd')
-  config = tiny.config(**OVERRIDES | {'log__measured_updates': 0})
+  config = tiny.config(**OVERRIDES)
   code, _, err = in_process('train', workdir, monkeypatch, capsys, config=config)
   last = err.splitlines()[-1]
   assert code == 2 and f'{os.path.join("dmd", "stage.json")}: {what} is' in last, err

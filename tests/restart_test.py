@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 
 STAGES = ['base', 'progressive_0002', 'progressive_0001']
-COMMAND = [*tiny.flags(), '--config.log.measured_updates=0']  # starts sooner
+COMMAND = tiny.flags()
 
 
 def outcome(workdir):

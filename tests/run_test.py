@@ -230,5 +230,5 @@ def test_images_are_closed_however_a_run_ends(tmp_path, monkeypatch):
   monkeypatch.setattr(run_module, 'fit', fit)
   monkeypatch.setattr(loading.Loader, 'close', lambda self: closed.append(self))
   with pytest.raises(NumericalError, match='diverged'):
-    run_module.run(tiny.config(log__measured_updates=0), tmp_path / 'run')
+    run_module.run(tiny.config(), tmp_path / 'run')
   assert len(closed) == 1

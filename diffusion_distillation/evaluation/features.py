@@ -107,7 +107,7 @@ def _train(train: Loader) -> Params:
   model = classifier.Classifier(len(train.images.classes) or 4)
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _UPDATES))
 
-  # Without `compilation.options`, which depend on the devices: the classifier must not.
+  # Compiled without `compilation.options`: these depend on the number of devices, and the classifier must not.
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def update(
     params: Params, opt_state: optax.OptState, image: jax.Array, label: jax.Array

@@ -41,8 +41,8 @@ class EvaluationSection:
   num_samples: int = key(50_000, 'Number of samples per row of `results.json`.', AT_LEAST_TWO)
   tolerance: float = key(
     0.0,
-    'A row needs no more samples than make its error, about `floor * num_samples / n` after n samples, this fraction of '
-    'its value; 0: every row has `num_samples`.',
+    'Relative error at which a row stops drawing samples early. The error after n samples is estimated as '
+    '`floor * num_samples / n`; 0: every row draws `num_samples`.',
     SHARE,
   )
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)

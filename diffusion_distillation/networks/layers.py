@@ -10,10 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-ATTENTION_KERNELS = (
-  'xla',
-  'cudnn',
-)  # as compiled; cuDNN's, which keeps no weights: on GPUs, of 16-bit types
+# As XLA compiles it; and cuDNN's fused kernel, which does not store the weights, for 16-bit types on GPUs.
+ATTENTION_KERNELS = ('xla', 'cudnn')
 
 
 class GroupNorm(nn.Module):

@@ -55,16 +55,16 @@ class ComputeSection:
   )
 
 
-# Options of the compiler. The kernels are for matrix products, to which convolutions are reduced: one device computes them on
-# all cores, where several virtual devices would be in each other's way. The rest leaves out optimisation that takes a
-# third of the time of compilation and gains nothing.
+# Options of the CPU's compiler. The kernels compute matrix products and convolutions on all cores: on several virtual devices
+# they would compete with each other for the cores. The second group leaves out optimisation that takes a third of the
+# compilation time and makes programs no faster.
 _KERNELS = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
 _QUICK = {'xla_backend_optimization_level': '1', 'xla_llvm_disable_expensive_passes': 'True'}
 _fast_cpu = True
 
 
 def use(cache: str = '', fast_cpu: bool = True) -> None:
-  """Settles how everything that is compiled from now on is compiled, and where it is kept.
+  """Sets how programs are compiled from now on, and where they are kept.
 
   Args:
     cache: directory in which jax keeps compiled programs; 'none': nowhere; '': the user's cache directory, unless
@@ -81,7 +81,7 @@ def use(cache: str = '', fast_cpu: bool = True) -> None:
 
 
 def options() -> dict[str, str]:
-  """What `jax.jit` is to be given as `compiler_options` for programs whose speed matters."""
+  """The `compiler_options` of `jax.jit` for programs whose speed matters."""
   if not _fast_cpu or jax.default_backend() != 'cpu':
     return {}
   wanted = _QUICK | (_KERNELS if jax.local_device_count() == 1 else {})
@@ -113,10 +113,10 @@ def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
 
 
 def run_once(function: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-  """`jax.jit(function, **arguments)(*args)`; on CPUs, where optimising takes longer than it gains, compiled in a hurry."""
-  hurried = {'xla_backend_optimization_level': '0', 'xla_llvm_disable_expensive_passes': 'True'}
-  options = hurried if jax.default_backend() == 'cpu' else {}
-  return jax.jit(function, compiler_options=options, **arguments)(*args)
+  """`jax.jit(function, **arguments)(*args)`, without optimisation on CPUs, where that would take longer than it saves."""
+  plain = {'xla_backend_optimization_level': '0', 'xla_llvm_disable_expensive_passes': 'True'}
+  on_cpu = jax.default_backend() == 'cpu'
+  return jax.jit(function, compiler_options=plain if on_cpu else {}, **arguments)(*args)
 
 
 def _of_the_user() -> pathlib.Path:

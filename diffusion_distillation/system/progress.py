@@ -17,7 +17,7 @@ class Progress:
     start: steps done before.
     images_per_step: for the rate that is shown.
     line_seconds: time between lines where there is no terminal.
-    work_after: the work that follows this, as a multiple of all of this; above 0, the time for both is shown too.
+    work_after: the work that follows, as a multiple of all `total` steps; above 0, the time that both take is shown, too.
   """
 
   def __init__(
@@ -78,7 +78,7 @@ class Progress:
     return ', '.join(parts)
 
   def _rate(self) -> float:
-    """Steps per second since the first advance, before which programs are compiled; of one advance, with all of that."""
+    """Steps per second since the first advance, which leaves compilation out; after a single advance, since the beginning."""
     if self._first is None or self._first[0] == self._done:
       since, began = self._start, self._began
     else:

@@ -1,7 +1,7 @@
-"""Trees of parameters in fewer arrays, for what treats every number alike.
+"""Trees of parameters in fewer arrays, for operations that treat every number alike.
 
-Most arrays of a network are biases and scales of a few numbers each. Joined to one vector they are updated by one operation
-instead of by hundreds. Kernels stay as they are, for copying them would take longer than that saves.
+Most arrays of a network are biases and scales with a few numbers each. Joined into one vector, they are updated by one operation
+instead of by hundreds. Kernels stay as they are: copying them would take longer than joining them saves.
 """
 
 from collections.abc import Callable

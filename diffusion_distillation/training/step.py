@@ -92,8 +92,8 @@ def _apply(
 ) -> tuple[tuple[Params, ...], dict[str, jax.Array], jax.Array]:
   """The next (parameters, optimizer states, averages), the sizes of gradients and updates, and whether all is finite.
 
-  If it is not, everything stays as it is. So do networks without a gradient, their moments too; the averages follow the
-  student in its turn.
+  If something is not finite, nothing changes. Networks without a gradient do not change either, nor do their moments; the
+  averages only follow the student when it has a gradient.
   """
   params, opt_state, averages = {**state.params}, {**state.opt_state}, state.ema_params
   packings = {name: Packing(params[name]) for name in grads}
@@ -123,9 +123,10 @@ def _advance(
   rate = recipe.learning_rate[name](step)
   updates, opt_state = recipe.optimizer.transform().update(gradient, opt_state, params)
   params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+  decays = recipe.ema_decay if averages else ()
   averages = tuple(
     optax.incremental_update(params, average, 1.0 - decay)
-    for average, decay in zip(averages, recipe.ema_decay[: len(averages)], strict=True)
+    for average, decay in zip(averages, decays, strict=True)
   )
   metrics = {'grad_norm': optax.tree.norm(gradient), 'update_norm': optax.tree.norm(updates)}
   return (params, opt_state, averages), metrics | {'learning_rate': rate}
