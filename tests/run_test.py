@@ -142,7 +142,7 @@ def test_the_report_is_one_page_that_fetches_nothing(finished, results):
   assert page.tags.count('img') == 3
   assert all(link.startswith('data:image/png;base64,') for link in page.links)
   assert 'width=device-width' in text
-  assert all(f'{row["value"]:.4f}' in text for row in results['rows'])
+  assert all(f'<td>{row["num_drawn"]}</td><td>{row["value"]:.4f}' in text for row in results['rows'])
   assert 'train.num_updates' in text
 
 

@@ -151,7 +151,7 @@ def distance_figure(results: dict[str, Any]) -> 'Figure':
   axes.set_xscale('log', base=2)
   axes.set_xticks(sorted(ticks), [str(nfe) for nfe in sorted(ticks)])
   axes.minorticks_off()
-  axes.set_xlabel('network calls an image')
+  axes.set_xlabel('network calls per image')
   axes.legend(frameon=False, fontsize=8)
   return figure
 
@@ -219,7 +219,7 @@ def _axes() -> 'tuple[Figure, Axes]':
 def _floor(axes: 'Axes', results: dict[str, Any]) -> None:
   floor = results['floor']
   axes.axhline(floor['value'], color='#6b7280', linestyle='--', linewidth=1.2, label='Real against real')
-  axes.set_ylabel(f'{results["metric"]}, {floor["num_samples"]} samples')
+  axes.set_ylabel(f'{results["metric"]}, up to {floor["num_samples"]} samples')
 
 
 def samples_figure(grid_rows: dict[str, np.ndarray]) -> 'Figure':
