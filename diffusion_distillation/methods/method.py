@@ -51,6 +51,12 @@ class TrainingSection:
     FRACTION,
     distinct=True,
   )
+  ema_ramp: float = key(
+    0.0,
+    "Upper limit of the averages' half-life, as a share of the updates made so far (EDM: 0.05), so that the averages of a "
+    'short run forget the weights that it began with; 0 sets no limit.',
+    NOT_NEGATIVE,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

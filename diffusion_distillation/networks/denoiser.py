@@ -64,6 +64,15 @@ def _init(network: Any, shape: tuple[int, ...], rng: jax.Array) -> Params:
   return network.init(rng, jnp.zeros((1, *shape)), jnp.zeros((1,)), cond)['params']
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(
+  network: Any, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond, rng: jax.Array | None
+) -> Any:
+  """The network's output. A program that calls it several times traces and lowers it once."""
+  rngs = None if rng is None else {'dropout': rng}
+  return network.apply({'params': params}, z, logsnr, cond, rng is None, rngs=rngs)
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
   """A network seen as E[x | z]. The parameterization ends here.
@@ -98,9 +107,7 @@ class Denoiser:
     self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond, rng: jax.Array | None = None
   ) -> process.Prediction:
     """z: (B, H, W, C); logsnr: (B,); dropout only if `rng` is given."""
-    rngs = None if rng is None else {'dropout': rng}
-    args = ({'params': params}, self._input(z, logsnr), logsnr, cond, rng is None)
-    output: Any = self.network.apply(*args, rngs=rngs)
+    output = _apply(self.network, params, self._input(z, logsnr), logsnr, cond, rng)
     return process.OUTPUTS[self.output](z, logsnr, output)
 
   def bottleneck(self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 from diffusion_distillation.config import Config
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted
 from diffusion_distillation.run import replay
-from diffusion_distillation.run.inputs import Inputs
+from diffusion_distillation.run.inputs import Inputs, shapes
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
@@ -61,7 +61,8 @@ def fit(
   provenance.begin_stage(workdir, stage, inputs.parents(stage), config)
   with contextlib.closing(Checkpoints(workdir / stage.name)) as checkpoints:
     loop = functools.partial(_loop, step, stage, inputs, config, work_after, checkpoints)
-    state, seconds = _restore_or_start(checkpoints, stage, inputs)
+    with _compiled_meanwhile(step, stage, inputs, workdir, config):
+      state, seconds = _restore_or_start(checkpoints, stage, inputs)
     if int(state.step) == stage.num_updates:
       provenance.check_digest(workdir, provenance.to_model(stage, state, seconds))
     elif not int(state.step) and provenance.is_finished(workdir, stage):
@@ -86,6 +87,22 @@ def fit(
   model = provenance.to_model(stage, state, seconds)
   provenance.finish_stage(workdir, inputs.parents(stage), model, config)
   return model
+
+
+def _compiled_meanwhile(
+  step: Callable, stage: Stage, inputs: Inputs, workdir: pathlib.Path, config: Config
+) -> contextlib.AbstractContextManager:
+  """Has the stage's program compiled while its first state is made or restored, unless the stage is finished."""
+  if provenance.is_finished(workdir, stage):
+    return contextlib.nullcontext()
+  teacher = None if inputs.teacher is None else inputs.teacher.params
+  frozen = jax.eval_shape(stage.frozen, teacher, inputs.distance)
+  batch, recipe = shapes(stage, stage.batch_size), stage.recipe
+  state, count = stage.abstract_state(), config.compute.updates_per_dispatch
+  if 1 < count <= stage.num_updates:
+    recipes = tuple(map(recipe.at, range(count)))
+    return sharding.compiled_meanwhile(step, recipes, state, frozen, (batch,) * count)
+  return sharding.compiled_meanwhile(step, recipe.at(0), state, frozen, batch)
 
 
 def _restore_or_start(

@@ -154,6 +154,7 @@ def make_recipe(
     random_flip=config.dataset.random_flip,
     dequantize=config.dataset.dequantize,
     cond_dropout=config.dataset.label_dropout,
+    ema_ramp=of.ema_ramp,
     micro_batches=of.micro_batches,
   )
 

@@ -7,6 +7,8 @@ all that lies between sees global arrays.
 """
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -309,3 +311,23 @@ def compile_step(step: Callable) -> Callable:
     )
 
   return jax.jit(compiled, donate_argnums=1, compiler_options=compilation.options())
+
+
+@contextlib.contextmanager
+def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: Any) -> Iterator[None]:
+  """Has the program of `compile_step` compiled in a thread while the body runs; the first call then finds it.
+
+  Of several processes each compiles in its turn, in the first call; and so does a `step` that is no compiled one.
+
+  Args:
+    step: of `compile_step`.
+    recipe: as the step is given it.
+    state, frozen, batch: arrays or their shapes and types.
+  """
+  if jax.process_count() > 1 or not hasattr(step, 'lower'):
+    yield
+    return
+  examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split()), batch)
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:  # a failure shows in the first call
+    thread.submit(lambda: step.lower(recipe, abstract(state), abstract(frozen), examples).compile())
+    yield

@@ -55,6 +55,16 @@ class LearningRate:
     return self.peak * warm * DECAYS[self.decay](done)
 
 
+def average_decay(decay: float | jax.Array, ramp: float, step: jax.Array) -> float | jax.Array:
+  """The decay of a moving average in update `step` = 0, 1, ... (Karras et al. 2022, appendix F.2).
+
+  Its half-life is at most `ramp` times the number of updates so far; 0: `decay` from the start.
+  """
+  if not ramp:
+    return decay
+  return jnp.minimum(decay, 0.5 ** (1.0 / (ramp * (step + 1))))
+
+
 @dataclasses.dataclass(frozen=True)
 class Adam:
   """Adam with decoupled weight decay; its updates are yet to be scaled by -learning_rate.

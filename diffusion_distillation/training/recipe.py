@@ -32,6 +32,7 @@ class Recipe:
     random_flip: whether images are mirrored at random.
     dequantize: whether x is spread evenly over what decodes to the same image.
     cond_dropout: probability that an example's conditions are withheld.
+    ema_ramp: how soon the averages reach their decay; see `average_decay`.
     micro_batches: parts that a batch is cut into, whose gradients are added up.
   """
 
@@ -46,6 +47,7 @@ class Recipe:
   random_flip: bool = flax.struct.field(pytree_node=False, default=False)
   dequantize: bool = flax.struct.field(pytree_node=False, default=False)
   cond_dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+  ema_ramp: float = flax.struct.field(pytree_node=False, default=0.0)
   micro_batches: int = flax.struct.field(pytree_node=False, default=1)
 
   @property

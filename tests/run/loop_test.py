@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import threading
 
 import flax
 import jax
@@ -296,3 +297,27 @@ def test_a_line_of_metrics_has_the_means_of_what_is_finite():
   told = [{'loss': np.float32(x), 'skipped': k, 'skipped_in_a_row': 0} for k, x in enumerate(losses)]
   told[0]['turn'] = np.float32(7.0)
   assert loop._summary(told) == {'loss': 3.0, 'turn': 7.0, 'skipped': 3.0}
+
+
+@pytest.mark.parametrize('together', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stage_compiles_its_program_once_and_while_its_state_is_made(workdir, together):
+  """Of the base and of a round, with one update or two a program: what is compiled ahead is what the loop calls."""
+  config = tiny.config(max_skipped=3, compute__updates_per_dispatch=together)
+  compiled = sharding.compile_step(train_steps)
+  found = []
+
+  def note(event, seconds, fun_name='', **_):
+    del seconds
+    if event.endswith('jaxpr_to_mlir_module_duration') and fun_name == 'jit(compiled)':
+      found.append(threading.current_thread() is threading.main_thread())
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    model = loop.fit(compiled, STAGES[0], INPUTS, workdir, config)
+    loop.fit(compiled, STUDENT, Inputs(IMAGES, model), workdir, config)
+    loop.fit(
+      sharding.compile_step(train_steps), STUDENT, Inputs(IMAGES, model), workdir, config
+    )  # finished
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+  assert found == [False, False]

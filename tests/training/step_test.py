@@ -156,6 +156,22 @@ def test_every_average_is_the_decayed_sum_of_all_parameters_so_far(step):
     assert_close(average, expected, rtol=1e-6)
 
 
+def test_a_ramp_keeps_the_half_life_of_the_averages_below_its_share_of_the_updates(step):
+  """Half-lives of 0.5 (k + 1) updates until that of the decay is reached; in float64, from the recorded parameters."""
+  stage = small(0, ema_decay=(0.6, 0.1, 0.0), ema_ramp=0.5)
+  state = small_state(stage)
+  expected = [sharding.to_host(state.params['student'])] * 3
+  for k in range(4):
+    state, _ = advance(step, stage, state, 1)
+    params = sharding.to_host(state.params['student'])
+    half_life = 0.5 * (k + 1)
+    for j, decay in enumerate((0.6, 0.1, 0.0)):
+      d = min(decay, 2 ** (-1 / half_life))
+      expected[j] = jax.tree.map(lambda a, p, d=d: d * np.float64(a) + (1 - d) * p, expected[j], params)
+  for average, wanted in zip(state.ema_params, expected, strict=True):
+    assert_close(average, wanted, rtol=1e-6)
+
+
 def test_further_averages_change_neither_the_parameters_nor_the_first_one(step):
   def after_six(*decays):
     stage = small(0, ema_decay=decays)
