@@ -124,9 +124,7 @@ class Bench:
       return
     nfe, value = num_steps * measure.make(config, sampler).calls_per_step, None
     try:
-      setting = measure.Setting(model(), sampler, num_steps)
-      row = measure.measure_setting(config, setting, self.extractor, self.reference, floor=0.0)
-      value = row['value']
+      value = self.value(config, model(), sampler, num_steps)
     except NumericalError as error:
       print(f'{part}: {error}', file=sys.stderr, flush=True)
     fields = {'sampler': sampler, 'num_steps': num_steps, **key, 'nfe': nfe, 'value': value}
@@ -134,6 +132,19 @@ class Bench:
     write_json(self.path, {'scale': self.scale, 'rows': self.rows})
     shown = ' '.join(f'{k}={v}' for k, v in fields.items() if k != 'value')
     print(f'{part} seed={config.seed} {shown}: {value}', file=sys.stderr, flush=True)
+
+  def value(
+    self,
+    config: ml_collections.ConfigDict,
+    model: Model,
+    sampler: str = 'ddim',
+    num_steps: int | None = None,
+  ) -> float:
+    """The Frechet distance of a model's samples, in its own number of steps by default."""
+    setting = measure.Setting(model, sampler, num_steps or model.stage.num_steps)
+    row = measure.measure_setting(config, setting, self.extractor, self.reference, floor=0.0)
+    value: float = row['value']
+    return value
 
   def base(self, config: ml_collections.ConfigDict) -> Model:
     """The undistilled model that all parts but the first look at: v, truncated SNR."""

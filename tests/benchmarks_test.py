@@ -1,5 +1,6 @@
 """The benchmarks of speed: their arithmetic, their flags, and each of them at the smallest size."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from benchmarks import cases, growth, measuring, rival, step, workloads
+from benchmarks import ablation, cases, growth, measuring, rival, schedules, step, workloads
 from benchmarks.cases import Case
 from benchmarks.workloads import Row
 from configs import digits
@@ -316,3 +317,30 @@ def conditional():
   config.model.conditional, config.model.output, config.model.head_dim = True, 'both', 4
   config.model.num_res_blocks = 2
   return config
+
+
+@pytest.mark.slow
+def test_schedules_share_a_base_and_count_what_each_costs(monkeypatch, tmp_path):
+  """A half and a quarter a round from one base, two updates each; the rows, the costs, the tables, and no row twice."""
+  changes = {'distill__start_steps': 4, 'train__num_updates': 2, 'train__batch_size': 8}
+  config = tiny.config(**changes, distill__batch_size=8, evaluation__num_samples=64)
+  monkeypatch.setattr(digits, 'get_config', lambda: copy.deepcopy(config))
+  halves = schedules.Schedule(factor=(2,), updates=(2,), rates=(1e-3,))
+  quarter = schedules.Schedule(factor=(4,), updates=(1,), rates=(1e-3,))
+  monkeypatch.setattr(schedules, 'SCHEDULES', {'halves': halves, 'quarter': quarter})
+  monkeypatch.setattr(schedules, 'STEPS', (4, 2, 1))
+  bench = ablation.Bench(tmp_path, 1.0)
+  for _ in range(2):
+    for name, schedule in schedules.SCHEDULES.items():
+      schedules.run(bench, name, schedule, 3)
+  rows = {(row['part'], row['num_steps']): row for row in bench.rows}
+  assert sorted(rows) == [('halves', 1), ('halves', 2), ('halves', 4), ('quarter', 1), ('quarter', 4)]
+  assert len(bench.rows) == len(rows) and all(row['seed'] == 3 for row in bench.rows)
+  assert rows['halves', 4]['value'] == rows['quarter', 4]['value'] != rows['halves', 2]['value']
+  # A round by halves calls the student once and the teacher twice for each of 8 images, one by quarters 1 + 4.
+  assert [rows[key]['updates'] for key in (('halves', 4), ('halves', 2), ('halves', 1))] == [0, 2, 4]
+  assert [rows[key]['calls'] for key in (('halves', 1), ('quarter', 1))] == [4 * 8 * 3, 8 * 5]
+  assert rows['quarter', 1]['base_calls'] == 2 * 8 and rows['quarter', 1]['seconds'] > 0
+  quality, _, to_one = schedules.tables(bench.rows)
+  assert f'| quarter | {rows["quarter", 4]["value"]:.3g} |  | ' in quality.replace('not measured', '')
+  assert '| halves | 2 | 4 | 2 | 6 | ' in to_one

@@ -1,0 +1,178 @@
+"""What the rounds cost beside the base, on digits: python benchmarks/schedules.py --workdir=runs/schedules
+
+Every schedule is a base and its rounds, with several seeds of parameters, batches and noise, over which the spread is taken. Every
+model is a run of the package in a directory of its own, every measurement a row of rows.json: the same command goes on
+where it was stopped. schedules.md and schedules.png are written after each seed. Seconds compare with each other only.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks.ablation import Bench
+from benchmarks.ablation_report import markdown, spread
+from configs import digits
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.run import forecast
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.workdir import lock_workdir
+from diffusion_distillation.system import interrupts
+from diffusion_distillation.system.files import write_json
+
+STEPS = (32, 8, 4, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """What differs from configs/digits.py; None is what it has.
+
+  Attributes:
+    base: updates of the base.
+    factor: teacher steps that a student's step replaces, by round, as in `distill.factor`.
+    updates: of each round.
+    rates: peak learning rate of each round.
+  """
+
+  base: int | None = None
+  factor: tuple[int, ...] | None = None
+  updates: tuple[int, ...] | None = None
+  rates: tuple[float, ...] | None = None
+
+  def config(self, seed: int, scale: float = 1.0) -> ml_collections.ConfigDict:
+    """Of a run with this schedule, all updates times `scale`."""
+    config = digits.get_config()
+    config.seed, config.evaluation.seed, config.evaluation.tolerance = seed, seed + 1, 0.0
+    config.checkpoint.every = 10_000
+    base = self.base or config.train.num_updates
+    config.train.num_updates = max(1, round(scale * base))
+    config.distill.factor = self.factor or config.distill.factor
+    config.distill.learning_rate = self.rates or config.distill.learning_rate
+    updates = self.updates or config.distill.num_updates
+    config.distill.num_updates = tuple(max(1, round(scale * count)) for count in updates)
+    return config
+
+
+SCHEDULES = {
+  'halves': Schedule(factor=(2,), updates=(750,), rates=(1e-3,)),
+  'demo': Schedule(),
+}
+
+
+def run(bench: Bench, name: str, schedule: Schedule, seed: int) -> None:
+  """Trains and measures what is not there yet, a row for each number of steps in `STEPS`."""
+  config = schedule.config(seed, bench.scale)
+  if all(bench.has(name, seed, num_steps=n) for n in STEPS):
+    return
+  of_base = Schedule(schedule.base).config(seed, bench.scale)
+  base = bench.fit(f'base_{config.train.num_updates}', of_base)[0]
+  models = [base, *bench.fit(name, config, base)]
+  for k, model in enumerate(models):
+    if model.stage.num_steps in STEPS and not bench.has(name, seed, num_steps=model.stage.num_steps):
+      same = [row['value'] for row in bench.rows if row['digest'] == model.digest]  # a base of several schedules
+      row = {'part': name, 'seed': seed, 'num_steps': model.stage.num_steps, 'digest': model.digest}
+      value = same[0] if same else bench.value(config, model)
+      bench.rows.append(row | costs(models[: k + 1]) | {'value': value})
+      write_json(bench.path, {'scale': bench.scale, 'rows': bench.rows})
+      print(' '.join(f'{key}={x}' for key, x in bench.rows[-1].items()), file=sys.stderr, flush=True)
+
+
+def costs(models: list[Model]) -> dict[str, float]:
+  """Updates, network calls of one image and seconds: of the base, and of all rounds after it together."""
+  base, *rounds = models
+  return {
+    'base_updates': base.stage.num_updates,
+    'base_calls': forecast.network_calls(base.stage),
+    'base_seconds': base.seconds,
+    'updates': sum(model.stage.num_updates for model in rounds),
+    'calls': sum(forecast.network_calls(model.stage) for model in rounds),
+    'seconds': sum(model.seconds for model in rounds),
+  }
+
+
+def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+  """Quality by number of steps, and what the rounds to 4 steps and to 1 cost, as shares of the base."""
+  names = [name for name in SCHEDULES if any(row['part'] == name for row in rows)]
+
+  def of(name: str, num_steps: int) -> list[dict[str, Any]]:
+    return [row for row in rows if (row['part'], row['num_steps']) == (name, num_steps)]
+
+  body = [[name, *(spread(row['value'] for row in of(name, n)) for n in STEPS)] for name in names]
+  yield markdown(['schedule', *(f'{n} step{"s" * (n > 1)}' for n in STEPS)], body)
+  for num_steps in (4, 1):
+    body = []
+    for name in names:
+      found = of(name, num_steps)
+      cells = [f'{found[0][key]:.3g}' for key in ('base_updates', 'updates')] if found else []
+      shares = [
+        spread(row[key] / row[f'base_{key}'] for row in found) for key in ('updates', 'calls', 'seconds')
+      ]
+      minutes = spread((row['seconds'] + row['base_seconds']) / 60 for row in found)
+      body.append([name, *cells, *shares, minutes])
+    header = ['updates of the base', 'of the rounds', 'share of updates', 'of network calls']
+    yield f'Rounds to {num_steps} step{"s" * (num_steps > 1)}:\n\n' + markdown(
+      ['schedule', *header, 'of seconds', 'minutes together'], body
+    )
+
+
+def figure(rows: list[dict[str, Any]]) -> Figure:
+  """Quality against the minutes of training; a line for each schedule, a point for each number of steps and seed."""
+  drawing = Figure(figsize=(6.4, 4.4), layout='constrained')
+  axes = drawing.add_subplot(
+    xlabel='minutes of training, base included', ylabel='FD-digits', yscale='log'
+  )
+  for k, name in enumerate(SCHEDULES):
+    for seed in sorted({row['seed'] for row in rows if row['part'] == name}):
+      found = [row for row in rows if (row['part'], row['seed']) == (name, seed)]
+      found.sort(key=lambda row: -row['num_steps'])
+      x = [(row['seconds'] + row['base_seconds']) / 60 for row in found]
+      y = [row['value'] for row in found]
+      axes.plot(x, y, f'C{k}o-', alpha=0.7, label=None if seed else name)
+      for row, at in zip(found, zip(x, y, strict=True), strict=True):
+        axes.annotate(str(row['num_steps']), at, xytext=(3, 4), textcoords='offset points', fontsize=7)
+  axes.grid(color='#e5e7eb', which='both')
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.legend(frameon=False, fontsize=8)
+  return drawing
+
+
+def main() -> None:
+  """Runs the schedules, seed by seed."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--scale', type=float, default=1.0, help='times the updates of every stage')
+  parser.add_argument('--only', default=','.join(SCHEDULES), help='some of ' + ', '.join(SCHEDULES))
+  options = parser.parse_args()
+  names = options.only.split(',')
+  if set(names) - set(SCHEDULES) or options.seeds < 1 or options.scale <= 0:
+    parser.error(f'--only is some of {",".join(SCHEDULES)}; --seeds and --scale are positive')
+  interrupts.install()
+  began = time.monotonic()
+  try:
+    with lock_workdir(options.workdir):
+      bench = Bench(options.workdir.absolute(), options.scale)
+      for seed in range(options.seeds):
+        for name in names:
+          run(bench, name, SCHEDULES[name], seed)
+        text = '\n\n'.join(tables(bench.rows))
+        (options.workdir / 'schedules.md').write_text(text + '\n')
+        figure(bench.rows).savefig(options.workdir / 'schedules.png', dpi=130)
+        minutes = (time.monotonic() - began) / 60
+        print(f'seed {seed}: {minutes:.0f} minutes since the start', file=sys.stderr, flush=True)
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(error.exit_code)
+  print(text)
+
+
+if __name__ == '__main__':
+  main()
