@@ -37,15 +37,19 @@ class Schedule:
 
   Attributes:
     base: updates of the base.
+    ramp: `train.ema_ramp`.
     factor: teacher steps that a student's step replaces, by round, as in `distill.factor`.
     updates: of each round.
     rates: peak learning rate of each round.
+    end: steps of the last student.
   """
 
   base: int | None = None
+  ramp: float = 0.0
   factor: tuple[int, ...] | None = None
   updates: tuple[int, ...] | None = None
   rates: tuple[float, ...] | None = None
+  end: int = 1
 
   def config(self, seed: int, scale: float = 1.0) -> ml_collections.ConfigDict:
     """Of a run with this schedule, all updates times `scale`."""
@@ -54,6 +58,8 @@ class Schedule:
     config.checkpoint.every = 10_000
     base = self.base or config.train.num_updates
     config.train.num_updates = max(1, round(scale * base))
+    config.train.ema_ramp = self.ramp
+    config.distill.end_steps = self.end
     config.distill.factor = self.factor or config.distill.factor
     config.distill.learning_rate = self.rates or config.distill.learning_rate
     updates = self.updates or config.distill.num_updates
@@ -62,22 +68,24 @@ class Schedule:
 
 
 SCHEDULES = {
-  'halves': Schedule(factor=(2,), updates=(750,), rates=(1e-3,)),
+  'halves': Schedule(factor=(2,), updates=(200, 200, 750), rates=(1e-3,), end=4),
   'demo': Schedule(),
+  'short': Schedule(base=1400, ramp=0.05, updates=(150, 300, 300, 400), rates=(5e-4,)),
 }
 
 
 def run(bench: Bench, name: str, schedule: Schedule, seed: int) -> None:
   """Trains and measures what is not there yet, a row for each number of steps in `STEPS`."""
   config = schedule.config(seed, bench.scale)
-  if all(bench.has(name, seed, num_steps=n) for n in STEPS):
+  if all(bench.has(name, seed, num_steps=n) for n in STEPS if n >= schedule.end):
     return
-  of_base = Schedule(schedule.base).config(seed, bench.scale)
+  of_base = Schedule(schedule.base, schedule.ramp).config(seed, bench.scale)
   base = bench.fit(f'base_{config.train.num_updates}', of_base)[0]
   models = [base, *bench.fit(name, config, base)]
   for k, model in enumerate(models):
     if model.stage.num_steps in STEPS and not bench.has(name, seed, num_steps=model.stage.num_steps):
-      same = [row['value'] for row in bench.rows if row['digest'] == model.digest]  # a base of several schedules
+      # Schedules share bases.
+      same = [row['value'] for row in bench.rows if row['digest'] == model.digest]
       row = {'part': name, 'seed': seed, 'num_steps': model.stage.num_steps, 'digest': model.digest}
       value = same[0] if same else bench.value(config, model)
       bench.rows.append(row | costs(models[: k + 1]) | {'value': value})
