@@ -319,6 +319,7 @@ class DMD(Student):
 class DMD2(DMD):
   """DMD with the defaults of DMD2: no pairs, a GAN, and a fake score that is updated more often."""
 
+  name = 'dmd2'
   Section = DMD2Section
 
 

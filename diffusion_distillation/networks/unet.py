@@ -190,8 +190,8 @@ class UNet(nn.Module):
     time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2), 'edm', or 't',
       the schedule's time.
     resblock_resample: resample inside residual blocks, or by a convolution beside them.
-    dtype: of activations, 'float32' or 'bfloat16'; parameters, time and the output stay float32, as do the
-      statistics of norms and the softmax of attention.
+    dtype: of activations, 'float32' or 'bfloat16'; parameters, the embedding of time and class, and the output stay
+      float32, as do the statistics of norms and the softmax of attention.
     remat: whether each block's activations are computed again on the way back instead of being kept.
     attention: what computes attention, a name in `layers.ATTENTION_KERNELS`.
     schedule: t to logsnr, for the time input 't'.
@@ -277,13 +277,13 @@ class UNet(nn.Module):
     """z: (B, H, W, C); logsnr: (B,); cond: `label` (B,) integers if conditional. Returns (B, H, W, out_ch)."""
     det, dtype = deterministic, DTYPES[self.dtype]
     emb = time_embedding(TIME_INPUTS[self.time_input](logsnr, self.schedule), self.ch)
-    emb = nn.swish(nn.Dense(self.emb_ch, dtype=dtype, name='dense0')(emb))
-    emb = nn.Dense(self.emb_ch, dtype=dtype, name='dense1')(emb)
+    emb = nn.swish(nn.Dense(self.emb_ch, name='dense0')(emb))
+    emb = nn.Dense(self.emb_ch, name='dense1')(emb)
     if self.num_classes:
       if cond is None:
         raise ValueError(f'a network with {self.num_classes} classes needs labels')
       one_hot = jax.nn.one_hot(cond['label'], self.num_classes)
-      emb = emb + nn.Dense(self.emb_ch, dtype=dtype, name='class_emb')(one_hot)
+      emb = emb + nn.Dense(self.emb_ch, name='class_emb')(one_hot)
 
     def block(h: jax.Array, level: int, name: str) -> jax.Array:
       ch = self.ch * self.ch_mult[level]

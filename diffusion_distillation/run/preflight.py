@@ -174,8 +174,26 @@ def needs(
 
 
 def _memory_of_the_host() -> int:
+  """A device's share of this machine's memory, or of what the container may have of it."""
   pages = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-  return pages // sharding.local_device_count()
+  return min([pages, *_container_limits()]) // sharding.local_device_count()
+
+
+def _container_limits(root: pathlib.Path = pathlib.Path('/')) -> list[int]:
+  """Bytes that this process's control groups, and those above them, allow it: of version 2, and of version 1."""
+  groups = root / 'proc/self/cgroup'
+  found = []
+  for line in groups.read_text().splitlines() if groups.is_file() else []:
+    _, kinds, path = line.split(':', 2)
+    if kinds not in ('', 'memory'):
+      continue
+    top = root / 'sys/fs/cgroup' / kinds
+    own = top / path.lstrip('/')
+    for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+      limit = folder / ('memory.limit_in_bytes' if kinds else 'memory.max')
+      text = limit.read_text().strip() if limit.is_file() else 'max'
+      found += [int(text)] if text.isdigit() else []
+  return found
 
 
 def _free(path: pathlib.Path) -> int:

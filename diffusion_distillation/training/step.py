@@ -63,7 +63,7 @@ def make_examples(
   if 'image' in batch:
     x = recipe.space.encode(batch['image'])
     if recipe.random_flip:
-      x = augment.flip(rng_augment, x)
+      x = augment.flip(jax.random.fold_in(rng_augment, 0), x)
     if recipe.dequantize:
       x = recipe.space.dequantize(jax.random.fold_in(rng_augment, 1), x)
     examples['x'] = x

@@ -17,7 +17,7 @@ from tests.exact import Gaussian
 
 
 def row(stage, sampler, nfe, value, weights='ema'):
-  method = {'base': 'denoising', 'dmd2': 'dmd'}.get(stage, stage.partition('_')[0])
+  method = {'base': 'denoising'}.get(stage, stage.partition('_')[0])
   num_steps = nfe // samplers.SAMPLERS[sampler].calls_per_step
   extra = {'num_steps': num_steps, 'seconds_per_image': 0.001, 'updates': 10, 'weights': weights}
   return {'stage': stage, 'method': method, 'sampler': sampler, 'nfe': nfe, 'value': value} | extra

@@ -143,3 +143,35 @@ def test_layout_and_precision_may_change_in_a_workdir(tmp_path):
   workdir.claim(tmp_path, tiny.config(**other))
   with pytest.raises(UserError, match='another config: seed was 0, is 1'):
     workdir.claim(tmp_path, tiny.config(seed=1, **other))
+
+
+@pytest.mark.parametrize(
+  ('groups', 'files', 'expected'),
+  [
+    ('0::/\n', {'memory.max': '5000\n'}, [5000]),  # version 2, in a container
+    (
+      '0::/a/b\n',
+      {'a/b/memory.max': 'max\n', 'a/memory.max': '700\n'},
+      [700],
+    ),  # a limit of the group above
+    ('5:cpu:/x\n4:memory:/x/y\n0::/\n', {'memory/x/memory.limit_in_bytes': '900\n'}, [900]),  # version 1
+    ('4:memory:/gone\n', {}, []),
+    (None, {'memory.max': '5000\n'}, []),  # no control groups: not Linux
+  ],
+)
+def test_a_container_has_what_its_control_groups_allow(tmp_path, groups, files, expected):
+  if groups is not None:
+    (tmp_path / 'proc/self').mkdir(parents=True)
+    (tmp_path / 'proc/self/cgroup').write_text(groups)
+  for name, text in files.items():
+    path = tmp_path / 'sys/fs/cgroup' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  assert preflight._container_limits(tmp_path) == expected
+
+
+def test_the_memory_of_the_host_ends_at_the_limit_of_the_container(monkeypatch):
+  monkeypatch.setattr(preflight, '_container_limits', lambda: [10**18, 8 * 10**6])
+  assert preflight._memory_of_the_host() == 10**6  # of each of eight devices
+  monkeypatch.setattr(preflight, '_container_limits', list)
+  assert preflight._memory_of_the_host() > 10**7

@@ -65,3 +65,18 @@ def test_lineage_names_both_parents():
     'distance': None,
   }
   assert provenance.Parents(model).describe()['start'] is None  # new parameters
+
+
+def test_dmd2_goes_on_under_the_name_it_had_before_and_dmd_not_under_that_of_dmd2(tmp_path):
+  model, parents = plan('dmd2')['dmd2'], Parents()
+  provenance.begin_stage(tmp_path, model, parents, CONFIG)
+  path = tmp_path / 'dmd2' / 'stage.json'
+  found = json.loads(path.read_text())
+  assert found['method'] == 'dmd2'
+  path.write_text(json.dumps(found | {'method': 'dmd'}))
+  provenance.begin_stage(tmp_path, model, parents, CONFIG)
+  provenance.begin_stage(tmp_path, plan('dmd')['dmd'], parents, CONFIG)
+  path = tmp_path / 'dmd' / 'stage.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'method': 'dmd2'}))
+  with pytest.raises(UserError, match=r'stage\.json: method is dmd2, but this run needs dmd'):
+    provenance.begin_stage(tmp_path, plan('dmd')['dmd'], parents, CONFIG)

@@ -334,6 +334,6 @@ def test_a_stage_costs_what_led_from_the_base_to_it_each_once(tmp_path, drawn):
     'dmd': 16.0 + pairs + 1.0 + 2.0,
     'dmd2': 32.0 + 16.0 + pairs + 1.0 + 2.0,
   }
-  origin = {'method': 'dmd', 'parent': 'base', 'start': 'dmd', 'cost': found['dmd2']['cost']}
+  origin = {'method': 'dmd2', 'parent': 'base', 'start': 'dmd', 'cost': found['dmd2']['cost']}
   assert found['dmd2'] == origin
   assert found['base'] == {'method': 'denoising', 'parent': None, 'start': None, 'cost': 0.0}

@@ -15,6 +15,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import METHODS, Method, Student
 from diffusion_distillation.networks.conditioning import Classes
 from diffusion_distillation.run import run
+from diffusion_distillation.run.inputs import shapes
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import sharding
@@ -244,3 +245,31 @@ def test_batches_have_to_divide_by_micro_batches_and_devices(section):
     assert words in str(error.value)
   if section in STUDENTS:  # nor does it matter where it is not asked for
     run.check_batches(tiny.config(**too_many))
+
+
+@pytest.mark.parametrize('name', ['base', 'progressive_0001', *STUDENTS])
+def test_no_key_is_drawn_from_twice(name):
+  """By jax's own check of the traced update, with all that draws switched on; nothing is compiled."""
+  changes = {'dataset__random_flip': True, 'dataset__dequantize': True, 'dataset__label_dropout': 0.1}
+  changes |= {'model__conditional': True, 'model__dropout': 0.1, 'distill__start_steps': 2}
+  stages, _ = tiny.plan(methods=('progressive', *STUDENTS), **changes)
+  stage = next(stage for stage in stages if stage.name == name)
+  recipe = stage.recipe.at(stage.recipe.method.period - 1)
+
+  def advance(rng, batch):
+    teacher = stage.init_teacher(rng)
+    state = recipe.create_state(stage.init_params(rng), teacher)
+    return update.train_step(recipe, state, stage.frozen(teacher, None), batch)
+
+  with jax.debug_key_reuse(True):
+    jax.eval_shape(advance, jax.random.key(0), shapes(stage, stage.batch_size))
+
+
+def test_no_key_is_both_drawn_from_and_folded_into(monkeypatch):
+  """Which jax's check lets pass: what flips images is not the key that dequantization is derived from."""
+  seen = []
+  monkeypatch.setattr(update.augment, 'flip', lambda rng, x: seen.append(rng) or x)
+  stages, images = tiny.plan(dataset__random_flip=True, dataset__dequantize=True)
+  key = jax.random.key(3)
+  update.make_examples(stages[0].recipe, {'cond': None, **images.images.batch(range(16))}, key, key)
+  assert [bool(jnp.all(jax.random.key_data(rng) == jax.random.key_data(key))) for rng in seen] == [False]
