@@ -328,6 +328,10 @@ def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: A
     yield
     return
   examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split()), batch)
-  with concurrent.futures.ThreadPoolExecutor(1) as thread:  # a failure shows in the first call
-    thread.submit(lambda: step.lower(recipe, abstract(state), abstract(frozen), examples).compile())
-    yield
+  thread = concurrent.futures.ThreadPoolExecutor(1)
+  program = thread.submit(
+    lambda: step.lower(recipe, abstract(state), abstract(frozen), examples).compile()
+  )
+  thread.shutdown(wait=False)
+  yield  # what goes wrong here is told at once
+  concurrent.futures.wait([program])  # a failure of the compiler shows in the first call

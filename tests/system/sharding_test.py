@@ -1,4 +1,6 @@
-"""Batches on their way to the devices. (One device against eight: train_test.py.)"""
+"""Batches on their way to the devices. (One device against eight: run/loop_test.py.)"""
+
+import threading
 
 import jax
 import numpy as np
@@ -44,3 +46,26 @@ def test_attention_of_gpus_is_refused_elsewhere():
     sharding.check_attention('cudnn', 'bfloat16')
   with pytest.raises(UserError, match=r'needs compute\.dtype=bfloat16'):
     sharding.check_attention('cudnn', 'float32')
+
+
+def test_what_goes_wrong_while_a_program_is_compiled_is_told_at_once():
+  """The compiler is not waited for; where nothing goes wrong it is, and its own failure is left to the first call."""
+  begun, allowed, ended = threading.Event(), threading.Event(), threading.Event()
+
+  class Slow:
+    def lower(self, *_):
+      begun.set()
+      allowed.wait(60)
+      ended.set()
+      raise ValueError('of the compiler')
+
+  with pytest.raises(KeyError), sharding.compiled_meanwhile(Slow(), None, {}, {}, {}):
+    begun.wait(60)
+    raise KeyError
+  assert not ended.is_set()
+  allowed.set()
+  assert ended.wait(60)
+  ended.clear()
+  with sharding.compiled_meanwhile(Slow(), None, {}, {}, {}):
+    pass
+  assert ended.is_set()
