@@ -41,6 +41,13 @@ class Origin:
   sampler: str
 
 
+PER_ROUND = (
+  'factor',
+  'num_updates',
+  'learning_rate',
+)  # keys of `distill` that are tuples, with an entry a round
+
+
 def of_round(values: Sequence[Any], from_the_end: int) -> Any:
   """A round's entry of a tuple that ends with the last round's; its first serves all rounds before."""
   return values[max(0, len(values) - 1 - from_the_end)]

@@ -16,25 +16,50 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.methods import METHODS, Student
 from diffusion_distillation.stages import model
-from diffusion_distillation.stages.plan import Origin, plan
+from diffusion_distillation.stages.plan import PER_ROUND, Origin, of_round, plan, rounds
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import cluster, files, sharding
 from diffusion_distillation.system.files import read_json, write_json
 
-# Keys that may change between two runs in one workdir: they touch no parameter of any stage, or only those of the
-# student that the section is of, whose own stage.json is compared with them.
+# Prefixes of the keys that may change between two runs in one workdir: they touch no parameter of any stage.
 FREE = (
-  *('evaluation.', 'log.', 'checkpoint.'),
+  *('evaluation.', 'log.', 'checkpoint.', 'consistency.sample_steps'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
   *('methods', 'pairs.', 'student.'),
   *('mesh.', 'compute.'),
 )
 
 
-def free_keys(stage: str = '') -> tuple[str, ...]:
-  """Prefixes of the keys that may differ; of the students' sections all but that of `stage`."""
+def _is_free(key: str, stage: str) -> bool:
+  """Whether a key may differ from the one that `stage` was made with; '': from that of the workdir.
+
+  Besides those of FREE, keys of the sections that make other stages: their own stage.json is compared with them.
+  """
+  section = key.partition('.')[0]
   students = [name for name, cls in METHODS.items() if issubclass(cls, Student)]
-  return (*FREE, *(f'{name}.' for name in students if name != stage))
+  if key == 'distill.start_steps':  # by which the base is sampled
+    return False
+  if _is_round(stage):
+    return key.startswith(FREE) or key == 'distill.end_steps' or section in students
+  return key.startswith(FREE) or (section in (*students, 'distill') and section != stage)
+
+
+def _is_round(stage: str) -> bool:
+  return stage.startswith('progressive_')
+
+
+def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
+  """A flat config, for a round of progressive distillation with the round's own entry of what has one a round."""
+  try:
+    steps = rounds(*(values[f'distill.{key}'] for key in ('start_steps', 'end_steps', 'factor')))
+  except (KeyError, UserError):
+    return values
+  names = [f'progressive_{num_steps:04d}' for num_steps, _ in steps]
+  if stage not in names:
+    return values
+  from_the_end = len(names) - 1 - names.index(stage)
+  own = {key: values[key] for key in map('distill.{}'.format, PER_ROUND) if key in values}
+  return values | {key: of_round(entries, from_the_end) for key, entries in own.items()}
 
 
 def lock_workdir(workdir: pathlib.Path) -> IO[str]:
@@ -64,16 +89,17 @@ def check_config(
 ) -> None:
   """Raises UserError, with the differing keys, if what `path` belongs to was made with another config.
 
-  Keys of `free_keys` may differ; keys that an older version did not have are not compared.
+  Keys that `_is_free` names may differ; keys that an older version did not have are not compared.
   """
   if not isinstance(made_with, Mapping):
     raise DamagedError(f'{path} is damaged (no config in it); restore it from a copy')
-  free = free_keys(stage)
-  old, new = dict(flatten(made_with)), dict(flatten(json.loads(config.to_json())))
+  old, new = (
+    _as_made(stage, dict(flatten(values))) for values in (made_with, json.loads(config.to_json()))
+  )
   differing = [
     f'{key} was {value}, is {new.get(key, "absent")}'
     for key, value in sorted(old.items())
-    if not key.startswith(free) and value != new.get(key, 'absent')
+    if not _is_free(key, stage) and value != new.get(key, 'absent')
   ]
   if differing:
     raise UserError(

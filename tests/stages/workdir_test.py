@@ -26,7 +26,7 @@ def test_other_images_of_the_same_number_are_refused(tmp_path):
 
 def test_a_value_that_made_a_stage_may_not_change(tmp_path):
   path = tmp_path / 'config.json'
-  for key in ('train__learning_rate', 'distill__batch_size', 'model__ch', 'seed', 'weighting'):
+  for key in ('train__learning_rate', 'distill__start_steps', 'model__ch', 'seed', 'weighting'):
     value = 'snr' if key == 'weighting' else 48
     with pytest.raises(UserError, match=key.replace('__', r'\.')):
       workdirs.check_config(path, made_with(), tiny.config(**{key: value}))
@@ -44,6 +44,41 @@ def test_a_students_section_may_change_under_all_stages_but_its_own(tmp_path):
     workdirs.check_config(path, made_with(), changed, stage)
   with pytest.raises(UserError, match=r'dmd\.learning_rate'):
     workdirs.check_config(path, made_with(), changed, 'dmd')
+
+
+def test_rounds_may_be_tuned_after_the_base_and_each_knows_its_own_numbers(tmp_path):
+  """Rounds to 16, 8, 4, 2 and 1 steps; the last entry of a tuple is the last round's."""
+  path = tmp_path / 'stage.json'
+  old = {'distill__start_steps': 32, 'distill__num_updates': (5, 7), 'distill__factor': (2,)}
+  changed = tiny.config(**old | {'distill__num_updates': (5, 8, 7)})
+  for stage in ('', 'base', 'dmd', 'progressive_0016', 'progressive_0004', 'progressive_0001'):
+    workdirs.check_config(path, made_with(**old), changed, stage)
+  with pytest.raises(UserError, match=r'distill\.num_updates was 5, is 8'):
+    workdirs.check_config(path, made_with(**old), changed, 'progressive_0002')
+  with pytest.raises(UserError, match=r'distill\.factor was 2, is 4'):
+    quarters = tiny.config(**old | {'distill__factor': (4, 2, 2, 2)})
+    workdirs.check_config(path, made_with(**old), quarters, 'progressive_0008')
+  for key, value in (('batch_size', 48), ('decay', 'none')):
+    other = tiny.config(**old | {f'distill__{key}': value})
+    workdirs.check_config(path, made_with(**old), other, 'base')
+    with pytest.raises(UserError, match=f'distill.{key}'):
+      workdirs.check_config(path, made_with(**old), other, 'progressive_0016')
+
+
+def test_a_run_that_ended_at_several_steps_may_go_on_to_one(tmp_path):
+  ended = {'distill__start_steps': 8, 'distill__end_steps': 2, 'distill__num_updates': (5,)}
+  further = tiny.config(**ended | {'distill__end_steps': 1, 'distill__num_updates': (5, 9)})
+  for stage in ('', 'base', 'progressive_0004', 'progressive_0002'):
+    workdirs.check_config(tmp_path / 'stage.json', made_with(**ended), further, stage)
+
+
+def test_the_steps_that_a_consistency_student_is_measured_in_may_change(tmp_path):
+  changed = tiny.config(consistency__sample_steps=(1, 3))
+  for stage in ('', 'base', 'consistency'):
+    workdirs.check_config(tmp_path / 'stage.json', made_with(), changed, stage)
+  with pytest.raises(UserError, match=r'consistency\.end_intervals'):
+    other = tiny.config(consistency__end_intervals=77)
+    workdirs.check_config(tmp_path / 'stage.json', made_with(), other, 'consistency')
 
 
 def test_keys_that_an_older_version_did_not_have_are_not_compared(tmp_path):
