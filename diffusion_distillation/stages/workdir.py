@@ -25,7 +25,7 @@ from diffusion_distillation.system.files import read_json, write_json
 FREE = (
   *('evaluation.', 'log.', 'checkpoint.', 'consistency.sample_steps'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
-  *('methods', 'pairs.', 'student.'),
+  *('methods', 'pairs.', 'student.', 'max_skipped'),
   *('mesh.', 'compute.'),
 )
 

@@ -34,7 +34,7 @@ def test_a_value_that_made_a_stage_may_not_change(tmp_path):
 
 def test_what_only_measures_logs_or_lays_out_may_change(tmp_path):
   changes = {'evaluation__num_samples': 7, 'log__every': 3, 'checkpoint__every': 2, 'mesh__fsdp': 2}
-  changes |= {'methods': ('dmd',), 'dataset__workers': 1, 'compute__remat': True}
+  changes |= {'methods': ('dmd',), 'dataset__workers': 1, 'compute__remat': True, 'max_skipped': 7}
   workdirs.check_config(tmp_path / 'config.json', made_with(), tiny.config(**changes))
 
 
