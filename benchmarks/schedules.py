@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks.ablation import Bench
 from benchmarks.ablation_report import markdown, spread
 from configs import digits
-from diffusion_distillation.errors import UserError
+from diffusion_distillation.errors import NumericalError, UserError
 from diffusion_distillation.run import forecast
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.workdir import lock_workdir
@@ -52,7 +52,7 @@ class Schedule:
   end: int = 1
 
   def config(self, seed: int, scale: float = 1.0) -> ml_collections.ConfigDict:
-    """Of a run with this schedule, all updates times `scale`."""
+    """Returns the config of a run with this schedule; all numbers of updates are multiplied by `scale`."""
     config = digits.get_config()
     config.seed, config.evaluation.seed, config.evaluation.tolerance = seed, seed + 1, 0.0
     config.checkpoint.every = 10_000
@@ -80,12 +80,16 @@ def run(bench: Bench, name: str, schedule: Schedule, seed: int) -> None:
   if all(bench.has(name, seed, num_steps=n) for n in STEPS if n >= schedule.end):
     return
   of_base = Schedule(schedule.base, schedule.ramp).config(seed, bench.scale)
-  base = bench.fit(f'base_{config.train.num_updates}', of_base)[0]
-  models = [base, *bench.fit(name, config, base)]
+  try:
+    base = bench.fit(f'base_{config.train.num_updates}', of_base)[0]
+    models = [base, *bench.fit(name, config, base)]
+  except NumericalError as error:
+    print(f'{name}, seed {seed}: {error}', file=sys.stderr, flush=True)
+    return
   for k, model in enumerate(models):
     if model.stage.num_steps in STEPS and not bench.has(name, seed, num_steps=model.stage.num_steps):
       # Schedules share bases.
-      same = [row['value'] for row in bench.rows if row['digest'] == model.digest]
+      same = [row['value'] for row in bench.rows if row.get('digest') == model.digest]
       row = {'part': name, 'seed': seed, 'num_steps': model.stage.num_steps, 'digest': model.digest}
       value = same[0] if same else bench.value(config, model)
       bench.rows.append(row | costs(models[: k + 1]) | {'value': value})

@@ -287,6 +287,7 @@ def _evaluate(options: Options) -> None:
   config = stored
   if options.config is not None:
     config = _config(options)
+    check_numbers(config)
     workdir.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
   planned, images = workdir.plan_for(directory, config)
   if images is None:

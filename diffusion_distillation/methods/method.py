@@ -53,8 +53,8 @@ class TrainingSection:
   )
   ema_ramp: float = key(
     0.0,
-    "Upper limit of the averages' half-life, as a share of the updates made so far (EDM: 0.05), so that the averages of a "
-    'short run forget the weights that it began with; 0 sets no limit.',
+    "Upper limit of the averages' half-life, as a share of the student's updates so far (EDM: 0.05), so that the averages of "
+    'a short run forget the weights that it began with; 0 sets no limit.',
     NOT_NEGATIVE,
   )
 

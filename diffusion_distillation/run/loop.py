@@ -82,7 +82,7 @@ def fit(
         except _Diverged as again:
           raise NumericalError(
             f'stage {stage.name}: {again}, and not for the first time; '
-            'lower its learning rate (in a new workdir), or look at its data'
+            'lower its learning rate and remove its directory, or look at its data'
           ) from again
   model = provenance.to_model(stage, state, seconds)
   provenance.finish_stage(workdir, inputs.parents(stage), model, config)

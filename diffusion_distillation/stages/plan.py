@@ -41,11 +41,8 @@ class Origin:
   sampler: str
 
 
-PER_ROUND = (
-  'factor',
-  'num_updates',
-  'learning_rate',
-)  # keys of `distill` that are tuples, with an entry a round
+# Keys of the section `distill` that hold one entry per round.
+PER_ROUND = ('factor', 'num_updates', 'learning_rate')
 
 
 def of_round(values: Sequence[Any], from_the_end: int) -> Any:

@@ -33,7 +33,7 @@ FREE = (
 def _is_free(key: str, stage: str) -> bool:
   """Whether a key may differ from the one that `stage` was made with; '': from that of the workdir.
 
-  Besides those of FREE, keys of the sections that make other stages: their own stage.json is compared with them.
+  Keys in FREE may differ, and so may the sections of other stages, which are compared with their own stage.json.
   """
   section = key.partition('.')[0]
   students = [name for name, cls in METHODS.items() if issubclass(cls, Student)]
@@ -49,7 +49,9 @@ def _is_round(stage: str) -> bool:
 
 
 def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
-  """A flat config, for a round of progressive distillation with the round's own entry of what has one a round."""
+  """A flat config. For a round of progressive distillation, its own entry stands in place of each tuple of PER_ROUND."""
+  if not _is_round(stage):
+    return values
   try:
     steps = rounds(*(values[f'distill.{key}'] for key in ('start_steps', 'end_steps', 'factor')))
   except (KeyError, UserError):
@@ -102,8 +104,11 @@ def check_config(
     if not _is_free(key, stage) and value != new.get(key, 'absent')
   ]
   if differing:
+    remedy = f'remove {path.parent} to train this stage again' if stage else 'use another workdir'
+    if any(key.startswith(f'distill.{name} ') for key in differing for name in PER_ROUND):
+      remedy += '; the last entry of a tuple is that of the last round, so that a further round needs an entry of its own'
     raise UserError(
-      f'{path}: made with another config: {"; ".join(differing)}. Use that config, or another workdir'
+      f'{path}: made with another config: {"; ".join(differing)}. Use that config, or {remedy}'
     )
 
 

@@ -317,7 +317,7 @@ def compile_step(step: Callable) -> Callable:
 def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: Any) -> Iterator[None]:
   """Has the program of `compile_step` compiled in a thread while the body runs; the first call then finds it.
 
-  Of several processes each compiles in its turn, in the first call; and so does a `step` that is no compiled one.
+  With several processes, or a `step` that is not jitted, nothing is compiled ahead.
 
   Args:
     step: of `compile_step`.
@@ -333,5 +333,5 @@ def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: A
     lambda: step.lower(recipe, abstract(state), abstract(frozen), examples).compile()
   )
   thread.shutdown(wait=False)
-  yield  # what goes wrong here is told at once
+  yield  # an error here is reported at once, though the process ends only after the compiler has
   concurrent.futures.wait([program])  # a failure of the compiler shows in the first call

@@ -1,6 +1,7 @@
 """Learning-rate schedules and the optimizer: Adam on gradients clipped to a global norm."""
 
 import dataclasses
+import math
 
 import flax
 import jax
@@ -55,14 +56,15 @@ class LearningRate:
     return self.peak * warm * DECAYS[self.decay](done)
 
 
-def average_decay(decay: float | jax.Array, ramp: float, step: jax.Array) -> float | jax.Array:
-  """The decay of a moving average in update `step` = 0, 1, ... (Karras et al. 2022, appendix F.2).
+def average_weight(decay: float | jax.Array, ramp: float, step: jax.Array) -> float | jax.Array:
+  """The weight of the new parameters in a moving average, 1 - decay, at the student's update `step` = 0, 1, ...
 
-  Its half-life is at most `ramp` times the number of updates so far; 0: `decay` from the start.
+  The half-life of the average is at most `ramp` times the number of updates so far (Karras et al. 2022, appendix F.2); with 0
+  the decay is the same from the start.
   """
   if not ramp:
-    return decay
-  return jnp.minimum(decay, 0.5 ** (1.0 / (ramp * (step + 1))))
+    return 1.0 - decay
+  return jnp.maximum(1.0 - decay, -jnp.expm1(-math.log(2.0) / (ramp * (step + 1))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Recipe:
     random_flip: whether images are mirrored at random.
     dequantize: whether x is spread evenly over what decodes to the same image.
     cond_dropout: probability that an example's conditions are withheld.
-    ema_ramp: how soon the averages reach their decay; see `average_decay`.
+    ema_ramp: how soon the averages reach their decay; see `average_weight`.
     micro_batches: parts that a batch is cut into, whose gradients are added up.
   """
 

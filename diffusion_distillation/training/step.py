@@ -9,7 +9,7 @@ import optax
 
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.training import augment
-from diffusion_distillation.training.optimizers import average_decay
+from diffusion_distillation.training.optimizers import average_weight
 from diffusion_distillation.training.packing import Packing
 from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.state import Params, TrainState
@@ -125,8 +125,9 @@ def _advance(
   updates, opt_state = recipe.optimizer.transform().update(gradient, opt_state, params)
   params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
   decays = recipe.ema_decay if averages else ()
+  turn = step // recipe.method.period
   averages = tuple(
-    optax.incremental_update(params, average, 1.0 - average_decay(decay, recipe.ema_ramp, step))
+    optax.incremental_update(params, average, average_weight(decay, recipe.ema_ramp, turn))
     for average, decay in zip(averages, decays, strict=True)
   )
   metrics = {'grad_norm': optax.tree.norm(gradient), 'update_norm': optax.tree.norm(updates)}

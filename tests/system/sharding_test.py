@@ -65,7 +65,9 @@ def test_what_goes_wrong_while_a_program_is_compiled_is_told_at_once():
   assert not ended.is_set()
   allowed.set()
   assert ended.wait(60)
+  allowed.clear()
   ended.clear()
+  threading.Timer(0.5, allowed.set).start()
   with sharding.compiled_meanwhile(Slow(), None, {}, {}, {}):
     pass
   assert ended.is_set()

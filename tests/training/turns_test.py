@@ -21,6 +21,8 @@ def test_every_network_moves_by_its_own_learning_rate():
     learning_rate={name: LearningRate(rate, 10) for name, rate in RATES.items()},
     optimizer=adam,
     ema_decay=(0.5,),
+    ema_ramp=0.0,
+    method=types.SimpleNamespace(period=1),
   )
   state = TrainState.create(start, adam.transform())
   grads = {'student': {'w': jnp.full(3, 0.1)}, 'fake_score': {'w': jnp.full(3, -0.2)}}
@@ -37,6 +39,7 @@ def toy(loss):
   """A recipe of a method that trains the student by `loss(nets)`, and draws what it does not use."""
   method = types.SimpleNamespace(
     trained=('student',),
+    period=1,
     loss=lambda nets, batch, rng, step: (loss(nets), {}),
     draw=lambda rng, shape: {'eps': jnp.zeros(shape)},
   )
@@ -46,6 +49,7 @@ def toy(loss):
     learning_rate={'student': LearningRate(1e-3, 10)},
     optimizer=Adam(),
     ema_decay=(0.9, 0.5),
+    ema_ramp=0.0,
     seed=0,
     shape=(4, 1),
     cond_dropout=0.0,
@@ -73,3 +77,14 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (1, 1, 1)
   before = zeros().replace(step=state.step, skipped=state.skipped, skipped_in_a_row=state.skipped)
   jax.tree.map(np.testing.assert_array_equal, state, before)
+
+
+def test_a_ramp_counts_the_updates_of_the_student_alone():
+  """A student whose turn is every third update: at its second, update 5, the half-life is 0.5 * 2 updates."""
+  recipe = toy(lambda nets: jnp.sum(nets['student']['w']))
+  recipe.ema_decay, recipe.ema_ramp, recipe.method.period = (0.99,), 0.5, 3
+  start = TrainState.create({'student': {'w': jnp.zeros(3)}}, Adam().transform(), 1)
+  start = start.replace(step=jnp.array(5))
+  state, _ = step.train_step(recipe, start, {}, {'cond': None})
+  assert state.params['student']['w'][0] < -1e-4
+  np.testing.assert_allclose(state.ema_params[0]['w'], state.params['student']['w'] / 2, rtol=1e-5)
