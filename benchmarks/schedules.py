@@ -123,12 +123,14 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
     body = []
     for name in names:
       found = of(name, num_steps)
-      cells = [f'{found[0][key]:.3g}' for key in ('base_updates', 'updates')] if found else []
-      shares = [
-        spread(row[key] / row[f'base_{key}'] for row in found) for key in ('updates', 'calls', 'seconds')
-      ]
+      if not found:
+        continue
+      first = found[0]  # updates and calls do not depend on the seed
+      updates = [f'{first[key]:,}' for key in ('base_updates', 'updates')]
+      shares = [f'{first[key] / first[f"base_{key}"]:.2f}' for key in ('updates', 'calls')]
+      seconds = spread(row['seconds'] / row['base_seconds'] for row in found)
       minutes = spread((row['seconds'] + row['base_seconds']) / 60 for row in found)
-      body.append([name, *cells, *shares, minutes])
+      body.append([name, *updates, *shares, seconds, minutes])
     header = ['updates of the base', 'of the rounds', 'share of updates', 'of network calls']
     yield f'Rounds to {num_steps} step{"s" * (num_steps > 1)}:\n\n' + markdown(
       ['schedule', *header, 'of seconds', 'minutes together'], body

@@ -343,4 +343,4 @@ def test_schedules_share_a_base_and_count_what_each_costs(monkeypatch, tmp_path)
   assert rows['quarter', 1]['base_calls'] == 2 * 8 and rows['quarter', 1]['seconds'] > 0
   quality, _, to_one = schedules.tables(bench.rows)
   assert f'| quarter | {rows["quarter", 4]["value"]:.3g} |  | ' in quality.replace('not measured', '')
-  assert '| halves | 2 | 4 | 2 | 6 | ' in to_one
+  assert '| halves | 2 | 4 | 2.00 | 6.00 | ' in to_one

@@ -187,6 +187,10 @@ CASES = {
     ['--mode=evaluate', '--workdir={finished}', *tiny.flags(), '--config.seed=3'],
     ['another config', 'seed was 0, is 3'],
   ),
+  'evaluate with a factor of one': (
+    ['--mode=evaluate', '--workdir={finished}', *tiny.flags(), '--config.distill.factor=1'],
+    ['distill.factor=(2, 1)', 'at least 2'],
+  ),
   'sample seed': (['--mode=sample', '--workdir={finished}', '--out=x.png', '--seed=-1'], ['seed']),
   'sample with what is no sampler': (
     [*SAMPLE, '--sampler=dimm'],
