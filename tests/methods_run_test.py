@@ -125,7 +125,7 @@ def test_lineage_and_cost_name_what_each_student_comes_from(ran):
     assert found['finished'] and found['parent'] == models['base']
     assert found['start'] == models[rounds[-1] if rounds else 'base']
     assert found['pairs'] == (of_pairs if with_pairs else None) and found['distance'] is None
-    assert found['method'] == stages[name]['method'] == name.removesuffix('2')
+    assert found['method'] == stages[name]['method'] == name
     seconds = sum(lineages[stage]['seconds'] for stage in (name, *rounds))
     assert stages[name]['cost'] == pytest.approx(seconds + drawing * with_pairs)
   samplers = [lineages[name]['sampler'] for name in STUDENTS]
