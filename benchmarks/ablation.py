@@ -16,7 +16,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -223,42 +223,51 @@ RUN = {
 }
 
 
-def write(bench: Bench) -> None:
-  """tables.md and the pictures, of the rows that there are."""
+def write(bench: Bench) -> str:
+  """Writes tables.md and the pictures, of the rows that there are; returns the tables."""
   text = '\n\n'.join(f'## {part}\n\n{table}' for part, table in tables(bench.rows))
   (bench.workdir / 'tables.md').write_text(text + '\n')
   for part, figure in figures(bench.rows):
     figure.savefig(bench.workdir / f'ablation_{part}.png', dpi=130)
+  return text
 
 
-def main() -> None:
-  """Runs the parts, seed by seed."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(
+  about: str, run: Mapping[str, Callable[[Bench, int], None]], write: Callable[[Bench], str]
+) -> None:
+  """The command line of a benchmark in parts: runs them seed by seed, and prints what `write` returns.
+
+  Args:
+    about: the first line of the help.
+    run: does a part with a seed, by the part's name; what is there already is left as it is.
+    write: writes what there is after a seed, and returns its tables.
+  """
+  parser = argparse.ArgumentParser(description=about)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--scale', type=float, default=1.0, help='times the updates of every stage')
-  parser.add_argument('--parts', default=','.join(RUN))
+  parser.add_argument('--parts', default=','.join(run))
   options = parser.parse_args()
   parts = options.parts.split(',')
-  unknown = [part for part in parts if part not in RUN]
+  unknown = [part for part in parts if part not in run]
   if unknown or options.seeds < 1 or options.scale <= 0:
-    parser.error(f'--parts are some of {",".join(RUN)}; --seeds and --scale are positive')
+    parser.error(f'--parts are some of {",".join(run)}; --seeds and --scale are positive')
   interrupts.install()
-  began = time.monotonic()
+  began, text = time.monotonic(), ''
   try:
     with lock_workdir(options.workdir):
       bench = Bench(options.workdir.absolute(), options.scale)
       for seed in range(options.seeds):
         for part in parts:
-          RUN[part](bench, seed)
-        write(bench)
+          run[part](bench, seed)
+        text = write(bench)
         minutes = (time.monotonic() - began) / 60
         print(f'seed {seed}: {minutes:.0f} minutes since the start', file=sys.stderr, flush=True)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(error.exit_code)
-  print((options.workdir / 'tables.md').read_text())
+  print(text)
 
 
 if __name__ == '__main__':
-  main()
+  main(__doc__.splitlines()[0], RUN, write)

@@ -1,15 +1,14 @@
 """What the rounds cost beside the base, on digits: python benchmarks/schedules.py --workdir=runs/schedules
 
-Every schedule is a base and its rounds, with several seeds of parameters, batches and noise, over which the spread is taken. Every
-model is a run of the package in a directory of its own, every measurement a row of rows.json: the same command goes on
-where it was stopped. schedules.md and schedules.png are written after each seed. Seconds compare with each other only.
+Every schedule is a base and its rounds, with several seeds of parameters, batches and noise, over which the spread is taken. What is
+trained and measured is kept as in `benchmarks/ablation.py`: the same command goes on where it was stopped. schedules.md and
+schedules.png are written after each seed. Seconds compare with each other only.
 """
 
-import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,14 +17,12 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks.ablation import Bench
+from benchmarks.ablation import Bench, main
 from benchmarks.ablation_report import markdown, spread
 from configs import digits
-from diffusion_distillation.errors import NumericalError, UserError
+from diffusion_distillation.errors import NumericalError
 from diffusion_distillation.run import forecast
 from diffusion_distillation.stages.provenance import Model
-from diffusion_distillation.stages.workdir import lock_workdir
-from diffusion_distillation.system import interrupts
 from diffusion_distillation.system.files import write_json
 
 STEPS = (32, 8, 4, 2, 1)
@@ -33,7 +30,7 @@ STEPS = (32, 8, 4, 2, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """What differs from configs/digits.py; None is what it has.
+  """What differs from configs/digits.py, whose own value None stands for.
 
   Attributes:
     base: updates of the base.
@@ -74,8 +71,9 @@ SCHEDULES = {
 }
 
 
-def run(bench: Bench, name: str, schedule: Schedule, seed: int) -> None:
-  """Trains and measures what is not there yet, a row for each number of steps in `STEPS`."""
+def run(name: str, bench: Bench, seed: int) -> None:
+  """Trains and measures what is not there yet of a schedule, a row for each number of steps in `STEPS`."""
+  schedule = SCHEDULES[name]
   config = schedule.config(seed, bench.scale)
   if all(bench.has(name, seed, num_steps=n) for n in STEPS if n >= schedule.end):
     return
@@ -158,35 +156,13 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
   return drawing
 
 
-def main() -> None:
-  """Runs the schedules, seed by seed."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--scale', type=float, default=1.0, help='times the updates of every stage')
-  parser.add_argument('--only', default=','.join(SCHEDULES), help='some of ' + ', '.join(SCHEDULES))
-  options = parser.parse_args()
-  names = options.only.split(',')
-  if set(names) - set(SCHEDULES) or options.seeds < 1 or options.scale <= 0:
-    parser.error(f'--only is some of {",".join(SCHEDULES)}; --seeds and --scale are positive')
-  interrupts.install()
-  began = time.monotonic()
-  try:
-    with lock_workdir(options.workdir):
-      bench = Bench(options.workdir.absolute(), options.scale)
-      for seed in range(options.seeds):
-        for name in names:
-          run(bench, name, SCHEDULES[name], seed)
-        text = '\n\n'.join(tables(bench.rows))
-        (options.workdir / 'schedules.md').write_text(text + '\n')
-        figure(bench.rows).savefig(options.workdir / 'schedules.png', dpi=130)
-        minutes = (time.monotonic() - began) / 60
-        print(f'seed {seed}: {minutes:.0f} minutes since the start', file=sys.stderr, flush=True)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(error.exit_code)
-  print(text)
+def write(bench: Bench) -> str:
+  """Writes schedules.md and schedules.png, of the rows that there are; returns the tables."""
+  text = '\n\n'.join(tables(bench.rows))
+  (bench.workdir / 'schedules.md').write_text(text + '\n')
+  figure(bench.rows).savefig(bench.workdir / 'schedules.png', dpi=130)
+  return text
 
 
 if __name__ == '__main__':
-  main()
+  main(__doc__.splitlines()[0], {name: functools.partial(run, name) for name in SCHEDULES}, write)

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from PIL import Image
 
 from benchmarks import ablation, cases, growth, measuring, rival, schedules, step, workloads
 from benchmarks.cases import Case
@@ -331,8 +332,8 @@ def test_schedules_share_a_base_and_count_what_each_costs(monkeypatch, tmp_path)
   monkeypatch.setattr(schedules, 'STEPS', (4, 2, 1))
   bench = ablation.Bench(tmp_path, 1.0)
   for _ in range(2):
-    for name, schedule in schedules.SCHEDULES.items():
-      schedules.run(bench, name, schedule, 3)
+    for name in schedules.SCHEDULES:
+      schedules.run(name, bench, 3)
   rows = {(row['part'], row['num_steps']): row for row in bench.rows}
   assert sorted(rows) == [('halves', 1), ('halves', 2), ('halves', 4), ('quarter', 1), ('quarter', 4)]
   assert len(bench.rows) == len(rows) and all(row['seed'] == 3 for row in bench.rows)
@@ -342,5 +343,7 @@ def test_schedules_share_a_base_and_count_what_each_costs(monkeypatch, tmp_path)
   assert [rows[key]['calls'] for key in (('halves', 1), ('quarter', 1))] == [4 * 8 * 3, 8 * 5]
   assert rows['quarter', 1]['base_calls'] == 2 * 8 and rows['quarter', 1]['seconds'] > 0
   quality, _, to_one = schedules.tables(bench.rows)
+  assert schedules.write(bench) == (tmp_path / 'schedules.md').read_text().rstrip()
+  assert len(Image.open(tmp_path / 'schedules.png').getcolors(1 << 20)) > 20
   assert f'| quarter | {rows["quarter", 4]["value"]:.3g} |  | ' in quality.replace('not measured', '')
   assert '| halves | 2 | 4 | 2.00 | 6.00 | ' in to_one

@@ -25,7 +25,7 @@ from diffusion_distillation.system.files import read_json, write_json
 FREE = (
   *('evaluation.', 'log.', 'checkpoint.', 'consistency.sample_steps'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
-  *('methods', 'pairs.', 'student.', 'max_skipped'),
+  *('methods', 'pairs.', 'student.', 'distill.end_steps', 'max_skipped'),
   *('mesh.', 'compute.'),
 )
 
@@ -35,13 +35,11 @@ def _is_free(key: str, stage: str) -> bool:
 
   Keys in FREE may differ, and so may the sections of other stages, which are compared with their own stage.json.
   """
-  section = key.partition('.')[0]
-  students = [name for name, cls in METHODS.items() if issubclass(cls, Student)]
-  if key == 'distill.start_steps':  # by which the base is sampled
+  if key == 'distill.start_steps':  # the base is sampled in as many
     return False
-  if _is_round(stage):
-    return key.startswith(FREE) or key == 'distill.end_steps' or section in students
-  return key.startswith(FREE) or (section in (*students, 'distill') and section != stage)
+  of_students = {name for name, cls in METHODS.items() if issubclass(cls, Student)} | {'distill'}
+  others = of_students - {'distill' if _is_round(stage) else stage}
+  return key.startswith(FREE) or key.partition('.')[0] in others
 
 
 def _is_round(stage: str) -> bool:
@@ -49,7 +47,7 @@ def _is_round(stage: str) -> bool:
 
 
 def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
-  """A flat config. For a round of progressive distillation, its own entry stands in place of each tuple of PER_ROUND."""
+  """Returns a flat config; for a round of progressive distillation, each tuple of PER_ROUND is replaced by the round's entry."""
   if not _is_round(stage):
     return values
   try:
