@@ -120,10 +120,8 @@ class Denoiser:
     """Channels of the innermost activations for x of `shape`; ValueError if the network does not sow them."""
 
     def call(rng: jax.Array) -> jax.Array:
-      cond = zeros(self.conditioning, 1)
       z, logsnr = jnp.zeros((1, *shape)), jnp.zeros((1,))
-      params = self.network.init(rng, z, logsnr, cond)['params']
-      return self.bottleneck(params, z, logsnr, cond)
+      return self.bottleneck(self.init(rng, shape), z, logsnr, zeros(self.conditioning, 1))
 
     try:
       return int(jax.eval_shape(call, jax.random.key(0)).shape[-1])

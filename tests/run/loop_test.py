@@ -299,7 +299,8 @@ def test_a_line_of_metrics_has_the_means_of_what_is_finite():
   assert loop._summary(told) == {'loss': 3.0, 'turn': 7.0, 'skipped': 3.0}
 
 
-@pytest.mark.parametrize('together', [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('together', [1, 2])
 def test_a_stage_compiles_its_program_once_and_while_its_state_is_made(workdir, together):
   """Of the base and of a round, with one update or two a program: what is compiled ahead is what the loop calls."""
   config = tiny.config(max_skipped=3, compute__updates_per_dispatch=together)

@@ -266,8 +266,8 @@ def test_no_key_is_drawn_from_twice(name):
     jax.eval_shape(advance, jax.random.key(0), shapes(stage, stage.batch_size))
 
 
-def test_no_key_is_both_drawn_from_and_folded_into(monkeypatch):
-  """Which jax's check lets pass: what flips images is not the key that dequantization is derived from."""
+def test_flips_have_a_key_of_their_own(monkeypatch):
+  """They are not drawn with the key that dequantization's is folded from, which jax's own check would let pass."""
   seen = []
   monkeypatch.setattr(update.augment, 'flip', lambda rng, x: seen.append(rng) or x)
   stages, images = tiny.plan(dataset__random_flip=True, dataset__dequantize=True)
