@@ -245,7 +245,7 @@ def _grid(options: Options, stored: StoredModel) -> np.ndarray:
 
 
 def _classes(options: Options, stored: StoredModel) -> Chosen:
-  """The classes to draw in turn, by number or name, or 'none'; None for a balanced draw of all."""
+  """The classes to draw in turn, see `conditioning.labels_by_name`, or 'none'; None for a balanced draw of all."""
   classes, given = conditioning.classes(stored.denoise.conditioning), list(options.classes)
   if not given:
     return None
@@ -259,13 +259,9 @@ def _classes(options: Options, stored: StoredModel) -> Chosen:
         '--classes=none: the model was trained with dataset.label_dropout=0, all classes told'
       )
     return {'label': [classes.NONE]}
-  by_number = {str(label): label for label in range(classes.count)}
-  known = by_number | {name: label for label, name in enumerate(stored.class_names)}
+  known = conditioning.labels_by_name(classes.count, stored.class_names)
   if not all(c in known for c in given):
-    raise UserError(
-      f'--classes={text}: classes are whole numbers, 0 to {classes.count - 1}, or their names'
-      + (f', such as {stored.class_names[0]}' if stored.class_names else '')
-    )
+    raise UserError(f'--classes={text}: {conditioning.choices(classes.count, stored.class_names)}')
   return {'label': [known[c] for c in given]}
 
 

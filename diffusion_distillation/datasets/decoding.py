@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from diffusion_distillation.datasets import colours
 from diffusion_distillation.datasets.image_set import BrokenImage
 
 _BLOCK = 2**20  # pixels that `area` has in float64 at a time
@@ -16,11 +17,27 @@ _BLOCK = 2**20  # pixels that `area` has in float64 at a time
 warnings.filterwarnings('ignore', module=r'PIL\.')
 
 # What is read, whatever a file is called. (Pillow reads more; EPS, for one, by running a program.)
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF')
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'QOI')
+# Files with these are taken for images without a look at them; others are told by their first bytes.
 SUFFIXES = (
   *('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'),
-  *('.ppm', '.pgm', '.pbm', '.avif'),
+  *('.ppm', '.pgm', '.pbm', '.pnm', '.avif', '.jfif', '.jpe', '.apng', '.jp2', '.j2k', '.qoi'),
 )
+HEAD = 256  # bytes by which a format is told
+_BY_HEADER = ('BMP', 'PPM')  # 'BM' and 'P1' begin texts, too
+
+
+def is_image(head: bytes) -> bool:
+  """Whether a file whose first HEAD bytes are these is in one of FORMATS."""
+  Image.init()
+  found = [f for f in FORMATS if f in Image.OPEN and (Image.OPEN[f][1] or bool)(head[:16]) is True]
+  if not set(found) <= set(_BY_HEADER):
+    return True
+  try:
+    with Image.open(io.BytesIO(head), formats=found):
+      return bool(found)
+  except Exception:  # Pillow raises whatever the bytes made it raise
+    return False
 
 
 @functools.lru_cache(maxsize=256)
@@ -74,6 +91,8 @@ class Decoder:
 
   def __call__(self, data: bytes) -> np.ndarray:
     """Raises BrokenImage: this is no image, or not a whole one, or its short side is below `size`."""
+    if not data:
+      raise BrokenImage('is empty')
     try:
       with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if min(image.size) < self.size:
@@ -104,17 +123,20 @@ class Decoder:
 
 
 def as_seen(image: Image.Image, channels: int) -> Image.Image:
-  """Mode L (1 channel) or RGB (3): upright, the first frame, transparency over white, 16 bits scaled to 8.
+  """Mode L (1 channel) or RGB (3): upright, the first frame, in sRGB, transparency over white, 16 bits scaled to 8.
 
   Raises:
     ValueError: its pixels have no known range.
   """
+  profile = image.info.get('icc_profile')
   image.load()
   image = ImageOps.exif_transpose(image)
   if image.mode.startswith('I'):
     image = _eight_bits(image)
   if image.mode == 'F':
     raise ValueError('floating-point pixels have no known range')
+  if profile:
+    image = colours.to_srgb(image, profile)
   if image.has_transparency_data:
     image = image.convert('RGBA')
     white = Image.new('RGBA', image.size, 'white')

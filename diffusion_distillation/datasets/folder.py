@@ -3,25 +3,28 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import time
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import fsspec
+import numpy as np
 
-from diffusion_distillation.datasets import decoding, splits
+from diffusion_distillation.datasets import decoding, listing, splits
 from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet
+from diffusion_distillation.datasets.left_out import LeftOut
 from diffusion_distillation.datasets.settings import Settings
 from diffusion_distillation.errors import UserError
 
 SPLIT_FOLDERS = ('train', 'test', 'val', 'valid', 'validation')
 _LIKE_SPLITS = {'training', 'testing', 'eval', 'evaluation', *SPLIT_FOLDERS[1:]}
-_UNPACKING = (zipfile.BadZipFile, zlib.error, EOFError)  # of one member of a zip
 _WAITS = (0.1, 1.0, 5.0)  # seconds, before a read is tried again
 MAX_BYTES = 2**29  # of one file; larger ones are not images, or not for this
+SMALL = (
+  1000  # images of a set; the held-out ones of a larger one are not looked at before they are chosen
+)
 
 Parts = dict[str, tuple[str, ...]]  # of the path of each image, by its name
 
@@ -91,14 +94,22 @@ class Folder(ImageSet):
     files: (path, label).
     system: that reads them.
     decoder: of their bytes.
+    left_out: files beside them that are not images.
   """
 
   files: list[tuple[str, int]]
   system: fsspec.AbstractFileSystem
   decoder: decoding.Decoder
+  left_out: LeftOut
 
   def __len__(self) -> int:
     return len(self.files)
+
+  def known_labels(self) -> np.ndarray:
+    return np.array([label for _, label in self.files], np.int64)
+
+  def beside(self) -> LeftOut:
+    return self.left_out
 
   def read(self, k: int) -> Example:
     path, label = self.files[k]
@@ -106,7 +117,7 @@ class Folder(ImageSet):
       return self.decoder(self._bytes(path)), label
     except BrokenImage as error:
       raise BrokenImage(f'{path} {error}') from error
-    except _UNPACKING as error:
+    except listing.UNPACKING as error:
       raise BrokenImage(f'{path} cannot be unpacked: {error}') from error
 
   def _bytes(self, path: str) -> bytes:
@@ -116,7 +127,7 @@ class Folder(ImageSet):
       try:
         data: bytes = self.system.cat_file(path)
         return data
-      except _UNPACKING:
+      except listing.UNPACKING:
         raise
       except Exception as error:  # whatever a file system raises for one file
         lasting = isinstance(error, FileNotFoundError | PermissionError | RuntimeError)
@@ -128,49 +139,47 @@ class Folder(ImageSet):
       attempt += 1
 
 
-def _walk(root: str) -> Iterator[tuple[str, int]]:
-  """Files below a local directory and their sizes; follows links, each directory once."""
-  seen: set[str] = set()
-
-  def refuse(error: OSError) -> None:
-    raise error
-
-  for directory, below, files in os.walk(root, followlinks=True, onerror=refuse):
-    below.sort()
-    real = os.path.realpath(directory)
-    if real in seen:
-      below.clear()
-      continue
-    seen.add(real)
-    for file in files:
-      path = os.path.join(directory, file)
-      if os.path.isfile(path):
-        yield path, os.path.getsize(path)
-
-
 @functools.lru_cache(maxsize=2)
-def _listing(path: str) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, int]]]:
-  """The file system of an absolute path or URL, and the image files there: path and size, by name below it.
+def _listing(path: str) -> listing.Listing:
+  """What is at an absolute path or URL; kept, since both splits of a run ask for it."""
+  return listing.list_images(path, MAX_BYTES)
 
-  Kept, since both splits of a run ask for it.
+
+@functools.lru_cache(maxsize=4)
+def _held_out(there: listing.Listing, decoder: decoding.Decoder) -> frozenset[str]:
+  """Names of those images of a small set without splits that are held out: the last ones that can be read.
+
+  Otherwise broken files might be all that is held out. None where `splits.held_out` is to choose without a look: of large
+  sets, whose held-out images are many, and where there are not enough that can be read.
   """
-  try:
-    if os.path.isdir(path):
-      system, root = fsspec.filesystem('file'), path
-      sizes = dict(_walk(path))
-    else:
-      zipped = path.lower().endswith('.zip')
-      system, root = (fsspec.filesystem('zip', fo=path), '') if zipped else fsspec.core.url_to_fs(path)
-      sizes = {full: int(info['size']) for full, info in system.find(root, detail=True).items()}
-  except Exception as error:  # of any file system: no such bucket, not a zip, not allowed, not installed
-    raise UserError(f'dataset.path={path} cannot be listed: {error}') from error
-  found = {}
-  for full, size in sizes.items():
-    name = full[len(root) :].lstrip('/')
-    hidden = any(part.startswith('.') or part == '__MACOSX' for part in name.split('/'))
-    if name.lower().endswith(decoding.SUFFIXES) and not hidden and size <= MAX_BYTES:
-      found[name] = (full, size)
-  return system, found
+  names = [name for name, _ in arrange(there.found).files['train']]
+  size = splits.held_out_size(len(names))
+  if len(names) > SMALL:
+    return frozenset()
+  files = [(there.found[name][0], 0) for name in names]
+  last = Folder('', (0, 0, 0), (), '', files, there.system, decoder, there.left_out)
+  readable = (name for k, name in reversed(list(enumerate(names))) if last.is_whole(k))
+  held = frozenset(itertools.islice(readable, size))
+  return held if len(held) == size else frozenset()
+
+
+def _there(settings: Settings) -> listing.Listing:
+  """What is at the path of the config; raises UserError unless there are images."""
+  if not settings.path:
+    raise UserError('dataset.name=folder needs dataset.path, a directory or a .zip of images')
+  path = settings.path
+  if '://' not in path:
+    path = os.path.abspath(os.path.expanduser(path))
+    if not os.path.exists(path):
+      raise UserError(f'dataset.path={settings.path}: there is no such file or directory')
+  listing.check_kind(os.path.expanduser(settings.path))
+  there = _listing(path)
+  if not there.found:
+    beside = ''.join(f'; {line}' for line in there.left_out.lines())
+    raise UserError(
+      f'dataset.path={settings.path} holds no image ({", ".join(decoding.SUFFIXES)}){beside}'
+    )
+  return there
 
 
 def open_split(settings: Settings, role: str) -> ImageSet:
@@ -179,38 +188,36 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   Raises:
     UserError: there is nothing at the path, or no image, or no way to tell the classes.
   """
-  if not settings.path:
-    raise UserError('dataset.name=folder needs dataset.path, a directory or a .zip of images')
-  path = settings.path
-  if '://' not in path:
-    path = os.path.abspath(os.path.expanduser(path))
-    if not os.path.exists(path):
-      raise UserError(f'dataset.path={settings.path}: there is no such file or directory')
-  system, found = _listing(path)
-  if not found:
-    raise UserError(f'dataset.path={settings.path} holds no image ({", ".join(decoding.SUFFIXES)})')
+  there = _there(settings)
+  found = there.found
   try:
     tree = arrange(found)
   except ValueError as error:
     raise UserError(f'dataset.path={settings.path} {error}; see docs/your_own_images.md') from error
   others = [name for name in SPLIT_FOLDERS[1:] if name in tree.files]
-  if len(found) < 4 and not others and not settings.spec(role, ('', '')):
+  ours = not others and not settings.spec(role, ('', ''))
+  if len(found) < 4 and ours:
     raise UserError(f'dataset.path={settings.path} holds {len(found)} images; 4 are needed at least')
   if role == 'eval' and settings.split and not settings.eval_split and not others:
     raise UserError(
       f'dataset.split={settings.split} is given: give dataset.eval_split, too, what is held out'
     )
+  size, channels = settings.image_size, settings.channels or 3
+  decoder = settings.decoder(channels)
   default = ('train', others[0]) if others else splits.held_out(len(tree.files['train']))
-  chosen = splits.select(settings.key(role), settings.spec(role, default), tree.files)
+  if ours and (held := _held_out(there, decoder)):
+    chosen = [file for file in tree.files['train'] if (file[0] in held) == (role == 'eval')]
+  else:
+    chosen = splits.select(settings.key(role), settings.spec(role, default), tree.files)
   top = len(os.path.commonpath([os.path.dirname(name) for name in found]))
   described = [(name[top:].lstrip('/'), found[name][1], label) for name, label in chosen]
-  size, channels = settings.image_size, settings.channels or 3
   return Folder(
     name=pathlib.PurePosixPath(settings.path.rstrip('/')).stem or 'folder',
     image_shape=(size, size, channels),
     classes=tree.classes,
     identity=hashlib.sha256(f'{tree.classes} {described}'.encode()).hexdigest(),
     files=[(found[name][0], label) for name, label in chosen],
-    system=system,
-    decoder=settings.decoder(channels),
+    system=there.system,
+    decoder=decoder,
+    left_out=there.left_out,
   )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_distillation.datasets.left_out import LeftOut
 from diffusion_distillation.errors import DamagedError, UserError
 
 Example = tuple[np.ndarray, int]
@@ -40,6 +41,22 @@ class ImageSet(abc.ABC):
   @abc.abstractmethod
   def read(self, k: int) -> Example:
     """Image k, (H, W, C) uint8, and its label, 0 without labels; raises BrokenImage."""
+
+  def known_labels(self) -> np.ndarray | None:
+    """(N,) int: the label of each image, where that is known without reading them; else None."""
+    return None
+
+  def beside(self) -> LeftOut:
+    """Files where the images are that are not images."""
+    return LeftOut()
+
+  def is_whole(self, k: int) -> bool:
+    """Whether image k can be used; reads it."""
+    try:
+      self.read(k)
+    except BrokenImage:
+      return False
+    return True
 
   def batch(self, indices: np.ndarray) -> Batch:
     """The images at `indices` (B,); for a broken one stands the next that is whole.
@@ -112,6 +129,9 @@ class InMemory(ImageSet):
 
   def __len__(self) -> int:
     return len(self.images)
+
+  def known_labels(self) -> np.ndarray:
+    return self.labels
 
   def read(self, k: int) -> Example:
     if k in self.broken:

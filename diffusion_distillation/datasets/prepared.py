@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 
 from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet, reading_error
-from diffusion_distillation.datasets.settings import ROLES, Settings
+from diffusion_distillation.datasets.left_out import LeftOut
+from diffusion_distillation.datasets.settings import ROLES, WITHOUT_FILES, Settings
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.system.files import read_json
 
 BROKEN = -(2**31)
 INFO = 'info.json'
 FORMAT = 1  # of the records
+COLOURS = 2  # of what is decoded from files: 2 is sRGB; 1, of before, took no notice of colour profiles
 AGAIN = 'remove it and run --mode=prepare again'
 
 
@@ -62,7 +64,8 @@ def fields(settings: Settings) -> dict[str, Any]:
   kept = dataclasses.asdict(settings)
   del kept['prepared']
   path = pathlib.PurePath(settings.path).stem if settings.name == 'folder' else ''
-  return kept | {'path': path, 'format': FORMAT}
+  colours = {} if settings.name in WITHOUT_FILES else {'colours': COLOURS}
+  return kept | {'path': path, 'format': FORMAT} | colours
 
 
 def shard_paths(directory: pathlib.Path, role: str, count: int) -> list[pathlib.Path]:
@@ -72,14 +75,27 @@ def shard_paths(directory: pathlib.Path, role: str, count: int) -> list[pathlib.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Copy(ImageSet):
-  """A split of a copy."""
+  """A split of a copy.
+
+  Attributes:
+    source: reads the records.
+    paths: of its files.
+    per_file: images in each, but for the last one.
+    left_out: files beside the original's images that are not images.
+    broken: reasons, by index, of the images that could not be read.
+  """
 
   source: Any
   paths: list[pathlib.Path]
   per_file: int
+  left_out: LeftOut
+  broken: dict[int, str]
 
   def __len__(self) -> int:
     return len(self.source)
+
+  def beside(self) -> LeftOut:
+    return self.left_out
 
   def read(self, k: int) -> Example:
     try:
@@ -114,10 +130,14 @@ def check_fields(directory: pathlib.Path, info: dict[str, Any], settings: Settin
   differing = [
     f'dataset.{key} was {info["dataset"].get(key)}, is {value}'
     for key, value in wanted.items()
-    if info['dataset'].get(key) != value and (key != 'path' or value)
+    if info['dataset'].get(key) != value and key != 'colours' and (key != 'path' or value)
   ]
   if differing:
     raise UserError(f'dataset.prepared={directory} is of other images: {"; ".join(differing)}')
+  if info['dataset'].get('colours') != wanted.get('colours'):
+    raise UserError(
+      f'dataset.prepared={directory} was made before colour profiles were converted to sRGB; {AGAIN}'
+    )
 
 
 def open_split(settings: Settings, role: str) -> ImageSet:
@@ -151,4 +171,6 @@ def open_split(settings: Settings, role: str) -> ImageSet:
     source=array_record_data_source.ArrayRecordDataSource([str(path) for path in paths]),
     paths=paths,
     per_file=split['images_per_file'],
+    left_out=LeftOut(**info.get('left_out', {})),
+    broken={int(k): reason for k, reason in split.get('broken', {}).items()},
   )

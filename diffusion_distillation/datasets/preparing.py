@@ -1,6 +1,7 @@
 """Writes a decoded, resized copy of a set (see `prepared.py`), so that a large set is decoded once."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -63,6 +64,7 @@ def _prepare(
     'image_shape': shape,
     'classes': sets['train'].classes,
     'finished': False,
+    'left_out': dataclasses.asdict(sets['train'].beside()),
     'splits': {
       role: {
         'identity': images.identity,

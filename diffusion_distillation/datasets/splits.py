@@ -44,7 +44,12 @@ def bad_spec(key: str, spec: str, names: Sequence[str]) -> UserError:
   )
 
 
+def held_out_size(count: int) -> int:
+  """Of `count` images that came without splits: a twentieth, two at least, 10 000 at most."""
+  return max(2, min(count // 20, 10_000))
+
+
 def held_out(count: int) -> tuple[str, str]:
-  """Splits for images that came without: the last twentieth is held out, two at least, 10 000 at most."""
-  size = max(2, min(count // 20, 10_000))
+  """Splits for images that came without: the last ones are held out; see `held_out_size`."""
+  size = held_out_size(count)
   return f'train[:-{size}]', f'train[-{size}:]'

@@ -5,6 +5,7 @@ keys that it takes as a `Conditioning`; only networks and datasets know what a k
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -59,6 +60,36 @@ def classes(conditioning: Conditioning) -> Classes | None:
   """The classes that a network is told; None if it is told none."""
   found = conditioning.get('label')
   return found if isinstance(found, Classes) else None
+
+
+_NUMBER = re.compile(r'[+-]?\d+([.,]\d+)?')
+
+
+def labels_by_name(count: int, names: Sequence[str]) -> dict[str, int]:
+  """Labels by what a user may call them: the names of the classes and, unless one of these is a number, the numbers.
+
+  Of folders called 1 to 12, the first has the label 0: there a number can only be a name.
+
+  Args:
+    count: of the classes.
+    names: by label; empty where the classes have none.
+  """
+  named = {name: label for label, name in enumerate(names)}
+  numbered = {} if _are_numbers(names) else {str(label): label for label in range(count)}
+  return numbered | named
+
+
+def choices(count: int, names: Sequence[str]) -> str:
+  """What `labels_by_name` knows, in words."""
+  if _are_numbers(names):
+    some = ', '.join(names[:12]) + (', ...' if count > 12 else '')
+    return f'the {count} classes are called {some}, and a number is the name of a class here'
+  such_as = f', or their names, such as {names[0]}' if names else ''
+  return f'classes are whole numbers, 0 to {count - 1}{such_as}'
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+  return any(_NUMBER.fullmatch(name.strip()) for name in names)
 
 
 def zeros(conditioning: Conditioning, count: int) -> Cond:

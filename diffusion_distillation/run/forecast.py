@@ -10,6 +10,7 @@ from clu import parameter_overview
 
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config
+from diffusion_distillation.datasets import survey
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.run import preflight
@@ -26,7 +27,7 @@ def show(
   workdir: pathlib.Path,
   distances: Mapping[str, Params] | None = None,
 ) -> None:
-  """Prints the plan on stderr, and what it needs of memory and disk; nothing is compiled.
+  """Prints on stderr the plan, the images, and what it needs of memory and disk; nothing is compiled.
 
   Args:
     stages: of the run.
@@ -40,6 +41,9 @@ def show(
   """
   for line in table(stages, finished, config):
     _print(line)
+  if files.writes() and config.dataset.name != datasets.NONE:
+    for line in survey.lines(datasets.Settings.of(config.dataset)):
+      _print(line)
   for line in preflight.needs(stages, finished, workdir, distances or {}):
     _print(line)
 

@@ -206,7 +206,7 @@ newpath 0 0 moveto 100 100 lineto stroke showpage
 """
 
 
-@pytest.mark.parametrize('data', [b'', b'cats are not pixels\n', b'<html></html>', EPS], ids=range(4))
+@pytest.mark.parametrize('data', [b'cats are not pixels\n', b'<html></html>', EPS], ids=range(3))
 def test_what_is_none_of_the_formats_is_refused(data):
   with pytest.raises(BrokenImage, match=r'is none of PNG, JPEG, .*AVIF'):
     decode(data)

@@ -1,0 +1,83 @@
+"""From the colours of an embedded ICC profile to sRGB, which pictures without a profile are taken to have."""
+
+import functools
+import io
+import logging
+
+import numpy as np
+from PIL import Image, ImageCms
+
+_log = logging.getLogger(__name__)
+
+_MODES = {'RGB': 'RGB', 'GRAY': 'L', 'CMYK': 'CMYK'}  # Pillow's, by the colour space of a profile
+_LEVELS = np.linspace(0, 255, 9).round().astype(np.uint8)
+
+
+@functools.cache
+def _srgb() -> ImageCms.ImageCmsProfile:
+  return ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB'))
+
+
+@functools.lru_cache(maxsize=64)
+def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
+  """The mode of the pixels that a profile describes, and the transform of such to sRGB; None where nothing is to be done.
+
+  Relative colorimetric with black point compensation: white stays white, black becomes black, colours outside sRGB go to
+  its edge. A profile that moves no colour by more than one level is sRGB, and such pictures stay as they are.
+  """
+  try:
+    read = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    mode = _MODES[read.profile.xcolor_space.strip()]
+    made = ImageCms.buildTransform(
+      *(read, _srgb(), mode, 'RGB'),
+      ImageCms.Intent.RELATIVE_COLORIMETRIC,
+      ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+  except (KeyError, OSError, ImageCms.PyCMSError):
+    _warn()
+    return None
+  return None if _is_srgb(made, mode) else (mode, made)
+
+
+@functools.cache
+def _warn() -> None:
+  """Says, once a process, that there are such profiles."""
+  _log.warning(
+    'some images have a colour profile that is damaged, or of an unknown kind; they are read as if they had none'
+  )
+
+
+def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+  """Whether it leaves a grid of colours where they are, but for one level."""
+  if mode == 'CMYK':
+    return False
+  grid = np.stack(np.meshgrid(*[_LEVELS] * 3), -1) if mode == 'RGB' else np.arange(256, dtype=np.uint8)
+  probe = Image.fromarray(grid.reshape(1, 256 if mode == 'L' else -1, *grid.shape[3:]))
+  moved = np.asarray(transform.apply(probe), int) - np.asarray(probe.convert('RGB'), int)
+  return bool(np.abs(moved).max() <= 1)
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+  """The colours that the profile says, in sRGB; transparency is kept.
+
+  A grey picture may have a profile of grey or of RGB, others one of their own space only; as in browsers, a profile that does
+  not fit is left aside, and so is a damaged one.
+
+  Args:
+    image: of any mode, 8 bits a channel.
+    profile: as it is embedded.
+
+  Returns:
+    An image in RGB or RGBA where it is changed; otherwise as it was.
+  """
+  found = _transform(profile)
+  if found is None:
+    return image
+  mode, transform = found
+  grey = image.mode in ('1', 'L', 'LA')
+  if not {'RGB': image.mode != 'CMYK', 'L': grey, 'CMYK': image.mode == 'CMYK'}[mode]:
+    return image
+  seen = transform.apply(image if image.mode == mode else image.convert(mode))
+  if image.has_transparency_data:
+    seen.putalpha(image.convert('RGBA').getchannel('A'))
+  return seen

@@ -1,0 +1,252 @@
+"""The images below a directory, in a zip, or wherever fsspec reaches; and what else lies there, by reason."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import fsspec
+
+from diffusion_distillation.datasets import decoding
+from diffusion_distillation.datasets.left_out import LeftOut, shown
+from diffusion_distillation.errors import UserError
+
+_CLUTTER = ('__macosx', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', '@eadir', '$recycle.bin')
+_TEXTS = (
+  '.txt',
+  '.json',
+  '.jsonl',
+  '.csv',
+  '.tsv',
+  '.xml',
+  '.html',
+  '.htm',
+  '.md',
+  '.yaml',
+  '.yml',
+  '.py',
+)
+_ARCHIVES = (
+  '.tar',
+  '.tgz',
+  '.tbz2',
+  '.txz',
+  '.tar.gz',
+  '.tar.bz2',
+  '.tar.xz',
+  '.tar.zst',
+  '.7z',
+  '.rar',
+  '.gz',
+)
+_UNPACKED = (0, 8, 12, 14, getattr(zipfile, 'ZIP_ZSTANDARD', 0))  # compressions of a zip's members
+UNPACKING = (zipfile.BadZipFile, zlib.error, EOFError)  # errors of one member of a zip
+_AT_ONCE = 1000  # files whose first bytes are asked for together
+
+Entry = tuple[str, str, int]  # name below the root with slashes, path in the file system, size in bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Listing:
+  """What is at a path.
+
+  Attributes:
+    system: that reads the files.
+    found: path and size of each image, by its name below the root.
+    left_out: the other files.
+  """
+
+  system: fsspec.AbstractFileSystem
+  found: Mapping[str, tuple[str, int]]
+  left_out: LeftOut
+
+
+def list_images(path: str, max_bytes: int) -> Listing:
+  """The images at an absolute path or URL.
+
+  An image is a file with one of `decoding.SUFFIXES`, in any case, or one whose first bytes are those of an image.
+
+  Args:
+    path: a directory, a zip, or a URL of either.
+    max_bytes: of a file; larger ones are left out.
+
+  Raises:
+    UserError: it cannot be listed, is an archive of another kind, or a zip that would reach beyond itself.
+  """
+  left_out = LeftOut()
+  try:
+    if os.path.isdir(path):
+      system, entries = fsspec.filesystem('file'), _walk(path, left_out)
+    elif is_zip(path):
+      system = fsspec.filesystem('zip', fo=path)
+      entries = _members(path, system.zip.infolist(), left_out)
+    else:
+      system, root = fsspec.core.url_to_fs(path)
+      entries = _remote(system, root)
+    found = _sort(system, entries, left_out, max_bytes)
+  except UserError:
+    raise
+  except Exception as error:  # of any file system: no such bucket, not a zip, not allowed, not installed
+    raise UserError(f'dataset.path={path} cannot be listed: {error}') from error
+  return Listing(system, found, left_out)
+
+
+def is_zip(path: str) -> bool:
+  """Whether a path is to be read as a zip: by its suffix, or by what is in it."""
+  return path.lower().endswith('.zip') or (os.path.isfile(path) and zipfile.is_zipfile(path))
+
+
+def check_kind(path: str) -> None:
+  """Raises UserError, naming the config's key, for a file, and for an archive, that is no zip."""
+  if is_zip(path) or os.path.isdir(path):
+    return
+  if path.lower().endswith(_ARCHIVES) or (os.path.isfile(path) and tarfile.is_tarfile(path)):
+    raise UserError(
+      f'dataset.path={path} is an archive of a kind that is not read; unpack it, and name the directory, or pack it as '
+      '.zip'
+    )
+  if os.path.isfile(path):
+    raise UserError(
+      f'dataset.path={path} holds no image: it is a file, neither a directory nor a .zip'
+    )
+
+
+def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
+  """Files below a local directory; follows links, each directory once."""
+  seen: set[str] = set()
+
+  def refuse(error: OSError) -> None:
+    raise error
+
+  for directory, below, files in os.walk(root, followlinks=True, onerror=refuse):
+    below.sort()
+    inside = os.path.relpath(directory, root)
+    inside = '' if inside == '.' else f'{inside}/'
+    real = os.path.realpath(directory)
+    if real in seen:
+      left_out.add('a link to a directory that is listed already', inside)
+      below.clear()
+      continue
+    seen.add(real)
+    for file in files:
+      path = os.path.join(directory, file)
+      size, reason = _size(path)
+      if reason:
+        left_out.add(reason, inside + file)
+      else:
+        yield inside + file, path, size
+
+
+def _size(path: str) -> tuple[int, str]:
+  """Of a regular file; or 0, and why a path is none."""
+  try:
+    found = os.stat(path)
+  except FileNotFoundError:
+    return 0, 'a link that leads nowhere'
+  except OSError as error:
+    return 0, f'not to be opened ({error.strerror})'
+  return found.st_size, '' if stat.S_ISREG(found.st_mode) else 'not a regular file'
+
+
+def _remote(system: fsspec.AbstractFileSystem, root: str) -> Iterator[Entry]:
+  for path, info in system.find(root, detail=True).items():
+    yield path[len(root) :].lstrip('/'), path, int(info['size'])
+
+
+def _members(path: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -> Iterator[Entry]:
+  """Files of a zip, by normalized names; raises UserError where one is not safe to read, or cannot be read at all."""
+  seen: dict[str, str] = {}
+  for info in infos:
+    if info.is_dir() or info.filename.endswith('\\'):
+      continue
+    name, problem = _normalized(info.filename), ''
+    if name is None:
+      problem = f'holds {info.filename!r}, a name that leads out of it; pack it anew'
+    elif name in seen:
+      problem = f'holds {name!r} twice; pack it anew'
+    elif info.flag_bits & 1:
+      problem = f'is encrypted ({name}); unpack it, and name the directory'
+    elif info.compress_type not in _UNPACKED:
+      problem = f'is compressed in a way that is not read ({name}); unpack it, and name the directory'
+    if problem or name is None:
+      raise UserError(f'dataset.path={path} {shown(problem)}')
+    seen[name] = info.filename
+    if stat.S_ISLNK(info.external_attr >> 16):
+      left_out.add('a link in a zip', name)
+    else:
+      yield name, info.filename, info.file_size
+
+
+def _normalized(name: str) -> str | None:
+  """A name in an archive with slashes, and without '.' and '..'; None if it is absolute or leads out of the archive."""
+  name = name.replace('\\', '/')
+  if name.startswith('/') or re.match('[A-Za-z]:/', name):
+    return None
+  parts: list[str] = []
+  for part in name.split('/'):
+    if part == '..':
+      if not parts:
+        return None
+      parts.pop()
+    elif part not in ('', '.'):
+      parts.append(part)
+  return '/'.join(parts) or None
+
+
+def _sort(
+  system: fsspec.AbstractFileSystem, entries: Iterable[Entry], left_out: LeftOut, max_bytes: int
+) -> dict[str, tuple[str, int]]:
+  """The images among the entries; counts the others."""
+  found, unknown = {}, []
+  for name, path, size in entries:
+    reason = _clutter(name)
+    if not reason and size > max_bytes:
+      reason = f'larger than {max_bytes / 2**20:.0f} MiB'
+    if reason:
+      left_out.add(reason, name)
+    elif name.lower().endswith(decoding.SUFFIXES):
+      found[name] = (path, size)
+    elif size == 0:
+      left_out.add('empty', name)
+    elif name.lower().endswith(_TEXTS):
+      left_out.add(_other(name), name)
+    else:
+      unknown.append((name, path, size))
+  for start in range(0, len(unknown), _AT_ONCE):
+    for (name, path, size), head in _heads(system, unknown[start : start + _AT_ONCE]):
+      if isinstance(head, bytes) and decoding.is_image(head):
+        found[name] = (path, size)
+      else:
+        left_out.add(_other(name) if isinstance(head, bytes) else f'not to be opened ({head})', name)
+  return found
+
+
+def _clutter(name: str) -> str:
+  """Why a file is not asked for what it is; '' if it is to be."""
+  parts = name.lower().split('/')
+  if any(part in _CLUTTER or part.startswith('._') or part == '.ds_store' for part in parts):
+    return 'a file of the operating system'
+  return 'hidden' if any(part.startswith('.') for part in parts) else ''
+
+
+def _other(name: str) -> str:
+  suffix = pathlib.PurePosixPath(name).suffix.lower()
+  return f'not in a format that is read ({suffix or "no suffix"})'
+
+
+def _heads(
+  system: fsspec.AbstractFileSystem, entries: list[Entry]
+) -> Iterator[tuple[Entry, bytes | Exception]]:
+  """The first bytes of files, asked for together where the file system can, or why a file can never be opened."""
+  paths = [path for _, path, _ in entries]
+  ends = [min(size, decoding.HEAD) for _, _, size in entries]
+  heads = system.cat_ranges(paths, [0] * len(paths), ends, on_error='return')
+  for entry, head in zip(entries, heads, strict=True):
+    if isinstance(head, Exception) and not isinstance(head, (*UNPACKING, PermissionError)):
+      raise head
+    yield entry, head

@@ -1,0 +1,98 @@
+"""What a plan says of a dataset: its images and classes by split, and what is left out of it."""
+
+import concurrent.futures
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from diffusion_distillation.datasets import open_split, tfds
+from diffusion_distillation.datasets.folder import Folder
+from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet
+from diffusion_distillation.datasets.left_out import LeftOut, shown
+from diffusion_distillation.datasets.prepared import Copy
+from diffusion_distillation.datasets.settings import ROLES, Settings
+from diffusion_distillation.system import interrupts
+
+SECONDS = 2.0  # for a look at the images of a split
+_AT_ONCE = 64
+_CAPTIONS = {'train': 'to train on', 'eval': 'held out'}
+
+
+def lines(settings: Settings) -> Iterator[str]:
+  """Lines of a plan: number of images and classes of each split, and what is left out, by reason.
+
+  The images of files are looked at for SECONDS a split, so that of a set that is not large every broken one is counted.
+
+  Raises:
+    UserError: see `datasets.open_split`.
+  """
+  known = settings.name in tfds.KNOWN and not settings.prepared
+  if known and tfds.find(settings.name, settings.path) is None:
+    yield f'images of {settings.name}: not at hand'
+    return
+  sets = {role: open_split(settings, role) for role in ROLES}
+  size = 'x'.join(map(str, sets['train'].image_shape))
+  yield f'images of {sets["train"].name}, {size}'
+  for role, images in sets.items():
+    yield f'  {_CAPTIONS[role]:<18} {len(images):>8,} images {_classes(images)}'
+    broken, looked = look(images, SECONDS)
+    for line in broken.lines():
+      yield f'  {"  of them":<18} {line}'
+    if looked < len(images):
+      yield f'  {"  looked at":<18} {looked:,}; the others are looked at when they are read'
+  for line in sets['train'].beside().lines():
+    yield f'  {"left out":<18} {line}'
+
+
+def _classes(images: ImageSet) -> str:
+  """'of 3 classes, 10 (cat) to 12 (dog) each', or 'without classes'."""
+  labels, names = images.known_labels(), images.classes
+  if not names:
+    return 'without classes'
+  total = f'{len(names)} class' + 'es' * (len(names) > 1)
+  if labels is None:
+    return f'of {total}'
+  counts = np.bincount(labels, minlength=len(names))
+  if missing := int((counts == 0).sum()):
+    total = f'{len(names) - missing} of {total}'
+  least, most = (int(k) for k in (counts.argmin(), counts.argmax()))
+  spread = f'{counts[least]:,} ({shown(names[least])}) to {counts[most]:,} ({shown(names[most])})'
+  return f'of {total}, {spread} each'
+
+
+def look(images: ImageSet, seconds: float) -> tuple[LeftOut, int]:
+  """Images of a set that cannot be used, by reason, and how many of the set were looked at, from the first on."""
+  found = LeftOut()
+  if isinstance(images, Copy):
+    for reason in images.broken.values():
+      found.add(_kind(reason), reason)
+    return found, len(images)
+  if not isinstance(images, Folder | tfds.Examples):
+    return found, len(images)  # these are made here, and whole
+  deadline, looked = time.monotonic() + seconds, 0
+  with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+    while looked < len(images) and time.monotonic() < deadline:
+      interrupts.check()
+      some = range(looked, min(looked + _AT_ONCE, len(images)))
+      for reason in threads.map(lambda k: _problem(images, k), some):
+        if reason:
+          found.add(_kind(reason), reason)
+      looked = some.stop
+  return found, looked
+
+
+def _problem(images: ImageSet, k: int) -> str:
+  try:
+    images.read(k)
+  except BrokenImage as error:
+    return str(error)
+  return ''
+
+
+def _kind(reason: str) -> str:
+  for kind, mark in {'too small': ', smaller than dataset.image_size=', 'empty': ' is empty'}.items():
+    if mark in reason:
+      return kind
+  return 'broken'
