@@ -111,9 +111,7 @@ def check_kind(path: str) -> None:
       '.zip'
     )
   if os.path.isfile(path):
-    raise UserError(
-      f'dataset.path={path} holds no image: it is a file, neither a directory nor a .zip'
-    )
+    raise UserError(f'dataset.path={path} holds no image: it is a file, neither a directory nor a .zip')
 
 
 def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
@@ -129,7 +127,7 @@ def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
     inside = '' if inside == '.' else f'{inside}/'
     real = os.path.realpath(directory)
     if real in seen:
-      left_out.add('a link to a directory that is listed already', inside)
+      left_out.add('linked directories that are listed already', inside)
       below.clear()
       continue
     seen.add(real)
@@ -147,10 +145,10 @@ def _size(path: str) -> tuple[int, str]:
   try:
     found = os.stat(path)
   except FileNotFoundError:
-    return 0, 'a link that leads nowhere'
+    return 0, 'links that lead nowhere'
   except OSError as error:
     return 0, f'not to be opened ({error.strerror})'
-  return found.st_size, '' if stat.S_ISREG(found.st_mode) else 'not a regular file'
+  return found.st_size, '' if stat.S_ISREG(found.st_mode) else 'not regular files'
 
 
 def _remote(system: fsspec.AbstractFileSystem, root: str) -> Iterator[Entry]:
@@ -177,7 +175,7 @@ def _members(path: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -> 
       raise UserError(f'dataset.path={path} {shown(problem)}')
     seen[name] = info.filename
     if stat.S_ISLNK(info.external_attr >> 16):
-      left_out.add('a link in a zip', name)
+      left_out.add('links in a zip', name)
     else:
       yield name, info.filename, info.file_size
 
@@ -230,7 +228,7 @@ def _clutter(name: str) -> str:
   """Why a file is not asked for what it is; '' if it is to be."""
   parts = name.lower().split('/')
   if any(part in _CLUTTER or part.startswith('._') or part == '.ds_store' for part in parts):
-    return 'a file of the operating system'
+    return 'of the operating system'
   return 'hidden' if any(part.startswith('.') for part in parts) else ''
 
 

@@ -36,7 +36,7 @@ def lines(settings: Settings) -> Iterator[str]:
   size = 'x'.join(map(str, sets['train'].image_shape))
   yield f'images of {sets["train"].name}, {size}'
   for role, images in sets.items():
-    yield f'  {_CAPTIONS[role]:<18} {len(images):>8,} images {_classes(images)}'
+    yield f'  {_CAPTIONS[role]:<18} {len(images):>8,} image{"s" * (len(images) != 1)} {_classes(images)}'
     broken, looked = look(images, SECONDS)
     for line in broken.lines():
       yield f'  {"  of them":<18} {line}'
