@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 
 from PIL import Image
 
@@ -47,6 +48,14 @@ CASES = {
   'zip that is none': (
     [*FOLDER, '--config.dataset.path={zip}'],
     ['dataset.path={zip} cannot be listed'],
+  ),
+  'archive that is no zip': (
+    [*FOLDER, '--config.dataset.path={tar}'],
+    ['dataset.path={tar} is an archive of a kind that is not read', 'unpack it', '.zip'],
+  ),
+  'zip that leads out of itself': (
+    [*FOLDER, '--config.dataset.path={hostile}'],
+    ['dataset.path={hostile}', "'../1.png', a name that leads out of it"],
   ),
   'classes of a flat folder': (
     [*FOLDER, '--config.dataset.path={flat}', '--config.model.conditional=True'],
@@ -163,6 +172,10 @@ def images(root):
     Image.new('RGB', (8, 8), (40, 80, 120)).save(root / name)
   places['zip'] = root / 'no.zip'
   places['zip'].write_bytes(b'PK, but no zip')
+  places['tar'], places['hostile'] = root / 'pictures.tar.gz', root / 'hostile.zip'
+  places['tar'].write_bytes(b'as good as any')
+  with zipfile.ZipFile(places['hostile'], 'w') as file:
+    file.write(places['mixed'] / '2.png', '../1.png')
   settings = datasets.Settings.of(tiny.config(dataset__prepared=str(places['copied'])).dataset)
   preparing.prepare(settings, workers=0)
   shutil.copytree(places['copied'], places['begun'])

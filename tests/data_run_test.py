@@ -105,9 +105,18 @@ def test_a_folder_by_class_is_trained_on_and_measured(animals, whole):
 def test_a_broken_file_is_named_once(animals, whole):
   _, broken = animals
   _, text = whole
-  (line,) = [line for line in text.splitlines() if str(broken) in line]
+  (line,) = [line for line in text.splitlines() if str(broken) in line and 'such as' not in line]
   assert 'skipped an image of animals' in line and 'cannot be decoded' in line
   assert text.count('skipped an image') == 1 and 'Traceback' not in text
+
+
+def test_what_is_trained_on_and_what_is_not_is_told_before_a_run(whole):
+  lines = [' '.join(line.split()) for line in whole[1].splitlines()]
+  assert 'images of animals, 8x8x3' in lines
+  (train,) = [line for line in lines if line.startswith('to train on 57 images of 2 classes, ')]
+  (held_out,) = [line for line in lines if line.startswith('held out 3 images of ')]
+  (broken,) = [line for line in lines if line.startswith('of them 1 broken, such as ')]
+  assert lines.index(train) < lines.index(broken) < lines.index(held_out)
 
 
 def workers_of(pid):

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import logging
 import struct
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_distillation.datasets import colours, decoding
+from diffusion_distillation import datasets
+from diffusion_distillation.datasets import colours, decoding, preparing
+from diffusion_distillation.errors import UserError
+from tests import tiny_pictures
 from tests.datasets.decoding_test import encoded, noise, opened
 
 D50, D65 = np.array([0.9642, 1.0, 0.8249]), (0.3127, 0.3290)
@@ -205,3 +209,22 @@ def test_profiles_survive_in_formats_that_have_them():
   for form in (*LOSSLESS, 'JPEG', 'AVIF'):
     image = Image.open(io.BytesIO(encoded(Image.new('RGB', (8, 8)), form, icc_profile=WIDE)))
     assert image.info.get('icc_profile') == WIDE
+
+
+def test_a_copy_that_was_made_without_regard_to_profiles_is_refused(tmp_path):
+  (tmp_path / 'pictures').mkdir()
+  for k in range(4):
+    Image.new('RGB', (8, 8), (60, 160, 60)).save(tmp_path / 'pictures' / f'{k}.png', icc_profile=WIDE)
+  given = tiny_pictures.settings('folder', path=tmp_path / 'pictures', prepared=tmp_path / 'copy')
+  preparing.prepare(given, 0)
+  (image, _) = datasets.open_split(given, 'eval').read(0)
+  np.testing.assert_allclose(image, np.full((8, 8, 3), (0, 164, 35)), atol=1)
+  info = tmp_path / 'copy' / 'info.json'
+  made = json.loads(info.read_text())
+  del made['dataset']['colours']
+  info.write_text(json.dumps(made))
+  for again in (lambda: preparing.prepare(given, 0), lambda: datasets.open_split(given, 'train')):
+    with pytest.raises(
+      UserError, match='before colour profiles were converted to sRGB; remove it and run'
+    ):
+      again()

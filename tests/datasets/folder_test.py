@@ -201,6 +201,35 @@ def test_without_split_folders_a_twentieth_is_held_out(tmp_path):
   assert len(set(train + held_out)) == 60
 
 
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+@pytest.mark.parametrize('count', [5, 10, 60])
+def test_of_a_small_set_images_that_can_be_read_are_held_out(tmp_path, kind, count):
+  """Whatever is broken among the last ones, which would be held out otherwise."""
+  root = tmp_path / 'images'
+  paint_all(root, *(f'{k}.png' for k in range(count)))
+  order = [path for path, _ in open_folder(root, split='train').files]
+  size = max(2, count // 20)
+  for path in order[-2:] if count > 5 else order[-1:]:
+    pathlib.Path(path).write_bytes(b'broken')
+  folder._listing.cache_clear()
+  train, held_out = (open_folder(folder_or_zip(root, kind), role) for role in ('train', 'eval'))
+  assert len(held_out) == size and all(held_out.is_whole(k) for k in range(size))
+  names = [pathlib.Path(path).name for path, _ in train.files + held_out.files]
+  assert sorted(names) == sorted(pathlib.Path(path).name for path in order)
+  held_out.check('dataset.eval_split')
+  for _ in range(2):  # as another process finds it
+    folder._listing.cache_clear()
+    assert open_folder(folder_or_zip(root, kind), 'eval').identity == held_out.identity
+
+
+def test_images_of_a_large_set_are_held_out_without_a_look(tmp_path, monkeypatch):
+  monkeypatch.setattr(folder, 'SMALL', 9)
+  paint_all(tmp_path, *(f'{k}.png' for k in range(10)))
+  monkeypatch.setattr(folder.Folder, 'read', None)
+  files = open_folder(tmp_path, split='train').files
+  assert open_folder(tmp_path, 'eval').files == files[-2:]
+
+
 @pytest.mark.parametrize('held_out', ['test', 'val', 'valid', 'validation'])
 def test_split_folders_are_the_default_splits(tmp_path, held_out):
   paint_all(tmp_path, 'train/a/1.png', 'train/b/2.png', f'{held_out}/a/3.png')

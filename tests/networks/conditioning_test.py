@@ -96,3 +96,22 @@ def test_which_examples_are_dropped_is_a_function_of_the_key():
 
 def test_where_nothing_is_told_nothing_is_dropped():
   assert conditioning.drop(jax.random.key(0), {}, None, 0.5) is None
+
+
+NUMBERED = tuple(sorted(map(str, range(1, 13))))  # '1', '10', '11', '12', '2', ...
+
+
+@pytest.mark.parametrize(
+  'names', [NUMBERED, ('-1', '0', '1'), ('1.5', '2.5'), ('01', '02'), ('cat', '7')]
+)
+def test_where_names_are_numbers_a_number_is_a_name(names):
+  assert conditioning.labels_by_name(len(names), names) == {name: k for k, name in enumerate(names)}
+  text = conditioning.choices(len(names), names)
+  assert f'the {len(names)} classes are called {names[0]}, {names[1]}' in text and '\n' not in text
+
+
+@pytest.mark.parametrize('names', [(), ('cat', 'dog'), ('1st', '2nd'), ('none', 'v2')])
+def test_otherwise_a_number_is_a_label(names):
+  known = conditioning.labels_by_name(2, names)
+  assert known == {'0': 0, '1': 1} | {name: k for k, name in enumerate(names)}
+  assert conditioning.choices(2, names).startswith('classes are whole numbers, 0 to 1')
