@@ -25,7 +25,7 @@ from diffusion_distillation.training.recipe import Recipe
 LAWS = {'uniform': times.Uniform, 'lognormal': times.LogNormal}
 # Without noise of their own: a stored image is a function of its noise.
 DETERMINISTIC = {
-  name: samplers.SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4', 'dpm_solver_2m')
+  name: samplers.SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4', 'edm_heun', 'dpm_solver_2m')
 }
 
 

@@ -68,7 +68,7 @@ def test_pairs_are_the_same_for_all_that_learn_from_them():
   assert plan('dmd2', dmd2__regression=0.1)['dmd2'].pairs == plan('dmd')['dmd'].pairs
 
 
-@pytest.mark.parametrize('name', ['ddim', 'euler', 'heun', 'rk4', 'dpm_solver_2m'])
+@pytest.mark.parametrize('name', ['ddim', 'euler', 'heun', 'rk4', 'edm_heun', 'dpm_solver_2m'])
 def test_pairs_may_be_drawn_by_any_deterministic_sampler(name):
   pairs = plan('knowledge', pairs__sampler=name)['knowledge'].pairs
   expected = {'ddim': DDIM, 'euler': Euler, 'heun': Heun, 'dpm_solver_2m': DPMSolver2M}
