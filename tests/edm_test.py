@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from scipy import stats
 
 from diffusion_distillation.diffusion import samplers, times
-from diffusion_distillation.diffusion.process import alpha_sigma, diffuse, from_x
+from diffusion_distillation.diffusion.process import alpha_sigma, diffuse, from_edm, from_x
 from diffusion_distillation.diffusion.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
 from diffusion_distillation.diffusion.weightings import Edm
 from diffusion_distillation.methods import Denoising
@@ -42,7 +43,7 @@ class Network:
   """F in place of the U-Net: tanh(params * input) + cos(time input), so that what it is given shows."""
 
   def apply(self, variables, z, logsnr, cond, deterministic, rngs=None):
-    time = TIME_INPUTS['edm'](logsnr)[:, None, None, None]
+    time = 1000.0 * TIME_INPUTS['c_noise'](logsnr)[:, None, None, None]
     return jnp.tanh(variables['params'] * z) + jnp.cos(3.0 * time)
 
 
@@ -70,6 +71,17 @@ def test_the_denoiser_is_the_paper_s_d_of_y_and_s(drawn):
   single = Denoiser(Network(), 'edm')(0.7, jnp.float32(z), jnp.float32(LOGSNR), None)
   np.testing.assert_allclose(single.x, expected, atol=3e-6)
   np.testing.assert_allclose(alpha * single.x + sigma * single.eps, z, atol=3e-6)
+
+
+def test_the_denoiser_is_that_of_edm_s_code():
+  """EDMPrecond around a DDPM++ network (NVlabs/edm): what its F made of four noisy images, a corner of 4x4 pixels each."""
+  case = dict(np.load(pathlib.Path(__file__).parent / 'parity' / 'edm.npz'))
+  logsnr = -2 * np.log(case['sigma'])
+  z = scales(logsnr)[0][:, None, None, None] * case['x']
+  x, _ = from_edm(jnp.float32(z), jnp.float32(logsnr), case['F'])
+  np.testing.assert_allclose(x, case['D'], atol=1e-5 * np.abs(case['D']).max())
+  told = 1000 * TIME_INPUTS['c_noise'](jnp.float32(logsnr))
+  np.testing.assert_allclose(told, case['c_noise'], rtol=1e-6)
 
 
 def test_the_weight_of_the_error_in_f_is_one_at_every_noise_level():
@@ -221,15 +233,16 @@ METHOD = {
   'methods': ('dmd',),
   'model__ch_mult': (1,),
   'model__output': 'edm',
-  'model__time_input': 'edm',
+  'model__time_input': 'c_noise',
   'schedule__name': 'karras',
   'weighting': 'edm',
   'time__law': 'lognormal',
   'distill__start_steps': 3,
-  'evaluation__samplers': ('heun',),
+  'evaluation__samplers': ('edm_heun',),
   'evaluation__grid': 'karras',
   'pairs__num_pairs': 32,
   'pairs__batch_size': 32,
+  'pairs__sampler': 'edm_heun',
   'pairs__num_steps': 3,
   'pairs__grid': 'karras',
   'dmd__num_updates': 4,
@@ -244,18 +257,18 @@ def test_an_edm_teacher_is_trained_measured_on_its_grid_and_distilled(finished, 
   results = json.loads((tmp_path / 'results.json').read_text())
   rows = [(row['stage'], row['sampler'], row['grid'], row['nfe']) for row in results['rows']]
   assert rows == [
-    ('base', 'heun', 'karras', 6),
-    ('base', 'heun', 'karras', 2),
+    ('base', 'edm_heun', 'karras', 5),
+    ('base', 'edm_heun', 'karras', 1),
     ('dmd', 'ddim', 'uniform', 1),
   ]
   assert all(np.isfinite(row['value']) for row in results['rows'])
   base, dmd = (json.loads((tmp_path / name / 'stage.json').read_text()) for name in ('base', 'dmd'))
   for lineage in (base, dmd):
-    assert lineage['output'] == 'edm' and lineage['network']['time_input'] == 'edm'
+    assert lineage['output'] == 'edm' and lineage['network']['time_input'] == 'c_noise'
     assert lineage['schedule'] == {'name': 'Karras', 's_min': 0.002, 's_max': 80.0, 'rho': 7.0}
   assert dmd['parent']['digest'] == base['digest'] != dmd['digest']
   described = json.loads((tmp_path / 'pairs' / 'pairs.json').read_text())
-  assert (described['sampler'], described['grid']) == ('Heun', 'karras')
+  assert (described['sampler'], described['grid']) == ('EdmHeun', 'karras')
   assert described['teacher']['digest'] == base['digest']
 
 
