@@ -22,7 +22,7 @@ _SEED = flags.DEFINE_integer('seed', 0, 'sample: of the noise.', 0, 2**31 - 1)
 _SAMPLER = flags.DEFINE_string(
   'sampler',
   None,
-  "sample: ddim, ancestral, euler, heun, rk4, dpm_solver_2m, multistep_consistency; by default the stage's own.",
+  "sample: ddim, ancestral, euler, heun, rk4, edm_heun, dpm_solver_2m, multistep_consistency; by default the stage's own.",
 )
 _GAMMA = flags.DEFINE_float(
   'gamma', None, 'sample, ancestral: variance from small (0) to large (1).', 0, 1

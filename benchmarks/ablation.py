@@ -122,7 +122,7 @@ class Bench:
     """Adds a row unless it is there; None where training diverged."""
     if self.has(part, config.seed, sampler=sampler, num_steps=num_steps, **key):
       return
-    nfe, value = num_steps * measure.make(config, sampler).calls_per_step, None
+    nfe, value = measure.make(config, sampler).calls(num_steps), None
     try:
       value = self.value(config, model(), sampler, num_steps)
     except NumericalError as error:

@@ -38,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.consistency.num_updates = 1500
   c.consistency.learning_rate = 1e-3
   c.consistency.ema_decay = (0.95,)
+  c.consistency.target_decay = 0.95
   c.consistency.start_intervals = 4
   c.consistency.end_intervals = 32
   c.consistency.solver = 'ddim'

@@ -201,7 +201,7 @@ def _sample(options: Options) -> None:
   steps, made = len(grid) - 1, stored.provenance
   print(
     f'{out}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} steps, '
-    f'{steps * step.calls_per_step} network calls each ({made.get("updates")} updates)'
+    f'{step.calls(steps)} network calls each ({made.get("updates")} updates)'
   )
 
 

@@ -1,7 +1,8 @@
-"""EDM teachers (Karras et al. 2022) in the paper's own coordinates, y = x + s n with s = sigma / alpha, in float64."""
+"""EDM's teachers and sampler (Karras et al. 2022) in the paper's own coordinates, y = x + s n with s = sigma / alpha."""
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from scipy import stats
 
 from diffusion_distillation.diffusion import samplers, times
-from diffusion_distillation.diffusion.process import diffuse
+from diffusion_distillation.diffusion.process import alpha_sigma, diffuse, from_edm, from_x
 from diffusion_distillation.diffusion.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
 from diffusion_distillation.diffusion.weightings import Edm
 from diffusion_distillation.methods import Denoising
@@ -42,7 +43,7 @@ class Network:
   """F in place of the U-Net: tanh(params * input) + cos(time input), so that what it is given shows."""
 
   def apply(self, variables, z, logsnr, cond, deterministic, rngs=None):
-    time = TIME_INPUTS['edm'](logsnr)[:, None, None, None]
+    time = 1000.0 * TIME_INPUTS['c_noise'](logsnr)[:, None, None, None]
     return jnp.tanh(variables['params'] * z) + jnp.cos(3.0 * time)
 
 
@@ -70,6 +71,17 @@ def test_the_denoiser_is_the_paper_s_d_of_y_and_s(drawn):
   single = Denoiser(Network(), 'edm')(0.7, jnp.float32(z), jnp.float32(LOGSNR), None)
   np.testing.assert_allclose(single.x, expected, atol=3e-6)
   np.testing.assert_allclose(alpha * single.x + sigma * single.eps, z, atol=3e-6)
+
+
+def test_the_denoiser_is_that_of_edm_s_code():
+  """EDMPrecond around a DDPM++ network (NVlabs/edm): what its F made of four noisy images, a corner of 4x4 pixels each."""
+  case = dict(np.load(pathlib.Path(__file__).parent / 'parity' / 'edm.npz'))
+  logsnr = -2 * np.log(case['sigma'])
+  z = scales(logsnr)[0][:, None, None, None] * case['x']
+  x, _ = from_edm(jnp.float32(z), jnp.float32(logsnr), case['F'])
+  np.testing.assert_allclose(x, case['D'], atol=1e-5 * np.abs(case['D']).max())
+  told = 1000 * TIME_INPUTS['c_noise'](jnp.float32(logsnr))
+  np.testing.assert_allclose(told, case['c_noise'], rtol=1e-6)
 
 
 def test_the_weight_of_the_error_in_f_is_one_at_every_noise_level():
@@ -136,44 +148,101 @@ def test_the_grid_is_eq_5(schedule, count):
   i = np.arange(count)
   levels = (80 ** (1 / 7) + i / (count - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
   found = np.exp(-0.5 * np.float64(schedule(jnp.float32(np.maximum(grid[:0:-1], 1e-30)))))
+  tolerance = 3e-5  # the least noise is at t = 1e-6, not 0
   if isinstance(schedule, Cosine):  # which goes on to s = exp(10)
-    found, levels = found[1:], levels[1:]
-  np.testing.assert_allclose(
-    found, levels, rtol=2e-3
-  )  # of float32's t, 1e-7 beside 1e-4 at the least noise
+    found, levels, tolerance = found[1:], levels[1:], 2e-3  # of float32's t, 1e-7 beside 1e-4
+  np.testing.assert_allclose(found, levels, rtol=tolerance)
 
 
-def test_heun_on_the_grid_converges_to_the_flow_of_gaussian_data_at_second_order():
-  """EDM's sampler; where it ends, s falls from 0.002 to 0 in one step, with an error that does not show."""
-  data, schedule, nums = Gaussian(0.1, 0.5), Karras(), np.array([16, 32, 64])
+@pytest.mark.parametrize('sampler', [samplers.Heun(), samplers.EdmHeun()], ids=['heun', 'edm_heun'])
+def test_heun_on_the_grid_converges_to_the_flow_of_gaussian_data_at_second_order(sampler):
+  """Where it ends, s falls from 0.002 to 0 in one step, with an error that does not show."""
+  data, schedule, nums = Gaussian(0.1, 0.5), Karras(), np.array([32, 64, 128])
   with jax.enable_x64(True):
     z = jnp.linspace(-2.0, 2.0, 9)[:, None, None, None]
     keys = jax.random.split(jax.random.key(0), 9)
-    run = jax.jit(lambda grid: samplers.sample(samplers.Heun(), data, schedule, grid, z, keys))
+    run = jax.jit(lambda grid: samplers.sample(sampler, data, schedule, grid, z, keys))
     exact = data.probability_flow(z, float(schedule(jnp.array(1.0))))
     errors = []
     for n in nums:
       levels = np.float64(np.arange(n)) / (n - 1)  # uniform in t under this schedule
       np.testing.assert_allclose(times.make_grid('karras', n, schedule)[1:], levels, atol=2e-6)
-      grid = np.pad(np.float64(times.make_grid('karras', n, schedule)), (64 - n, 0))
+      grid = np.pad(np.float64(times.make_grid('karras', n, schedule)), (128 - n, 0))
       errors.append(np.sqrt(np.mean((run(grid) - exact) ** 2)))
   slope = np.polyfit(np.log(nums), np.log(errors), 1)[0]
   assert slope == pytest.approx(-2.0, abs=0.15) and errors[-1] < 1e-3
+
+
+def two_peaks(y, s, tanh=np.tanh):
+  """E[x | y] where x is drawn from N(0.4, 0.3^2) or N(-0.4, 0.3^2)."""
+  variance = 0.3**2 + s**2
+  return (s**2 * 0.4 * tanh(0.4 * y / variance) + 0.3**2 * y) / variance
+
+
+def algorithm_1(denoise, noise, levels):
+  """Karras et al. 2022, algorithm 1, in its symbols; returns x_N, and every level at which `denoise` was called."""
+  x, t, asked = levels[0] * noise, levels, []
+
+  def slope(x, level):
+    asked.append(level)
+    return (x - denoise(x, level)) / level
+
+  for i in range(len(t) - 1):
+    d = slope(x, t[i])
+    x_next = x + (t[i + 1] - t[i]) * d
+    if t[i + 1] != 0:
+      d_next = slope(x_next, t[i + 1])
+      x_next = x + (t[i + 1] - t[i]) * (d / 2 + d_next / 2)
+    x = x_next
+  return x, asked
+
+
+@pytest.mark.parametrize('schedule', [Karras(), Cosine()], ids=['karras', 'cosine'])
+def test_edm_s_sampler_is_algorithm_1_with_as_many_calls_in_the_compiled_program(schedule):
+  """35 in 18 steps, by a grid that is padded; from s = 80 also where the schedule begins at 22026."""
+  asked = []
+
+  def denoise(z, logsnr):
+    jax.debug.callback(lambda at: asked.append(np.exp(-0.5 * at[0])), logsnr)
+    alpha, sigma = alpha_sigma(logsnr, z)
+    return from_x(z, logsnr, two_peaks(z / alpha, sigma / alpha, jnp.tanh))
+
+  z = np.linspace(-2.0, 2.0, 9)[:, None, None, None]
+  noise = z * np.sqrt(1 + 80.0**-2)  # 80 times that is z / alpha
+  with jax.enable_x64(True):
+    step, keys = samplers.EdmHeun(), jax.random.split(jax.random.key(0), 9)
+    run = jax.jit(lambda grid: samplers.sample(step, denoise, schedule, grid, z, keys))
+    for count in (18, 4, 1):
+      levels = [80.0]
+      if count > 1:
+        levels = (
+          80 ** (1 / 7) + np.arange(count) / (count - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))
+        ) ** 7
+      inner = schedule.inverse(jnp.array(-2.0 * np.log(levels[1:])))[::-1]
+      grid = np.array([*np.zeros(20 - count), 0.0, *np.maximum(inner, 1e-12), 1.0])
+      asked.clear()
+      found = run(grid)
+      jax.effects_barrier()
+      expected, calls = algorithm_1(two_peaks, noise, [*levels, 0.0])
+      assert len(asked) == len(calls) == 2 * count - 1 == step.calls(count)
+      np.testing.assert_allclose(asked, calls, rtol=1e-9)
+      np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
 METHOD = {
   'methods': ('dmd',),
   'model__ch_mult': (1,),
   'model__output': 'edm',
-  'model__time_input': 'edm',
+  'model__time_input': 'c_noise',
   'schedule__name': 'karras',
   'weighting': 'edm',
   'time__law': 'lognormal',
   'distill__start_steps': 3,
-  'evaluation__samplers': ('heun',),
+  'evaluation__samplers': ('edm_heun',),
   'evaluation__grid': 'karras',
   'pairs__num_pairs': 32,
   'pairs__batch_size': 32,
+  'pairs__sampler': 'edm_heun',
   'pairs__num_steps': 3,
   'pairs__grid': 'karras',
   'dmd__num_updates': 4,
@@ -188,18 +257,18 @@ def test_an_edm_teacher_is_trained_measured_on_its_grid_and_distilled(finished, 
   results = json.loads((tmp_path / 'results.json').read_text())
   rows = [(row['stage'], row['sampler'], row['grid'], row['nfe']) for row in results['rows']]
   assert rows == [
-    ('base', 'heun', 'karras', 6),
-    ('base', 'heun', 'karras', 2),
+    ('base', 'edm_heun', 'karras', 5),
+    ('base', 'edm_heun', 'karras', 1),
     ('dmd', 'ddim', 'uniform', 1),
   ]
   assert all(np.isfinite(row['value']) for row in results['rows'])
   base, dmd = (json.loads((tmp_path / name / 'stage.json').read_text()) for name in ('base', 'dmd'))
   for lineage in (base, dmd):
-    assert lineage['output'] == 'edm' and lineage['network']['time_input'] == 'edm'
+    assert lineage['output'] == 'edm' and lineage['network']['time_input'] == 'c_noise'
     assert lineage['schedule'] == {'name': 'Karras', 's_min': 0.002, 's_max': 80.0, 'rho': 7.0}
   assert dmd['parent']['digest'] == base['digest'] != dmd['digest']
   described = json.loads((tmp_path / 'pairs' / 'pairs.json').read_text())
-  assert (described['sampler'], described['grid']) == ('Heun', 'karras')
+  assert (described['sampler'], described['grid']) == ('EdmHeun', 'karras')
   assert described['teacher']['digest'] == base['digest']
 
 

@@ -35,6 +35,7 @@ OVERRIDES = {
   'consistency__start_intervals': 2,
   'consistency__end_intervals': 6,
   'consistency__solver': 'ddim',
+  'consistency__target_decay': 0.25,
   'consistency__sample_steps': (1, 2),
   'knowledge__num_updates': 6,
   'dmd__num_updates': 6,

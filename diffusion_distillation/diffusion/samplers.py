@@ -6,6 +6,7 @@ one key an image, (B,). The network is never asked about clean data, s = 0, wher
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,10 +38,14 @@ class Sampler:
   """What all samplers share.
 
   Attributes:
-    calls_per_step: network calls that a step costs.
+    calls_per_step: network calls that a step costs, unless it is the last and `calls` says otherwise.
   """
 
   calls_per_step: ClassVar[int] = 1
+
+  def calls(self, num_steps: int) -> int:
+    """Network calls for an image that is sampled in `num_steps` steps, the last of which ends at s = 0."""
+    return num_steps * self.calls_per_step
 
   def begin(self, z: jax.Array) -> Any:
     """What the first step takes: z, unless a sampler remembers more from step to step."""
@@ -201,6 +206,48 @@ class RK4(ProbabilityFlow):
   last: ClassVar[Tableau] = MILNE
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EdmHeun(Sampler):
+  """EDM's deterministic sampler (Karras et al. 2022, algorithm 1): 2N - 1 calls in N steps, 35 in 18.
+
+  In y = z / alpha and s = sigma / alpha the ODE is dy / ds = eps^. A step takes the mean of the slopes at both ends;
+  the step that ends on clean data is Euler's, one call, and returns x^. The published sampler takes its steps on the
+  grid `karras`. It starts from 80 times unit noise; here y = z / alpha at s = 80, which is 1.00008 times that.
+
+  Attributes:
+    sigma_max: the s at which sampling begins, or the schedule's highest if that is less. Noisier levels of a grid
+      count as this one, where z is as good as the noise that it was: in s, a step from the cosine schedule's 22026
+      would be too long for any slope.
+  """
+
+  calls_per_step: ClassVar[int] = 2
+  sigma_max: float = 80.0
+
+  def calls(self, num_steps: int) -> int:
+    """Two a step, and one in the last."""
+    return 2 * num_steps - 1
+
+  def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
+    del rng
+    logsnr_t, logsnr_s = (
+      jnp.maximum(logsnr, -2.0 * math.log(self.sigma_max)) for logsnr in (logsnr_t, logsnr_s)
+    )
+    ends = jnp.isinf(logsnr_s)
+    alpha_s, _ = process.alpha_sigma(logsnr_s, z)
+    step = widen(jnp.exp(-0.5 * logsnr_s) - jnp.exp(-0.5 * logsnr_t), z)
+    weight = jnp.where(widen(ends, z), 0.0, 0.5 * alpha_s * step)
+
+    def call(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+      """First Euler's z_s and the slope at t; then z_s corrected by half the change of the slope."""
+      at, slope = state
+      x, eps = denoise(at, jnp.where((k == 0) | ends, logsnr_t, logsnr_s))
+      euler = process.diffuse(x, eps, logsnr_s)
+      return jnp.where(k == 0, euler, at + weight * (eps - slope)), eps
+
+    calls = jnp.where(ends.all(), 1, 2)  # of a batch whose images do not all end here, the others' count
+    return jax.lax.fori_loop(0, calls, call, (z, jnp.zeros_like(z)))[0]
+
+
 class Remembered(NamedTuple):
   """z, and where the step before came from: x^ there, (B, ...), and its logsnr, (B,)."""
 
@@ -246,6 +293,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
   'euler': Euler,
   'heun': Heun,
   'rk4': RK4,
+  'edm_heun': EdmHeun,
   'dpm_solver_2m': DPMSolver2M,
 }
 

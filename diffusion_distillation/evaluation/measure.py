@@ -237,7 +237,7 @@ def _describe(config: Config, setting: Setting) -> dict[str, Any]:
     'sampler': setting.sampler,
     'num_steps': setting.num_steps,
     'grid': 'uniform' if setting.model.stage.parent else config.evaluation.grid,
-    'nfe': setting.num_steps * sampler.calls_per_step,
+    'nfe': sampler.calls(setting.num_steps),
     'num_samples': config.evaluation.num_samples,
     'tolerance': config.evaluation.tolerance,
     'seed': config.evaluation.seed,

@@ -23,6 +23,7 @@ _CAPTIONS = {
   'euler': 'Euler',
   'heun': 'Heun',
   'rk4': 'RK4',
+  'edm_heun': "EDM's Heun",
   'dpm_solver_2m': 'DPM-Solver++(2M)',
   'multistep_consistency': 'multistep consistency',
 }

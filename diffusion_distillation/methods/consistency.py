@@ -7,7 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.config import POSITIVE, choose, key
+from diffusion_distillation.config import FRACTION, POSITIVE, choose, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
 from diffusion_distillation.diffusion.samplers import DDIM, SAMPLERS, Sampler
@@ -41,21 +41,23 @@ class ConsistencySection(StudentSection):
   start_intervals: int = key(
     18,
     'Number of intervals that [0, 1] is divided into at the first update. The two times that the student must agree at '
-    'are the ends of one interval.',
+    "are the ends of one interval. The paper's N counts noise levels, EDM's from the highest to the lowest: its N = 18 "
+    'are 17 intervals here.',
     POSITIVE,
   )
   end_intervals: int = key(
-    18, 'Number of intervals at the last update; no less than at the first.', POSITIVE
+    18, 'Number of intervals, counted as above, at the last update; no less than at the first.', POSITIVE
   )
   solver: str = key(
     'heun',
     "Sampler that takes the teacher's step from one end of an interval to the other.",
     choices=('ddim', 'euler', 'heun', 'rk4'),
   )
-  target: str = key(
-    'ema',
-    "Weights that compute the student's target: its own first moving average, or its own current weights.",
-    choices=('ema', 'last'),
+  target_decay: float = key(
+    0.0,
+    "Decay rate of the moving average of the student's weights that computes its target, whatever `ema_decay` is; 0: its "
+    'current weights, as in the paper on CIFAR-10 (on ImageNet-64: 0.95).',
+    FRACTION,
   )
   sample_steps: tuple[int, ...] = key(
     (1, 2, 4),
@@ -69,8 +71,9 @@ class ConsistencySection(StudentSection):
 class Consistency(OneNetwork, Student):
   """Consistency distillation (Song et al. 2023, algorithm 2).
 
-  The consistency function is the denoiser's x^ at t > 0 and z itself at t = 0, which outputs such as v reach
-  continuously: no further boundary condition is needed.
+  The consistency function is the network's x^ at t > 0 and z itself at t = 0, where the network is never called. The
+  outputs v, eps, both and EDM's F have x^ -> z as t -> 0 by their form. The output x does not: there the boundary
+  condition is learned, from the first interval, whose target is z at t = 0.
 
   Attributes:
     num_updates: K, of the stage. An argument of the compiled step, as the next two.
@@ -81,7 +84,7 @@ class Consistency(OneNetwork, Student):
     distance: between images.
     solver: the teacher's one step, unclipped.
     law: of t, before it is rounded up to the end of an interval.
-    follows_average: whether the target is the student's moving average, or the student itself.
+    follows_average: whether the target is a moving average of the student, or the student itself.
   """
 
   num_updates: int | jax.Array
@@ -106,7 +109,6 @@ class Consistency(OneNetwork, Student):
         f'{name}.start_intervals={section.start_intervals} must not be more than '
         f'{name}.end_intervals={section.end_intervals}'
       )
-    choose(f'{name}.target', section.target, {'ema': None, 'last': None})
     return cls(
       num_updates=section.num_updates,
       start_intervals=section.start_intervals,
@@ -116,7 +118,7 @@ class Consistency(OneNetwork, Student):
       distance=make_distance(name, section),
       solver=choose(f'{name}.solver', section.solver, SOLVERS)(),
       law=context.uniform,
-      follows_average=section.target == 'ema',
+      follows_average=section.target_decay > 0.0,
     )
 
   @staticmethod

@@ -169,7 +169,7 @@ class Method(Protocol):
 
     Args:
       nets: the networks of `networks`, by name, each holding its parameters: denoisers as `BoundDenoiser`;
-        `average` is the student with its first moving average for parameters.
+        `average` is the student with a moving average for parameters, the first unless `Recipe.target_decay` says otherwise.
       batch: `cond`, what `draw` drew, and of what the method needs: `x` (B, ...), and `pairs`, the teacher's
         stored `noise` and `image` (B, ...) with their `cond`.
       rng: dropout's.

@@ -37,8 +37,15 @@ def sigmoid(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
   return jax.nn.sigmoid(logsnr)
 
 
+def c_noise(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
+  """EDM's c_noise (Karras et al. 2022, Table 1), a quarter of log(sigma / alpha); here over 1000, which the embedding takes
+  it times: the angles are c_noise times the frequencies, as in EDM's networks."""
+  del schedule
+  return -0.125e-3 * logsnr
+
+
 def edm(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
-  """EDM's c_noise (Karras et al. 2022, Table 1): a quarter of log(sigma / alpha)."""
+  """c_noise itself, so that the angles are 1000 times EDM's; for models that were trained so."""
   del schedule
   return -0.125 * logsnr
 
@@ -55,6 +62,7 @@ TIME_INPUTS = {
   'inv_cos': inverse_cosine,
   'linear': linear,
   'sigmoid': sigmoid,
+  'c_noise': c_noise,
   'edm': edm,
   't': schedule_time,
 }
@@ -94,7 +102,7 @@ class UNetSection:
   time_input: str = key(
     'inv_cos',
     'Function of logsnr that the network receives as time: the t of the cosine schedule, logsnr itself, its sigmoid, '
-    "EDM's c_noise, or the t of the run's own schedule.",
+    "EDM's c_noise, 1000 times that (`edm`, for models that were trained with it), or the t of the run's own schedule.",
     choices=TIME_INPUTS,
   )
   resblock_resample: bool = key(
@@ -103,7 +111,11 @@ class UNetSection:
 
 
 def time_embedding(u: jax.Array, dim: int) -> jax.Array:
-  """Sinusoids of the time input `u` (B,): (B, dim), sines first."""
+  """Sinusoids of 1000 times the time input `u` (B,): (B, dim), sines first.
+
+  The frequencies run from 1 to 1e-4 with both ends, as in the papers' networks and in EDM's DDPM++, whose order this is,
+  too. EDM's ADM leaves out the last one, (1e-4)^(k / half), and has its cosines first.
+  """
   half = dim // 2
   frequencies = jnp.exp(-jnp.arange(half) * (math.log(10000.0) / (half - 1)))
   angles = 1000.0 * u[:, None] * frequencies[None, :]
@@ -187,8 +199,8 @@ class UNet(nn.Module):
     num_groups: groups of every GroupNorm; must divide every width.
     dropout: rate inside residual blocks.
     num_classes: 0 for an unconditional network.
-    time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2), 'edm', or 't',
-      the schedule's time.
+    time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2), 'c_noise' (EDM),
+      'edm' (1000 times that), or 't', the schedule's time.
     resblock_resample: resample inside residual blocks, or by a convolution beside them.
     dtype: of activations, 'float32' or 'bfloat16'; parameters, the embedding of time and class, and the output stay
       float32, as do the statistics of norms and the softmax of attention.

@@ -137,7 +137,7 @@ def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
   """Network calls of one image that the pairs of stages take which are not finished; all have the same pairs."""
   for stage in stages:
     if stage.pairs is not None and stage.name not in finished:
-      return stage.pairs.count * stage.pairs.num_steps * stage.pairs.sampler.calls_per_step
+      return stage.pairs.count * stage.pairs.sampler.calls(stage.pairs.num_steps)
   return 0
 
 
@@ -146,7 +146,7 @@ def evaluation_calls(stages: list[Stage], config: Config) -> int:
   if config.dataset.name == datasets.NONE:
     return 0
   return config.evaluation.num_samples * sum(
-    num_steps * measure.make(config, sampler).calls_per_step
+    measure.make(config, sampler).calls(num_steps)
     for _, _, sampler, num_steps in measure.rows(stages, config)
   )
 
@@ -175,7 +175,7 @@ def seconds_per_call(stage: Stage, config: Config) -> float:
   draw = measure.drawer(config, stage, config.evaluation.samplers[0])
   size = sharding.round_up(config.evaluation.batch_size)
   seconds = draw.seconds_per_image(params, times.uniform(2), size, 0, use=lambda images: None)
-  return seconds / (2 * draw.sampler.calls_per_step)
+  return seconds / draw.sampler.calls(2)
 
 
 def _duration(seconds: float) -> str:

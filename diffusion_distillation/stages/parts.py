@@ -25,7 +25,7 @@ from diffusion_distillation.training.recipe import Recipe
 LAWS = {'uniform': times.Uniform, 'lognormal': times.LogNormal}
 # Without noise of their own: a stored image is a function of its noise.
 DETERMINISTIC = {
-  name: samplers.SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4', 'dpm_solver_2m')
+  name: samplers.SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4', 'edm_heun', 'dpm_solver_2m')
 }
 
 
@@ -139,6 +139,7 @@ def make_recipe(
   """
   of = config[section]
   choose(f'{section}.decay', of.decay, DECAYS)
+  target_decay = of.get('target_decay', 0.0)  # 0: the student itself; the first average is there already
   adam = dict(config.optimizer) | ({'clip_norm': of.clip_norm} if 'clip_norm' in of else {})
   return Recipe(
     networks=FrozenDict(method.networks(*networks)),
@@ -156,6 +157,7 @@ def make_recipe(
     cond_dropout=config.dataset.label_dropout,
     ema_ramp=of.ema_ramp,
     micro_batches=of.micro_batches,
+    target_decay=None if target_decay in (0.0, of.ema_decay[0]) else target_decay,
   )
 
 

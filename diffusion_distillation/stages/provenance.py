@@ -267,7 +267,8 @@ def _from_folder(workdir: pathlib.Path, stage: Stage, folder: pathlib.Path) -> M
 
 def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
   """A training state, seen as what is sampled from: its first moving average. On the host."""
-  sets = sharding.to_host([*state.ema_params, state.params['student']])
+  sampled = state.ema_params[: len(stage.recipe.ema_decay)]
+  sets = sharding.to_host([*sampled, state.params['student']])
   trees = dict(zip(stage.weights, sets, strict=True))
   params = trees['ema']
   return Model(stage, 'ema', params, digest(params), int(state.step), seconds, trees)

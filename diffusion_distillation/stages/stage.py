@@ -91,7 +91,7 @@ class Stage:
 
   @property
   def weights(self) -> tuple[str, ...]:
-    """Names of the weights it keeps: 'ema', then 'ema_0.99' and so on for further averages, and 'last'."""
+    """Names of the weights that can be sampled: 'ema', then 'ema_0.99' and so on for further averages, and 'last'."""
     return ('ema', *(f'ema_{decay}' for decay in self.recipe.ema_decay[1:]), 'last')
 
   @property

@@ -46,6 +46,17 @@ def _is_round(stage: str) -> bool:
   return stage.startswith('progressive_')
 
 
+def _of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
+  """A stored config in the keys of this version; `consistency.target` was `ema`, the first average, or `last`."""
+  section = values.get('consistency')
+  if not isinstance(section, Mapping) or 'target' not in section:
+    return dict(values)
+  kept = {key: value for key, value in section.items() if key != 'target'}
+  averages = kept.get('ema_decay') or (0.0,)
+  decay = averages[0] if section['target'] == 'ema' else 0.0
+  return {**values, 'consistency': {**kept, 'target_decay': decay}}
+
+
 def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
   """Returns a flat config; for a round of progressive distillation, each tuple of PER_ROUND is replaced by the round's entry."""
   if not _is_round(stage):
@@ -94,7 +105,8 @@ def check_config(
   if not isinstance(made_with, Mapping):
     raise DamagedError(f'{path} is damaged (no config in it); restore it from a copy')
   old, new = (
-    _as_made(stage, dict(flatten(values))) for values in (made_with, json.loads(config.to_json()))
+    _as_made(stage, dict(flatten(values)))
+    for values in (_of_this_version(made_with), json.loads(config.to_json()))
   )
   differing = [
     f'{key} was {value}, is {new.get(key, "absent")}'
@@ -133,7 +145,7 @@ def read_config(workdir: pathlib.Path, default: Config) -> Config:
   path = workdir / 'config.json'
   if not path.is_file():
     raise UserError(f'--workdir={workdir} holds no run: there is no {path}')
-  stored = Config(_tuples(read_json(path)))
+  stored = Config(_tuples(_of_this_version(read_json(path))))
   known = [key for key, _ in flatten(default)]
   try:
     check_known([key for key, _ in flatten(stored)], known)

@@ -25,7 +25,7 @@ class Recipe:
     method: the loss.
     optimizer: from a network's gradients to its updates of unit learning rate; each network has one of its own.
     learning_rate: of each step, by network in training.
-    ema_decay: of each moving average; 0 follows the parameters.
+    ema_decay: of each moving average that can be sampled; 0 follows the parameters.
     seed: of all noise in this stage.
     space: what x is.
     shape: of a batch of x, (B, H, W, C).
@@ -34,6 +34,7 @@ class Recipe:
     cond_dropout: probability that an example's conditions are withheld.
     ema_ramp: how soon the averages reach their decay; see `average_weight`.
     micro_batches: parts that a batch is cut into, whose gradients are added up.
+    target_decay: of one more average, the last, which the loss is given as `average`; None: it is given the first.
   """
 
   networks: FrozenDict[str, Any] = flax.struct.field(pytree_node=False)
@@ -49,6 +50,7 @@ class Recipe:
   cond_dropout: float = flax.struct.field(pytree_node=False, default=0.0)
   ema_ramp: float = flax.struct.field(pytree_node=False, default=0.0)
   micro_batches: int = flax.struct.field(pytree_node=False, default=1)
+  target_decay: float | Any = None
 
   @property
   def student(self) -> Denoiser:
@@ -60,6 +62,11 @@ class Recipe:
   def conditioning(self) -> Conditioning:
     """What the student is told beside z and the time."""
     return self.student.conditioning
+
+  @property
+  def decays(self) -> tuple[Any, ...]:
+    """Of all moving averages, in the order of the state."""
+    return self.ema_decay if self.target_decay is None else (*self.ema_decay, self.target_decay)
 
   def at(self, step: int) -> 'Recipe':
     """The recipe of update `step`; see `Method.at`."""
@@ -78,4 +85,4 @@ class Recipe:
     """The state before the first update of a student that starts from `student`; without a teacher, from itself."""
     teacher = student if teacher is None else teacher
     networks = self.method.init(student, teacher, jax.random.key(self.seed))
-    return TrainState.create(networks, self.optimizer.transform(), len(self.ema_decay))
+    return TrainState.create(networks, self.optimizer.transform(), len(self.decays))

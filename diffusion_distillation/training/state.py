@@ -17,7 +17,7 @@ class TrainState:
   Attributes:
     step: updates tried so far, skipped ones included.
     params: the networks in training, by name.
-    ema_params: the student's moving averages, one for each decay; the first is what is sampled.
+    ema_params: the student's moving averages, one for each of `Recipe.decays`; the first is what is sampled.
     opt_state: the optimizer's, by network.
     skipped: updates that were not made because loss or gradient was not finite.
     skipped_in_a_row: the same, since the last one that was made.

@@ -51,7 +51,7 @@ def loss_and_gradients(
   rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
   rng_augment, rng_draw, rng_dropout = jax.random.split(rng, 3)
   examples = make_examples(recipe, batch, rng_augment, rng_draw)
-  frozen = {**frozen, 'average': state.ema_params[0]}
+  frozen = {**frozen, 'average': state.ema_params[0 if recipe.target_decay is None else -1]}
   return gradients(recipe, state.params, frozen, examples, rng_dropout, state.step)
 
 
@@ -124,7 +124,7 @@ def _advance(
   rate = recipe.learning_rate[name](step)
   updates, opt_state = recipe.optimizer.transform().update(gradient, opt_state, params)
   params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-  decays = recipe.ema_decay if averages else ()
+  decays = recipe.decays if averages else ()
   turn = step // recipe.method.period
   averages = tuple(
     optax.incremental_update(params, average, average_weight(decay, recipe.ema_ramp, turn))

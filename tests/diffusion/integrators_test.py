@@ -12,6 +12,7 @@ from diffusion_distillation.diffusion.samplers import (
   MILNE,
   RK4,
   DPMSolver2M,
+  EdmHeun,
   Euler,
   Heun,
   sample,
@@ -27,10 +28,11 @@ from tests.diffusion.samplers_test import (
   keys,
   padded,
   slope,
+  unlimited,
 )
 from tests.exact import Gaussian, scales
 
-ORDERS = {DDIM: 1, Euler: 1, Heun: 2, DPMSolver2M: 2, RK4: 4}
+ORDERS = {DDIM: 1, Euler: 1, Heun: 2, EdmHeun: 2, DPMSolver2M: 2, RK4: 4}
 
 
 def flow_errors(step, data, schedule, grid, nums):
@@ -51,15 +53,16 @@ def test_every_deterministic_sampler_has_an_order_to_be_tested():
 @pytest.mark.parametrize('cls', ORDERS)
 def test_samplers_converge_to_the_probability_flow_at_their_order_by_a_quadratic_grid(cls, data):
   nums = (128, 256, 512)
-  errors = flow_errors(cls(), data, LinearBeta(), times.quadratic, nums)
+  errors = flow_errors(unlimited(cls()), data, LinearBeta(), times.quadratic, nums)
   assert slope(nums, errors) == pytest.approx(-ORDERS[cls], abs=0.06)
   assert errors[-1] < 0.01
 
 
 @pytest.mark.parametrize('data', [GAUSSIAN, BIMODAL], ids=['gaussian', 'mixture'])
-@pytest.mark.parametrize('cls', ORDERS)
+@pytest.mark.parametrize('cls', [cls for cls in ORDERS if cls is not EdmHeun])
 def test_samplers_converge_to_the_probability_flow_at_their_order_by_a_uniform_grid(cls, data):
-  """DPM-Solver's steps in logsnr do not shrink at the ends of this schedule: log N / N^2."""
+  """DPM-Solver's steps in logsnr do not shrink at the ends of this schedule: log N / N^2. EDM's sampler has a grid of
+  its own, on which tests/edm_test.py looks at it: here its first step is as long as all the others, at any N."""
   nums = (512, 1024, 2048) if cls is DPMSolver2M else (128, 256, 512)
   errors = flow_errors(cls(), data, SCHEDULE, times.uniform, nums)
   logarithm = np.log(nums) if cls is DPMSolver2M else 1.0

@@ -14,6 +14,7 @@ from diffusion_distillation.diffusion.samplers import (
   SAMPLERS,
   Ancestral,
   DPMSolver2M,
+  EdmHeun,
   MultistepConsistency,
   ProbabilityFlow,
   Sampler,
@@ -53,8 +54,13 @@ def deterministic_samplers():
   return [step for step in usual_samplers() if not isinstance(step, STOCHASTIC)]
 
 
+def unlimited(step):
+  """The sampler as it is from any noise on, where its own has a highest level."""
+  return EdmHeun(sigma_max=1e6) if isinstance(step, EdmHeun) else step
+
+
 def samplers_that_end_on_x():
-  return [step for step in all_samplers() if not isinstance(step, ProbabilityFlow)]
+  return [unlimited(step) for step in all_samplers() if not isinstance(step, ProbabilityFlow)]
 
 
 def by_hand(step, rng, denoise, z, logsnr):
@@ -113,7 +119,8 @@ def test_a_step_calls_the_network_as_often_as_it_says_between_its_ends(step, end
     return GAUSSIAN(z, logsnr)
 
   by_hand(step, keys(1), counting, jnp.ones((1, 1, 1, 1)), jnp.array([[-1.0], [end]]))
-  assert len(asked) == step.calls_per_step
+  last, usual = step.calls(1), step.calls(2) - step.calls(1)
+  assert len(asked) == (last if np.isinf(end) else usual)
   assert asked[0] == -1.0
   assert all(-1.0 <= logsnr <= end + 1e-6 for logsnr in asked)
 

@@ -339,7 +339,7 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
     assert measured['clip_x'] is True and measured['updates'] == 7
     assert measured.get('gamma') == (0.5 if measured['sampler'] == 'ancestral' else None)
   of_two = {row['sampler']: row['nfe'] for row in rows if row['num_steps'] == 2}
-  assert (of_two['ddim'], of_two['heun'], of_two['rk4']) == (2, 4, 8)
+  assert (of_two['ddim'], of_two['heun'], of_two['rk4'], of_two['edm_heun']) == (2, 4, 8, 3)
   text = (tmp_path / 'report' / 'index.html').read_text()
   assert 'Base, Heun' in text and 'ema_0.5' in text
   asked.clear()

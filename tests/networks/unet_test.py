@@ -158,6 +158,7 @@ def test_time_inputs_are_their_closed_forms(name):
     'inv_cos': np.arctan(np.exp(-np.clip(logsnr, -20, 20) / 2)) * 2 / np.pi,
     'linear': (logsnr + 10) / 20,
     'sigmoid': scales(logsnr)[0] ** 2,
+    'c_noise': np.log(scales(logsnr)[1] / scales(logsnr)[0]) / 4 / 1000,
     'edm': np.log(scales(logsnr)[1] / scales(logsnr)[0]) / 4,
     't': (np.sqrt(0.1**2 + 2 * 19.9 * softplus) - 0.1) / 19.9,
   }[name]
@@ -195,6 +196,16 @@ def test_time_embedding_is_sines_then_cosines_of_a_thousandfold_input(dim):
   np.testing.assert_allclose(got, np.concatenate([np.sin(angles), np.cos(angles)], 1), atol=1e-9)
 
 
+@pytest.mark.parametrize(('name', 'factor'), [('c_noise', 1), ('edm', 1000)])
+def test_the_angles_of_edm_s_embedding_are_c_noise_times_the_frequencies(name, factor):
+  """1, ..., 1e-4, sines first, as in EDM's DDPM++; models that were trained with 1000 times c_noise keep it."""
+  sigma = np.geomspace(0.002, 80.0, 7)
+  angles = factor * np.log(sigma)[:, None] / 4 * 1e-4 ** (np.arange(8) / 7)
+  with jax.enable_x64(True):
+    got = np.array(time_embedding(TIME_INPUTS[name](jnp.array(-2 * np.log(sigma))), 16))
+  np.testing.assert_allclose(got, np.concatenate([np.sin(angles), np.cos(angles)], 1), atol=1e-9)
+
+
 def test_the_network_sees_logsnr_by_its_time_input_alone(inputs):
   """Networks that differ in it agree at logsnr of the same input, and nowhere else."""
   z, _, cond = inputs
@@ -204,6 +215,7 @@ def test_the_network_sees_logsnr_by_its_time_input_alone(inputs):
     'inv_cos': -2 * np.log(np.tan(np.pi / 2 * u)),
     'linear': 20 * u - 10,
     'sigmoid': np.log(u / (1 - u)),
+    'c_noise': -8000 * u,
     'edm': -8 * u,
     't': np.float64(LinearBeta()(jnp.float32(u))),
   }

@@ -68,7 +68,7 @@ def test_pairs_are_the_same_for_all_that_learn_from_them():
   assert plan('dmd2', dmd2__regression=0.1)['dmd2'].pairs == plan('dmd')['dmd'].pairs
 
 
-@pytest.mark.parametrize('name', ['ddim', 'euler', 'heun', 'rk4', 'dpm_solver_2m'])
+@pytest.mark.parametrize('name', ['ddim', 'euler', 'heun', 'rk4', 'edm_heun', 'dpm_solver_2m'])
 def test_pairs_may_be_drawn_by_any_deterministic_sampler(name):
   pairs = plan('knowledge', pairs__sampler=name)['knowledge'].pairs
   expected = {'ddim': DDIM, 'euler': Euler, 'heun': Heun, 'dpm_solver_2m': DPMSolver2M}
@@ -144,7 +144,7 @@ def test_the_methods_have_their_sections_options():
     'consistency__solver': 'euler',
     'consistency__weighting': 'snr_plus_one',
     'consistency__distance': 'pseudo_huber',
-    'consistency__target': 'last',
+    'consistency__target_decay': 0.0,
     'consistency__num_updates': 77,
     'dmd__first_t': 0.1,
     'dmd__last_t': 0.9,
@@ -168,7 +168,8 @@ def test_the_methods_have_their_sections_options():
   several = {'regression': 0.0, 'fake_updates': 3, 'num_steps': 2, 'simulated': False}
   assert planned['dmd2'] == DMD2(schedule, SnrTrunc(), law, clip=clip, gan=Gan(8, 0.1, 0.2), **several)
   assert plan('dmd2', evaluation__clip_x=False)['dmd2'].recipe.method.clip is None
-  assert plan('consistency')['consistency'].recipe.method.weighting == Constant()
+  averaged = plan('consistency', consistency__target_decay=0.9)['consistency'].recipe.method
+  assert averaged.weighting == Constant() and averaged.follows_average
 
 
 STARTS = [
@@ -219,7 +220,7 @@ BAD = [
   ('consistency.end_intervals', {'consistency__end_intervals': 0}, 'positive'),
   ('consistency.weighting', {'consistency__weighting': 'snr_trunk'}, "did you mean 'snr_trunc'"),
   ('consistency.solver', {'consistency__solver': 'ancestral'}, 'is not one of'),
-  ('consistency.target', {'consistency__target': 'teacher'}, 'is not one of'),
+  ('consistency.target_decay', {'consistency__target_decay': 1.0}, r'in \[0, 1\)'),
   ('consistency.distance', {'consistency__distance': 'huber'}, "did you mean 'pseudo_huber'"),
   ('consistency.sample_steps', {'consistency__sample_steps': ()}, 'at least'),
   ('consistency.sample_steps', {'consistency__sample_steps': (1, 0)}, 'positive'),

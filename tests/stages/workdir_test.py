@@ -81,6 +81,23 @@ def test_the_steps_that_a_consistency_student_is_measured_in_may_change(tmp_path
     workdirs.check_config(tmp_path / 'stage.json', made_with(), other, 'consistency')
 
 
+@pytest.mark.parametrize(('target', 'decay'), [('ema', 0.9), ('last', 0.0)])
+def test_a_target_of_an_older_version_is_the_decay_that_it_was(tmp_path, target, decay):
+  averages = {'consistency__ema_decay': (0.9, 0.5)}
+  older = made_with(**averages)
+  del older['consistency']['target_decay']
+  older['consistency']['target'] = target
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(older))
+  same = tiny.config(**averages, consistency__target_decay=decay)
+  assert workdirs.read_config(tmp_path, tiny.config()).to_json() == same.to_json()
+  for stage in ('', 'base', 'consistency'):
+    workdirs.check_config(path, older, same, stage)
+  other = tiny.config(**averages, consistency__target_decay=0.7)
+  with pytest.raises(UserError, match=rf'consistency\.target_decay was {decay}, is 0\.7'):
+    workdirs.check_config(path, older, other, 'consistency')
+
+
 def test_keys_that_an_older_version_did_not_have_are_not_compared(tmp_path):
   older = made_with()
   del older['weighting']
