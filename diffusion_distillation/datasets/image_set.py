@@ -41,6 +41,10 @@ class ImageSet(abc.ABC):
   def read(self, k: int) -> Example:
     """Image k, (H, W, C) uint8, and its label, 0 without labels; raises BrokenImage."""
 
+  def label(self, k: int) -> int:
+    """The label of image k, 0 without labels, decoded or not; raises BrokenImage where only a whole image has one."""
+    return self.read(k)[1]
+
   def batch(self, indices: np.ndarray) -> Batch:
     """The images at `indices` (B,); for a broken one stands the next that is whole.
 

@@ -36,6 +36,8 @@ class Drawer:
     image_shape: (H, W, C).
     batch_size: images at a time, over all devices; rounded up to a multiple of these.
     clip_x: whether x is clipped, after each network call, to what an image can have.
+    label_counts: images of each class, in whose proportions labels are drawn; (): all classes in turn. No part of the
+      compiled program.
   """
 
   denoise: Denoiser
@@ -45,10 +47,14 @@ class Drawer:
   image_shape: tuple[int, ...]
   batch_size: int
   clip_x: bool = True
+  label_counts: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
-  def cond(self, index: np.ndarray, chosen: Chosen = None) -> Cond:
-    """The conditioning of the images at `index`; see `conditioning.in_turn`."""
-    return conditioning.in_turn(self.denoise.conditioning, index, chosen)
+  def cond(self, index: np.ndarray, seed: int, chosen: Chosen = None) -> Cond:
+    """The conditioning of the images at `index`: the chosen values in turn, or as `label_counts` says."""
+    told = self.denoise.conditioning
+    if chosen:
+      return conditioning.in_turn(told, index, chosen)
+    return conditioning.draw(told, index, seed, self.label_counts)
 
   def batches(
     self,
@@ -65,7 +71,7 @@ class Drawer:
       interrupts.check()
       index = np.arange(start, start + size, dtype=np.int32)
       count = min(size, num_samples - start)
-      index, cond = sharding.spread((index, self.cond(index, chosen)))
+      index, cond = sharding.spread((index, self.cond(index, seed, chosen)))
       images = _draw(self, params, grid, np.int32(seed), index, cond)
       yield sharding.to_host(images)[:count]
 
@@ -86,9 +92,9 @@ class Drawer:
     """Noise and x (n, ...) as the sampler leaves it, and their conditioning, of the images at `index` (n,)."""
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
-    given = sharding.spread((padded, self.cond(padded)))
+    given = sharding.spread((padded, self.cond(padded, seed)))
     z, x = sharding.to_host(_run(self, sharding.replicate(params), grid, np.int32(seed), *given))
-    return z[: len(index)], x[: len(index)], self.cond(index)
+    return z[: len(index)], x[: len(index)], self.cond(index, seed)
 
   def seconds_per_image(
     self,

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from diffusion_distillation.evaluation import measure, sampling
+from diffusion_distillation.evaluation import measure, results, sampling
 from diffusion_distillation.evaluation.metrics import RunningFeatures
 from tests import tiny
 
@@ -35,7 +35,7 @@ def row(monkeypatch):
       stage=tiny.plan()[0][0], params=None, weights='ema', step=0, digest='', seconds=0.0
     )
     setting = measure.Setting(model, 'ddim', 2)
-    return measure.measure_setting(config, setting, extractor, reference.result(), FLOOR)
+    return measure.measure_setting(config, setting, extractor, reference.result(), FLOOR)[0]
 
   return measured
 
@@ -59,6 +59,6 @@ def test_a_row_near_the_floor_takes_all_samples(row):
 def test_rows_of_another_tolerance_are_other_rows():
   model = types.SimpleNamespace(stage=tiny.plan()[0][0], weights='ema', step=0, digest='')
   setting = measure.Setting(model, 'ddim', 2)
-  rows = [measure._describe(tiny.config(evaluation__tolerance=t), setting) for t in (0.0, 0.5)]
-  assert measure._key(rows[0]) != measure._key(rows[1])
-  assert measure._key(rows[0]) == measure._key({**rows[0], 'num_drawn': 7})
+  rows = [measure.describe(tiny.config(evaluation__tolerance=t), setting) for t in (0.0, 0.5)]
+  assert results.key_of(rows[0]) != results.key_of(rows[1])
+  assert results.key_of(rows[0]) == results.key_of({**rows[0], 'num_drawn': 7})

@@ -61,16 +61,25 @@ def test_one_program_serves_all_grids_of_times():
 
 def test_conditional_models_draw_balanced_classes_or_those_that_are_given():
   drawer, params = make(16, model__conditional=True)
-  labels = drawer.cond(np.arange(40))['label']
+  labels = drawer.cond(np.arange(40), 0)['label']
   assert np.bincount(labels).tolist() == [4] * 10
   images = drawer.draw(params, times.uniform(2), 20, seed=0)
   assert images.shape == (20, 8, 8, 1)
-  assert drawer.cond(np.arange(5), {'label': [7, 2]})['label'].tolist() == [7, 2, 7, 2, 7]
+  assert drawer.cond(np.arange(5), 0, {'label': [7, 2]})['label'].tolist() == [7, 2, 7, 2, 7]
   chosen = drawer.draw(params, times.uniform(2), 20, seed=0, chosen={'label': [*range(9), 0]})
   same = (chosen == images).all(axis=(1, 2, 3))
   assert same.tolist() == [k % 10 != 9 for k in range(20)]
+  in_proportion = dataclasses.replace(drawer, label_counts=(5, 1, 1, 1, 1, 1, 1, 1, 1, 7))
+  labels = in_proportion.cond(np.arange(20), 0)['label']
+  assert np.bincount(labels)[[0, 9]].sum() > 8
+  of_data = in_proportion.draw(params, times.uniform(2), 20, seed=0)
+  as_given = drawer.draw(params, times.uniform(2), 20, seed=0, chosen={'label': labels.tolist()})
+  np.testing.assert_array_equal(of_data, as_given)
+  assert in_proportion == drawer and hash(in_proportion) == hash(drawer)  # one program
+  _, _, of_some = in_proportion.pairs(params, times.uniform(2), 0, np.array([17, 3]))
+  np.testing.assert_array_equal(of_some['label'], labels[[17, 3]])
   unconditional, _ = make(16)
-  assert unconditional.cond(np.arange(40)) is None
+  assert unconditional.cond(np.arange(40), 0) is None
 
 
 def test_drawing_is_timed_without_what_is_done_with_the_images(monkeypatch):
