@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, SHARE, Config, key
@@ -24,7 +25,7 @@ from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.system import cluster, files, logs
+from diffusion_distillation.system import cluster, files, logs, sharding
 from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
 
@@ -248,10 +249,15 @@ def measure_setting(
   size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
   running, due, first = RunningFeatures(size), 1, list[np.ndarray]()
 
-  def is_enough(images: np.ndarray) -> bool:
+  def then(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return extractor.of(images), images
+
+  def is_enough(made: tuple[jax.Array, jax.Array], count: int) -> bool:
     nonlocal due
-    first.append(images[: max(0, _SHOWN - running.seen)])
-    running.add(extractor(images))
+    found, images = made
+    if running.seen < _SHOWN:
+      first.append(sharding.to_host(images)[:count][: _SHOWN - running.seen])
+    running.add(sharding.to_host(found)[:count])
     if not tolerance or running.seen < due:
       return False
     due = 2 * running.seen
@@ -259,7 +265,7 @@ def measure_setting(
 
   model, by = setting.model, grid(config, setting)
   draw = drawer(config, model.stage, setting.sampler, label_counts)
-  seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, is_enough)
+  seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, then, is_enough)
   samples = running.result()
   values = {name: metric(samples, reference) for name, metric in METRICS.items()}
   row = describe(config, setting) | {

@@ -63,8 +63,11 @@ class Drawer:
     num_samples: int,
     seed: int,
     chosen: Chosen = None,
-  ) -> Iterator[np.ndarray]:
-    """Yields `num_samples` images in batches (n, H, W, C) uint8, by the times in `grid` (N + 1,)."""
+  ) -> Iterator[tuple[jax.Array, int]]:
+    """Yields batches of one shape (B, H, W, C) uint8 on the devices, and how many of each count: `num_samples` in all.
+
+    Nobody waits for them to be drawn. `grid` (N + 1,) are the times.
+    """
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     size, params = sharding.round_up(self.batch_size), sharding.replicate(params)
     for start in range(0, num_samples, size):
@@ -72,8 +75,7 @@ class Drawer:
       index = np.arange(start, start + size, dtype=np.int32)
       count = min(size, num_samples - start)
       index, cond = sharding.spread((index, self.cond(index, seed, chosen)))
-      images = _draw(self, params, grid, np.int32(seed), index, cond)
-      yield sharding.to_host(images)[:count]
+      yield _draw(self, params, grid, np.int32(seed), index, cond), count
 
   def draw(
     self,
@@ -83,8 +85,9 @@ class Drawer:
     seed: int,
     chosen: Chosen = None,
   ) -> np.ndarray:
-    """All of `batches`, (num_samples, H, W, C) uint8."""
-    return np.concatenate(list(self.batches(params, grid, num_samples, seed, chosen)))
+    """All of `batches` that count, (num_samples, H, W, C) uint8."""
+    batches = self.batches(params, grid, num_samples, seed, chosen)
+    return np.concatenate([sharding.to_host(images)[:count] for images, count in batches])
 
   def pairs(
     self, params: Params, grid: np.ndarray, seed: int, index: np.ndarray
@@ -102,17 +105,37 @@ class Drawer:
     grid: np.ndarray,
     num_samples: int,
     seed: int,
-    use: Callable[[np.ndarray], bool | None],
+    then: Callable[[jax.Array], Any],
+    use: Callable[[Any, int], bool | None],
   ) -> float:
-    """Passes every batch to `use(images)` until that is True; the time that drawing took, compilation excluded."""
-    next(self.batches(params, times.uniform(1), 1, 1))
-    seconds, began, drawn = 0.0, time.monotonic(), 0
-    for images in self.batches(params, grid, num_samples, seed):
-      seconds, drawn = seconds + time.monotonic() - began, drawn + len(images)
-      if use(images):
-        break
-      began = time.monotonic()
-    return seconds / drawn
+    """Draws `num_samples` images and makes something of each batch, while the next one is being drawn.
+
+    Args:
+      params: of the network.
+      grid: (N + 1,), the times.
+      num_samples: images to draw.
+      seed: of the noise.
+      then: is given a batch on the devices, (B, H, W, C) uint8, and returns arrays without waiting for them.
+      use: is given these, and how many of the batch count; True ends the drawing.
+
+    Returns:
+      The seconds per image that the first batch took, drawn by itself, without compilation.
+    """
+    jax.block_until_ready(next(self.batches(params, times.uniform(1), 1, 1))[0])
+    began, seconds = time.monotonic(), 0.0
+    waiting: tuple[Any, int] | None = None
+    for images, count in self.batches(params, grid, num_samples, seed):
+      if waiting is None:
+        jax.block_until_ready(images)
+        seconds = (time.monotonic() - began) / count
+      sharding.settle(images)
+      made = then(images)
+      if waiting is not None and use(*waiting):
+        return seconds
+      waiting = made, count
+    if waiting is not None:
+      use(*waiting)
+    return seconds
 
 
 def _sample(

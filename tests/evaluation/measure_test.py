@@ -16,10 +16,7 @@ SIZE, FLOOR = 4096, 0.2
 def row(monkeypatch):
   """A row of a model whose samples have features about `shift`, and the real ones about 0; 64 a batch."""
 
-  def extractor(images):
-    return np.asarray(images, np.float32)
-
-  extractor.name = 'test'
+  extractor = types.SimpleNamespace(name='test', of=np.float32)
   reference = RunningFeatures(SIZE)
   reference.add(np.random.default_rng(0).normal(size=(SIZE, 4)).astype(np.float32))
 
@@ -27,7 +24,7 @@ def row(monkeypatch):
     def batches(self, params, grid, num_samples, seed):
       rng = np.random.default_rng(1)
       for _ in range(-(-num_samples // 64)):
-        yield shift + rng.normal(size=(64, 4))
+        yield shift + rng.normal(size=(64, 4)), 64
 
     monkeypatch.setattr(sampling.Drawer, 'batches', batches)
     config = tiny.config(evaluation__num_samples=SIZE, evaluation__tolerance=tolerance)

@@ -85,18 +85,41 @@ def test_conditional_models_draw_balanced_classes_or_those_that_are_given():
 def test_drawing_is_timed_without_what_is_done_with_the_images(monkeypatch):
   drawer, params = make(16)
   seen = []
-  seconds = drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=seen.append)
+
+  def use(images, count):
+    seen.append(np.asarray(images)[:count])
+
+  args = (params, times.uniform(2), 40, 0)
+  seconds = drawer.seconds_per_image(*args, then=lambda images: images, use=use)
   assert [len(images) for images in seen] == [16, 16, 8]
   assert 0 < seconds < 1
   np.testing.assert_array_equal(np.concatenate(seen), drawer.draw(params, times.uniform(2), 40, 0))
 
   clock = [0.0]
 
-  def slow(images):
+  def slow(*_):
     clock[0] += 100.0
 
   monkeypatch.setattr(sampling, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
-  assert drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=slow) == 0.0
+  assert drawer.seconds_per_image(*args, then=slow, use=slow) == 0.0
+
+
+@pytest.mark.parametrize('enough', [None, 0, 1])
+def test_a_batch_is_read_when_the_next_one_is_on_its_way(enough):
+  drawer, params = make(16)
+  events = []
+
+  def then(images):
+    events.append('drawn')
+    return len(events)
+
+  def use(made, count):
+    events.append(('read', made, count))
+    return len([e for e in events if e != 'drawn']) - 1 == enough
+
+  drawer.seconds_per_image(params, times.uniform(2), 40, 0, then, use)
+  every = ['drawn', 'drawn', ('read', 1, 16), 'drawn', ('read', 2, 16), ('read', 4, 8)]
+  assert events == every[: {None: 6, 0: 3, 1: 5}[enough]]
 
 
 def test_a_signal_stops_drawing(monkeypatch):
