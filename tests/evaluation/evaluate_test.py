@@ -14,9 +14,19 @@ from tests import tiny
 NUM_SAMPLES, SHOWN = 48, 16
 
 
+@pytest.fixture(scope='module')
+def extractor(tmp_path_factory):
+  """The file of an extractor that has hardly been trained."""
+  path, images = tmp_path_factory.mktemp('extractor') / 'extractor.safetensors', tiny.plan()[1]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(features, '_UPDATES', 2)
+    features.load_or_train(path, images, images)
+  return path
+
+
 @pytest.fixture
-def workdir(finished, tmp_path):
-  (tmp_path / 'extractor.safetensors').symlink_to(finished / 'extractor.safetensors')
+def workdir(extractor, tmp_path):
+  (tmp_path / 'extractor.safetensors').symlink_to(extractor)
   return tmp_path
 
 
