@@ -128,8 +128,8 @@ class Drawer:
       if waiting is None:
         jax.block_until_ready(images)
         seconds = (time.monotonic() - began) / count
-      sharding.settle(images)
       made = then(images)
+      sharding.settle(made)
       if waiting is not None and use(*waiting):
         return seconds
       waiting = made, count

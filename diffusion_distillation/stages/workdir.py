@@ -258,12 +258,13 @@ def label_counts(workdir: pathlib.Path) -> tuple[int, ...]:
 def count_labels(workdir: pathlib.Path, images: datasets.ImageSet) -> tuple[int, ...]:
   """Training images of each class, counted once and then kept in `dataset.json`, if that is there."""
   path = workdir / 'dataset.json'
-  if path.is_file() and (known := label_counts(workdir)):
-    return known
-  counts = loading.count_labels(images)
-  if path.is_file():
-    write_json(path, read_json(path) | {'label_counts': counts})
-  return tuple(counts)
+  counts = label_counts(workdir) if path.is_file() else ()
+  if not cluster.agree(bool(counts)):
+    counts = tuple(loading.count_labels(images))
+    if path.is_file():
+      write_json(path, read_json(path) | {'label_counts': counts})
+    cluster.barrier()  # nobody looks for them before the first process has written them
+  return counts
 
 
 def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
