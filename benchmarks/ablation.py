@@ -142,7 +142,7 @@ class Bench:
   ) -> float:
     """The Frechet distance of a model's samples, in its own number of steps by default."""
     setting = measure.Setting(model, sampler, num_steps or model.stage.num_steps)
-    row = measure.measure_setting(config, setting, self.extractor, self.reference, floor=0.0)
+    row, _ = measure.measure_setting(config, setting, self.extractor, self.reference, floor=0.0)
     value: float = row['value']
     return value
 

@@ -196,7 +196,7 @@ def _sample(options: Options) -> None:
   images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen)
   if not files.writes():
     return
-  cond = draw.cond(np.arange(options.num_samples), chosen)
+  cond = draw.cond(np.arange(options.num_samples), options.seed, chosen)
   pictures.save(out, images, None if cond is None else cond.get('label'))
   steps, made = len(grid) - 1, stored.provenance
   print(

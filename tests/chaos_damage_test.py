@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.evaluation import measure
+from diffusion_distillation.evaluation import results
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import logs, sharding
@@ -198,7 +198,7 @@ class Extractor:
 
 def test_damaged_results_give_no_wrong_row(finished, tmp_path, caplog):
   extractor, path = Extractor(finished), tmp_path / 'results.json'
-  whole = measure._known_rows(finished / 'results.json', extractor)
+  whole = results.known_rows(finished / 'results.json', extractor)
   assert len(whole) == 8
   texts = ['null', '{}', '{"rows": []}', '{"extractor": 3}']
   texts += [
@@ -208,7 +208,7 @@ def test_damaged_results_give_no_wrong_row(finished, tmp_path, caplog):
     shutil.copy(finished / 'results.json', path)
     damage(path)
     caplog.clear()
-    rows = measure._known_rows(path, extractor)
+    rows = results.known_rows(path, extractor)
     assert rows in ({}, whole) or damage is flip
     assert rows or not path.exists() or 'is damaged' in caplog.text or damage is flip
 

@@ -98,6 +98,7 @@ def test_a_folder_by_class_is_trained_on_and_measured(animals, whole):
     'image_shape': [8, 8, 3],
     'classes': list(CLASSES),
     'identity': images.identity,
+    'label_counts': [sum(label == k for _, label in images.files) for k in range(2)],
   }
   assert read(workdir / 'base' / 'stage.json')['network']['num_classes'] == 2
 

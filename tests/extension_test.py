@@ -216,4 +216,5 @@ def test_the_reader_brings_a_teacher_that_is_distilled_without_any_dataset(workd
   np.testing.assert_array_equal(2 * kernel[0], kernel[1])
   assert isinstance(student.stored.denoise.network, Three) and kernel[2].shape == (3, 3, 1, 5)
   assert student.stored.class_names == ('level', 'upright')
+  assert teacher.stored.label_counts == theirs.stored.label_counts and sum(theirs.stored.label_counts)
   assert not (into / 'dataset.json').exists() and not (into / 'results.json').exists()

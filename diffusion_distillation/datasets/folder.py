@@ -120,6 +120,9 @@ class Folder(ImageSet):
     except listing.UNPACKING as error:
       raise BrokenImage(f'{path} cannot be unpacked: {error}') from error
 
+  def label(self, k: int) -> int:
+    return self.files[k][1]
+
   def _bytes(self, path: str) -> bytes:
     """Of a file; tries again before it gives up, since what is skipped must not depend on a network's mood."""
     attempt = 0

@@ -58,6 +58,10 @@ class ImageSet(abc.ABC):
       return False
     return True
 
+  def label(self, k: int) -> int:
+    """The label of image k, 0 without labels, decoded or not; raises BrokenImage where only a whole image has one."""
+    return self.read(k)[1]
+
   def batch(self, indices: np.ndarray) -> Batch:
     """The images at `indices` (B,); for a broken one stands the next that is whole.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_distillation.datasets import workers
-from diffusion_distillation.datasets.image_set import Batch, ImageSet, InMemory
+from diffusion_distillation.datasets.image_set import Batch, BrokenImage, ImageSet, InMemory
 from diffusion_distillation.datasets.orders import InOrder, Order, Shuffled
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import interrupts
@@ -170,6 +170,21 @@ class Loader:
           _log.warning('skipped an image of %s: %s', self.images.name, reason)
         if len(self.skipped) == _NAMED:
           _log.warning('further images of %s that are skipped are only counted', self.images.name)
+
+
+def count_labels(images: ImageSet) -> list[int]:
+  """How many images each class has, those without a known label left out.
+
+  No image is decoded whose label is known without that.
+  """
+  counts = [0] * len(images.classes)
+  with Progress(f'labels of {images.name}', len(images)) as progress:
+    for k in range(len(images)):
+      with contextlib.suppress(BrokenImage):
+        if (label := images.label(k)) >= 0:
+          counts[label] += 1
+      progress.advance()
+  return counts
 
 
 def _spread(values: Any, counted: np.ndarray) -> Any:

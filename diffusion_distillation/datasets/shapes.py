@@ -110,6 +110,9 @@ class Shapes(ImageSet):
     size, _, channels = self.image_shape
     return draw(parameters(index), size, channels), index % len(CLASSES)
 
+  def label(self, k: int) -> int:
+    return self.indices[k] % len(CLASSES)
+
 
 def open_split(settings: Settings, role: str) -> ImageSet:
   """See `datasets.open_split`."""

@@ -61,18 +61,24 @@ class Examples(ImageSet):
     return len(self.source)
 
   def read(self, k: int) -> Example:
-    try:
-      example = self.source[k]
-    except RuntimeError as error:  # array_record's, for a file that is not what was written
-      raise reading_error(
-        f'dataset {self.name!r}, example {k},', error, 'prepare the set again'
-      ) from error
+    example = self._example(k)
     if not example[self.image_key]:
       raise DamagedError(f'dataset {self.name!r}, example {k} is empty; prepare the set again')
     try:
       return self.decoder(example[self.image_key]), int(example[self.label_key]) if self.label_key else 0
     except BrokenImage as error:
       raise BrokenImage(f'example {k} {error}') from error
+
+  def label(self, k: int) -> int:
+    return int(self._example(k)[self.label_key]) if self.label_key else 0
+
+  def _example(self, k: int) -> Any:
+    try:
+      return self.source[k]
+    except RuntimeError as error:  # array_record's, for a file that is not what was written
+      raise reading_error(
+        f'dataset {self.name!r}, example {k},', error, 'prepare the set again'
+      ) from error
 
 
 def data_dir(path: str) -> pathlib.Path:

@@ -60,12 +60,12 @@ class FeatureExtractor:
     for start in range(0, len(images), size):
       part = images[start : start + size]
       padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
-      parts.append(self._of(sharding.spread(padded))[: len(part)])
+      parts.append(sharding.to_host(self.of(sharding.spread(padded)))[: len(part)])
     return np.concatenate(parts)
 
-  def _of(self, images: jax.Array) -> np.ndarray:
-    features: np.ndarray = sharding.to_host(_apply(self.params, images)[1])
-    return features
+  def of(self, images: jax.Array) -> jax.Array:
+    """(n, H, W, C) uint8 on the devices to (n, 64) float32, which are not waited for."""
+    return _apply(self.params, images)[1]
 
   def summary(self, images: Loader, indices: np.ndarray | None = None) -> Features:
     """The features of all images, or of those at `indices`; broken ones do not count."""
@@ -77,7 +77,7 @@ class FeatureExtractor:
         interrupts.check()
         mask = sharding.whole(batch['mask'])
         if mask.any():
-          running.add(self._of(sharding.put(batch['image']))[mask])
+          running.add(sharding.to_host(self.of(sharding.put(batch['image'])))[mask])
         progress.advance()
     return running.result()
 

@@ -1,37 +1,37 @@
 """Measuring every stage: students at their own step count, the undistilled base at each of them."""
 
 import dataclasses
-import importlib.metadata
 import logging
 import os
 import pathlib
-import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, SHARE, Config, key
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
-from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.metrics import METRICS, Features, RunningFeatures, frechet
+from diffusion_distillation.evaluation.reference import Real, load_or_compute
+from diffusion_distillation.evaluation.results import header, key_of, known_rows, origins, record
 from diffusion_distillation.evaluation.sampling import Drawer
-from diffusion_distillation.stages.model import add_metrics
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.stages.workdir import open_images
-from diffusion_distillation.system import cluster, files, logs
-from diffusion_distillation.system.files import read_json, write_json
+from diffusion_distillation.system import cluster, files, logs, sharding
+from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
 
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'scikit-learn')
+_SHOWN = 16  # images of a stage in the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,12 @@ class EvaluationSection:
     0.0,
     '`ancestral`: interpolates the variance of the noise from its lower bound (0) to its upper bound (1).',
     SHARE,
+  )
+  labels: str = key(
+    'data',
+    'Class labels of the samples of a conditional model: in the proportions of the training images, as the reference '
+    'has them, or balanced.',
+    choices=conditioning.LABELS,
   )
   clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
 
@@ -105,129 +111,63 @@ def evaluate(
     What `results.json` holds.
   """
   began = time.monotonic()
-  held_out = open_images(config, 'eval')
-  extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
-  reference = extractor.summary(train)
-  results = _header(config, extractor, train, held_out, reference, models)
-  results['stages'] = _origins([model.stage for model in models], results['seconds'], workdir)
-  for loader in (train, held_out):
-    loader.close()
-    if loader.skipped:
-      _log.warning(
-        '%d of %d images of %s were skipped', len(loader.skipped), len(loader), loader.images.name
-      )
+  stages = [model.stage for model in models]
+  labels = _labels(config, stages[0])
+  extractor, real, results = _real(config, train, workdir, labels)
+  results['seconds'] = {model.stage.name: model.seconds for model in models}
+  results['stages'] = origins(stages, results['seconds'], workdir)
+  counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
-  known = {} if again else _known_rows(path, extractor) | _known_rows(partial, extractor)
+  known = {} if again else known_rows(path, extractor) | known_rows(partial, extractor)
   cluster.barrier()  # before the first process writes these files anew
   todo = [
     Setting(models[place].use(weights), sampler, num_steps)
-    for place, weights, sampler, num_steps in rows([model.stage for model in models], config)
+    for place, weights, sampler, num_steps in rows(stages, config)
   ]
+  drawn: dict[tuple[str, str, str, int], np.ndarray] = {}
   steps = sum(s.num_steps for s in todo)
   size, floor = config.evaluation.num_samples, results['floor']['value']
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
-      key = _key(_describe(config, setting))
-      row = known.get(key) or measure_setting(config, setting, extractor, reference, floor)
+      row = describe(config, setting)
+      if (measured := known.get(key_of(row))) is not None:
+        row |= measured
+      else:
+        row, images = measure_setting(config, setting, extractor, real.reference, floor, counts)
+        drawn[_place(setting)] = images
       results['rows'].append(row)
       write_json(partial, results)
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
-  _record(results['rows'], models, workdir)
+  record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
   watched = {model.stage.name: _watched(workdir / model.stage.name) for model in models}
-  drawn = grid_rows(config, models)
+  shown = grid_rows(config, models, drawn, counts)
   if files.writes():
-    report.write(config, results, drawn, watched, workdir / 'report')
+    report.write(config, results, shown, watched, workdir / 'report')
     write_json(partial, results)
     os.replace(partial, path)
   cluster.barrier()  # the others do not leave while the first one writes
   return results
 
 
-def _record(rows: list[dict[str, Any]], models: list[Model], workdir: pathlib.Path) -> None:
-  """Writes the rows of each model into its folder."""
-  for m in models:
-    own = [row for row in rows if row['stage'] == m.stage.name and row['digest'] == m.digest]
-    add_metrics(workdir / m.stage.name / 'model', own)
+def _real(
+  config: Config, train: Loader, workdir: pathlib.Path, labels: str | None
+) -> tuple[features.FeatureExtractor, Real, dict[str, Any]]:
+  """The extractor, the features of real images, and results without a row."""
+  held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
+  extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
+  size, seed = section.num_samples, section.seed
+  real = load_or_compute(workdir / 'features', extractor, train, held_out, size, seed)
+  results = header(extractor, real, train, held_out, seed, labels)
+  for loader, role in ((train, 'train'), (held_out, 'held_out')):
+    loader.close()
+    if broken := results['skipped'][role]:
+      _log.warning('%d of %d images of %s were skipped', broken, len(loader), loader.images.name)
+  return extractor, real, results
 
 
-def _header(
-  config: Config,
-  extractor: features.FeatureExtractor,
-  train: Loader,
-  held_out: Loader,
-  reference: Features,
-  models: list[Model],
-) -> dict[str, Any]:
-  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  return {
-    'rows': [],
-    'metric': f'FD-{extractor.name}',
-    'floor': _floor(config, extractor, train, reference),
-    'held_out': {
-      'value': frechet(extractor.summary(held_out), reference),
-      'num_samples': len(held_out) - len(held_out.skipped),
-    },
-    'extractor': {
-      'name': extractor.name,
-      'digest': extractor.digest,
-      'task': extractor.task,
-      'held_out_accuracy': extractor.accuracy,
-    },
-    'reference': {'split': 'train', 'num_images': len(train) - len(train.skipped)},
-    'skipped': {'train': len(train.skipped), 'held_out': len(held_out.skipped)},
-    'versions': {'python': platform.python_version(), **versions},
-    'seconds': {model.stage.name: model.seconds for model in models},
-  }
-
-
-def _origins(
-  stages: list[Stage], seconds: dict[str, float], workdir: pathlib.Path
-) -> dict[str, dict[str, Any]]:
-  """What each stage comes from, and the seconds of training from the first one's model to its own.
-
-  Those are its own, those of its teacher and of the stage that it starts from, and of drawing the pairs that it
-  learns from; each counted once, the first stage not at all.
-  """
-  path = workdir / 'pairs' / 'pairs.json'
-  drawing = read_json(path)['seconds'] if path.is_file() else 0.0
-  found: dict[str, dict[str, Any]] = {}
-  needs: dict[str, set[str]] = {}
-  for stage in stages:
-    own = {stage.name} if stage.parent else set()
-    from_pairs = {'pairs'} if stage.pairs else set()
-    before = [needs.get(name or '', set()) for name in (stage.parent, stage.start)]
-    needs[stage.name] = own | from_pairs | set().union(*before)
-    cost = sum(drawing if name == 'pairs' else seconds[name] for name in needs[stage.name])
-    start = None if stage.starts_anew else stage.start or stage.parent
-    origin = {'method': stage.method, 'parent': stage.parent, 'start': start}
-    found[stage.name] = origin | {'cost': cost}
-  return found
-
-
-def _watched(stage_dir: pathlib.Path) -> report.Watched:
-  """What was seen of a stage's health while it was trained."""
-  picture = stage_dir / 'denoisings.png'
-  lines = logs.read(stage_dir / 'metrics.jsonl')
-  return report.Watched(lines, picture.read_bytes() if picture.is_file() else None)
-
-
-def _floor(
-  config: Config, extractor: features.FeatureExtractor, train: Loader, reference: Features
-) -> dict[str, Any]:
-  """Real against real at the same size: training images drawn with replacement, against all of them.
-
-  What a sampler that repeats the training images would reach; unseen real images are `held_out`.
-  """
-  size = config.evaluation.num_samples
-  chosen = np.random.Generator(np.random.Philox(config.evaluation.seed)).integers(len(train), size=size)
-  value = frechet(extractor.summary(train, chosen), reference)
-  broken = int(np.isin(chosen, list(train.skipped)).sum())
-  return {'value': value, 'num_samples': size - broken, 'seed': config.evaluation.seed}
-
-
-def _describe(config: Config, setting: Setting) -> dict[str, Any]:
+def describe(config: Config, setting: Setting) -> dict[str, Any]:
   """A row, but for what is measured: equal descriptions are equal measurements."""
   sampler = make(config, setting.sampler)
   return {
@@ -241,6 +181,7 @@ def _describe(config: Config, setting: Setting) -> dict[str, Any]:
     'num_samples': config.evaluation.num_samples,
     'tolerance': config.evaluation.tolerance,
     'seed': config.evaluation.seed,
+    'labels': _labels(config, setting.model.stage),
     'clip_x': config.evaluation.clip_x,
     **dataclasses.asdict(sampler),
     'batch_size': config.evaluation.batch_size,
@@ -249,30 +190,21 @@ def _describe(config: Config, setting: Setting) -> dict[str, Any]:
   }
 
 
-_MEASURED = ('metric', 'value', 'metrics', 'num_drawn', 'seconds_per_image')
+def _labels(config: Config, stage: Stage) -> str | None:
+  """The law of the labels that a stage is sampled with; None for an unconditional one."""
+  return config.evaluation.labels if conditioning.classes(stage.denoise.conditioning) else None
 
 
-def _key(row: dict[str, Any]) -> tuple:
-  return tuple(sorted((k, v) for k, v in row.items() if k not in _MEASURED))
+def label_counts(config: Config, workdir: pathlib.Path) -> tuple[int, ...]:
+  """For `drawer`: images of each class, where samples are to have the data's proportions of labels; else ()."""
+  return workdirs.label_counts(workdir) if config.evaluation.labels == 'data' else ()
 
 
-def _known_rows(path: pathlib.Path, extractor: features.FeatureExtractor) -> dict[tuple, dict[str, Any]]:
-  """Rows measured before with the same extractor, by key; none, with a warning, from a damaged file."""
-  if not path.exists():
-    return {}
-  try:
-    old = read_json(path)
-    same = old['extractor']['digest'] == extractor.digest
-    return {_key(row): row for row in old['rows'] if _is_whole(row)} if same else {}
-  except (DamagedError, KeyError, TypeError, AttributeError) as error:
-    _log.warning('%s is damaged (%r): its rows are measured again', path, error)
-    return {}
-
-
-def _is_whole(row: dict[str, Any]) -> bool:
-  """Whether a row has a value of every metric; before there were several it had the Frechet distance alone."""
-  known = row.get('metrics', {'frechet': row['value']})
-  return bool(row['value'] >= 0.0) and METRICS.keys() <= known.keys()
+def _watched(stage_dir: pathlib.Path) -> report.Watched:
+  """What was seen of a stage's health while it was trained."""
+  picture = stage_dir / 'denoisings.png'
+  lines = logs.read(stage_dir / 'metrics.jsonl')
+  return report.Watched(lines, picture.read_bytes() if picture.is_file() else None)
 
 
 def make(config: Config, sampler: str) -> Sampler:
@@ -280,8 +212,8 @@ def make(config: Config, sampler: str) -> Sampler:
   return make_sampler(sampler, config.evaluation.gamma)
 
 
-def drawer(config: Config, stage: Stage, sampler: str) -> Drawer:
-  """Draws from a stage as the config's evaluation says."""
+def drawer(config: Config, stage: Stage, sampler: str, label_counts: tuple[int, ...] = ()) -> Drawer:
+  """Draws from a stage as the config's evaluation says; classes in turn, unless their proportions are given."""
   return Drawer(
     denoise=stage.denoise,
     sampler=make(config, sampler),
@@ -290,6 +222,7 @@ def drawer(config: Config, stage: Stage, sampler: str) -> Drawer:
     image_shape=stage.image_shape,
     batch_size=config.evaluation.batch_size,
     clip_x=config.evaluation.clip_x,
+    label_counts=label_counts,
   )
 
 
@@ -306,45 +239,73 @@ def measure_setting(
   extractor: features.FeatureExtractor,
   reference: Features,
   floor: float,
-) -> dict[str, Any]:
-  """One row: draws images and compares their features with the reference's.
+  label_counts: tuple[int, ...] = (),
+) -> tuple[dict[str, Any], np.ndarray]:
+  """One row, and the first images of it: draws images and compares their features with the reference's.
 
   The Frechet distance of n samples is too large by about as much as that of n real images, which falls as 1/n: from
   `floor`, that of `evaluation.num_samples` real images, the error of fewer is known, and compared at every doubling of n.
   """
   size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
-  running, due = RunningFeatures(size), 1
+  running, due, first = RunningFeatures(size), 1, list[np.ndarray]()
 
-  def is_enough(images: np.ndarray) -> bool:
+  def then(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return extractor.of(images), images
+
+  def is_enough(made: tuple[jax.Array, jax.Array], count: int) -> bool:
     nonlocal due
-    running.add(extractor(images))
+    found, images = made
+    if running.seen < _SHOWN:
+      first.append(sharding.to_host(images)[:count][: _SHOWN - running.seen])
+    running.add(sharding.to_host(found)[:count])
     if not tolerance or running.seen < due:
       return False
     due = 2 * running.seen
     return floor * size / running.seen < tolerance * frechet(running.result(), reference)
 
   model, by = setting.model, grid(config, setting)
-  draw = drawer(config, model.stage, setting.sampler)
-  seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, is_enough)
+  draw = drawer(config, model.stage, setting.sampler, label_counts)
+  seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, then, is_enough)
   samples = running.result()
   values = {name: metric(samples, reference) for name, metric in METRICS.items()}
-  return _describe(config, setting) | {
+  row = describe(config, setting) | {
     'metric': f'FD-{extractor.name}',
     'value': values['frechet'],
     'metrics': values,
     'num_drawn': running.seen,
     'seconds_per_image': seconds,
   }
+  return row, np.concatenate(first)
 
 
-def grid_rows(config: Config, models: list[Model], columns: int = 16) -> dict[str, np.ndarray]:
-  """(columns, H, W, C) uint8 images a stage that is measured, all from the same noise, by caption."""
-  drawn = {}
+def _place(setting: Setting) -> tuple[str, str, str, int]:
+  """What tells the samples of two rows of one evaluation apart."""
+  return setting.model.stage.name, setting.model.weights, setting.sampler, setting.num_steps
+
+
+def grid_rows(
+  config: Config,
+  models: list[Model],
+  drawn: Mapping[tuple[str, str, str, int], np.ndarray],
+  label_counts: tuple[int, ...] = (),
+) -> dict[str, np.ndarray]:
+  """(_SHOWN, H, W, C) uint8 images of each stage that is measured, all from the same noise, by caption.
+
+  Args:
+    config: of the run.
+    models: the stages.
+    drawn: the first images of the rows that were measured just now; all others are drawn.
+    label_counts: see `drawer`.
+  """
+  shown = {}
   for model in models:
     if (steps := model.stage.num_steps) > config.evaluation.max_steps:
       continue
     caption = f'{model.stage.name}\n{steps} step{"s" * (steps > 1)}'
-    draw = drawer(config, model.stage, model.stage.sampler).draw
-    by = grid(config, Setting(model, model.stage.sampler, steps))
-    drawn[caption] = draw(model.params, by, columns, config.evaluation.seed)
-  return drawn
+    setting = Setting(model, model.stage.sampler, steps)
+    images = drawn.get(_place(setting))
+    if images is None or len(images) < _SHOWN:
+      draw = drawer(config, model.stage, setting.sampler, label_counts).draw
+      images = draw(model.params, grid(config, setting), _SHOWN, config.evaluation.seed)
+    shown[caption] = images
+  return shown

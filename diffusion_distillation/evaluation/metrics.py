@@ -22,10 +22,12 @@ class Features:
   Attributes:
     moments: of all of them.
     some: (n, D) float32, spread evenly over the set: all of them, or about _KEPT.
+    count: images in the set.
   """
 
   moments: Moments
   some: np.ndarray
+  count: int
 
 
 class RunningFeatures:
@@ -44,7 +46,7 @@ class RunningFeatures:
   def result(self) -> Features:
     """Of all that was added; raises ValueError with fewer than two examples."""
     moments = self._moments.result()
-    return Features(moments, np.concatenate(self._some))
+    return Features(moments, np.concatenate(self._some), self.seen)
 
 
 def frechet(samples: Features, reference: Features) -> float:

@@ -36,6 +36,8 @@ class Drawer:
     image_shape: (H, W, C).
     batch_size: images at a time, over all devices; rounded up to a multiple of these.
     clip_x: whether x is clipped, after each network call, to what an image can have.
+    label_counts: images of each class, in whose proportions labels are drawn; (): all classes in turn. No part of the
+      compiled program.
   """
 
   denoise: Denoiser
@@ -45,10 +47,14 @@ class Drawer:
   image_shape: tuple[int, ...]
   batch_size: int
   clip_x: bool = True
+  label_counts: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
-  def cond(self, index: np.ndarray, chosen: Chosen = None) -> Cond:
-    """The conditioning of the images at `index`; see `conditioning.in_turn`."""
-    return conditioning.in_turn(self.denoise.conditioning, index, chosen)
+  def cond(self, index: np.ndarray, seed: int, chosen: Chosen = None) -> Cond:
+    """The conditioning of the images at `index`: the chosen values in turn, or as `label_counts` says."""
+    told = self.denoise.conditioning
+    if chosen:
+      return conditioning.in_turn(told, index, chosen)
+    return conditioning.draw(told, index, seed, self.label_counts)
 
   def batches(
     self,
@@ -57,17 +63,19 @@ class Drawer:
     num_samples: int,
     seed: int,
     chosen: Chosen = None,
-  ) -> Iterator[np.ndarray]:
-    """Yields `num_samples` images in batches (n, H, W, C) uint8, by the times in `grid` (N + 1,)."""
+  ) -> Iterator[tuple[jax.Array, int]]:
+    """Yields batches of one shape (B, H, W, C) uint8 on the devices, and how many of each count: `num_samples` in all.
+
+    Nobody waits for them to be drawn. `grid` (N + 1,) are the times.
+    """
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     size, params = sharding.round_up(self.batch_size), sharding.replicate(params)
     for start in range(0, num_samples, size):
       interrupts.check()
       index = np.arange(start, start + size, dtype=np.int32)
       count = min(size, num_samples - start)
-      index, cond = sharding.spread((index, self.cond(index, chosen)))
-      images = _draw(self, params, grid, np.int32(seed), index, cond)
-      yield sharding.to_host(images)[:count]
+      index, cond = sharding.spread((index, self.cond(index, seed, chosen)))
+      yield _draw(self, params, grid, np.int32(seed), index, cond), count
 
   def draw(
     self,
@@ -77,8 +85,9 @@ class Drawer:
     seed: int,
     chosen: Chosen = None,
   ) -> np.ndarray:
-    """All of `batches`, (num_samples, H, W, C) uint8."""
-    return np.concatenate(list(self.batches(params, grid, num_samples, seed, chosen)))
+    """All of `batches` that count, (num_samples, H, W, C) uint8."""
+    batches = self.batches(params, grid, num_samples, seed, chosen)
+    return np.concatenate([sharding.to_host(images)[:count] for images, count in batches])
 
   def pairs(
     self, params: Params, grid: np.ndarray, seed: int, index: np.ndarray
@@ -86,9 +95,9 @@ class Drawer:
     """Noise and x (n, ...) as the sampler leaves it, and their conditioning, of the images at `index` (n,)."""
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
-    given = sharding.spread((padded, self.cond(padded)))
+    given = sharding.spread((padded, self.cond(padded, seed)))
     z, x = sharding.to_host(_run(self, sharding.replicate(params), grid, np.int32(seed), *given))
-    return z[: len(index)], x[: len(index)], self.cond(index)
+    return z[: len(index)], x[: len(index)], self.cond(index, seed)
 
   def seconds_per_image(
     self,
@@ -96,17 +105,37 @@ class Drawer:
     grid: np.ndarray,
     num_samples: int,
     seed: int,
-    use: Callable[[np.ndarray], bool | None],
+    then: Callable[[jax.Array], Any],
+    use: Callable[[Any, int], bool | None],
   ) -> float:
-    """Passes every batch to `use(images)` until that is True; the time that drawing took, compilation excluded."""
-    next(self.batches(params, times.uniform(1), 1, 1))
-    seconds, began, drawn = 0.0, time.monotonic(), 0
-    for images in self.batches(params, grid, num_samples, seed):
-      seconds, drawn = seconds + time.monotonic() - began, drawn + len(images)
-      if use(images):
-        break
-      began = time.monotonic()
-    return seconds / drawn
+    """Draws `num_samples` images and makes something of each batch, while the next one is being drawn.
+
+    Args:
+      params: of the network.
+      grid: (N + 1,), the times.
+      num_samples: images to draw.
+      seed: of the noise.
+      then: is given a batch on the devices, (B, H, W, C) uint8, and returns arrays without waiting for them.
+      use: is given these, and how many of the batch count; True ends the drawing.
+
+    Returns:
+      The seconds per image that the first batch took, drawn by itself, without compilation.
+    """
+    jax.block_until_ready(next(self.batches(params, times.uniform(1), 1, 1))[0])
+    began, seconds = time.monotonic(), 0.0
+    waiting: tuple[Any, int] | None = None
+    for images, count in self.batches(params, grid, num_samples, seed):
+      if waiting is None:
+        jax.block_until_ready(images)
+        seconds = (time.monotonic() - began) / count
+      made = then(images)
+      sharding.settle(made)
+      if waiting is not None and use(*waiting):
+        return seconds
+      waiting = made, count
+    if waiting is not None:
+      use(*waiting)
+    return seconds
 
 
 def _sample(

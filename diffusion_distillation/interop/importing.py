@@ -109,7 +109,9 @@ def adopt_stored(config: Config, into: pathlib.Path, stored: StoredModel, made: 
   origin = workdir.origin_of(stored)
   stage = plan(config, stored.image_shape, classes.count if classes else 0, origin)[0]
   made = {**made, 'sha256': digest(stored.params)}
-  return _adopt(config, into, stage, stored.params, made, stored.class_names, stored.provenance)
+  return _adopt(
+    config, into, stage, stored.params, made, stored.class_names, stored.provenance, stored.label_counts
+  )
 
 
 def _adopt(
@@ -120,12 +122,13 @@ def _adopt(
   origin: dict[str, str],
   class_names: Sequence[str] = (),
   made: Mapping[str, Any] | None = None,
+  label_counts: Sequence[int] = (),
 ) -> Model:
   with workdir.lock_workdir(into):
     if (into / stage.name).exists():
       raise UserError(f'{into / stage.name} is there already; import into another workdir, or remove it')
     workdir.claim(into, config)
-    return provenance.adopt(into, stage, params, config, origin, class_names, made)
+    return provenance.adopt(into, stage, params, config, origin, class_names, made, label_counts)
 
 
 READERS: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]] = {

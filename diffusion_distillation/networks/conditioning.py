@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Cond = Mapping[str, Any] | None
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / phi
+LABELS = ('data', 'balanced')  # laws of the labels of what is drawn
 
 
 class Condition(Protocol):
@@ -47,6 +49,25 @@ class Classes:
     """See `Condition.in_turn`; all classes in turn are balanced."""
     values = np.asarray(chosen or range(self.count), np.int32)
     return values[index % len(values)]
+
+  def proportional(self, index: np.ndarray, seed: int, counts: Sequence[int]) -> np.ndarray:
+    """Classes of the samples at `index` (B,) in the proportions of `counts`, by class; a function of (seed, index).
+
+    Sample k has the class whose part of [0, 1) holds frac(k phi + offset), with the golden ratio phi and an offset of the
+    seed. This sequence fills [0, 1) evenly (Kuipers & Niederreiter 1974, theorem 2.3.4): of any n samples in a row a class
+    has its share of n, but for 3 + 3.6 log(n) at most. In integers, so that it is the same on every machine.
+
+    Raises:
+      ValueError: there are more counts than classes, or no image at all.
+    """
+    edges = np.cumsum(np.asarray(counts, np.float64))
+    if len(edges) > self.count or not edges[-1]:
+      raise ValueError(f'{len(edges)} counts, {edges[-1]:.0f} images in all, for {self.count} classes')
+    (offset,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    place = index.astype(np.uint64) * _GOLDEN + offset  # modulo 2^64
+    return np.searchsorted(edges / edges[-1], (place >> np.uint64(11)) * 2.0**-53, 'right').astype(
+      np.int32
+    )
 
   def withheld(self, values: jax.Array) -> jax.Array:
     """See `Condition.withheld`."""
@@ -103,6 +124,17 @@ def in_turn(
   """The conditioning of the samples at `index` (B,): for each key its chosen values in turn, or all there are."""
   values = chosen or {}
   return {key: c.in_turn(index, values.get(key, ())) for key, c in conditioning.items()} or None
+
+
+def draw(conditioning: Conditioning, index: np.ndarray, seed: int, label_counts: Sequence[int]) -> Cond:
+  """The conditioning of the samples at `index` (B,): labels in the proportions of `label_counts`, all else in turn.
+
+  Without counts labels come in turn, too, so that they are balanced.
+  """
+  told, found = classes(conditioning), in_turn(conditioning, index)
+  if told is None or not label_counts:
+    return found
+  return {**(found or {}), 'label': told.proportional(index, seed, label_counts)}
 
 
 def select(conditioning: Conditioning, cond: Cond) -> Cond:

@@ -174,7 +174,9 @@ def seconds_per_call(stage: Stage, config: Config) -> float:
   params = sharding.to_host(stage.init_params(jax.random.key(0)))
   draw = measure.drawer(config, stage, config.evaluation.samplers[0])
   size = sharding.round_up(config.evaluation.batch_size)
-  seconds = draw.seconds_per_image(params, times.uniform(2), size, 0, use=lambda images: None)
+  seconds = draw.seconds_per_image(
+    params, times.uniform(2), size, 0, then=lambda images: (), use=lambda *_: None
+  )
   return seconds / draw.sampler.calls(2)
 
 

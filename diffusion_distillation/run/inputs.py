@@ -15,6 +15,7 @@ from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run.monitor import Monitor
 from diffusion_distillation.run.pairs import StoredPairs, ensure
 from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import compilation, sharding
@@ -33,6 +34,8 @@ class Inputs:
     pairs: of the teacher, where the stage learns from some.
     distance: weights of the method's distance, where it has some.
     monitor: looks at the student's samples meanwhile, or None.
+    label_counts: images of each class of the data, whose proportions the labels of a stage without images have; (): all
+      classes in turn.
   """
 
   images: Loader | None
@@ -41,6 +44,7 @@ class Inputs:
   pairs: StoredPairs | None = None
   distance: Params = None
   monitor: Monitor | None = None
+  label_counts: tuple[int, ...] = ()
 
   def parents(self, stage: Stage) -> provenance.Parents:
     """As the stage's provenance names them."""
@@ -86,7 +90,8 @@ class Inputs:
           found = next(images)
           batch = {'image': found['image'], 'cond': conditioning.select(told, found['cond'])}
         else:
-          batch = {'cond': conditioning.in_turn(told, _part(i, stage.batch_size))}
+          index, seed = _part(i, stage.batch_size), int(stage.recipe.seed)
+          batch = {'cond': conditioning.draw(told, index, seed, self.label_counts)}
         yield batch if pairs is None else batch | {'pairs': next(pairs)}
 
 
@@ -135,7 +140,7 @@ def gather(
   teacher = models[stage.parent].use(stage.parent_weights) if stage.parent else None
   start = models[stage.start] if stage.start else None
   pairs = ensure(workdir, stage.pairs, teacher) if teacher and stage.pairs else None
-  return Inputs(images, teacher, start, pairs, distance)
+  return Inputs(images, teacher, start, pairs, distance, label_counts=workdirs.label_counts(workdir))
 
 
 def load_distance(stage: Stage) -> Params:

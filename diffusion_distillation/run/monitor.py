@@ -98,6 +98,7 @@ class Monitor:
       real = sharding.whole(next(batches))
     self.data = Figures.of(real['image'][real['mask']], extractor)
     write_json(stage_dir / 'health.json', dataclasses.asdict(self.data))
+    self._label_counts = measure.label_counts(config, stage_dir.parent)
     self._running: float | None = None
     self._warned: set[str] = set()
 
@@ -115,11 +116,11 @@ class Monitor:
   def look(self, state: TrainState) -> dict[str, float]:
     """Figures of fresh samples: `diversity` as a ratio to the data's, `brightness` and `saturation`."""
     stage, config = self._stage, self._config
-    draw = measure.drawer(config, stage, stage.sampler)
+    draw = measure.drawer(config, stage, stage.sampler, self._label_counts)
     grid = times.uniform(stage.num_steps)
     images = draw.draw(state.ema_params[0], grid, _SAMPLES, config.evaluation.seed)
     if 'fake_score' in state.params:
-      self._picture(state, images[:8], draw.cond(np.arange(8)))
+      self._picture(state, images[:8], draw.cond(np.arange(8), config.evaluation.seed))
     figures = Figures.of(images, self._extractor)
     diversity = figures.spread / max(self.data.spread, 1e-12)
     begun = int(state.step) <= stage.num_updates / 5

@@ -10,7 +10,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,11 @@ from diffusion_distillation.datasets.orders import Shuffled
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Drawer
-from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.networks.conditioning import LABELS, Cond, classes
 from diffusion_distillation.stages.parts import DETERMINISTIC
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Pairs
+from diffusion_distillation.stages.workdir import label_counts
 from diffusion_distillation.system import cluster, files, interrupts, sharding
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.system.progress import Progress
@@ -40,6 +41,11 @@ class PairsSection:
   num_steps: int = key(18, 'Number of sampling steps per image.', POSITIVE)
   grid: str = key('uniform', 'Spacing of the sampling steps in t.', choices=times.GRIDS)
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
+  labels: str = key(
+    'data',
+    'Class labels that a conditional model is told: in the proportions of the training images, or balanced.',
+    choices=LABELS,
+  )
 
 
 class StoredPairs:
@@ -82,14 +88,18 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
   """
   directory = workdir / 'pairs'
   directory.mkdir(exist_ok=True)
-  path, lineage = directory / 'pairs.json', describe(pairs, teacher)
+  counts = label_counts(workdir) if pairs.labels == 'data' else ()
+  path, lineage = directory / 'pairs.json', describe(pairs, teacher, counts)
   stored = read_json(path) if path.exists() else lineage | {'digests': [], 'seconds': 0.0}
+  if 'labels' not in stored:  # as all were drawn before they had a law
+    stored['labels'] = lineage['labels'] and 'balanced'
   differing = [key for key in lineage if stored.get(key) != lineage[key]]
   if differing:
     key = differing[0]
     raise UserError(
       f'{path}: these pairs do not belong to this run: {key} was {stored.get(key)}, is {lineage[key]}; remove '
       f'{directory} to have them drawn again'
+      + (f', or set pairs.labels={stored["labels"]}' if key == 'labels' else '')
     )
   stage = teacher.stage
   draw = Drawer(
@@ -100,6 +110,7 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
     image_shape=stage.image_shape,
     batch_size=pairs.batch_size,
     clip_x=pairs.clip_x,
+    label_counts=counts,
   )
   grid = times.make_grid(pairs.grid, pairs.num_steps, stage.schedule)
   count = -(-pairs.count // pairs.batch_size)
@@ -127,8 +138,8 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
   return StoredPairs(paths, digest, stored['seconds'])
 
 
-def describe(pairs: Pairs, teacher: Model) -> dict[str, Any]:
-  """What makes them what they are."""
+def describe(pairs: Pairs, teacher: Model, label_counts: Sequence[int] = ()) -> dict[str, Any]:
+  """What makes them what they are; without counts labels are balanced."""
   return {
     'teacher': {'stage': teacher.stage.name, 'weights': teacher.weights, 'digest': teacher.digest},
     'num_pairs': pairs.count,
@@ -138,6 +149,9 @@ def describe(pairs: Pairs, teacher: Model) -> dict[str, Any]:
     'grid': pairs.grid,
     'seed': pairs.seed,
     'batch_size': pairs.batch_size,
+    'labels': ('data' if label_counts else 'balanced')
+    if classes(teacher.stage.denoise.conditioning)
+    else None,
   }
 
 

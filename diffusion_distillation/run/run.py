@@ -9,6 +9,7 @@ from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import forecast, monitor
 from diffusion_distillation.run.inputs import gather, load_distance
 from diffusion_distillation.run.loop import fit
@@ -104,6 +105,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     workdirs.claim(workdir, config)
     if images is not None:
       workdirs.claim_images(workdir, images.images)
+      if any(conditioning.classes(stage.denoise.conditioning) for stage in stages):
+        workdirs.count_labels(workdir, images.images)
     step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
     models: dict[str, Model] = {}
     for stage in stages:

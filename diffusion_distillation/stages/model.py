@@ -57,6 +57,7 @@ class StoredModel:
     clip_x: whether x is clipped while sampling.
     cond_dropout: the share of examples whose conditions were withheld in training; above 0, it draws without them.
     class_names: names of the classes by label; empty without classes, or where they have no names.
+    label_counts: training images of each class, by label; empty without classes, or where that is not known.
     provenance: what it was made from: method, step count, parents and their digests, versions.
     metrics: rows of measurements; empty before it is measured.
   """
@@ -72,6 +73,7 @@ class StoredModel:
   clip_x: bool = True
   cond_dropout: float = 0.0
   class_names: tuple[str, ...] = ()
+  label_counts: tuple[int, ...] = ()
   provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metrics: tuple[Mapping[str, Any], ...] = ()
 
@@ -93,7 +95,8 @@ def network_arguments(network: Any) -> dict[str, Any]:
 def describe(model: StoredModel) -> dict[str, Any]:
   """What `model.json` holds of a model."""
   network = model.denoise.network
-  label = {'names': list(model.class_names)} if model.class_names else {}
+  of_classes = {'names': list(model.class_names), 'counts': list(model.label_counts)}
+  label = {key: values for key, values in of_classes.items() if values}
   return {
     'format': FORMAT,
     'network': {'name': name_in(NETWORKS, network), 'arguments': network_arguments(network)},
@@ -186,7 +189,8 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     image_shape = tuple(map(int, found['image_shape']))
     num_steps, clip_x = int(found['num_steps']), bool(found['clip_x'])
     cond_dropout = float(found['cond_dropout'])
-    names = tuple(map(str, found['conditioning'].get('label', {}).get('names', ())))
+    label = found['conditioning'].get('label', {})
+    names, counts = tuple(map(str, label.get('names', ()))), tuple(map(int, label.get('counts', ())))
     metrics, provenance = tuple(map(dict, found['metrics'])), dict(found['provenance'])
     if num_steps < 1 or min(image_shape) < 1:
       raise ValueError(f'num_steps={num_steps}, image_shape={image_shape}')
@@ -210,6 +214,7 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     clip_x=clip_x,
     cond_dropout=cond_dropout,
     class_names=names,
+    label_counts=counts,
     provenance=provenance,
     metrics=metrics,
   )

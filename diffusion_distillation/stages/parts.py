@@ -14,7 +14,7 @@ from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Context, Method
-from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.networks import NETWORKS, conditioning
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.stages.stage import Pairs, Stage
@@ -165,6 +165,7 @@ def make_pairs(config: Config) -> Pairs:
   """The stored pairs of the base."""
   section = config.pairs
   choose('pairs.grid', section.grid, dict.fromkeys(times.GRIDS))
+  choose('pairs.labels', section.labels, dict.fromkeys(conditioning.LABELS))
   return Pairs(
     count=section.num_pairs,
     sampler=choose('pairs.sampler', section.sampler, DETERMINISTIC)(),
@@ -173,6 +174,7 @@ def make_pairs(config: Config) -> Pairs:
     grid=section.grid,
     seed=make_seed(config, *b'pairs'),
     batch_size=section.batch_size,
+    labels=section.labels,
   )
 
 

@@ -10,7 +10,7 @@ from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import METHODS, Denoising, Progressive, Student
-from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.networks import NETWORKS, conditioning
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.networks.unet import DTYPES
@@ -120,6 +120,7 @@ def _students() -> dict[str, type]:
 def _check_measuring(config: Config) -> None:
   evaluation = config.evaluation
   choose('evaluation.grid', evaluation.grid, dict.fromkeys(times.GRIDS))
+  choose('evaluation.labels', evaluation.labels, dict.fromkeys(conditioning.LABELS))
   if not evaluation.samplers:
     raise UserError('evaluation.samplers=() must name one at least, such as ddim')
   for name in evaluation.samplers:

@@ -27,7 +27,7 @@ from diffusion_distillation.stages.model import (
   write,
 )
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.stages.workdir import check_config, class_names
+from diffusion_distillation.stages.workdir import check_config, class_names, label_counts
 from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import Checkpoints, digest
 from diffusion_distillation.system.files import read_json, write_json
@@ -160,6 +160,7 @@ def to_stored(
     clip_x=config.evaluation.clip_x,
     cond_dropout=stage.recipe.cond_dropout,
     class_names=tuple(class_names(workdir)),
+    label_counts=label_counts(workdir),
     provenance={
       'stage': stage.name,
       'method': stage.method,
@@ -282,6 +283,7 @@ def adopt(
   origin: Mapping[str, Any],
   class_names: Sequence[str] = (),
   made: Mapping[str, Any] | None = None,
+  label_counts: Sequence[int] = (),
 ) -> Model:
   """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it.
 
@@ -295,6 +297,7 @@ def adopt(
     origin: where the parameters were read from, and their digest.
     class_names: names of the classes by label.
     made: the model's own provenance, where it came with one.
+    label_counts: images of each class that it was trained on, where that is known.
   """
   stage_dir = workdir / stage.name
   stage = stage.without_parents()
@@ -307,7 +310,9 @@ def adopt(
   stored = to_stored(workdir, model, config)
   imported = {**origin, 'provenance': dict(made or {})}
   history = {**stored.provenance, 'updates': 0, 'imported': imported}
-  stored = dataclasses.replace(stored, class_names=tuple(class_names), provenance=history)
+  stored = dataclasses.replace(
+    stored, class_names=tuple(class_names), label_counts=tuple(label_counts), provenance=history
+  )
   write(stage_dir / 'model', stored)
   with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
     checkpoints.save(stage.num_updates, state, 0.0)

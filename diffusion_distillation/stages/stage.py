@@ -25,6 +25,7 @@ class Pairs:
     grid: how they are spaced, a name in `times.GRIDS`.
     seed: of the noise.
     batch_size: images that are drawn at a time.
+    labels: law of the labels that a conditional teacher is told, one of `conditioning.LABELS`.
   """
 
   count: int
@@ -34,6 +35,7 @@ class Pairs:
   grid: str
   seed: int
   batch_size: int
+  labels: str = 'data'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The workdir: its config, its images, and the plan of its stages.
 
 workdir/config.json   what made it; the workdir alone is enough to sample from it
-workdir/dataset.json  the images it was made from, and the names of their classes
+workdir/dataset.json  the images it was made from, and the names of their classes; for conditional models their sizes, too
 """
 
 import io
@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, check_known, flatten
+from diffusion_distillation.datasets import loading
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.methods import METHODS, Student
@@ -239,8 +240,10 @@ def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
 def claim_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
   """Writes `dataset.json`, the names of the classes by label among it; raises UserError as `check_images` does."""
   check_images(workdir, images)
+  path = workdir / 'dataset.json'
+  kept = {k: v for k, v in (read_json(path) if path.is_file() else {}).items() if k == 'label_counts'}
   described = {key: getattr(images, key) for key in ('name', 'image_shape', 'classes', 'identity')}
-  write_json(workdir / 'dataset.json', described | {'num_images': len(images)})
+  write_json(path, described | {'num_images': len(images)} | kept)
 
 
 def class_names(workdir: pathlib.Path) -> list[str]:
@@ -250,6 +253,30 @@ def class_names(workdir: pathlib.Path) -> list[str]:
     return [str(name) for name in read_json(path).get('classes', [])]
   folder = workdir / 'base' / 'model'
   return list(model.read(folder, weights=False).class_names) if folder.is_dir() else []
+
+
+def label_counts(workdir: pathlib.Path) -> tuple[int, ...]:
+  """Training images of each class, as the run counted them, or as an imported model has them; () if that is not known."""
+  path = workdir / 'dataset.json'
+  if path.is_file():
+    counts = read_json(path).get('label_counts', [])
+    if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts):
+      raise DamagedError(f'{path} is damaged (label_counts={counts}); restore it from a copy')
+    return tuple(counts)
+  folder = workdir / 'base' / 'model'
+  return model.read(folder, weights=False).label_counts if folder.is_dir() else ()
+
+
+def count_labels(workdir: pathlib.Path, images: datasets.ImageSet) -> tuple[int, ...]:
+  """Training images of each class, counted once and then kept in `dataset.json`, if that is there."""
+  path = workdir / 'dataset.json'
+  counts = label_counts(workdir) if path.is_file() else ()
+  if not cluster.agree(bool(counts)):
+    counts = tuple(loading.count_labels(images))
+    if path.is_file():
+      write_json(path, read_json(path) | {'label_counts': counts})
+    cluster.barrier()  # nobody looks for them before the first process has written them
+  return counts
 
 
 def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from diffusion_distillation import datasets
-from diffusion_distillation.datasets import image_set, loading, preparing
+from diffusion_distillation.datasets import decoding, folder, image_set, loading, preparing, shapes
 from diffusion_distillation.datasets.loading import InOrder, Loader, Shuffled
 from diffusion_distillation.errors import Preempted, UserError
 from diffusion_distillation.system import interrupts
@@ -346,3 +346,32 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
   done = tiny_pictures.run_script(tmp_path / 'main.py', body)
   assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_labels_are_counted_without_decoding_an_image(images, monkeypatch):
+  """As they are read from all images; a broken image counts where a folder's name tells its class."""
+  labels = [images.read(k)[1] for k in range(len(images)) if not is_broken(images, k)]
+  if isinstance(images, folder.Folder):
+    labels = [label for _, label in images.files]
+
+  def decode(*args):
+    raise AssertionError('an image is decoded')
+
+  monkeypatch.setattr(decoding.Decoder, '__call__', decode)
+  monkeypatch.setattr(shapes, 'draw', decode)
+  expected = np.bincount(labels, minlength=len(images.classes))
+  assert loading.count_labels(images) == expected.tolist()
+
+
+def is_broken(images, k):
+  try:
+    images.read(k)
+  except image_set.BrokenImage:
+    return True
+  return False
+
+
+def test_labels_that_are_not_known_do_not_count():
+  labels = np.array([1, -1, 0, 1], np.int32)
+  images = image_set.InMemory('x', (1, 1, 1), ('a', 'b'), 'x', np.zeros((4, 1, 1, 1), np.uint8), labels)
+  assert loading.count_labels(images) == [1, 2]

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from diffusion_distillation.evaluation import measure, sampling
+from diffusion_distillation.evaluation import measure, results, sampling
 from diffusion_distillation.evaluation.metrics import RunningFeatures
 from tests import tiny
 
@@ -16,10 +16,7 @@ SIZE, FLOOR = 4096, 0.2
 def row(monkeypatch):
   """A row of a model whose samples have features about `shift`, and the real ones about 0; 64 a batch."""
 
-  def extractor(images):
-    return np.asarray(images, np.float32)
-
-  extractor.name = 'test'
+  extractor = types.SimpleNamespace(name='test', of=np.float32)
   reference = RunningFeatures(SIZE)
   reference.add(np.random.default_rng(0).normal(size=(SIZE, 4)).astype(np.float32))
 
@@ -27,7 +24,7 @@ def row(monkeypatch):
     def batches(self, params, grid, num_samples, seed):
       rng = np.random.default_rng(1)
       for _ in range(-(-num_samples // 64)):
-        yield shift + rng.normal(size=(64, 4))
+        yield shift + rng.normal(size=(64, 4)), 64
 
     monkeypatch.setattr(sampling.Drawer, 'batches', batches)
     config = tiny.config(evaluation__num_samples=SIZE, evaluation__tolerance=tolerance)
@@ -35,7 +32,7 @@ def row(monkeypatch):
       stage=tiny.plan()[0][0], params=None, weights='ema', step=0, digest='', seconds=0.0
     )
     setting = measure.Setting(model, 'ddim', 2)
-    return measure.measure_setting(config, setting, extractor, reference.result(), FLOOR)
+    return measure.measure_setting(config, setting, extractor, reference.result(), FLOOR)[0]
 
   return measured
 
@@ -59,6 +56,6 @@ def test_a_row_near_the_floor_takes_all_samples(row):
 def test_rows_of_another_tolerance_are_other_rows():
   model = types.SimpleNamespace(stage=tiny.plan()[0][0], weights='ema', step=0, digest='')
   setting = measure.Setting(model, 'ddim', 2)
-  rows = [measure._describe(tiny.config(evaluation__tolerance=t), setting) for t in (0.0, 0.5)]
-  assert measure._key(rows[0]) != measure._key(rows[1])
-  assert measure._key(rows[0]) == measure._key({**rows[0], 'num_drawn': 7})
+  rows = [measure.describe(tiny.config(evaluation__tolerance=t), setting) for t in (0.0, 0.5)]
+  assert results.key_of(rows[0]) != results.key_of(rows[1])
+  assert results.key_of(rows[0]) == results.key_of({**rows[0], 'num_drawn': 7})

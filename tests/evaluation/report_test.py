@@ -308,10 +308,10 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
   stages, images = tiny.plan(**overrides)
   asked = []
 
-  def seconds_per_image(self, params, grid, num_samples, seed, use):
+  def seconds_per_image(self, params, grid, num_samples, seed, then, use):
     assert self.clip_x
     asked.append((self.sampler, params['of'], grid, calls_of(self.sampler, grid)))
-    use(images.images.images[:num_samples])
+    use(then(images.images.images[:num_samples]), num_samples)
     return 0.001
 
   def draw(self, params, grid, num_samples, seed, classes=()):

@@ -61,33 +61,65 @@ def test_one_program_serves_all_grids_of_times():
 
 def test_conditional_models_draw_balanced_classes_or_those_that_are_given():
   drawer, params = make(16, model__conditional=True)
-  labels = drawer.cond(np.arange(40))['label']
+  labels = drawer.cond(np.arange(40), 0)['label']
   assert np.bincount(labels).tolist() == [4] * 10
   images = drawer.draw(params, times.uniform(2), 20, seed=0)
   assert images.shape == (20, 8, 8, 1)
-  assert drawer.cond(np.arange(5), {'label': [7, 2]})['label'].tolist() == [7, 2, 7, 2, 7]
+  assert drawer.cond(np.arange(5), 0, {'label': [7, 2]})['label'].tolist() == [7, 2, 7, 2, 7]
   chosen = drawer.draw(params, times.uniform(2), 20, seed=0, chosen={'label': [*range(9), 0]})
   same = (chosen == images).all(axis=(1, 2, 3))
   assert same.tolist() == [k % 10 != 9 for k in range(20)]
+  in_proportion = dataclasses.replace(drawer, label_counts=(5, 1, 1, 1, 1, 1, 1, 1, 1, 7))
+  labels = in_proportion.cond(np.arange(20), 0)['label']
+  assert np.bincount(labels)[[0, 9]].sum() > 8
+  of_data = in_proportion.draw(params, times.uniform(2), 20, seed=0)
+  as_given = drawer.draw(params, times.uniform(2), 20, seed=0, chosen={'label': labels.tolist()})
+  np.testing.assert_array_equal(of_data, as_given)
+  assert in_proportion == drawer and hash(in_proportion) == hash(drawer)  # one program
+  _, _, of_some = in_proportion.pairs(params, times.uniform(2), 0, np.array([17, 3]))
+  np.testing.assert_array_equal(of_some['label'], labels[[17, 3]])
   unconditional, _ = make(16)
-  assert unconditional.cond(np.arange(40)) is None
+  assert unconditional.cond(np.arange(40), 0) is None
 
 
 def test_drawing_is_timed_without_what_is_done_with_the_images(monkeypatch):
   drawer, params = make(16)
   seen = []
-  seconds = drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=seen.append)
+
+  def use(images, count):
+    seen.append(np.asarray(images)[:count])
+
+  args = (params, times.uniform(2), 40, 0)
+  seconds = drawer.seconds_per_image(*args, then=lambda images: images, use=use)
   assert [len(images) for images in seen] == [16, 16, 8]
   assert 0 < seconds < 1
   np.testing.assert_array_equal(np.concatenate(seen), drawer.draw(params, times.uniform(2), 40, 0))
 
   clock = [0.0]
 
-  def slow(images):
+  def slow(*_):
     clock[0] += 100.0
 
   monkeypatch.setattr(sampling, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
-  assert drawer.seconds_per_image(params, times.uniform(2), 40, 0, use=slow) == 0.0
+  assert drawer.seconds_per_image(*args, then=slow, use=slow) == 0.0
+
+
+@pytest.mark.parametrize('enough', [None, 0, 1])
+def test_a_batch_is_read_when_the_next_one_is_on_its_way(enough):
+  drawer, params = make(16)
+  events = []
+
+  def then(images):
+    events.append('drawn')
+    return len(events)
+
+  def use(made, count):
+    events.append(('read', made, count))
+    return len([e for e in events if e != 'drawn']) - 1 == enough
+
+  drawer.seconds_per_image(params, times.uniform(2), 40, 0, then, use)
+  every = ['drawn', 'drawn', ('read', 1, 16), 'drawn', ('read', 2, 16), ('read', 4, 8)]
+  assert events == every[: {None: 6, 0: 3, 1: 5}[enough]]
 
 
 def test_a_signal_stops_drawing(monkeypatch):

@@ -52,6 +52,49 @@ def test_values_come_in_turn_by_index_all_there_are_or_those_that_are_chosen():
   assert conditioning.in_turn({}, index, {'label': [2]}) is None
 
 
+SIZES = (600, 300, 0, 99, 1)
+
+
+def test_labels_have_the_proportions_of_the_data_however_many_are_drawn():
+  """Within the bound of Kuipers & Niederreiter (1974), theorem 2.3.4, on the golden ratio's sequence."""
+  sizes = np.array(SIZES)
+  for seed in range(5):
+    every = Classes(5).proportional(np.arange(40_000), seed, SIZES)
+    assert every.dtype == np.int32
+    for start in (0, 77, 20_000):
+      for n in (1, 10, 100, 1000, 20_000):
+        found = np.bincount(every[start : start + n], minlength=5)
+        assert np.abs(found - n * sizes / sizes.sum()).max() <= 3 + 3.6 * np.log(n)
+        assert found[2] == 0
+
+
+def test_a_label_is_a_function_of_seed_and_number_in_exact_arithmetic():
+  classes, index = Classes(5), np.array([5, 0, 2**31 - 1, 123_456_789, 7], np.int32)
+  golden, edges = 0x9E3779B97F4A7C15, np.cumsum(SIZES)
+  for seed in (0, 7):
+    offset = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    places = [(int(k) * golden + offset) % 2**64 * 1000 for k in index]
+    expected = [sum(place >= int(edge) * 2**64 for edge in edges) for place in places]
+    assert classes.proportional(index, seed, SIZES).tolist() == expected
+  one, other = (classes.proportional(np.arange(50), seed, SIZES) for seed in (0, 7))
+  assert (one != other).any()
+
+
+def test_sizes_that_no_label_can_be_drawn_from_are_an_error():
+  for counts in ((1, 1, 1, 1), (0, 0)):
+    with pytest.raises(ValueError, match='for 3 classes'):
+      Classes(3).proportional(np.arange(2), 0, counts)
+
+
+def test_only_labels_follow_the_data_and_without_its_sizes_come_in_turn():
+  index = np.arange(9)
+  drawn = conditioning.draw(BOTH, index, 3, (4, 1, 1))
+  np.testing.assert_array_equal(drawn['label'], Classes(3).proportional(index, 3, (4, 1, 1)))
+  np.testing.assert_array_equal(drawn['direction'], Direction().in_turn(index))
+  assert conditioning.draw(BOTH, index, 3, ())['label'].tolist() == [0, 1, 2] * 3
+  assert conditioning.draw({}, index, 3, (4, 1, 1)) is None
+
+
 def test_a_network_takes_its_own_conditions_of_what_the_data_have():
   given = {'label': np.arange(4), 'direction': np.zeros((4, 2)), 'text': np.zeros(4)}
   assert conditioning.select({'label': Classes(3)}, given) == {'label': given['label']}

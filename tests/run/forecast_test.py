@@ -277,7 +277,7 @@ def test_a_call_is_timed_for_one_image_of_a_full_batch(monkeypatch):
   """The time of an image, over the network calls that it took."""
   asked = []
 
-  def seconds_per_image(self, params, grid, num_samples, seed, use):
+  def seconds_per_image(self, params, grid, num_samples, seed, then, use):
     asked.append((len(grid) - 1, num_samples))
     return 6.0
 

@@ -1,11 +1,13 @@
 """What a stage starts from, and what its batches are told."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
+from diffusion_distillation.networks.conditioning import Classes
 from diffusion_distillation.run import inputs
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.system import sharding
@@ -41,3 +43,22 @@ def test_processes_share_the_conditions_of_a_batch(monkeypatch, i):
     monkeypatch.setattr(sharding, 'part', lambda index=index: (index, 4))
     parts.append(inputs._part(i, 8))
   np.testing.assert_array_equal(np.concatenate(parts), np.arange(8 * i, 8 * i + 8))
+
+
+def test_a_stage_without_images_is_told_labels_in_the_proportions_of_the_data(tmp_path):
+  told = {
+    'model__conditional': True,
+    'dmd__num_updates': 10,
+    'dmd__batch_size': 16,
+    'dmd__regression': 0.0,
+  }
+  base, dmd = tiny.plan(methods=('dmd',), **told)[0]
+  assert 'images' not in dmd.recipe.method.needs
+  sizes = [5, 1, 1, 1, 1, 1, 1, 1, 1, 7]
+  (tmp_path / 'dataset.json').write_text(json.dumps({'label_counts': sizes}))
+  gathered = inputs.gather(dmd, {'base': model_of(base, 0)}, None, tmp_path)
+  labels = np.concatenate([batch['cond']['label'] for batch in gathered.batches(dmd, 2)])
+  expected = Classes(10).proportional(np.arange(2 * 16, 10 * 16), dmd.recipe.seed, sizes)
+  np.testing.assert_array_equal(labels, expected)
+  unknown = dataclasses.replace(gathered, label_counts=())
+  assert next(unknown.batches(dmd, 2))['cond']['label'].tolist() == [k % 10 for k in range(32, 48)]

@@ -98,7 +98,7 @@ class Draws:
   def __init__(self):
     self.images, self.asked = None, []
 
-  def __call__(self, config, stage, sampler):
+  def __call__(self, config, stage, sampler, label_counts=()):
     self.asked.append(sampler)
     return self
 
@@ -106,7 +106,7 @@ class Draws:
     self.asked.append((params, grid.tolist(), seed))
     return self.images[:count]
 
-  def cond(self, index):
+  def cond(self, index, seed):
     return None
 
 

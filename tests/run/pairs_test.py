@@ -28,6 +28,7 @@ from tests.exact import Gaussian, scales
 
 SHAPE = (3, 2, 1)
 ONE = Pairs(20, DDIM(), False, 3, 'uniform', 7, 8)  # files of 8, 8 and 4
+SIZES = (1, 2, 7)  # of the classes of the data
 FILES = ['00000.npy', '00001.npy', '00002.npy']
 
 
@@ -58,6 +59,14 @@ def teacher(mean=0.2, num_classes=0, **fields):
     | {'step': 1, 'seconds': 0.0, 'all': {}}
     | fields
   )
+
+
+def workdir_of(path, sizes):
+  """A workdir whose data have classes of these sizes."""
+  path.mkdir()
+  if sizes:
+    (path / 'dataset.json').write_text(json.dumps({'label_counts': sizes}))
+  return path
 
 
 def everything(stored):
@@ -155,13 +164,40 @@ def test_the_seed_makes_the_noise_and_the_teacher_the_images(drawn, tmp_path):
 
 
 def test_a_conditional_teacher_s_pairs_have_the_labels_that_it_was_told(tmp_path):
-  """In turn, so that they are balanced; class c has its pixels around 0.2 + 0.1 c."""
-  found = everything(pairs.ensure(tmp_path, ONE, teacher(num_classes=3)))
-  label = found['cond']['label']
-  assert label.dtype == np.int32
-  np.testing.assert_array_equal(label, np.arange(20) % 3)
-  means = 0.2 + 0.1 * label[:, None, None, None]
-  np.testing.assert_allclose(found['image'], ddim(found['noise'], times.uniform(3), means), atol=1e-5)
+  """In the data's proportions, or in turn; class c has its pixels around 0.2 + 0.1 c."""
+  balanced = dataclasses.replace(ONE, labels='balanced')
+  in_proportion = Classes(3).proportional(np.arange(20), ONE.seed, SIZES)
+  assert np.bincount(in_proportion).argmax() == 2
+  for name, sizes, law, expected in (
+    ('data', SIZES, ONE, in_proportion),
+    ('balanced', SIZES, balanced, np.arange(20) % 3),
+    ('unknown', None, ONE, np.arange(20) % 3),
+  ):
+    found = everything(pairs.ensure(workdir_of(tmp_path / name, sizes), law, teacher(num_classes=3)))
+    label = found['cond']['label']
+    assert label.dtype == np.int32
+    np.testing.assert_array_equal(label, expected)
+    means = 0.2 + 0.1 * label[:, None, None, None]
+    exact = ddim(found['noise'], times.uniform(3), means)
+    np.testing.assert_allclose(found['image'], exact, atol=1e-5)
+
+
+def test_pairs_of_before_had_balanced_labels_or_none(tmp_path, drawn, asked):
+  """Those with labels go on as such, and are refused otherwise in a line that says how; the others just go on."""
+  workdir, law = workdir_of(tmp_path / 'told', SIZES), dataclasses.replace(ONE, labels='balanced')
+  pairs.ensure(workdir, law, teacher(num_classes=3))
+  untold = a_copy(drawn, tmp_path / 'untold')
+  for directory in (workdir, untold):
+    path = directory / 'pairs' / 'pairs.json'
+    described = json.loads(path.read_text())
+    del described['labels']
+    path.write_text(json.dumps(described))
+  asked.clear()
+  with pytest.raises(UserError, match=r'labels was balanced, is data; .* set pairs\.labels=balanced'):
+    pairs.ensure(workdir, ONE, teacher(num_classes=3))
+  pairs.ensure(workdir, law, teacher(num_classes=3))
+  pairs.ensure(untold, ONE, teacher())
+  assert not asked
 
 
 def test_pairs_that_are_there_are_not_drawn_again(drawn, asked):

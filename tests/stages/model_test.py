@@ -51,6 +51,7 @@ MODELS = {
     clip_x=False,
     cond_dropout=0.1,
     class_names=('cat', 'dog', 'hen'),
+    label_counts=(5, 0, 7),
     provenance={'stage': 'consistency', 'parent': {'stage': 'base', 'digest': 'ab'}, 'updates': 7},
     metrics=({'metric': 'FD', 'value': 1.25},),
   ),
@@ -106,7 +107,16 @@ def test_the_description_and_the_weights_name_the_same_digest(folder):
   with safetensors.safe_open(folder / model.WEIGHTS, 'numpy') as weights:
     assert weights.metadata() == {'digest': described['digest']}
   assert described['digest'] == digest(MODELS['conditional']().params)
-  assert described['conditioning'] == {'label': {'count': 3, 'names': ['cat', 'dog', 'hen']}}
+  of_classes = {'count': 3, 'names': ['cat', 'dog', 'hen'], 'counts': [5, 0, 7]}
+  assert described['conditioning'] == {'label': of_classes}
+
+
+def test_a_folder_of_before_does_not_know_how_many_images_each_class_has(folder):
+  path = folder / model.DESCRIPTION
+  described = json.loads(path.read_text())
+  del described['conditioning']['label']['counts']
+  path.write_text(json.dumps(described))
+  assert_equal(model.read(folder), dataclasses.replace(MODELS['conditional'](), label_counts=()))
 
 
 def edited(*path, value=None):

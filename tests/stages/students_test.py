@@ -12,7 +12,7 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.samplers import DDIM, DPMSolver2M, Euler, Heun
 from diffusion_distillation.diffusion.weightings import Constant, SnrPlusOne, SnrTrunc
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import measure
+from diffusion_distillation.evaluation import measure, results
 from diffusion_distillation.interop import importing
 from diffusion_distillation.methods import DMD, DMD2, Consistency, Gan, Knowledge, distances
 from diffusion_distillation.networks.spaces import Pixels
@@ -324,7 +324,7 @@ def test_a_stage_costs_what_led_from_the_base_to_it_each_once(tmp_path, drawn):
   if drawn:
     (tmp_path / 'pairs').mkdir()
     (tmp_path / 'pairs' / 'pairs.json').write_text(json.dumps({'seconds': 64.0}))
-  found = measure._origins(planned, SECONDS, tmp_path)
+  found = results.origins(planned, SECONDS, tmp_path)
   pairs = 64.0 * drawn
   assert {name: origin['cost'] for name, origin in found.items()} == {
     'base': 0.0,

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from diffusion_distillation.errors import UserError
+from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.stages import workdir as workdirs
 from tests import tiny
 
@@ -22,6 +23,30 @@ def test_other_images_of_the_same_number_are_refused(tmp_path):
   other = dataclasses.replace(IMAGES, identity='0' * 64)
   with pytest.raises(UserError, match='began with other images'):
     workdirs.check_images(tmp_path, other)
+
+
+def test_labels_are_counted_once_and_kept_beside_the_images(tmp_path, monkeypatch):
+  assert workdirs.label_counts(tmp_path) == ()
+  counted = []
+  real = type(IMAGES).label
+  monkeypatch.setattr(type(IMAGES), 'label', lambda self, k: counted.append(k) or real(self, k))
+  expected = tuple(np.bincount(IMAGES.labels).tolist())
+  assert len(set(expected)) > 1
+  assert workdirs.count_labels(tmp_path, IMAGES) == expected and not list(tmp_path.iterdir())
+  counted.clear()
+  workdirs.claim_images(tmp_path, IMAGES)
+  assert workdirs.label_counts(tmp_path) == ()
+  for _ in range(2):
+    assert workdirs.count_labels(tmp_path, IMAGES) == workdirs.label_counts(tmp_path) == expected
+    workdirs.claim_images(tmp_path, IMAGES)
+  assert counted == list(range(len(IMAGES)))
+
+
+@pytest.mark.parametrize('counts', ['"many"', '[1, -1]', '[0.5]', 'null'])
+def test_damaged_counts_are_named(tmp_path, counts):
+  (tmp_path / 'dataset.json').write_text(f'{{"label_counts": {counts}}}')
+  with pytest.raises(DamagedError, match=r'dataset.json is damaged \(label_counts='):
+    workdirs.label_counts(tmp_path)
 
 
 def test_a_value_that_made_a_stage_may_not_change(tmp_path):

@@ -1,0 +1,218 @@
+"""An evaluation whose drawing is replaced: what is drawn and read, by which law, and what is kept for the next one."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from diffusion_distillation.datasets.image_set import InMemory
+from diffusion_distillation.evaluation import features, measure, reference, sampling
+from diffusion_distillation.stages.provenance import Model
+from tests import tiny
+
+NUM_SAMPLES, SHOWN = 48, 16
+
+
+@pytest.fixture(scope='module')
+def extractor(tmp_path_factory):
+  """The file of an extractor that has hardly been trained."""
+  path, images = tmp_path_factory.mktemp('extractor') / 'extractor.safetensors', tiny.plan()[1]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(features, '_UPDATES', 2)
+    features.load_or_train(path, images, images)
+  return path
+
+
+@pytest.fixture
+def workdir(extractor, tmp_path):
+  (tmp_path / 'extractor.safetensors').symlink_to(extractor)
+  return tmp_path
+
+
+class Asked(list):
+  """Drawers that were asked for images, with the number of images; those of a row first."""
+
+  def rows(self):
+    return [drawer for drawer, count in self if count == NUM_SAMPLES]
+
+  def shown(self):
+    return [drawer for drawer, count in self if count == SHOWN]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """Every image that is drawn is a training image, from another one on for each number of steps."""
+  found, real = Asked(), tiny.plan()[1].images.images
+
+  def draw(self, params, grid, num_samples, seed):
+    found.append((self, num_samples))
+    return real[len(grid) :][:num_samples]
+
+  def seconds_per_image(self, params, grid, num_samples, seed, then, use):
+    for batch in np.split(draw(self, params, grid, num_samples, seed), 4):
+      use(then(batch), len(batch))
+    return 0.001
+
+  monkeypatch.setattr(sampling.Drawer, 'seconds_per_image', seconds_per_image)
+  monkeypatch.setattr(sampling.Drawer, 'draw', draw)
+  return found
+
+
+@pytest.fixture
+def read(monkeypatch):
+  """Numbers of images that were read together."""
+  found, really = [], InMemory.batch
+  monkeypatch.setattr(
+    InMemory, 'batch', lambda self, index: found.append(len(index)) or really(self, index)
+  )
+  return found
+
+
+def evaluate(workdir, again=False, **overrides):
+  """Of the tiny config's stages, three of them, with a row by ddim for each of two step counts of the base."""
+  overrides = {'evaluation__samplers': ('ddim',)} | overrides
+  stages, images = tiny.plan(**overrides)
+  models = []
+  for stage in stages:
+    params = {'of': np.array(stage.name)}
+    sets = dict.fromkeys(stage.weights, params)
+    models.append(Model(stage, 'ema', params, f'digest of {stage.name}', 7, 1.5, sets))
+  return measure.evaluate(tiny.config(**overrides), models, images, workdir, again), images.images
+
+
+def test_conditional_models_are_drawn_with_the_labels_of_the_data_or_balanced_ones(workdir, asked):
+  conditional = {'model__conditional': True}
+  results, images = evaluate(workdir, **conditional)
+  sizes = tuple(np.bincount(images.labels).tolist())
+  assert [drawer.label_counts for drawer in asked.rows()] == [sizes] * 5
+  assert results['labels'] == 'data' and {row['labels'] for row in results['rows']} == {'data'}
+  assert 'have the proportions of' in (workdir / 'report' / 'index.html').read_text()
+
+  asked.clear()
+  balanced, _ = evaluate(workdir, evaluation__labels='balanced', **conditional)
+  assert [drawer.label_counts for drawer in asked.rows()] == [()] * 5
+  assert balanced['labels'] == 'balanced' and {row['labels'] for row in balanced['rows']} == {'balanced'}
+  assert balanced['floor'] == results['floor']
+  assert 'labels of the samples are balanced' in (workdir / 'report' / 'index.html').read_text()
+
+
+def forget_the_law(workdir):
+  """Rows as they were before labels had a law."""
+  path = workdir / 'results.json'
+  results = json.loads(path.read_text())
+  for row in results['rows']:
+    del row['labels']
+  path.write_text(json.dumps(results))
+
+
+def test_rows_of_before_had_balanced_labels_or_none(workdir, asked):
+  for conditional in (False, True):
+    evaluate(workdir, evaluation__labels='balanced', model__conditional=conditional)
+    for law, rows in (('balanced', 0), ('data', 5 * conditional)):
+      forget_the_law(workdir)
+      asked.clear()
+      results, _ = evaluate(workdir, evaluation__labels=law, model__conditional=conditional)
+      assert len(asked.rows()) == rows
+      assert {row['labels'] for row in results['rows']} == {law if conditional else None}
+      (workdir / 'results.partial.json').unlink(missing_ok=True)
+
+
+def test_nothing_is_drawn_twice(workdir, asked, monkeypatch):
+  shown = []
+  monkeypatch.setattr(measure.report, 'write', lambda config, results, rows, *_: shown.append(rows))
+  evaluate(workdir)
+  assert len(asked.rows()) == 3 + 2 and not asked.shown()
+  asked.clear()
+  evaluate(workdir)
+  assert not asked.rows() and len(asked.shown()) == 3  # the rows are known, their images are not
+  assert [list(rows) for rows in shown] == [list(shown[0])] * 2 and len(shown[0]) == 3
+  for one, other in zip(*(rows.values() for rows in shown), strict=True):
+    assert len(one) == SHOWN
+    np.testing.assert_array_equal(one, other)
+
+
+def test_features_of_real_images_are_computed_once(workdir, asked, read):
+  first, images = evaluate(workdir)
+  assert sum(read) >= len(images) + 360 + NUM_SAMPLES
+  read.clear()
+  second, _ = evaluate(workdir, again=True)
+  assert not read
+  for key in ('floor', 'held_out', 'reference', 'skipped'):
+    assert second[key] == first[key]
+  values = [[row['value'] for row in results['rows']] for results in (first, second)]
+  assert values[0] == values[1]
+  other, _ = evaluate(workdir, evaluation__seed=2)
+  assert sum(read) == NUM_SAMPLES and other['floor']['seed'] == 2
+  assert other['floor']['value'] != first['floor']['value'] and other['held_out'] == first['held_out']
+
+
+KINDS = ('reference', 'held_out', 'floor')
+
+
+class Computed:
+  """In place of an extractor: features are noise, and what is summed up is noted."""
+
+  def __init__(self, digest):
+    self.digest, self.asked = digest, []
+
+  def summary(self, images, indices=None):
+    self.asked.append(len(images) if indices is None else len(indices))
+    running = features.RunningFeatures(100)
+    running.add(np.random.default_rng(len(self.asked)).normal(size=(9, 3)).astype(np.float32))
+    return running.result()
+
+
+class Images:
+  """As far as features depend on a loader's images."""
+
+  def __init__(self, count, identity):
+    self.images = self
+    self.count, self.identity, self.image_shape = count, identity, (8, 8, 1)
+
+  def __len__(self):
+    return self.count
+
+
+def loaded(directory, digest='a', train='t', held_out='h', size=5, seed=1):
+  """The features, and the numbers of images of which they were computed now."""
+  extractor = Computed(digest)
+  args = (Images(20, train), Images(10, held_out), size, seed)
+  return reference.load_or_compute(directory, extractor, *args), extractor.asked
+
+
+def test_features_are_those_of_the_images_and_the_extractor_that_are_named(tmp_path):
+  made, asked = loaded(tmp_path / 'features')
+  assert asked == [20, 10, 5]
+  found, asked = loaded(tmp_path / 'features')
+  assert not asked
+  for one, other in zip(made, found, strict=True):
+    assert one.count == other.count == 9
+    for a, b in ((one.moments.mean, other.moments.mean), (one.moments.cov, other.moments.cov)):
+      np.testing.assert_array_equal(a, b, strict=True)
+    np.testing.assert_array_equal(one.some, other.some, strict=True)
+  changes = {'digest': 'b', 'train': 'u', 'held_out': 'i', 'size': 6, 'seed': 2}
+  due = {'digest': [20, 10, 5], 'train': [20, 5], 'held_out': [10], 'size': [6], 'seed': [5]}
+  for name, change in changes.items():
+    assert loaded(tmp_path / 'features', **{name: change})[1] == due[name]
+    loaded(tmp_path / 'features')
+
+
+DAMAGES = {
+  'short': lambda whole: whole[:-5],
+  'empty': lambda whole: b'',
+  'one bit': lambda whole: whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:],
+  'other': lambda whole: b'x' * 500,
+}
+
+
+def test_damaged_features_are_computed_again_with_a_warning(tmp_path, caplog):
+  loaded(tmp_path)
+  whole = {kind: (tmp_path / f'{kind}.safetensors').read_bytes() for kind in KINDS}
+  for (name, damage), kind in itertools.product(DAMAGES.items(), KINDS):
+    (tmp_path / f'{kind}.safetensors').write_bytes(damage(whole[kind]))
+    caplog.clear()
+    assert len(loaded(tmp_path)[1]) == 1, name
+    (record,) = caplog.records
+    assert f'{kind}.safetensors is damaged' in record.getMessage()
+    assert not loaded(tmp_path)[1]
