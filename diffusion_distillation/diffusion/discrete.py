@@ -88,15 +88,17 @@ class Discrete:
     return jnp.where(t == 0.0, jnp.inf, found)
 
   def inverse(self, logsnr: jax.Array) -> jax.Array:
-    """The t in [1 / N, 1] of a logsnr; the nearer end for one that is out of range."""
-    return (self.timestep(logsnr) + 1.0) / self.num_timesteps
+    """The t in [1 / N, 1] of a logsnr; outside [0, 1] for one that is out of range."""
+    t = (np.arange(self.num_timesteps) + 1.0) / self.num_timesteps
+    return jnp.interp(-logsnr, -self.logsnr, t, left=-1.0, right=2.0)
 
   def timestep(self, logsnr: jax.Array) -> jax.Array:
     """k in [0, N - 1], a fraction between two timesteps; what a network in discrete time is told.
 
     float32 knows logsnr to about 1e-4 of a step: within a hundredth of one, the timestep itself is meant.
     """
-    k = jnp.interp(-logsnr, -self.logsnr, np.arange(self.num_timesteps, dtype=np.float32))
+    count = self.num_timesteps
+    k = jnp.clip(self.inverse(logsnr) * count - 1.0, 0.0, count - 1.0)
     whole = jnp.round(k)
     return jnp.where(jnp.abs(k - whole) < 0.01, whole, k)
 
