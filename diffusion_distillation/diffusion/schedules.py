@@ -11,7 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.config import POSITIVE, key
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
+from diffusion_distillation.diffusion.discrete import BETAS, Discrete
 
 
 def _clean_at_zero(t: jax.Array, logsnr: jax.Array) -> jax.Array:
@@ -149,12 +150,13 @@ class Karras:
     return (jnp.exp(-0.5 * logsnr / self.rho) - low) / (high - low)
 
 
-Schedule = Cosine | ShiftedCosine | LinearBeta | Karras
+Schedule = Cosine | ShiftedCosine | LinearBeta | Karras | Discrete
 SCHEDULES: dict[str, type] = {
   'cosine': Cosine,
   'shifted_cosine': ShiftedCosine,
   'linear_beta': LinearBeta,
   'karras': Karras,
+  'discrete': Discrete,
 }
 
 
@@ -164,7 +166,8 @@ class ScheduleSection:
 
   name: str = key(
     'cosine',
-    'The schedule: cosine, cosine shifted for larger images, linear beta (DDPM), or that of EDM (Karras et al.).',
+    'The schedule: cosine, cosine shifted for larger images, linear beta (DDPM), that of EDM (Karras et al.), or the betas of '
+    'discrete timesteps (diffusers).',
     choices=SCHEDULES,
   )
   logsnr_min: float = key(-20.0, '`cosine`, `shifted_cosine`: logsnr at t = 1.')
@@ -177,3 +180,13 @@ class ScheduleSection:
   s_min: float = key(0.002, '`karras`: sigma / alpha as t approaches 0.')
   s_max: float = key(80.0, '`karras`: sigma / alpha at t = 1.')
   rho: float = key(7.0, '`karras`: the power; (sigma / alpha)^(1 / rho) is linear in t.')
+  betas: str = key('linear', '`discrete`: how the betas are spaced.', choices=BETAS)
+  num_timesteps: int = key(1000, '`discrete`: number of timesteps.', POSITIVE)
+  beta_start: float = key(1e-4, '`discrete`: beta of the first timestep.', POSITIVE)
+  beta_end: float = key(0.02, '`discrete`: beta of the last timestep.', POSITIVE)
+  zero_snr: bool = key(
+    False, '`discrete`: whether the betas are scaled so that no signal is left at the last timestep.'
+  )
+  steps_offset: int = key(
+    0, '`discrete`: is added to the timesteps of the grid `leading`.', NOT_NEGATIVE
+  )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
+from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.diffusion.schedules import Schedule
 
 
@@ -109,17 +110,22 @@ def karras(num_steps: int, schedule: Schedule) -> np.ndarray:
   return grid([0.0, *np.maximum(inner, 1e-6), 1.0])
 
 
+def leading(num_steps: int, schedule: Schedule) -> np.ndarray:
+  """The 'leading' timesteps of a schedule in discrete time; see `Discrete.leading`."""
+  if not isinstance(schedule, Discrete):
+    raise ValueError("the grid 'leading' is for models in discrete time, schedule.name=discrete")
+  return schedule.leading(num_steps)
+
+
 def make_grid(name: str, num_steps: int, schedule: Schedule) -> np.ndarray:
-  """The grid of that name in GRIDS, (N + 1,)."""
+  """The grid of that name in GRIDS, (N + 1,); ValueError if the schedule has none of that kind."""
   uniform(num_steps)  # refuses what is no number of steps
-  return (
-    karras(num_steps, schedule)
-    if name == 'karras'
-    else {'uniform': uniform, 'quadratic': quadratic}[name](num_steps)
-  )
+  if name in ('karras', 'leading'):
+    return {'karras': karras, 'leading': leading}[name](num_steps, schedule)
+  return {'uniform': uniform, 'quadratic': quadratic}[name](num_steps)
 
 
-GRIDS = ('uniform', 'quadratic', 'karras')
+GRIDS = ('uniform', 'quadratic', 'karras', 'leading')
 
 
 def grid(times: Sequence[float]) -> np.ndarray:

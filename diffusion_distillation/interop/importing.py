@@ -9,7 +9,7 @@ import jax
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, choose, flatten
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.interop import google
+from diffusion_distillation.interop import diffusers, google
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import provenance, workdir
 from diffusion_distillation.stages.model import StoredModel, read
@@ -93,6 +93,19 @@ def from_model(config: Config, default: Config, path: pathlib.Path, into: pathli
   return adopt_stored(config, into, read(path), {'source': 'model', 'folder': str(path)})
 
 
+def from_diffusers(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
+  """A folder that diffusers saved; see `interop/diffusers.py`. It becomes the stage 'base', whatever the config's network.
+
+  It is sampled in `distill.start_steps` steps.
+
+  Raises:
+    UserError: there is no model that this program has; nothing was written.
+  """
+  del default
+  stored = diffusers.read(path, config.distill.start_steps)
+  return adopt_stored(config, into, stored, {'source': 'diffusers', 'folder': str(path)})
+
+
 def adopt_stored(config: Config, into: pathlib.Path, stored: StoredModel, made: dict[str, str]) -> Model:
   """A model that was read from elsewhere as the stage 'base' of a new workdir.
 
@@ -135,4 +148,5 @@ READERS: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]
   'google': from_google,
   'workdir': from_workdir,
   'model': from_model,
+  'diffusers': from_diffusers,
 }

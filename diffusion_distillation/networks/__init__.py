@@ -3,5 +3,6 @@
 from typing import Any
 
 from diffusion_distillation.networks.unet import UNet
+from diffusion_distillation.networks.unet2d import UNet2D
 
-NETWORKS: dict[str, type[Any]] = {'unet': UNet}
+NETWORKS: dict[str, type[Any]] = {'unet': UNet, 'unet2d': UNet2D}

@@ -24,11 +24,14 @@ class GroupNorm(nn.Module):
     num_groups: must divide the number of channels.
     dtype: of the result; None for the input's.
     epsilon: is added to the variance.
+    shifted: whether squares are summed around the first pixel of each channel instead of 0, which keeps the digits of
+      the variance where an input is nearly constant.
   """
 
   num_groups: int
   dtype: Any = None
   epsilon: float = 1e-6
+  shifted: bool = False
 
   @nn.compact
   def __call__(
@@ -39,8 +42,7 @@ class GroupNorm(nn.Module):
     gain = self.param('scale', nn.initializers.ones, (ch,))
     bias = self.param('bias', nn.initializers.zeros, (ch,))
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = self._of_groups(wide.mean((1, 2)))
-    variance = jnp.maximum(self._of_groups(jnp.square(wide).mean((1, 2))) - jnp.square(mean), 0.0)
+    mean, variance = self._moments(wide)
     factor = jax.lax.rsqrt(variance + self.epsilon) * gain[None]
     term = bias[None] - mean * factor
     if scale is not None:
@@ -49,6 +51,18 @@ class GroupNorm(nn.Module):
       term = term + shift
     y = wide * factor[:, None, None] + term[:, None, None]
     return y.astype(self.dtype or x.dtype)
+
+  def _moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each channel's group, both (B, C)."""
+    if not self.shifted:
+      mean = self._of_groups(x.mean((1, 2)))
+      return mean, jnp.maximum(self._of_groups(jnp.square(x).mean((1, 2))) - jnp.square(mean), 0.0)
+    pixel = jax.lax.stop_gradient(x[:, 0, 0])
+    apart = x - pixel[:, None, None]
+    shift = apart.mean((1, 2))
+    of_channels = jnp.maximum(jnp.square(apart).mean((1, 2)) - jnp.square(shift), 0.0)
+    mean = self._of_groups(pixel + shift)
+    return mean, self._of_groups(of_channels + jnp.square(pixel + shift - mean))
 
   def _of_groups(self, of_channels: jax.Array) -> jax.Array:
     """The mean over each group of channels, (B, C), in all of its channels."""

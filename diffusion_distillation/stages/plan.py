@@ -101,6 +101,7 @@ def plan(
     many = name == 'progressive'
     stages += _rounds(config, base, student) if many else [_student(config, base, student, name)]
   _check_starts(stages)
+  _check_grids(config, stages)
   least = min(steps for stage in stages for steps in stage.measured_steps)
   if least > config.evaluation.max_steps:
     raise UserError(
@@ -125,6 +126,20 @@ def _check_measuring(config: Config) -> None:
     raise UserError('evaluation.samplers=() must name one at least, such as ddim')
   for name in evaluation.samplers:
     parts.make_sampler(name, evaluation.gamma)
+
+
+def _check_grids(config: Config, stages: list[Stage]) -> None:
+  """Raises UserError unless the base's schedule has the grids that the config names, at all numbers of steps."""
+  most = config.evaluation.max_steps
+  counts = {steps for stage in stages for steps in stage.measured_steps if steps <= most}
+  wanted = [('evaluation.grid', config.evaluation.grid, counts)]
+  wanted += [('pairs.grid', stage.pairs.grid, {stage.pairs.num_steps}) for stage in stages if stage.pairs]
+  for key, name, numbers in wanted:
+    for num_steps in sorted(numbers):
+      try:
+        times.make_grid(name, num_steps, stages[0].schedule)
+      except ValueError as error:
+        raise UserError(f'{key}={name}: {error}') from error
 
 
 def _base(config: Config, data: Data, origin: Origin | None) -> Stage:

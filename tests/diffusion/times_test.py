@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.diffusion.schedules import Cosine, Karras, LinearBeta, ShiftedCosine
 
 LAWS = [times.Uniform(), times.Uniform(stratified=True)]
@@ -132,7 +133,7 @@ def test_the_number_of_intervals_may_be_traced():
 def test_grids_have_n_steps_from_0_to_1(num_steps, schedule):
   line = np.arange(num_steps + 1) / num_steps
   expected = {'uniform': line, 'quadratic': line**2, 'karras': None}
-  assert tuple(expected) == times.GRIDS
+  assert (*expected, 'leading') == times.GRIDS
   for name, values in expected.items():
     grid = times.make_grid(name, num_steps, schedule)
     assert (grid[0], grid[-1]) == (0.0, 1.0)
@@ -165,6 +166,16 @@ def test_the_karras_grid_of_edm_s_own_schedule_is_uniform_from_its_least_noise_o
 def test_a_grid_of_no_steps_is_refused(name, num_steps):
   with pytest.raises(ValueError, match='at least 1'):
     times.make_grid(name, num_steps, Cosine())
+
+
+def test_the_leading_grid_is_for_discrete_time_and_for_as_many_steps_as_it_has():
+  schedule = Discrete(num_timesteps=10, steps_offset=1)
+  steps = times.make_grid('leading', 3, schedule)
+  np.testing.assert_allclose(steps, [0.0, 0.2, 0.5, 0.8], rtol=1e-6)  # timesteps 1, 4, 7
+  with pytest.raises(ValueError, match='11 steps do not fit into 10 timesteps'):
+    times.make_grid('leading', 11, schedule)
+  with pytest.raises(ValueError, match='discrete time'):
+    times.make_grid('leading', 3, Cosine())
 
 
 def test_times_of_one_s_own_choice_are_a_grid():

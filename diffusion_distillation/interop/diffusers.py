@@ -1,0 +1,280 @@
+"""UNet2DModel folders and pipeline folders of diffusers: JSON and safetensors; nothing in them is executed.
+
+FOLDER/model_index.json, FOLDER/unet/, FOLDER/scheduler/scheduler_config.json   a pipeline
+FOLDER/config.json, FOLDER/*.safetensors, FOLDER/scheduler_config.json          a network, and perhaps its schedule
+"""
+
+import json
+import logging
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.flax
+from flax import traverse_util
+
+from diffusion_distillation.diffusion.discrete import BETAS, Discrete
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.spaces import Pixels
+from diffusion_distillation.networks.unet2d import UNet2D
+from diffusion_distillation.stages.model import StoredModel
+from diffusion_distillation.training.state import Params
+
+_log = logging.getLogger(__name__)
+
+WEIGHTS = 'diffusion_pytorch_model.safetensors'
+# The values of these keys that are supported, diffusers' default first.
+_ONLY = {
+  '_class_name': ('UNet2DModel',),
+  'time_embedding_type': ('positional',),
+  'class_embed_type': (None,),
+  'mid_block_type': ('UNetMidBlock2D',),
+}
+# diffusers' own defaults, for keys that a file does not have.
+_NETWORK = {
+  'block_out_channels': (224, 448, 672, 896),
+  'down_block_types': ('DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
+  'up_block_types': ('AttnUpBlock2D', 'AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'),
+}
+_OUTPUTS = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x'}
+_SCHEDULE = {
+  'beta_schedule': 'betas',
+  'num_train_timesteps': 'num_timesteps',
+  'beta_start': 'beta_start',
+  'beta_end': 'beta_end',
+  'rescale_betas_zero_snr': 'zero_snr',
+  'steps_offset': 'steps_offset',
+}
+_OLD_NAMES = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+
+
+def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
+  """The model in a folder, to be sampled by DDIM in `num_steps` steps.
+
+  Raises:
+    UserError: there is none, or it is one that this program does not have; the message names the key or the weight.
+  """
+  if (folder / 'model_index.json').is_file():
+    index = _json(folder / 'model_index.json')
+    if 'unet' not in index:
+      raise UserError(
+        f'{folder / "model_index.json"}: the pipeline {index.get("_class_name")} has no unet'
+      )
+    unet, scheduler = folder / 'unet', folder / 'scheduler' / 'scheduler_config.json'
+  else:
+    unet, scheduler = folder, folder / 'scheduler_config.json'
+    if (folder.parent / 'model_index.json').is_file() and not scheduler.is_file():
+      scheduler = folder.parent / 'scheduler' / 'scheduler_config.json'
+  config = _json(unet / 'config.json')
+  settings: Mapping[str, Any] = {}
+  if scheduler.is_file():
+    settings = _json(scheduler)
+  else:
+    _log.warning(
+      "%s is missing: the schedule and prediction type are DDPMScheduler's defaults", scheduler
+    )
+  schedule, output = _schedule(scheduler, settings)
+  network = _network(unet / 'config.json', config, schedule)
+  size = config.get('sample_size')
+  height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+  if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
+    raise UserError(
+      f'{unet / "config.json"}: sample_size={size} must be the size of the images, such as 32'
+    )
+  shape = (height, width, network.out_ch)
+  try:
+    network.check(shape)
+  except (ArithmeticError, TypeError, ValueError) as error:
+    raise UserError(f'{unet / "config.json"}: {error}') from error
+  denoise = Denoiser(network, output)
+  return StoredModel(
+    denoise=denoise.without_dropout(),
+    params=_weights(unet, denoise, shape),
+    schedule=schedule,
+    space=Pixels(),
+    image_shape=shape,
+    sampler='ddim',
+    num_steps=num_steps,
+    clip_x=bool(settings.get('clip_sample', True)),
+  )
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    found = json.loads(path.read_text())
+  except OSError as error:
+    raise UserError(f'{path}: {error.strerror}; a folder that diffusers saved is expected') from error
+  except ValueError as error:
+    raise UserError(f'{path} is not JSON ({error})') from error
+  if not isinstance(found, dict):
+    raise UserError(f'{path} must hold a JSON object')
+  return found
+
+
+def _refuse(path: pathlib.Path, key: str, value: Any, known: Any) -> UserError:
+  names = ', '.join(map(str, known))
+  return UserError(f'{path}: {key}={value!r} is not supported; supported: {names}')
+
+
+def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete, str]:
+  """The schedule, and what the network predicts."""
+  prediction = settings.get('prediction_type', 'epsilon')
+  if prediction not in _OUTPUTS:
+    raise _refuse(path, 'prediction_type', prediction, _OUTPUTS)
+  if str(settings.get('variance_type')).startswith('learned'):
+    raise UserError(
+      f'{path}: variance_type={settings["variance_type"]!r}: a network that predicts a variance is not supported'
+    )
+  betas = settings.get('beta_schedule', 'linear')
+  if betas not in BETAS:
+    raise _refuse(path, 'beta_schedule', betas, BETAS)
+  if settings.get('trained_betas') is not None:
+    raise UserError(f'{path}: trained_betas is not supported; supported: beta_schedule')
+  if settings and 'beta_schedule' not in settings and 'beta_start' not in settings:
+    name = settings.get('_class_name')
+    raise UserError(
+      f'{path}: _class_name={name!r} has no betas; supported: DDPMScheduler, DDIMScheduler and others'
+    )
+  if settings.get('thresholding') or settings.get('clip_sample_range', 1.0) != 1.0:
+    _log.warning('%s: thresholding and clip_sample_range do not apply: x is clipped to [-1, 1]', path)
+  given = {ours: settings[theirs] for theirs, ours in _SCHEDULE.items() if theirs in settings}
+  try:
+    return Discrete(**given), _OUTPUTS[prediction]
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{path}: {error}') from error
+
+
+def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) -> UNet2D:
+  """The network that a config describes."""
+  for key, known in _ONLY.items():
+    if config.get(key, known[0]) not in known:
+      raise _refuse(path, key, config[key], known)
+  channels, outputs = config.get('in_channels', 3), config.get('out_channels', 3)
+  if outputs == 2 * channels:
+    raise UserError(
+      f'{path}: out_channels={outputs} for in_channels={channels}: a network that predicts a variance is not supported'
+    )
+  if outputs != channels:
+    raise _refuse(path, 'out_channels', outputs, (channels,))
+  given = {
+    field: tuple(value) if isinstance(value, list) else value
+    for field, value in {**_NETWORK, **config}.items()
+    if field in UNet2D.__dataclass_fields__ and field not in ('name', 'parent', 'dtype', 'schedule')
+  }
+  try:
+    return UNet2D(
+      **given,
+      out_ch=outputs,
+      num_classes=config.get('num_class_embeds') or 0,
+      schedule=schedule,
+    )
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{path}: {error}') from error
+
+
+def _weights(folder: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...]) -> Params:
+  """The parameters of the network, float32, from the folder's safetensors."""
+  path = _weights_file(folder)
+  try:
+    found = {
+      name: np.asarray(value, np.float32) for name, value in safetensors.flax.load_file(path).items()
+    }
+  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+    raise UserError(f'{path} is damaged or not a safetensors file ({error})') from error
+  return convert(found, jax.eval_shape(lambda rng: denoise.init(rng, shape), jax.random.key(0)), path)
+
+
+def _weights_file(folder: pathlib.Path) -> pathlib.Path:
+  if (folder / WEIGHTS).is_file():
+    return folder / WEIGHTS
+  pickled = sorted(folder.glob('*.bin')) + sorted(folder.glob('*.pt')) + sorted(folder.glob('*.pth'))
+  if pickled:
+    raise UserError(
+      f'{pickled[0]} is a pickle, which could run any code and is not opened; convert it where torch is installed: '
+      f"python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{pickled[0].name}', "
+      f"map_location='cpu', weights_only=True), '{WEIGHTS}')\""
+    )
+  if (folder / f'{WEIGHTS}.index.json').is_file():
+    raise UserError(
+      f'{folder / WEIGHTS}.index.json: weights in several files are not supported; save them in one'
+    )
+  found = sorted(folder.glob('*.safetensors'))
+  if len(found) != 1:
+    names = ', '.join(path.name for path in found) or 'none'
+    raise UserError(f'{folder}: there is no {WEIGHTS}, but {names}; rename the one to read')
+  return found[0]
+
+
+def convert(found: Mapping[str, np.ndarray], expected: Params, path: pathlib.Path) -> Params:
+  """The state dict of a UNet2DModel as parameters of `UNet2D`.
+
+  Args:
+    found: by the names of the state dict; the attention's older names are known, too.
+    expected: the network's parameters, or their shapes.
+    path: for messages.
+
+  Raises:
+    UserError: a weight is missing, too many, of another shape or not finite; the message names it.
+  """
+  state = {_renamed(name): value for name, value in found.items()}
+  wanted = traverse_util.flatten_dict(expected, sep='/')
+  names = {_their_name(name): name for name in wanted}
+  problems = [f'{name} is missing' for name in sorted(names.keys() - state.keys())]
+  problems += [f'{name} is not a weight of this network' for name in sorted(state.keys() - names.keys())]
+  params = {}
+  for theirs in sorted(names.keys() & state.keys()):
+    ours, value = names[theirs], state[theirs]
+    shape = wanted[ours].shape
+    value = _arranged(ours, value, shape)
+    if value.shape != shape:
+      problems.append(f'{theirs} has shape {state[theirs].shape}, which config.json does not describe')
+    elif not np.isfinite(value).all():
+      problems.append(f'{theirs} is not finite')
+    params[ours] = np.ascontiguousarray(value)
+  if problems:
+    more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
+    raise UserError(f'{path}: {"; ".join(problems[:3])}{more}')
+  return traverse_util.unflatten_dict(params, sep='/')
+
+
+def state_dict(params: Params) -> dict[str, np.ndarray]:
+  """The parameters of `UNet2D` by the names and in the layout of a UNet2DModel; the inverse of `convert`."""
+  flat = traverse_util.flatten_dict(params, sep='/')
+  return {
+    _their_name(name): np.ascontiguousarray(_turned(name, np.asarray(value)))
+    for name, value in flat.items()
+  }
+
+
+def _turned(name: str, value: np.ndarray) -> np.ndarray:
+  """A weight in their order of axes; the inverse of `_arranged`."""
+  if not name.endswith('/kernel') or name.startswith('class_embedding'):
+    return value
+  return value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
+
+
+def _renamed(name: str) -> str:
+  """The name of a weight in today's diffusers."""
+  parts = name.split('.')
+  return '.'.join(_OLD_NAMES.get(part, part) for part in parts) if 'attentions' in parts else name
+
+
+def _their_name(name: str) -> str:
+  module, _, kind = name.replace('/', '.').rpartition('.')
+  return f'{module}.{"bias" if kind == "bias" else "weight"}'
+
+
+def _arranged(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """A weight in our order of axes: (out, in, h, w) becomes (h, w, in, out), (out, in) becomes (in, out)."""
+  if not name.endswith('/kernel') or name.startswith('class_embedding'):
+    return value
+  if len(shape) == 2:  # older files have 1x1 convolutions for it
+    return (
+      value.reshape(value.shape[:2]).T if math.prod(value.shape[2:]) == 1 and value.ndim >= 2 else value
+    )
+  return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value

@@ -1,0 +1,324 @@
+"""diffusers' UNet2DModel: the U-Net of DDPM and of most unconditional and class-conditional models on the hub.
+
+Modules have the names of its state dict: `down_blocks.0.resnets.1/conv1/kernel` here is
+`down_blocks.0.resnets.1.conv1.weight` there.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion_distillation.diffusion.discrete import Discrete
+from diffusion_distillation.diffusion.schedules import Schedule
+from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
+from diffusion_distillation.networks.denoiser import BOTTLENECK
+from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
+from diffusion_distillation.networks.unet import DTYPES, downsample, upsample
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  'silu': nn.silu,
+  'swish': nn.silu,
+  'relu': nn.relu,
+  'gelu': functools.partial(nn.gelu, approximate=False),
+  'mish': jax.nn.mish,
+}
+# By name of the block: whether its residual blocks are followed by attention, and how it resamples unless
+# `downsample_type` or `upsample_type` says so.
+DOWN_BLOCKS = {
+  'DownBlock2D': (False, 'conv'),
+  'ResnetDownsampleBlock2D': (False, 'resnet'),
+  'AttnDownBlock2D': (True, None),
+}
+UP_BLOCKS = {
+  'UpBlock2D': (False, 'conv'),
+  'ResnetUpsampleBlock2D': (False, 'resnet'),
+  'AttnUpBlock2D': (True, None),
+}
+RESAMPLING = ('conv', 'resnet')
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DSection:
+  """No keys: the files of a model say what its network is."""
+
+
+def timestep_embedding(
+  timestep: jax.Array, dim: int, cosines_first: bool, freq_shift: float
+) -> jax.Array:
+  """Sinusoids of `timestep` (B,), at frequencies from 1 to 1e-4: (B, dim); an odd `dim` ends with a zero."""
+  half = dim // 2
+  frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - freq_shift))
+  angles = timestep[:, None] * frequencies[None, :]
+  halves = [jnp.sin(angles), jnp.cos(angles)]
+  found = jnp.concatenate(halves[::-1] if cosines_first else halves, axis=1)
+  return jnp.pad(found, ((0, 0), (0, dim % 2)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+  """What all blocks of a network share; see `UNet2D`."""
+
+  num_groups: int
+  epsilon: float
+  activation: str
+  scale_shift: bool
+  dropout: float
+  dtype: Any
+  kernel: str
+
+  def norm(self, name: str, num_groups: int | None = None) -> GroupNorm:
+    """A group normalisation."""
+    return GroupNorm(num_groups or self.num_groups, self.dtype, self.epsilon, shifted=True, name=name)
+
+  def act(self, h: jax.Array) -> jax.Array:
+    """The activation function."""
+    return ACTIVATIONS[self.activation](h)
+
+
+class Resnet(nn.Module):
+  """Residual block, resampling inside it where asked; its output is divided by `divisor`."""
+
+  out_ch: int
+  style: Style
+  way: str | None = None
+  divisor: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
+    style, dtype = self.style, self.style.dtype
+    resample = {'down': downsample, 'up': upsample, None: lambda h: h}[self.way]
+    h = resample(style.act(style.norm('norm1')(x)))
+    h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv1')(h)
+    width = 2 * self.out_ch if style.scale_shift else self.out_ch
+    told = nn.Dense(width, dtype=dtype, name='time_emb_proj')(style.act(emb))
+    if style.scale_shift:
+      scale, shift = jnp.split(told, 2, axis=-1)
+      h = style.norm('norm2')(h, scale, shift)
+    else:
+      h = style.norm('norm2')(h + told[:, None, None, :])
+    h = Dropout(style.dropout)(style.act(h), deterministic)
+    h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv2')(h)
+    x = resample(x)
+    if x.shape[-1] != self.out_ch:
+      x = nn.Conv(self.out_ch, (1, 1), dtype=dtype, name='conv_shortcut')(x)
+    return (x + h) / self.divisor
+
+
+class Attention(nn.Module):
+  """Self-attention over all pixels with heads of `head_dim` channels; without a norm where `num_groups` is None."""
+
+  head_dim: int
+  style: Style
+  num_groups: int | None
+  divisor: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    batch, height, width, ch = x.shape
+    dtype = self.style.dtype
+    h = x if self.num_groups is None else self.style.norm('group_norm', self.num_groups)(x)
+    h = h.reshape(batch, height * width, ch)
+    shape = (batch, height * width, ch // self.head_dim, self.head_dim)
+    q, k, v = (nn.Dense(ch, dtype=dtype, name=f'to_{name}')(h).reshape(shape) for name in 'qkv')
+    h = attention(q, k, v, self.style.kernel).reshape(batch, height * width, ch)
+    h = nn.Dense(ch, dtype=dtype, name='to_out.0')(h)
+    return (x + h.reshape(x.shape)) / self.divisor
+
+
+class UNet2D(nn.Module):
+  """Maps (z, logsnr, cond) to an output of `out_ch` channels; see `denoiser.Network`.
+
+  Attributes:
+    out_ch: channels of the output.
+    block_out_channels: channels of each level, from the finest to the coarsest.
+    down_block_types: names in DOWN_BLOCKS, one a level.
+    up_block_types: names in UP_BLOCKS, one a level, from the coarsest to the finest.
+    layers_per_block: residual blocks a level on the way down; one more on the way up.
+    attention_head_dim: channels of an attention head; None for one head.
+    norm_num_groups: groups of every GroupNorm.
+    norm_eps: is added to the variance of every GroupNorm.
+    act_fn: the activation function, a name in ACTIVATIONS.
+    resnet_time_scale_shift: how residual blocks are told the time: 'default' adds a shift, 'scale_shift' scales, too.
+    downsample_padding: of the convolutions that halve the resolution: 1 on all sides, or 0, which pads right and bottom only.
+    downsample_type, upsample_type: 'conv' or 'resnet'; of blocks with attention.
+    flip_sin_to_cos: whether the time embedding has its cosines first.
+    freq_shift: 1 if its lowest frequency is 1e-4, 0 if it would be the next one.
+    time_embedding_dim: width of the embedding of time and class; None for four times the first level's channels.
+    mid_block_scale_factor: by which the outputs of the middle blocks are divided.
+    add_attention: whether there is attention in the middle.
+    attn_norm_num_groups: groups of its norm; None: as everywhere, but none under 'scale_shift'.
+    center_input_sample: whether the network maps its input from [0, 1] to [-1, 1] first.
+    dropout: rate inside residual blocks.
+    num_classes: 0 for an unconditional network.
+    dtype: of activations, 'float32' or 'bfloat16'; see `unet.UNet`.
+    remat: whether each block's activations are computed again on the way back instead of being kept.
+    attention: what computes attention, a name in `layers.ATTENTION_KERNELS`.
+    schedule: t to logsnr, in discrete time; the network is told the timestep.
+  """
+
+  Section = UNet2DSection
+
+  out_ch: int
+  block_out_channels: tuple[int, ...]
+  down_block_types: tuple[str, ...]
+  up_block_types: tuple[str, ...]
+  layers_per_block: int = 2
+  attention_head_dim: int | None = 8
+  norm_num_groups: int = 32
+  norm_eps: float = 1e-5
+  act_fn: str = 'silu'
+  resnet_time_scale_shift: str = 'default'
+  downsample_padding: int = 1
+  downsample_type: str = 'conv'
+  upsample_type: str = 'conv'
+  flip_sin_to_cos: bool = True
+  freq_shift: float = 0
+  time_embedding_dim: int | None = None
+  mid_block_scale_factor: float = 1.0
+  add_attention: bool = True
+  attn_norm_num_groups: int | None = None
+  center_input_sample: bool = False
+  dropout: float = 0.0
+  num_classes: int = 0
+  dtype: str = 'float32'
+  remat: bool = False
+  attention: str = 'xla'
+  schedule: Schedule | None = None
+
+  @property
+  def conditioning(self) -> Conditioning:
+    """The class of the image, as `label`, if there are classes."""
+    return {'label': Classes(self.num_classes)} if self.num_classes else {}
+
+  def check(self, image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
+    if not isinstance(self.schedule, Discrete):
+      raise ValueError('a UNet2DModel is told the timestep, and needs a schedule in discrete time')
+    choices = {
+      'dtype': (self.dtype, DTYPES),
+      'attention': (self.attention, ATTENTION_KERNELS),
+      'act_fn': (self.act_fn, ACTIVATIONS),
+      'resnet_time_scale_shift': (self.resnet_time_scale_shift, ('default', 'scale_shift')),
+      'downsample_type': (self.downsample_type, RESAMPLING),
+      'upsample_type': (self.upsample_type, RESAMPLING),
+      'downsample_padding': (self.downsample_padding, (0, 1)),
+    }
+    for name, (value, known) in choices.items():
+      if value not in known:
+        raise ValueError(f'{name}={value!r} is not one of {", ".join(map(str, known))}')
+    levels = len(self.block_out_channels)
+    for name, types, known in (
+      ('down_block_types', self.down_block_types, DOWN_BLOCKS),
+      ('up_block_types', self.up_block_types, UP_BLOCKS),
+    ):
+      if len(types) != levels:
+        raise ValueError(f'{name} has {len(types)} entries, but block_out_channels has {levels}')
+      if unknown := [block for block in types if block not in known]:
+        raise ValueError(f'{name}: {unknown[0]!r} is not one of {", ".join(known)}')
+    height, width = image_shape[:2]
+    factor = 2 ** (levels - 1)
+    if height % factor or width % factor:
+      raise ValueError(
+        f'{levels} levels (block_out_channels) need images whose sides divide by {factor}; these are {height}x{width}'
+      )
+    if not self.norm_num_groups or self.norm_num_groups < 1:
+      raise ValueError(f'norm_num_groups={self.norm_num_groups} must be positive')
+    for ch in self.block_out_channels:
+      if ch % self.norm_num_groups:
+        raise ValueError(f'norm_num_groups={self.norm_num_groups} does not divide {ch} channels')
+      if ch % (self.attention_head_dim or ch):
+        raise ValueError(f'attention_head_dim={self.attention_head_dim} does not divide {ch} channels')
+
+  def _style(self) -> Style:
+    return Style(
+      num_groups=self.norm_num_groups,
+      epsilon=self.norm_eps,
+      activation=self.act_fn,
+      scale_shift=self.resnet_time_scale_shift == 'scale_shift',
+      dropout=self.dropout,
+      dtype=DTYPES[self.dtype],
+      kernel=self.attention,
+    )
+
+  def _resnet(self, ch: int, name: str, way: str | None = None, divisor: float = 1.0) -> Any:
+    cls = nn.remat(Resnet, static_argnums=(3,)) if self.remat else Resnet
+    return cls(ch, self._style(), way, divisor, name=name)
+
+  def _attend(self, ch: int, name: str, num_groups: int | None, divisor: float = 1.0) -> Any:
+    cls = nn.remat(Attention) if self.remat else Attention
+    return cls(self.attention_head_dim or ch, self._style(), num_groups, divisor, name=name)
+
+  def _embedding(self, logsnr: jax.Array, cond: Cond) -> jax.Array:
+    """The embedding of time and class, (B, D) float32."""
+    assert isinstance(self.schedule, Discrete)
+    first = self.block_out_channels[0]
+    width = self.time_embedding_dim or 4 * first
+    timestep = self.schedule.timestep(logsnr)
+    emb = timestep_embedding(timestep, first, self.flip_sin_to_cos, self.freq_shift)
+    emb = nn.silu(nn.Dense(width, name='time_embedding.linear_1')(emb))
+    emb = nn.Dense(width, name='time_embedding.linear_2')(emb)
+    if self.num_classes:
+      if cond is None:
+        raise ValueError(f'a network with {self.num_classes} classes needs labels')
+      one_hot = jax.nn.one_hot(cond['label'], self.num_classes)
+      emb = emb + nn.Dense(width, use_bias=False, name='class_embedding')(one_hot)
+    return emb
+
+  @nn.compact
+  def __call__(
+    self, z: jax.Array, logsnr: jax.Array, cond: Cond = None, deterministic: bool = True
+  ) -> jax.Array:
+    """z: (B, H, W, C); logsnr: (B,); cond: `label` (B,) integers if conditional. Returns (B, H, W, out_ch)."""
+    det, dtype, style = deterministic, DTYPES[self.dtype], self._style()
+    emb = self._embedding(logsnr, cond)
+    levels = list(enumerate(self.block_out_channels))
+
+    def layer(h: jax.Array, ch: int, block: str, i: int, attend: bool) -> jax.Array:
+      h = self._resnet(ch, f'{block}.resnets.{i}')(h, emb, det)
+      return self._attend(ch, f'{block}.attentions.{i}', style.num_groups)(h) if attend else h
+
+    h = 2.0 * z - 1.0 if self.center_input_sample else z
+    h = nn.Conv(self.block_out_channels[0], (3, 3), dtype=dtype, name='conv_in')(h)
+    skips = [h]
+    for level, ch in levels:
+      attend, how = DOWN_BLOCKS[self.down_block_types[level]]
+      block = f'down_blocks.{level}'
+      for i in range(self.layers_per_block):
+        h = layer(h, ch, block, i, attend)
+        skips.append(h)
+      if level < len(levels) - 1:
+        name = f'{block}.downsamplers.0'
+        if (how or self.downsample_type) == 'resnet':
+          h = self._resnet(ch, name, 'down')(h, emb, det)
+        else:
+          padding = [(self.downsample_padding, 1)] * 2
+          h = nn.Conv(ch, (3, 3), strides=2, padding=padding, dtype=dtype, name=f'{name}.conv')(h)
+        skips.append(h)
+
+    ch, divisor = self.block_out_channels[-1], self.mid_block_scale_factor
+    h = self._resnet(ch, 'mid_block.resnets.0', divisor=divisor)(h, emb, det)
+    if self.add_attention:
+      groups = self.attn_norm_num_groups or (None if style.scale_shift else style.num_groups)
+      h = self._attend(ch, 'mid_block.attentions.0', groups, divisor)(h)
+    h = self._resnet(ch, 'mid_block.resnets.1', divisor=divisor)(h, emb, det)
+    self.sow(BOTTLENECK, 'h', h)
+
+    for place, (level, ch) in enumerate(reversed(levels)):
+      attend, how = UP_BLOCKS[self.up_block_types[place]]
+      block = f'up_blocks.{place}'
+      for i in range(self.layers_per_block + 1):
+        h = layer(jnp.concatenate([h, skips.pop()], axis=-1), ch, block, i, attend)
+      if level > 0:
+        name = f'{block}.upsamplers.0'
+        if (how or self.upsample_type) == 'resnet':
+          h = self._resnet(ch, name, 'up')(h, emb, det)
+        else:
+          h = nn.Conv(ch, (3, 3), dtype=dtype, name=f'{name}.conv')(upsample(h))
+
+    h = style.act(style.norm('conv_norm_out')(h)).astype(z.dtype)
+    return nn.Conv(self.out_ch, (3, 3), name='conv_out')(h)

@@ -1,0 +1,53 @@
+"""Recorded outputs of other projects' networks; see tests/parity_peers/. Weights are functions of their names."""
+
+import json
+import pathlib
+
+import numpy as np
+import safetensors.numpy
+
+from tests.parity_peers import weights
+
+ROOT = pathlib.Path(__file__).parent / 'parity_peers'
+
+
+def read(name):
+  """A case's description, and its arrays by name."""
+  with np.load(ROOT / name / 'io.npz') as arrays:
+    return json.loads((ROOT / name / 'case.json').read_text()), dict(arrays)
+
+
+def state_dict(case):
+  """The weights of a case by the peer's names, in the peer's layout."""
+  return {
+    entry['name']: weights.tensor(
+      entry.get('weights_name', entry['name']),
+      entry['shape'],
+      entry['kind'],
+      case.get('weights_gain', 1),
+    )
+    for entry in case['parameters']
+  }
+
+
+def write_pipeline(folder, case):
+  """A case as a pipeline folder of diffusers."""
+  (folder / 'unet').mkdir(parents=True)
+  (folder / 'scheduler').mkdir()
+  network = {'_class_name': case['class']} | case['config']
+  files = {
+    'model_index.json': {'_class_name': 'DDPMPipeline', 'unet': ['diffusers', case['class']]},
+    'unet/config.json': network,
+    'scheduler/scheduler_config.json': {'_class_name': 'DDPMScheduler'} | case['scheduler_config'],
+  }
+  for name, content in files.items():
+    (folder / name).write_text(json.dumps(content))
+  safetensors.numpy.save_file(state_dict(case), folder / 'unet' / 'diffusion_pytorch_model.safetensors')
+  return folder
+
+
+def assert_close(case, key, ours, theirs):
+  """Within max(1e-5, 5 times the case's sensitivity) of the largest number."""
+  tolerance = max(1e-5, 5.0 * case['sensitivity'].get(key, 0.0))
+  apart = np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+  assert apart <= tolerance, f'{key}: {apart:.2e} > {tolerance:.2e}'
