@@ -188,7 +188,7 @@ def _bytes(leaf: Any) -> int:
 
 
 def measure(case: Case) -> Found:
-  """Compiles a case for the available devices, whose number must match its layout."""
+  """Compiles a case for the devices there are, which must be those of its layout."""
   sharding.use(case.data, case.fsdp)
   stage = case.plan()
   given = arguments_of(stage)

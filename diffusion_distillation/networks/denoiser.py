@@ -15,7 +15,7 @@ from diffusion_distillation.networks.conditioning import Cond, Conditioning, zer
 from diffusion_distillation.networks.spaces import SPACES
 
 Params = Any
-BOTTLENECK = 'bottleneck'  # the collection to which a network sows its innermost activations
+BOTTLENECK = 'bottleneck'  # the collection into which a network sows its innermost activations
 
 
 class Network(Protocol):
@@ -111,13 +111,13 @@ class Denoiser:
     return process.OUTPUTS[self.output](z, logsnr, output)
 
   def bottleneck(self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
-    """The network's innermost activations, (B, h, w, c). Later layers are not computed."""
+    """The network's innermost activations, (B, h, w, c); what comes after them is not computed."""
     args = ({'params': params}, self._input(z, logsnr), logsnr, cond)
     _, sown = self.network.apply(*args, mutable=[BOTTLENECK])
     return sown[BOTTLENECK]['h'][0]
 
   def bottleneck_width(self, shape: tuple[int, ...]) -> int:
-    """Number of channels of the innermost activations for x of `shape`; ValueError if the network does not sow them."""
+    """Channels of the innermost activations for x of `shape`; ValueError if the network does not sow them."""
 
     def call(rng: jax.Array) -> jax.Array:
       z, logsnr = jnp.zeros((1, *shape)), jnp.zeros((1,))

@@ -72,9 +72,9 @@ class Adam:
   """Adam with decoupled weight decay. Its updates still have to be multiplied by -learning_rate.
 
   Attributes:
-    b1, b2, eps: Adam's hyper-parameters.
-    weight_decay: decoupled weight decay of every parameter (as in the papers).
-    clip_norm: global norm to which the gradients of the mean loss over the batch are clipped.
+    b1, b2, eps: Adam's.
+    weight_decay: decoupled, on every parameter (as the papers' optimizer did).
+    clip_norm: global norm that gradients are clipped to, after the mean over the batch.
   """
 
   b1: float = 0.9

@@ -23,17 +23,17 @@ class Recipe:
   Attributes:
     networks: every network that the method's loss receives, by name; see `Method.networks`.
     method: the loss.
-    optimizer: the optimizer of each network, for unit learning rate; every network has its own state.
-    learning_rate: learning rate as a function of the step, by network in training.
-    ema_decay: decay rate of each moving average; 0 follows the parameters.
-    seed: seed of all randomness in this stage.
+    optimizer: from a network's gradients to its updates of unit learning rate; each network has one of its own.
+    learning_rate: of each step, by network in training.
+    ema_decay: of each moving average; 0 follows the parameters.
+    seed: of all noise in this stage.
     space: what x is.
     shape: shape of a batch of x, (B, H, W, C).
     random_flip: whether images are mirrored at random.
-    dequantize: whether uniform noise is added to x; see `Space.dequantize`.
-    cond_dropout: probability that the conditioning of an example is dropped.
-    ema_ramp: limit of the averages' half-life early in the stage; see `average_weight`.
-    micro_batches: number of parts that a batch is split into, whose gradients are accumulated.
+    dequantize: whether x is spread evenly over what decodes to the same image.
+    cond_dropout: probability that an example's conditions are withheld.
+    ema_ramp: how soon the averages reach their decay; see `average_weight`.
+    micro_batches: parts that a batch is cut into, whose gradients are added up.
   """
 
   networks: FrozenDict[str, Any] = flax.struct.field(pytree_node=False)

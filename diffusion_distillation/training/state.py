@@ -15,12 +15,12 @@ class TrainState:
   """Everything about a stage in training that is not determined by its config; checkpointed as a whole.
 
   Attributes:
-    step: number of updates so far, including skipped ones.
-    params: parameters of the networks in training, by name.
-    ema_params: the student's moving averages, one per decay rate; the first one is sampled.
-    opt_state: optimizer states, by network.
-    skipped: number of updates that were skipped because loss or gradient was not finite.
-    skipped_in_a_row: number of updates that were skipped since the last one that was not.
+    step: updates tried so far, skipped ones included.
+    params: the networks in training, by name.
+    ema_params: the student's moving averages, one for each decay; the first is what is sampled.
+    opt_state: the optimizer's, by network.
+    skipped: updates that were not made because loss or gradient was not finite.
+    skipped_in_a_row: the same, since the last one that was made.
   """
 
   step: jax.Array

@@ -119,7 +119,7 @@ def _apply(
 def _advance(
   recipe: Recipe, name: str, network: tuple[Any, ...], gradient: Any, step: jax.Array
 ) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
-  """A network's next (parameters, optimizer state, averages), and the norms of its gradient and update."""
+  """A network's next (parameters, optimizer state, averages), and the sizes of its gradient and update."""
   params, opt_state, averages = network
   rate = recipe.learning_rate[name](step)
   updates, opt_state = recipe.optimizer.transform().update(gradient, opt_state, params)
