@@ -1,14 +1,14 @@
 """The ablations of Salimans & Ho (2022) on digits: python benchmarks/ablation.py --workdir=runs/ablation
 
-Four parts, each with several seeds (of parameters, batches and noise; the spread is over these):
+There are four parts, each run with several seeds (of parameters, batches and noise):
 
-  outputs      Table 1: what the network predicts x weighting of the loss x sampler
-  integrators  appendix D: integrators of one undistilled model by network calls
-  updates      Figure 6: updates a round, 64 steps halved to 1
-  factor       Figure 7: a quarter of the steps each round, against half of them
+  outputs      Table 1: network output x loss weighting x sampler
+  integrators  appendix D: integrators of one undistilled model, by number of network evaluations
+  updates      Figure 6: updates per round, 64 steps halved to 1
+  factor       Figure 7: quartering the number of steps in each round, compared with halving it
 
-Every model is a run of the package in a directory of its own, every measurement a row of rows.json: the same
-command goes on where it was stopped. tables.md and a picture a part are written after each seed.
+Every model is a run of the package in its own directory, and every measurement is a row of rows.json, so that the same
+command resumes an interrupted run. tables.md and one figure per part are written after each seed.
 """
 
 import argparse
@@ -39,11 +39,11 @@ from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.training import step
 
-START = 64  # steps that rounds begin at
+START = 64  # number of steps before the first round
 
 
 def make_config(seed: int, scale: float, **changes: Any) -> ml_collections.ConfigDict:
-  """A network of a quarter of the demo's parameters, trained for `scale` times 1000 updates."""
+  """A config with a quarter of the demo's parameters and `scale` times 1000 updates."""
   config = digits.get_config()
   config.seed = seed
   config.model.ch, config.model.emb_ch = 16, 64
@@ -62,7 +62,7 @@ def make_config(seed: int, scale: float, **changes: Any) -> ml_collections.Confi
 
 @dataclasses.dataclass
 class Bench:
-  """What all parts share; rows are kept in `workdir`/rows.json as soon as they are measured."""
+  """Shared by all parts; rows are written to `workdir`/rows.json as soon as they are measured."""
 
   workdir: pathlib.Path
   scale: float
@@ -81,7 +81,9 @@ class Bench:
     self.path = self.workdir / 'rows.json'
     stored = read_json(self.path) if self.path.exists() else {'scale': self.scale, 'rows': []}
     if stored['scale'] != self.scale:
-      raise UserError(f'{self.path} is of --scale={stored["scale"]}; use that, or another --workdir')
+      raise UserError(
+        f'{self.path} was made with --scale={stored["scale"]}; use that, or another --workdir'
+      )
     self.rows: list[dict[str, Any]] = stored['rows']
 
   def fit(
@@ -91,7 +93,7 @@ class Bench:
     base: Model | None = None,
     down_to: int = 1,
   ) -> list[Model]:
-    """The base of a config, or the rounds that start from `base`; finished ones are only restored."""
+    """The base model of a config, or the rounds that start from `base`; finished stages are only restored."""
     planned = plan.plan(config, (8, 8, 1), 10)
     workdir = self.workdir / f'seed_{config.seed}' / name
     workdir.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ class Bench:
     return models[1:]
 
   def has(self, part: str, seed: int, **key: Any) -> bool:
-    """Whether the row is there."""
+    """Whether the row exists."""
     wanted = {'part': part, 'seed': seed, **key}
     return any(all(row.get(k) == v for k, v in wanted.items()) for row in self.rows)
 
@@ -119,7 +121,7 @@ class Bench:
     num_steps: int,
     **key: Any,
   ) -> None:
-    """Adds a row unless it is there; None where training diverged."""
+    """Adds a row unless it exists; its value is None if training diverged."""
     if self.has(part, config.seed, sampler=sampler, num_steps=num_steps, **key):
       return
     nfe, value = measure.make(config, sampler).calls(num_steps), None
@@ -140,14 +142,14 @@ class Bench:
     sampler: str = 'ddim',
     num_steps: int | None = None,
   ) -> float:
-    """The Frechet distance of a model's samples, in its own number of steps by default."""
+    """The Frechet distance of a model's samples, by default with its own number of steps."""
     setting = measure.Setting(model, sampler, num_steps or model.stage.num_steps)
     row, _ = measure.measure_setting(config, setting, self.extractor, self.reference, floor=0.0)
     value: float = row['value']
     return value
 
   def base(self, config: ml_collections.ConfigDict) -> Model:
-    """The undistilled model that all parts but the first look at: v, truncated SNR."""
+    """The undistilled model that all parts except the first use: v, truncated SNR."""
     return self.fit(f'{config.model.output}-{config.weighting}', config)[0]
 
 
@@ -169,7 +171,7 @@ def run_outputs(bench: Bench, seed: int) -> None:
 
 
 def run_integrators(bench: Bench, seed: int) -> None:
-  """Every integrator at as many network calls."""
+  """Every integrator, with the same numbers of network evaluations."""
   for caption, sampler, gamma in INTEGRATORS:
     config = make_config(seed, bench.scale, evaluation__gamma=gamma)
     per_step = measure.make(config, sampler).calls_per_step
@@ -192,7 +194,7 @@ def _rounds(bench: Bench, part: str, seed: int, caption: str, factor: int, updat
     return
 
   def model(num_steps: int) -> Model:
-    """Trained if need be, and all rounds before it; raises NumericalError if one of them diverges."""
+    """The student of a round; trains it and earlier rounds if necessary. Raises NumericalError if one diverges."""
     base = bench.base(make_config(seed, bench.scale))
     return bench.fit(caption.replace(' ', '_'), config, base, down_to=num_steps)[-1]
 
@@ -201,7 +203,7 @@ def _rounds(bench: Bench, part: str, seed: int, caption: str, factor: int, updat
 
 
 def run_updates(bench: Bench, seed: int) -> None:
-  """The base under DDIM, and students of rounds of several lengths."""
+  """The base model under DDIM, and the students of rounds of several lengths."""
   config = make_config(seed, bench.scale)
   for num_steps in (1, 2, 4, 8, 16, 32, 64):
     bench.measure('updates', config, lambda: bench.base(config), 'ddim', num_steps, caption='base')
@@ -210,7 +212,7 @@ def run_updates(bench: Bench, seed: int) -> None:
 
 
 def run_factor(bench: Bench, seed: int) -> None:
-  """Rounds that quarter the number of steps; the halving ones are those of `updates`."""
+  """Rounds that quarter the number of steps; those that halve it belong to `updates`."""
   most = UPDATES[-1]
   _rounds(bench, 'factor', seed, 'quarter', 4, (most, 2 * most))
 
@@ -224,7 +226,7 @@ RUN = {
 
 
 def write(bench: Bench) -> str:
-  """Writes tables.md and the pictures, of the rows that there are; returns the tables."""
+  """Writes tables.md and the figures from the rows so far; returns the tables."""
   text = '\n\n'.join(f'## {part}\n\n{table}' for part, table in tables(bench.rows))
   (bench.workdir / 'tables.md').write_text(text + '\n')
   for part, figure in figures(bench.rows):
@@ -235,23 +237,25 @@ def write(bench: Bench) -> str:
 def main(
   about: str, run: Mapping[str, Callable[[Bench, int], None]], write: Callable[[Bench], str]
 ) -> None:
-  """The command line of a benchmark in parts: runs them seed by seed, and prints what `write` returns.
+  """The command line of a benchmark with parts: runs them seed by seed, and prints what `write` returns.
 
   Args:
     about: the first line of the help.
-    run: does a part with a seed, by the part's name; what is there already is left as it is.
-    write: writes what there is after a seed, and returns its tables.
+    run: functions that run a part with a seed, by name; they skip what has been done.
+    write: writes the results so far, after each seed, and returns the tables.
   """
   parser = argparse.ArgumentParser(description=about)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--scale', type=float, default=1.0, help='times the updates of every stage')
+  parser.add_argument(
+    '--scale', type=float, default=1.0, help='factor on the number of updates of every stage'
+  )
   parser.add_argument('--parts', default=','.join(run))
   options = parser.parse_args()
   parts = options.parts.split(',')
   unknown = [part for part in parts if part not in run]
   if unknown or options.seeds < 1 or options.scale <= 0:
-    parser.error(f'--parts are some of {",".join(run)}; --seeds and --scale are positive')
+    parser.error(f'--parts must be among {",".join(run)}; --seeds and --scale must be positive')
   interrupts.install()
   began, text = time.monotonic(), ''
   try:

@@ -1,4 +1,4 @@
-"""Tables and pictures of what `benchmarks/ablation.py` measured, and the settings that they are made of."""
+"""Tables and figures of the measurements of `benchmarks/ablation.py`, and the settings that they contain."""
 
 import statistics
 from collections.abc import Iterable, Iterator
@@ -20,11 +20,11 @@ INTEGRATORS = (
   ('DPM-Solver++(2M)', 'dpm_solver_2m', 0.0),
 )
 CALLS = (8, 16, 32, 64)
-UPDATES = (25, 50, 100, 200)  # a round; twice as many for those to 2 and to 1
+UPDATES = (25, 50, 100, 200)  # updates per round; twice as many for the rounds to 2 steps and to 1
 
 
 def spread(values: Iterable[float | None]) -> str:
-  """'mean ± standard deviation' over seeds; None is the value of a training that diverged."""
+  """'mean ± standard deviation' over seeds; a value of None stands for a run that diverged."""
   values = list(values)
   if not values:
     return 'not measured'
@@ -39,19 +39,19 @@ def spread(values: Iterable[float | None]) -> str:
 
 
 def select(rows: list[dict[str, Any]], part: str, **key: Any) -> list[float | None]:
-  """Values of the rows of a part that have these fields, one a seed."""
+  """Values of the rows of a part with these fields, one per seed."""
   wanted = {'part': part, **key}
   return [row['value'] for row in rows if all(row.get(k) == v for k, v in wanted.items())]
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
-  """A table."""
+  """A markdown table."""
   lines = [header, ['---'] * len(header), *body]
   return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
 
 
 def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-  """(part, table) for every part."""
+  """Yields (part, table) for every part."""
   body = []
   for output in OUTPUTS:
     for weighting in WEIGHTINGS:
@@ -66,14 +66,14 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     [caption, *(spread(select(rows, 'integrators', caption=caption, nfe=nfe)) for nfe in CALLS)]
     for caption, *_ in INTEGRATORS
   ]
-  yield 'integrators', markdown(['integrator', *(f'{nfe} calls' for nfe in CALLS)], body)
+  yield 'integrators', markdown(['integrator', *(f'NFE {nfe}' for nfe in CALLS)], body)
 
   counts = (32, 16, 8, 4, 2, 1)
   body = [
     [shown, *(spread(select(rows, part, caption=caption, num_steps=n)) for n in counts)]
     for part, caption, shown in _curves('updates')
   ]
-  yield 'updates', markdown(['a round', *(f'{n} step{"s" * (n > 1)}' for n in counts)], body)
+  yield 'updates', markdown(['updates per round', *(f'{n} step{"s" * (n > 1)}' for n in counts)], body)
 
   counts = (16, 4, 1)
   body = [
@@ -82,12 +82,12 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
   ]
   yield (
     'factor',
-    markdown(['steps left by a round', *(f'{n} step{"s" * (n > 1)}' for n in counts)], body),
+    markdown(['each round keeps', *(f'{n} step{"s" * (n > 1)}' for n in counts)], body),
   )
 
 
 def _curves(part: str) -> list[tuple[str, str, str]]:
-  """(part of the row, its caption, what is shown) of the lines of a table."""
+  """Yields (fields of the row, caption, values) for the lines of a table."""
   if part == 'factor':
     return [('updates', f'{UPDATES[-1]} updates', 'half'), ('factor', 'quarter', 'quarter')]
   captions = ['base', *(f'{count} updates' for count in UPDATES)]
@@ -95,7 +95,7 @@ def _curves(part: str) -> list[tuple[str, str, str]]:
 
 
 def figures(rows: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
-  """(part, figure) for every part: mean over seeds, bars from the least to the greatest."""
+  """Yields (part, figure) for every part: means over seeds, with bars from the smallest to the largest value."""
   figure, axes = _figure('weighting')
   for k, output in enumerate(OUTPUTS):
     for sampler, marker in (('ancestral', '^'), ('ddim', 'o')):
@@ -108,7 +108,7 @@ def figures(rows: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
   axes.legend(frameon=False, ncols=2, fontsize=8)
   yield 'outputs', figure
 
-  figure, axes = _figure('network calls an image')
+  figure, axes = _figure('network evaluations per image')
   for k, (caption, *_) in enumerate(INTEGRATORS):
     columns = [select(rows, 'integrators', caption=caption, nfe=nfe) for nfe in CALLS]
     _bars(axes, list(CALLS), columns, f'C{k}', 'o', caption)
@@ -116,7 +116,7 @@ def figures(rows: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
   yield 'integrators', figure
 
   for part, counts in (('updates', (1, 2, 4, 8, 16, 32)), ('factor', (1, 4, 16))):
-    figure, axes = _figure('network calls an image')
+    figure, axes = _figure('network evaluations per image')
     for k, (source, caption, shown) in enumerate(_curves(part)):
       columns = [select(rows, source, caption=caption, num_steps=n) for n in counts]
       _bars(axes, list(counts), columns, f'C{k}', 'o', shown)
@@ -147,7 +147,7 @@ def _bars(
   label: str | None,
   line: bool = True,
 ) -> None:
-  """Means, with bars from the least to the greatest; columns without values are left out."""
+  """Plots means, with bars from the smallest to the largest value; columns without values are left out."""
   known = [(x, [v for v in values if v is not None]) for x, values in zip(xs, columns, strict=True)]
   known = [(x, values) for x, values in known if values]
   if not known:

@@ -1,4 +1,4 @@
-"""Networks that the benchmarks of speed know by name, and the work that they can be given."""
+"""The networks and kinds of work that the benchmarks of speed can measure, by name."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from diffusion_distillation.stages import plan
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import sharding
 
-WORKS = {  # what is timed, and the stage that it belongs to
+WORKS = {  # kind of work -> the stage that it belongs to
   'base': 'base',
   'round': 'progressive',
   'dmd': 'dmd',
@@ -40,13 +40,13 @@ def _imagenet64_small() -> ml_collections.ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A network that can be asked for by name.
+  """A network that can be benchmarked.
 
   Attributes:
-    config: makes the config that it is part of.
+    config: returns a config with this network.
     image_shape: (H, W, C).
-    num_classes: of the images.
-    batch_size: examples per update unless another number is asked for.
+    num_classes: number of classes of the images.
+    batch_size: default number of examples per update.
   """
 
   config: Callable[[], ml_collections.ConfigDict]
@@ -67,16 +67,16 @@ NETWORKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A network and the work that it is given.
+  """A network and a kind of work.
 
   Attributes:
     network: a name in NETWORKS.
     work: a name in WORKS.
-    batch: examples per update, or images that are drawn at a time; 0 for the network's own number.
-    dtype: of the activations, and of the frozen teacher's parameters.
-    calls: network calls per image in sampling.
-    wider: factor on the network's channels.
-    larger: factor on the sides of the images; attention stays at the levels where it is.
+    batch: examples per update, or images drawn at a time; 0 for the network's default.
+    dtype: type of the activations and of the frozen teacher's parameters.
+    calls: network evaluations per image in sampling.
+    wider: factor on the number of channels.
+    larger: factor on the height and width of the images; attention stays at the same levels.
   """
 
   network: str
@@ -89,11 +89,11 @@ class Case:
 
   @property
   def batch_size(self) -> int:
-    """Examples, rounded up to a multiple of the number of devices."""
+    """Number of examples, rounded up to a multiple of the number of devices."""
     return sharding.round_up(self.batch or NETWORKS[self.network].batch_size)
 
   def config(self) -> ml_collections.ConfigDict:
-    """The network's, with everything else as the case says."""
+    """The network's config, changed according to the case."""
     c = NETWORKS[self.network].config()
     c.methods = ('progressive', 'dmd')
     c.distill.factor = (2,)
@@ -115,10 +115,10 @@ class Case:
     return next(stage for stage in stages if stage.name.startswith(WORKS[self.work]))
 
   def to_json(self) -> str:
-    """The case as `from_json` reads it."""
+    """The case as JSON."""
     return json.dumps(dataclasses.asdict(self))
 
   @classmethod
   def from_json(cls, text: str) -> 'Case':
-    """The case that `to_json` has written."""
+    """The inverse of `to_json`."""
     return cls(**json.loads(text))

@@ -1,4 +1,4 @@
-"""What the collectives of a compiled program move, read from its HLO text."""
+"""The data volume of the collectives in a compiled program, from its HLO text."""
 
 import collections
 import dataclasses
@@ -7,7 +7,12 @@ import re
 from collections.abc import Iterator
 
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
-_BITS = {'pred': 8, 'bf16': 16, 'c64': 64, 'c128': 128}  # the others say theirs: f32, s8, u4, f8e4m3fn
+_BITS = {
+  'pred': 8,
+  'bf16': 16,
+  'c64': 64,
+  'c128': 128,
+}  # the names of other types contain their size: f32, s8, u4, f8e4m3fn
 _ARRAY = re.compile(r'\b(pred|bf16|[fsuc]\d+(?:e\w+)?)\[([\d,]*)\]')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.-]+ = (\([^()]*(?:\([^()]*\)[^()]*)*\)|\S+) ([\w-]+)\(')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .* )?\{')
@@ -19,14 +24,14 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One instruction.
+  """A collective instruction.
 
   Attributes:
     kind: one of KINDS.
-    bytes: of its result on each device, of all arrays if there are several.
-    devices: in each group that exchange with each other; 0: all there are.
-    calls: how often it runs in one call of the program.
-    name: of the operation of the source that it comes from.
+    bytes: size of its result on each device, over all arrays.
+    devices: number of devices per replica group; 0 for all devices.
+    calls: number of executions per call of the program.
+    name: name of the operation in the source.
   """
 
   kind: str
@@ -37,7 +42,7 @@ class Collective:
 
 
 def array_bytes(shape: str) -> int:
-  """Bytes of an HLO shape, such as `f32[8,3]{1,0}` or a tuple of such."""
+  """Size in bytes of an HLO shape, such as `f32[8,3]{1,0}`, or of a tuple of shapes."""
   total = 0
   for dtype, sizes in _ARRAY.findall(shape):
     bits = _BITS.get(dtype) or int(re.findall(r'\d+', dtype)[0])
@@ -48,7 +53,7 @@ def array_bytes(shape: str) -> int:
 def read(text: str) -> list[Collective]:
   """The collectives of an HLO module's text.
 
-  An asynchronous one counts at its end (`-done`); one in a loop as often as the loop is known to run.
+  Asynchronous collectives are counted at their end (`-done`), and those in loops are multiplied by the trip count.
   """
   bodies, entry = _computations(text)
   found: list[Collective] = []
@@ -76,7 +81,7 @@ def read(text: str) -> list[Collective]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """The lines of each computation, and the name of the first to run."""
+  """The lines of each computation, and the name of the entry computation."""
   bodies: dict[str, list[str]] = {}
   entry, lines = '', None
   for line in text.splitlines():
@@ -92,7 +97,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _calls(line: str, operation: str) -> Iterator[tuple[str, int]]:
-  """Computations that an instruction runs, and how often; not what it applies to pairs of numbers."""
+  """The computations that an instruction calls, and how often; reducers are left out."""
   if operation in ('call', 'while', 'fusion', 'conditional', 'async-start'):
     trips = _TRIPS.search(line)
     times = int(trips[1]) if trips and operation == 'while' else 1
@@ -102,7 +107,7 @@ def _calls(line: str, operation: str) -> Iterator[tuple[str, int]]:
 
 
 def _group(line: str) -> int:
-  """Devices of a replica group: of `[4,2]<=[8]`, `{{0,1},{2,3}}` or `mesh['a'=4,'b'=2] {'b'}`."""
+  """Number of devices in a replica group, from `[4,2]<=[8]`, `{{0,1},{2,3}}` or `mesh['a'=4,'b'=2] {'b'}`."""
   sizes = re.search(r'replica_groups=\[\d+,(\d+)\]', line)
   if sizes:
     return int(sizes[1])
@@ -118,7 +123,7 @@ def _group(line: str) -> int:
 
 
 def by_kind(found: list[Collective]) -> dict[str, int]:
-  """Bytes of one call of the program, by kind; those without any are left out."""
+  """Bytes per call of the program, by kind; kinds that do not occur are left out."""
   total: dict[str, int] = collections.Counter()
   for collective in found:
     total[collective.kind] += collective.bytes * collective.calls

@@ -1,10 +1,9 @@
 """How time and memory grow: python benchmarks/growth.py --network=tiny
 
-Doubles the batch, the sides of the images or the channels of the network, and measures the update of base training at
-each point; doubles the number of steps, and measures sampling. Each point is measured in a process of its own. From the
-points of a sequence, exponents p of y = c x^p are fitted: of the time, of memory, and of the FLOPs, counted in the
-program before the compiler changes it. Where time grows with another exponent than FLOPs do, something else than
-arithmetic costs it.
+This measures an update of base training while the batch size, the height and width of the images, or the number of
+channels are doubled repeatedly, and sampling while the number of steps is. Each point is measured in a process of its
+own. The exponent p of y = c x^p is fitted for time, memory and FLOPs, which are counted in the program before compiler
+optimizations. If time grows with a different exponent than FLOPs, it is not determined by arithmetic.
 """
 
 import argparse
@@ -24,18 +23,18 @@ from diffusion_distillation.networks.unet import DTYPES
 
 COLUMNS = (
   *('ms (quartiles)', 'GFLOP', '% of peak', 'peak memory, GB', 'planned, GB'),
-  *('exponent since the row above', 'expected from FLOPs'),
+  *('exponent from the row above', 'expected from FLOPs'),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """Something that is doubled.
+  """A quantity that is doubled.
 
   Attributes:
-    work: what is measured, a name in `cases.WORKS`.
-    at: the case at 1, 2, 4, ... times the smallest value.
-    value: its value in a row.
+    work: the work that is measured, a name in `cases.WORKS`.
+    at: returns the case at 1, 2, 4, ... times the smallest value.
+    value: returns the quantity of a row.
   """
 
   work: str
@@ -63,7 +62,7 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Exponents:
-  """Of a sequence of rows, or between two of them; None where a row has no such number."""
+  """Exponents of a sequence of rows, or between two rows; None where a row lacks the number."""
 
   seconds: float
   flops: float
@@ -83,7 +82,7 @@ def exponents(xs: Sequence[float], rows: Sequence[Row]) -> Exponents:
 
 
 def cells(row: Row, since: Exponents | None) -> tuple[str, ...]:
-  """Under COLUMNS; `since` the row above, if there is one."""
+  """The cells of a row, in the order of COLUMNS; `since` is the row above, if there is one."""
   planned = '-' if row.planned is None else f'{row.planned / 1e9:.4f}'
   grown = ('-', '-') if since is None else (f'{since.seconds:z.2f}', f'{since.flops:z.2f}')
   return (
@@ -96,13 +95,13 @@ def show(name: str, case: Case, points: int, measure: Callable[[Case], Row | str
   """Measures a sequence and prints its table.
 
   Args:
-    name: of the axis, in AXES.
-    case: at its smallest; its work is replaced by that of the axis.
-    points: how many times it is measured, each twice as large as the one before.
-    measure: measures a case, or returns what went wrong, which ends the sequence.
+    name: name of the axis, in AXES.
+    case: the smallest case; its work is replaced by that of the axis.
+    points: number of points, each twice as large as the one before.
+    measure: measures a case, or returns a description of the failure, which ends the sequence.
 
   Returns:
-    `rows`, `exponents` (None of fewer than two rows) and `failed`, what went wrong or None; for JSON.
+    `rows`, `exponents` (None for fewer than two rows) and `failed`, the failure or None; for JSON.
   """
   axis, rows, xs, failed = AXES[name], list[Row](), list[float](), None
   for k in range(points):
@@ -134,29 +133,31 @@ def show(name: str, case: Case, points: int, measure: Callable[[Case], Row | str
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-  """Reads the flags."""
+  """Parses the flags."""
   parser = measuring.Parser(description=__doc__.splitlines()[0])
   parser.add_argument(
     '--network',
     type=measuring.one_of('network', cases.NETWORKS),
     default='tiny',
-    help='at its smallest',
+    help='the network at its smallest size',
   )
   parser.add_argument('--axes', type=measuring.some_of('axis', AXES), default=','.join(AXES))
-  parser.add_argument('--points', type=measuring.at_least(1), default=4, help='points of each sequence')
   parser.add_argument(
-    '--batch', type=measuring.at_least(1), default=0, help="images; by default the network's own"
+    '--points', type=measuring.at_least(1), default=4, help='number of points per sequence'
+  )
+  parser.add_argument(
+    '--batch', type=measuring.at_least(1), default=0, help="images per batch; by default the network's"
   )
   parser.add_argument('--dtype', type=measuring.one_of('type', DTYPES), default='float32')
   parser.add_argument(
-    '--seconds', type=measuring.duration, default=5.0, help='time to spend on each point'
+    '--seconds', type=measuring.duration, default=5.0, help='approximate seconds per point'
   )
-  parser.add_argument('--json', type=pathlib.Path, help='file that the results are also written to')
+  parser.add_argument('--json', type=pathlib.Path, help='file to write the results to, in addition')
   return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Reads the flags and prints the tables; the exit code is 1 if a point failed."""
+  """Parses the flags and prints the tables; the exit code is 1 if a point failed."""
   args = parse(argv)
   case = Case(args.network, 'base', args.batch, args.dtype)
   found = {

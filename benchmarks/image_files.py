@@ -1,4 +1,4 @@
-"""The same pictures in every form that a set can have on disk: what benchmarks/input_pipeline.py reads."""
+"""The same images in every format that a dataset can have on disk, for benchmarks/input_pipeline.py."""
 
 import io
 import pathlib
@@ -11,11 +11,11 @@ from PIL import Image
 from diffusion_distillation import datasets
 from diffusion_distillation.datasets import shapes
 
-SIDE = 256  # of a JPEG, as of a photo that was made smaller
+SIDE = 256  # size of the JPEG files, that of a downscaled photo
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder):
-  """Drawn shapes as a set of tensorflow-datasets; the image as JPEG."""
+  """Synthetic shapes as a dataset of tensorflow-datasets, stored as JPEG."""
 
   VERSION = tfds.core.Version('1.0.0')
   name = 'pictures'
@@ -37,7 +37,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
 
 
 def encoded(count: int, side: int, form: str) -> Iterator[tuple[bytes, int]]:
-  """Bytes of a file ('png', 'jpeg') and label."""
+  """Returns the bytes of a file ('png' or 'jpeg') and its label."""
   for k in range(count):
     file = io.BytesIO()
     Image.fromarray(shapes.draw(shapes.parameters(k), side, 3)).save(file, form)
@@ -45,7 +45,7 @@ def encoded(count: int, side: int, form: str) -> Iterator[tuple[bytes, int]]:
 
 
 def write(root: pathlib.Path, count: int, image_size: int) -> dict[str, datasets.Settings]:
-  """Writes `count` pictures below `root` in each form; returns how each is opened, by caption."""
+  """Writes `count` images below `root` in each format; returns the settings that open each, by caption."""
   photos, pngs, archive = root / 'photos', root / f'png{image_size}', root / f'png{image_size}.zip'
   for folder, side, form in ((photos, SIDE, 'jpeg'), (pngs, image_size, 'png')):
     if folder.exists():
@@ -64,10 +64,12 @@ def write(root: pathlib.Path, count: int, image_size: int) -> dict[str, datasets
     return datasets.Settings(name, str(path), prepared, '', '', image_size, None, 'area')
 
   return {
-    'drawn shapes': settings('shapes'),
+    'synthetic shapes': settings('shapes'),
     f'folder of PNG, {image_size}x{image_size}': settings('folder', pngs),
     f'zip of PNG, {image_size}x{image_size}': settings('folder', archive),
     f'folder of JPEG, {SIDE}x{SIDE}': settings('folder', photos),
     f'tensorflow-datasets, JPEG {SIDE}x{SIDE}': settings('pictures', root / 'tfds'),
-    'prepared copy of the last': settings('pictures', root / 'tfds', str(root / f'copy{image_size}')),
+    'prepared copy of that dataset': settings(
+      'pictures', root / 'tfds', str(root / f'copy{image_size}')
+    ),
   }

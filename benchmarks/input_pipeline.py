@@ -1,11 +1,11 @@
-"""Images a second from every kind of source, beside what training consumes: python benchmarks/input_pipeline.py
+"""Throughput of every kind of image source, compared with what training consumes: python benchmarks/input_pipeline.py
 
-First table: images a second of batches of 128, with 0 (threads) and more worker processes, and from memory; each also as
-a ratio to what one GPU consumes that sustains --tflops on a training step of the paper's network of that size (from
-the FLOPs of the lowered step, batch and dropout as in configs/). Second table: training the digits network at 32x32 on
-this machine, the share of a step's time that is not there when every step takes the same batch. Third: a folder of
---files PNG files (links to a few thousand), the seconds until its first batch, and this process's memory after more and
-more batches.
+First table: images per second in batches of 128, with threads, with worker processes, and from memory; each also
+relative to the consumption of one GPU that sustains --tflops on a training step of the paper's network for that size
+(from the FLOPs of the lowered step, with batch size and dropout as in configs/). Second table: training the digits
+network at 32x32 on this machine; the fraction of a step's time that disappears if every step uses the same batch. Third
+table: a folder of --files PNG files (links to a few thousand); the time until its first batch, and the memory of this
+process after increasing numbers of batches.
 """
 
 import argparse
@@ -41,7 +41,7 @@ PAPER = {32: ('cifar10', cifar10.get_config), 64: ('imagenet64', imagenet64.get_
 
 
 def flops_per_image(config: Config) -> float:
-  """FLOPs of one update of base training, an image, from the step as it is lowered; nothing is compiled."""
+  """FLOPs per image of an update of base training, counted in the lowered step; nothing is compiled."""
   described = datasets.describe(datasets.Settings.of(config.dataset))
   base = plan.plan(config, *described)[0]
   recipe = base.recipe.replace(shape=(8, *base.recipe.shape[1:]))
@@ -52,7 +52,7 @@ def flops_per_image(config: Config) -> float:
 
 
 def images_per_second(loader: loading.Loader, seconds: float) -> float:
-  """The rate of shuffled batches, after the first few."""
+  """Images per second in shuffled batches, after the first few."""
   with contextlib.closing(loader.shuffled(0, BATCH, 0, sys.maxsize)) as batches:
     for _ in range(4):
       next(batches)
@@ -71,8 +71,8 @@ def rates(root: pathlib.Path, image_size: int, args: argparse.Namespace) -> None
   flops = flops_per_image(get_config())
   consumed = args.tflops * 1e12 / flops
   print(
-    f'\n{image_size}x{image_size}: an update of configs/{name}.py takes {flops / 1e9:.0f} GFLOP an image; '
-    f'{args.tflops} TFLOP/s consume {consumed:.0f} images a second'
+    f'\n{image_size}x{image_size}: an update of configs/{name}.py takes {flops / 1e9:.0f} GFLOP per image; '
+    f'{args.tflops} TFLOP/s consume {consumed:.0f} images per second'
   )
   ways = [('threads', 0, 0.0), (f'{args.workers} workers', args.workers, 0.0), ('memory', 0, 1e3)]
   print(f'{"source":<36}' + ''.join(f'{way:>12}{"ratio":>8}' for way, _, _ in ways))
@@ -98,14 +98,14 @@ def waits(root: pathlib.Path, args: argparse.Namespace) -> None:
   count = math.ceil(args.seconds * 2)
 
   def given(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the step is given of a batch of the loader."""
+    """The part of a loader's batch that the step receives."""
     return {
       'image': batch['image'],
       'cond': conditioning.select(base.recipe.conditioning, batch['cond']),
     }
 
   def seconds(batches: object) -> float:
-    """Of an update."""
+    """Seconds per update."""
     state = sharding.replicate(base.recipe.create_state(params))
     taken = sharding.ahead(map(given, batches))  # type: ignore[call-overload]
     for _ in range(2):
@@ -120,7 +120,7 @@ def waits(root: pathlib.Path, args: argparse.Namespace) -> None:
   print(
     f'\nTraining the digits network at 32x32 on {os.cpu_count()} cores, batches of {base.batch_size}:'
   )
-  print(f'{"source":<44}{"ms a step":>10}{"same batch":>12}{"share of waiting":>18}')
+  print(f'{"source":<44}{"ms per step":>12}{"same batch":>12}{"waiting":>18}')
   ways = [('memory', 0, 1e3), ('threads', 0, 0.0), (f'{args.workers} workers', args.workers, 0.0)]
   for caption, (way, workers, in_memory_gb) in itertools.product(settings, ways):
     if not caption.startswith(('folder of JPEG', 'prepared')):
@@ -133,7 +133,7 @@ def waits(root: pathlib.Path, args: argparse.Namespace) -> None:
       took = seconds(batches)
     alone = seconds(itertools.repeat(first))
     share = max(0.0, 1.0 - alone / took)
-    print(f'{f"{caption}, {way}":<44}{1000 * took:10.0f}{1000 * alone:12.0f}{share:18.0%}', flush=True)
+    print(f'{f"{caption}, {way}":<44}{1000 * took:12.0f}{1000 * alone:12.0f}{share:18.0%}', flush=True)
 
 
 def large_folder(root: pathlib.Path, args: argparse.Namespace) -> None:
@@ -167,13 +167,15 @@ def large_folder(root: pathlib.Path, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-  """Reads flags, and prints the tables."""
+  """Parses flags and prints the tables."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--images', type=int, default=4096, help='in each source')
-  parser.add_argument('--files', type=int, default=100_000, help='in the large folder')
-  parser.add_argument('--workers', type=int, default=2, help='processes that read')
-  parser.add_argument('--seconds', type=float, default=4.0, help='of each measurement, about')
-  parser.add_argument('--tflops', type=float, default=200.0, help='that the GPU sustains')
+  parser.add_argument('--images', type=int, default=4096, help='number of images in each source')
+  parser.add_argument('--files', type=int, default=100_000, help='number of files in the large folder')
+  parser.add_argument('--workers', type=int, default=2, help='number of worker processes')
+  parser.add_argument(
+    '--seconds', type=float, default=4.0, help='approximate duration of each measurement'
+  )
+  parser.add_argument('--tflops', type=float, default=200.0, help='sustained TFLOP/s of the GPU')
   args = parser.parse_args()
   print(f'{os.cpu_count()} cores, {args.images} images, batches of {BATCH}')
   with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: clocks, peak memory, medians, fits, tables and flags. Imports neither jax nor torch."""
+"""Shared by the benchmarks: timing, peak memory, medians, fits, tables and flags. Imports neither jax nor torch."""
 
 import argparse
 import ctypes
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-_GROUP = 0.25  # seconds: quicker calls are timed several at a time
+_GROUP = 0.25  # seconds; faster calls are timed several at a time
 
 
 class Spread(NamedTuple):
@@ -31,7 +31,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-  """The quartiles of `values`, interpolated; a single value is all three of them."""
+  """The quartiles of `values`, interpolated; of a single value, all three are equal."""
   if len(values) == 1:
     return Spread(values[0], values[0], values[0])
   return Spread(*statistics.quantiles(values, n=4, method='inclusive'))
@@ -40,17 +40,17 @@ def spread(values: Sequence[float]) -> Spread:
 def repeat(
   run: Callable[[], Any], wait: Callable[[], Any], seconds: float, least: int = 2
 ) -> list[float]:
-  """Times a call over and over.
+  """Times a call repeatedly.
 
   Args:
     run: the call; it may return before the device is done.
     wait: returns when the device is done.
-    seconds: time to spend.
-    least: number of measurements that are made even if they take longer.
+    seconds: approximate total time.
+    least: minimum number of measurements, even if they take longer.
 
   Returns:
-    Seconds per call. Each measurement is the mean over as many calls, one after the other, as take a quarter of a
-    second, or a twentieth of `seconds` if that is less.
+    Seconds per call. Each measurement is the mean over consecutive calls that together take a quarter of a second,
+    or a twentieth of `seconds` if that is less.
   """
 
   def timed(count: int) -> float:
@@ -70,16 +70,16 @@ def repeat(
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
-  """The p of the power law y = c x^p that fits best: the slope of log y over log x by least squares."""
+  """The exponent p of the power law y = c x^p, fitted by least squares of log y over log x."""
   fit = statistics.linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys])
   return fit.slope
 
 
 def peak_memory() -> int:
-  """The most bytes of memory that this process has had in use at once, since `forget_peak_memory` if that was called.
+  """Peak memory of this process in bytes, since the last call of `forget_peak_memory` if there was one.
 
-  On Linux it is VmHWM and not ru_maxrss, although both are the peak of the resident set: the latter never falls below
-  the peak of the process that started this one.
+  On Linux this is VmHWM rather than ru_maxrss. Both are the peak of the resident set, but the latter is never below the
+  peak of the parent process.
   """
   status = pathlib.Path('/proc/self/status')
   if status.is_file():
@@ -91,7 +91,7 @@ def peak_memory() -> int:
 
 
 def forget_peak_memory() -> None:
-  """From now on `peak_memory` leaves out what has been freed by now, such as the compiler's memory; on Linux only."""
+  """Resets `peak_memory`, so that it excludes memory that has been freed, such as the compiler's; on Linux only."""
   try:
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path('/proc/self/clear_refs').write_text('5')
@@ -100,10 +100,10 @@ def forget_peak_memory() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-  """A parser of flags whose errors are one line, with exit code 2."""
+  """A flag parser whose errors are one line, with exit code 2."""
 
   def error(self, message: str) -> NoReturn:
-    """Ends the process."""
+    """Prints the message and ends the process."""
     self.exit(2, f'error: {message}\n')
 
 
@@ -119,12 +119,12 @@ def one_of(what: str, known: Collection[str]) -> Callable[[str], str]:
 
 
 def some_of(what: str, known: Collection[str]) -> Callable[[str], list[str]]:
-  """The type of a flag whose value is one or several names in `known`, separated by commas."""
+  """The type of a flag whose value is a comma-separated list of names in `known`."""
   return lambda text: [one_of(what, known)(name) for name in text.split(',')]
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
-  """The type of a flag whose value is an integer not below `smallest`."""
+  """The type of a flag whose value is an integer, at least `smallest`."""
 
   def parse(text: str) -> int:
     if not text.isdecimal() or int(text) < smallest:
@@ -135,7 +135,7 @@ def at_least(smallest: int) -> Callable[[str], int]:
 
 
 def duration(text: str) -> float:
-  """The type of a flag whose value is a time, not below 0."""
+  """The type of a flag whose value is a non-negative duration."""
   try:
     value = float(text)
   except ValueError:
@@ -146,7 +146,7 @@ def duration(text: str) -> float:
 
 
 def table(*columns: str) -> None:
-  """Prints the head of a markdown table."""
+  """Prints the header of a markdown table."""
   row(*columns)
   row(*('---' for _ in columns))
 

@@ -1,7 +1,7 @@
 """Training the paper's ImageNet 64x64 network on accelerators: python benchmarks/scaling.py --project
 
-Arithmetic, not a measurement. FLOPs of an update are counted from the step as it is lowered, bytes from
-shapes, and what a chip does is its vendor's figure times a share that is assumed (--mfu).
+This is arithmetic, not a measurement. FLOPs of an update are counted in the lowered step, bytes come from shapes, and
+the speed of a chip is its vendor's specification times an assumed utilization (--mfu).
 """
 
 import argparse
@@ -20,22 +20,22 @@ from diffusion_distillation.training.step import train_step
 SHAPE, CLASSES = (64, 64, 3), 1000
 COUNTS = (8, 32, 64, 256)
 _DAY = 86_400.0
-# Arrays as large as the parameters that an update reads or writes besides: parameters, gradient, both
-# moments and the average are read, all but the gradient written.
+# Number of times that the optimizer reads or writes an array of the parameters' size: parameters, gradient, both moments
+# and the average are read; all except the gradient are written.
 _PASSES = 9
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Vendors' figures of one chip.
+  """A vendor's specification of one chip.
 
   Attributes:
-    flops: a second, bfloat16, dense.
+    flops: FLOP/s, bfloat16, dense.
     memory: bytes.
-    bandwidth: bytes a second between chip and memory.
-    ring: bytes a second that a chip sends in a ring of few chips.
-    few: how many these are.
-    far: the same in a ring of more.
+    bandwidth: memory bandwidth in bytes per second.
+    ring: bytes per second that a chip sends in a ring of at most `few` chips.
+    few: largest number of chips for `ring`.
+    far: bytes per second that a chip sends in a larger ring.
   """
 
   flops: float
@@ -46,12 +46,12 @@ class Chip:
   far: float = 0.0
 
 
-# TPU: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e. Of their links (v5e: 4 of together 400 GB/s, v5p: 6
-# of 1200, v6e: 4 of 800, both directions counted) a ring that goes both ways sends over two. v4's page
-# has no such figure: 6 links of 50 GB/s each way, from Table 4 of Jouppi et al. 2023, arXiv:2304.01433.
-# GPU: NVIDIA's data sheets of the A100 (SXM, 80 GB) and the H100 (SXM), half of what they give with
-# sparsity; NVLink's 600 and 900 GB/s count both directions. Beyond the 8 of a node, one network port a
-# GPU as in the DGX systems: 200 and 400 Gbit/s.
+# TPU: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e. A bidirectional ring uses two of a chip's links (v5e: 4 links with a
+# total of 400 GB/s, v5p: 6 with 1200, v6e: 4 with 800, counting both directions). The page of v4 does not give this: 6
+# links of 50 GB/s per direction, from Table 4 of Jouppi et al. 2023, arXiv:2304.01433.
+# GPU: NVIDIA's data sheets of the A100 (SXM, 80 GB) and the H100 (SXM), halved where they assume sparsity; NVLink's 600
+# and 900 GB/s count both directions. Beyond the 8 GPUs of a node, one network port per GPU as in the DGX systems: 200 and
+# 400 Gbit/s.
 CHIPS = {
   'TPU v4': Chip(275e12, 32 * 2**30, 1200e9, 2 * 50e9),
   'TPU v5e': Chip(197e12, 16e9, 819e9, 2 * 50e9),
@@ -67,11 +67,11 @@ class Update:
   """One update of a stage, from shapes.
 
   Attributes:
-    images: in a batch, over all chips.
-    flops: an image.
-    gradients: bytes that all chips add up.
-    kept: bytes that each chip keeps, whatever the batch: parameters, moments, teacher, gradients.
-    activations: bytes an image.
+    images: images per batch, over all chips.
+    flops: FLOPs per image.
+    gradients: bytes that are all-reduced.
+    kept: bytes per chip that do not depend on the batch: parameters, moments, teacher, gradients.
+    activations: bytes per image.
   """
 
   images: int
@@ -82,12 +82,12 @@ class Update:
 
 
 def ring_seconds(size: float, chips: int, bandwidth: float) -> float:
-  """Of an all-reduce of `size` bytes: each chip sends 2 (n - 1) / n of them."""
+  """Seconds of an all-reduce of `size` bytes, of which each chip sends 2 (n - 1) / n."""
   return 2 * (chips - 1) / chips * size / bandwidth
 
 
 def micro_batches(update: Update, chip: Chip, chips: int, share: float = 0.9) -> int:
-  """The fewest, of powers of two, with which an update fits this share of a chip's memory; or 0."""
+  """The smallest power of two with which an update fits into the usable memory of a chip; 0 if there is none."""
   images = update.images // chips
   count = 1
   while update.kept + math.ceil(images / count) * update.activations > share * chip.memory:
@@ -98,9 +98,9 @@ def micro_batches(update: Update, chip: Chip, chips: int, share: float = 0.9) ->
 
 
 def seconds(update: Update, chip: Chip, chips: int, mfu: float) -> tuple[float, float]:
-  """Of an update: computing, and adding the gradients up, once for each micro-batch.
+  """Seconds of an update: for computing, and for all-reducing the gradients once per micro-batch.
 
-  The optimizer's share of computing is the same on every chip: it waits for memory.
+  The optimizer takes the same time on every chip, because it is limited by memory bandwidth.
   """
   computing = update.images * update.flops / (chips * chip.flops * mfu)
   computing += _PASSES * update.gradients / chip.bandwidth
@@ -110,15 +110,13 @@ def seconds(update: Update, chip: Chip, chips: int, mfu: float) -> tuple[float, 
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Those that the projection reads."""
+  """Adds the flags of the projection."""
   parser.add_argument('--project', action='store_true', help='print memory and time on accelerators')
-  parser.add_argument(
-    '--mfu', type=float, default=0.4, help='share of the peak that is reached: assumed'
-  )
+  parser.add_argument('--mfu', type=float, default=0.4, help='assumed fraction of peak FLOP/s')
 
 
 def lowered_flops(stage: Stage, images: int) -> float:
-  """Of an update of so many images, as it is lowered; nothing is compiled."""
+  """FLOPs of an update with this number of images, counted in the lowered step; nothing is compiled."""
   frozen = jax.eval_shape(lambda teacher: stage.frozen(teacher, None), stage.abstract_teacher())
   recipe = stage.recipe.replace(shape=(images, *stage.recipe.shape[1:]))
   batch = inputs.shapes(stage, images)
@@ -128,13 +126,13 @@ def lowered_flops(stage: Stage, images: int) -> float:
 
 
 def count_flops(stage: Stage) -> float:
-  """An image; what an update takes whatever its batch is left out."""
+  """FLOPs per image, without those that do not depend on the batch."""
   few, more = 2, 4
   return (lowered_flops(stage, more) - lowered_flops(stage, few)) / (more - few)
 
 
 def of_stage(stage: Stage, flops: float) -> Update:
-  """What an update of it takes, with all parameters on every chip; on one device."""
+  """The requirements of an update, with all parameters on every chip."""
   needs = preflight.memory(stage)
   params = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
   return Update(
@@ -147,17 +145,17 @@ def of_stage(stage: Stage, flops: float) -> Update:
 
 
 def plan(**changes: Any) -> list[Stage]:
-  """The stages of the paper's config, with changes in its section `compute`."""
+  """The stages of the paper's config, with changes to its section `compute`."""
   config = imagenet64.get_config()
   config.compute.update(changes)
   return stages.plan(config, SHAPE, CLASSES)
 
 
 def show_memory() -> None:
-  """Prints what the network keeps on a device that has all its parameters."""
-  print('\nMemory of configs/imagenet64.py on each device, all parameters on every one, GB\n')
+  """Prints the memory of the network on a device that holds all parameters."""
+  print('\nMemory of configs/imagenet64.py per device, with all parameters on every device, GB\n')
   print(
-    '| update | option | parameters, averages, moments, teacher | gradients | activations an image |'
+    '| update | option | parameters, averages, moments, teacher | gradients | activations per image |'
   )
   print('| --- | --- | --- | --- | --- |')
   choices: list[dict[str, Any]] = [
@@ -167,7 +165,7 @@ def show_memory() -> None:
     {'dtype': 'bfloat16', 'teacher_dtype': 'bfloat16', 'remat': True},
   ]
   for changes in choices:
-    told = ', '.join(f'{key}={value}' for key, value in changes.items()) or 'as it is'
+    told = ', '.join(f'{key}={value}' for key, value in changes.items()) or 'default'
     for name, stage in zip(('base', 'round'), plan(**changes), strict=False):
       needs = preflight.memory(stage)
       image = needs.activations / stage.batch_size
@@ -176,7 +174,7 @@ def show_memory() -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-  """Prints the tables, with what they assume."""
+  """Prints the tables and their assumptions."""
   jax.config.update('jax_platforms', 'cpu')
   show_memory()
   planned = plan(dtype='bfloat16', teacher_dtype='bfloat16')
@@ -187,15 +185,15 @@ def show(args: argparse.Namespace) -> None:
   print(
     f'\nconfigs/imagenet64.py: {of_base.gradients / 4e6:.0f} million parameters; base training '
     f'{counts[0]:,} updates of {of_base.images} images, {of_base.flops / 1e9:.0f} GFLOP each; '
-    f'{len(planned) - 1} rounds {counts[1]:,} updates, {of_round.flops / 1e9:.0f} GFLOP an image'
+    f'{len(planned) - 1} rounds {counts[1]:,} updates, {of_round.flops / 1e9:.0f} GFLOP per image'
   )
   print(
-    f'Assumed: {args.mfu:.0%} of the peak; compute.dtype and compute.teacher_dtype=bfloat16, no remat; '
-    'as many micro-batches as\npreflight needs for 90 % of the memory; float32 gradients around one '
-    'ring for each; the optimizer reads and writes\nmemory at its full speed; data and evaluation cost '
-    'nothing. Ranges: computing and gradients at the same time,\nor one after the other.\n'
+    f'Assumptions: {args.mfu:.0%} of the peak; compute.dtype and compute.teacher_dtype=bfloat16, no remat; '
+    'the fewest\nmicro-batches that fit into 90 % of the memory; float32 gradients, one ring '
+    'all-reduce per micro-batch; the optimizer\nruns at full memory bandwidth; data and evaluation cost '
+    'nothing. Ranges: computation and all-reduce\noverlap fully, or not at all.\n'
   )
-  of = 'micro-batches | ms: computing + gradients | images/s | days'
+  of = 'micro-batches | ms: computation + all-reduce | images/s | days'
   print(f'| chip | chips | base: {of} | rounds: {of} |')
   print('| ' + ' | '.join(['---'] * 10) + ' |')
   for name, chip in CHIPS.items():
@@ -207,7 +205,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def _cells(update: Update, chip: Chip, chips: int, mfu: float, count: int) -> list[str]:
-  """Of `count` updates."""
+  """The cells of a stage with `count` updates."""
   parts = micro_batches(update, chip, chips)
   if not parts:
     return ['does not fit', *['-'] * 3]

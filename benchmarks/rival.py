@@ -1,12 +1,12 @@
-"""Ours against PyTorch: python benchmarks/rival.py --network=digits
+"""Comparison with PyTorch: python benchmarks/rival.py --network=digits
 
-The same network and the same work in both. Each side has a process of its own, and they take turns of a few seconds, so
-that a machine that slows down slows both: what is reported is the ratio turn by turn. PyTorch runs as it is and
-compiled by torch.compile, and the faster one stays. --check copies our parameters into PyTorch's network and
-compares what both compute. PyTorch must be installed; nothing else of this project needs it.
+Both sides run the same network and the same work, each in a process of its own. They alternate in turns of a few
+seconds, so that a machine that slows down affects both; the reported ratio is computed turn by turn. PyTorch runs in
+eager mode and with torch.compile, and the faster one is used. --check copies our parameters into PyTorch's network and
+compares the results. PyTorch must be installed; nothing else in this project needs it.
 
-Measure on a CPU that nothing else uses: PyTorch's threads wait for each other in every operation, so that others' work
-slows it down many times more than it slows us. It runs with one thread where that is faster than with all.
+Measure on an otherwise idle CPU: PyTorch's threads synchronize in every operation, so that other load slows it down much
+more than it slows us down. PyTorch runs with one thread where that is faster than with all.
 """
 
 import argparse
@@ -24,26 +24,28 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import measuring  # neither jax nor torch: each side's process imports its own
+from benchmarks import measuring  # neither jax nor torch: the process of each side imports its own
 
 WORKS = ('base', 'round', 'sampling')
 COLUMNS = (
   *('work', 'batch', 'PyTorch', 'ms ours (quartiles)', 'ms PyTorch (quartiles)'),
-  *('PyTorch / ours, pair by pair (quartiles)', '% of peak: ours', 'PyTorch'),
+  *('PyTorch / ours, turn by turn (quartiles)', '% of peak: ours', 'PyTorch'),
   *('peak memory, GB: ours', 'PyTorch'),
 )
-_PREPARING = 0.75  # share of a work's time after which a side that is not ready is given up
-_PATIENCE = 2.0  # seconds that a side has to end by itself
+_PREPARING = (
+  0.75  # fraction of the time for a kind of work after which a side that is not ready is dropped
+)
+_PATIENCE = 2.0  # seconds that a side has to exit by itself
 _TOLERANCE = 1e-4
 _PEAK_SECONDS = 1.0
 
 
 class Failed(Exception):
-  """A side did not do what it was asked; the message says why."""
+  """A side failed; the message says why."""
 
 
 class Side:
-  """A process that does one side's work when it is told to; see `serve`."""
+  """A process that does the work of one side on request; see `serve`."""
 
   def __init__(self, name: str, target: Callable[..., None], *args: Any) -> None:
     context = multiprocessing.get_context('spawn')
@@ -54,7 +56,7 @@ class Side:
     other.close()
 
   def answer(self, deadline: float) -> Any:
-    """The next thing that the process says, until time.monotonic() is `deadline`; raises Failed."""
+    """Waits for the next answer until time.monotonic() is `deadline`; raises Failed."""
     if not self._connection.poll(max(0.0, deadline - time.monotonic())):
       raise Failed(f'{self.name} was not ready in time; --minutes allows more')
     try:
@@ -67,13 +69,13 @@ class Side:
     return value
 
   def ask(self, message: Any, deadline: float) -> Any:
-    """Sends something, and returns the answer."""
-    with contextlib.suppress(OSError):  # that it has ended is what `answer` finds
+    """Sends a request and returns the answer."""
+    with contextlib.suppress(OSError):  # `answer` notices that the process has ended
       self._connection.send(message)
     return self.answer(deadline)
 
   def end(self) -> None:
-    """Ends the process, by force unless it waits to be asked, and those that it has started."""
+    """Ends the process and its children, by force unless it is waiting for a request."""
     self._connection.close()
     self._process.join(_PATIENCE)
     with contextlib.suppress(OSError):
@@ -83,15 +85,15 @@ class Side:
 
 
 def serve(connection: Any, prepare: Callable[[], tuple[Any, dict[str, Any], dict[str, Any]]]) -> None:
-  """A side's process: prepares its work and says so, then does what it is asked, again and again.
+  """The process of a side: prepares its work, reports it, and then answers requests.
 
   Args:
-    connection: to the process that started this one. Each answer is ('ok', value) or ('failed', why). A number is a time
-      to spend on measuring, answered by seconds per call.
-    prepare: returns what has `run` and `wait`; functions without arguments, by what is asked; and what is told about
-      the work.
+    connection: connection to the parent process. Each answer is ('ok', value) or ('failed', reason). A request that is
+      a number is a time to measure for, and the answer is the seconds per call.
+    prepare: returns an object with `run` and `wait`; functions without arguments, by request; and a description of the
+      work.
   """
-  os.setpgrp()  # what it starts, such as compilers, can be ended with it
+  os.setpgrp()  # so that its children, such as compilers, can be ended with it
   try:
     work, answers, about = prepare()
     connection.send(('ok', about))
@@ -102,14 +104,14 @@ def serve(connection: Any, prepare: Callable[[], tuple[Any, dict[str, Any], dict
       else:
         connection.send(('ok', measuring.repeat(work.run, work.wait, asked, least=1)))
   except (EOFError, OSError):
-    pass  # nobody asks any more
+    pass  # the parent has ended
   except Exception as error:
     lines = [line for line in str(error).splitlines() if line.strip()]
     connection.send(('failed', f'{type(error).__name__}: {lines[0][:300] if lines else ""}'))
 
 
 def ours(connection: Any, case: dict[str, Any]) -> None:
-  """The process of our side. Says what the work is before it compiles it."""
+  """The process of our side. Describes the work before compiling it."""
 
   def prepare() -> tuple[Any, dict[str, Any], dict[str, Any]]:
     import jax
@@ -135,14 +137,14 @@ def ours(connection: Any, case: dict[str, Any]) -> None:
 
 
 def theirs(connection: Any, spec: dict[str, Any], place: tuple[str, str], compiled: bool) -> None:
-  """The process of PyTorch's side; `place` is what `rival_torch.choose_device` is given."""
+  """The process of PyTorch's side; `place` is the argument of `rival_torch.choose_device`."""
 
   def prepare() -> tuple[Any, dict[str, Any], dict[str, Any]]:
     from benchmarks import rival_torch, rival_torch_work
 
     device = rival_torch.choose_device(*place)
     work = rival_torch_work.Work(rival_torch_work.Spec(**spec), device, compiled)
-    for _ in range(2):  # the first call compiles, the second one may do so again
+    for _ in range(2):  # the first call compiles, and the second one may compile again
       work.run()
       work.wait()
 
@@ -166,7 +168,7 @@ def theirs(connection: Any, spec: dict[str, Any], place: tuple[str, str], compil
 
 
 def compare(case: dict[str, Any], args: argparse.Namespace, deadline: float) -> dict[str, Any]:
-  """Measures one kind of work; raises Failed if that cannot be done by time.monotonic() = `deadline`."""
+  """Measures one kind of work; raises Failed if that takes beyond time.monotonic() = `deadline`."""
   began = time.monotonic()
   ready_by = began + _PREPARING * (deadline - began)
   sides = [Side('ours', ours, case)]
@@ -226,19 +228,19 @@ def take_turns(
 
 
 def cells(found: dict[str, Any]) -> tuple[str, ...]:
-  """Under COLUMNS."""
+  """The cells of a row, in the order of COLUMNS."""
   ms = [measuring.spread([1e3 * pair[k] for pair in found['pairs']]) for k in (0, 1)]
   ratio = measuring.spread([theirs / ours for ours, theirs in found['pairs']])
   shares = [f'{100 * found["flops"] / (1e-3 * one.median) / found["peak"]:.1f}' for one in ms]
   memory = [f'{found[key] / 1e9:.3f}' for key in ('memory_ours', 'memory_torch')]
   case = found['case']
-  work = f'sampling, {case["calls"]} calls' if case['work'] == 'sampling' else case['work']
+  work = f'sampling, NFE {case["calls"]}' if case['work'] == 'sampling' else case['work']
   told = (f'{ms[0]:.1f}', f'{ms[1]:.1f}', f'{ratio:.2f}')
   return (work, str(found['batch']), found['kind'], *told, *shares, *memory)
 
 
 def show(args: argparse.Namespace, end: float) -> list[dict[str, Any]]:
-  """Measures what can be done by time.monotonic() = `end`, and prints the table and what does not fit."""
+  """Measures as much as possible until time.monotonic() = `end`; prints the table and what was skipped."""
   measured: list[dict[str, Any]] = []
   for k, work in enumerate(args.work):
     now = time.monotonic()
@@ -266,21 +268,21 @@ def show(args: argparse.Namespace, end: float) -> list[dict[str, Any]]:
 
 
 def check(network: str, works: list[str]) -> int:
-  """Compares what both sides compute from the same parameters and inputs; 1 if that differs, else 0."""
+  """Compares the results of both sides from the same parameters and inputs; 1 if they differ, else 0."""
   from benchmarks import rival_check
 
   errors = rival_check.errors(network, works)
-  measuring.table('what is compared', 'relative error')
+  measuring.table('compared', 'relative error')
   for name, error in errors.items():
     measuring.row(name, f'{error:.1e}')
   wrong = [name for name, error in errors.items() if not error < _TOLERANCE]
   if wrong:
-    print(f'error: more than {_TOLERANCE}: {", ".join(wrong)}', file=sys.stderr)
+    print(f'error: relative error above {_TOLERANCE}: {", ".join(wrong)}', file=sys.stderr)
   return 1 if wrong else 0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-  """Reads the flags."""
+  """Parses the flags."""
   from benchmarks import cases
   from diffusion_distillation.networks.unet import DTYPES
 
@@ -289,40 +291,49 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   positive = measuring.at_least(1)
   parser.add_argument('--network', type=network, default='digits', help=', '.join(cases.NETWORKS))
   parser.add_argument('--work', type=measuring.some_of('work', WORKS), default=','.join(WORKS))
-  parser.add_argument('--batch', type=positive, default=0, help="images; by default the network's own")
+  parser.add_argument(
+    '--batch', type=positive, default=0, help="images per batch; by default the network's"
+  )
   parser.add_argument('--dtype', type=measuring.one_of('type', DTYPES), default='float32')
-  parser.add_argument('--calls', type=positive, default=4, help='network calls per image in sampling')
+  parser.add_argument(
+    '--calls', type=positive, default=4, help='network evaluations per image in sampling'
+  )
   parser.add_argument(
     '--device',
     type=measuring.one_of('device', ('auto', 'cpu', 'cuda')),
     default='auto',
-    help="PyTorch's: auto, cpu or cuda",
-  )
-  parser.add_argument('--turns', type=positive, default=10, help='turns of each side, if time allows')
-  parser.add_argument('--seconds', type=measuring.duration, default=3.0, help='time of a turn')
-  parser.add_argument(
-    '--minutes', type=measuring.duration, default=8.0, help='time for everything; the rest is skipped'
+    help="PyTorch's device: auto, cpu or cuda",
   )
   parser.add_argument(
-    '--no-compile', dest='compile', action='store_false', help='leave torch.compile out'
+    '--turns', type=positive, default=10, help='number of turns per side, if time allows'
   )
-  parser.add_argument('--check', action='store_true', help='compare what both sides compute instead')
-  parser.add_argument('--json', type=pathlib.Path, help='file that the results are also written to')
+  parser.add_argument('--seconds', type=measuring.duration, default=3.0, help='seconds per turn')
+  parser.add_argument(
+    '--minutes',
+    type=measuring.duration,
+    default=8.0,
+    help='total time; work that does not fit is skipped',
+  )
+  parser.add_argument(
+    '--no-compile', dest='compile', action='store_false', help='do not use torch.compile'
+  )
+  parser.add_argument('--check', action='store_true', help='compare the results of both sides instead')
+  parser.add_argument('--json', type=pathlib.Path, help='file to write the results to, in addition')
   return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Reads the flags and prints the table; the exit code is 1 if something was skipped, 2 without PyTorch."""
+  """Parses the flags and prints the table; the exit code is 1 if work was skipped, 2 without PyTorch."""
   began = time.monotonic()
   args = parse(argv)
   if importlib.util.find_spec('torch') is None:
-    print('error: PyTorch is not installed; `pip install torch`, and run this again', file=sys.stderr)
+    print('error: PyTorch is not installed; run `pip install torch` first', file=sys.stderr)
     return 2
   if args.check:
     return check(args.network, args.work)
-  # Both sides share a GPU: ours must not reserve most of its memory in advance.
+  # Both sides may share a GPU, so ours must not preallocate most of its memory.
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-  # A side that is ended by force leaves semaphores, which are removed, but not without a warning.
+  # A side that is killed leaves semaphores behind; their removal causes a warning.
   os.environ.setdefault('PYTHONWARNINGS', 'ignore:resource_tracker')
   measured = show(args, began + 60.0 * args.minutes)
   if args.json:

@@ -1,4 +1,4 @@
-"""Whether `rival.py` compares the same work: our parameters in PyTorch's network, and what both compute with them."""
+"""Checks that both sides of `rival.py` do the same work, by running PyTorch's network with our parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.denoiser import Bound
 
 BATCH = 4
-STEPS = 4  # of many steps, a round's target is a small difference of large numbers
+STEPS = 4  # with many steps, the target of a round is a small difference of large numbers
 
 
 def errors(network: str, works: list[str]) -> dict[str, float]:
-  """Largest difference relative to the largest value: of the network's output, and of what each work makes of it.
+  """Largest differences relative to the largest value: of the networks' outputs, and of the results of each kind of work.
 
   Args:
     network: a name in `cases.NETWORKS`; both sides compute in float32, PyTorch on the CPU.
-    works: names in `rival.WORKS`: losses of base training and of a round, and images.
+    works: names in `rival.WORKS`; their results are losses of base training and of a round, and images.
   """
   rival_torch.compute_exactly()
   with jax.default_matmul_precision('highest'):
@@ -30,7 +30,7 @@ def errors(network: str, works: list[str]) -> dict[str, float]:
 
 
 class Sides:
-  """Both networks with the same parameters, and the inputs of both."""
+  """Both networks with the same parameters, and the inputs of both sides."""
 
   def __init__(self, network: str, work: str) -> None:
     case = cases.Case(network, 'base' if work == 'output' else work, calls=STEPS)
@@ -52,7 +52,7 @@ class Sides:
     self.cond = conditioning.zeros(conditions, BATCH)
 
   def torch(self, *names: str) -> list[Any]:
-    """Inputs as PyTorch has them."""
+    """The inputs as tensors of PyTorch."""
     return [rival_torch.from_numpy(getattr(self, name)) for name in names]
 
 
@@ -63,7 +63,7 @@ def _error(ours: Callable[[], Any], theirs: Any) -> float:
 
 
 def output(sides: Sides) -> float:
-  """What the networks themselves return."""
+  """The outputs of the networks."""
   logsnr = np.array(sides.stage.schedule(sides.t))
   given = (sides.x, logsnr, sides.cond)
   z, label = sides.torch('x', 'label')
@@ -81,7 +81,7 @@ def base(sides: Sides) -> float:
 
 
 def one_round(sides: Sides) -> float:
-  """Losses of a round of progressive distillation; the student is its own teacher."""
+  """Losses of a round of progressive distillation, where the student is its own teacher."""
   method = dataclasses.replace(sides.stage.recipe.method, num_steps=STEPS)
   batch = {'x': sides.x, 'eps': sides.eps, 'i': sides.i, 'cond': sides.cond}
   given = sides.torch('x', 'eps', 'i', 'label')
@@ -91,7 +91,7 @@ def one_round(sides: Sides) -> float:
 
 
 def sampling(sides: Sides) -> float:
-  """x that DDIM draws from the same noise."""
+  """Samples of DDIM from the same noise."""
   denoise = samplers.clipped(lambda *args: sides.ours(*args, sides.cond), sides.stage.space.clip)
   keys = jax.random.split(jax.random.key(0), BATCH)
   given = (sides.stage.schedule, times.uniform(STEPS), sides.eps, keys)

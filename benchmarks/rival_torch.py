@@ -1,4 +1,4 @@
-"""The U-Net in PyTorch, with our parameters if they are given: what `rival.py` compares with.
+"""The U-Net in PyTorch, optionally with our parameters, for `rival.py`.
 
 This file and `rival_torch_work.py` are the only ones that import torch. Images are (B, C, H, W) in the channels_last layout.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def time_embedding(logsnr: Tensor, dim: int) -> Tensor:
-  """Sinusoids of t, which is read off logsnr (B,): (B, dim)."""
+  """Sinusoidal embedding of the t of logsnr (B,): (B, dim)."""
   u = torch.arctan(torch.exp(-0.5 * logsnr.clamp(-20.0, 20.0))) / (0.5 * math.pi)
   half = dim // 2
   steps = torch.arange(half, device=u.device)
@@ -23,7 +23,7 @@ def time_embedding(logsnr: Tensor, dim: int) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-  """Has an output of its input's type under autocast, too: a float32 output would have to be converted again."""
+  """GroupNorm whose output has the type of its input also under autocast, where it would otherwise be float32."""
 
   def __init__(self, groups: int, ch: int) -> None:
     super().__init__(groups, ch, eps=1e-6)
@@ -42,7 +42,7 @@ def _resample(h: Tensor, way: str | None) -> Tensor:
 
 
 class ResBlock(nn.Module):
-  """Residual block with scale-shift GroupNorm and, where asked, resampling inside it."""
+  """Residual block with scale-shift GroupNorm and optional resampling."""
 
   def __init__(
     self, in_ch: int, ch: int, emb_ch: int, groups: int, dropout: float, way: str | None = None
@@ -57,7 +57,7 @@ class ResBlock(nn.Module):
     self.nin_shortcut = nn.Conv2d(in_ch, ch, 1) if in_ch != ch else nn.Identity()
 
   def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-    """x: (B, C, H, W); emb: (B, E), already through the activation."""
+    """x: (B, C, H, W); emb: (B, E), after the activation."""
     h = self.conv1(_resample(F.silu(self.norm1(x)), self.way))
     scale, shift = self.temb_proj(emb)[:, :, None, None].chunk(2, 1)
     h = F.silu(self.norm2(h) * (1.0 + scale) + shift)
@@ -86,7 +86,7 @@ class AttnBlock(nn.Module):
 
 
 class UNet(nn.Module):
-  """The network of `networks/unet.py`; its arguments have the same names."""
+  """The network of `networks/unet.py`, with the same arguments."""
 
   def __init__(
     self,
@@ -178,17 +178,17 @@ class UNet(nn.Module):
         h = through(h, f'up_{level}.upsample')
     h = F.silu(self.norm_out(h))
     weight, bias = self.conv_out.weight.float(), self.conv_out.bias.float()
-    with torch.autocast(h.device.type, enabled=False):  # as ours, the last layer is in float32
+    with torch.autocast(h.device.type, enabled=False):  # the last layer is in float32, as in ours
       return F.conv2d(h.float(), weight, bias, padding=1)
 
 
 def _key(name: str) -> str:
-  """A name in our tree of parameters, as a ModuleDict takes it."""
+  """A name in our parameter tree as a key of a ModuleDict."""
   return name.replace('.', '__')
 
 
 def load(net: UNet, params: Mapping[str, Any]) -> None:
-  """Copies our tree of parameters (NumPy) into the network; KeyError or ValueError if it is that of another one."""
+  """Copies our parameter tree (NumPy) into the network; KeyError or ValueError if it does not fit."""
   used = 0
   for name, module in net.named_modules():
     path = name.removeprefix('blocks.').replace('__', '.').split('.')
@@ -232,19 +232,19 @@ def _leaves(tree: Any) -> Iterator[np.ndarray]:
 
 
 def choose_device(asked: str, backend: str) -> str:
-  """'cpu' or 'cuda': what is asked for, or, for 'auto', a GPU if there is one and jax's `backend` is one, too."""
+  """'cpu' or 'cuda': the given one, or for 'auto' a GPU if there is one and jax's `backend` is a GPU, too."""
   if asked != 'auto':
     return asked
   return 'cuda' if backend == 'gpu' and torch.cuda.is_available() else 'cpu'
 
 
 def compute_exactly() -> None:
-  """From now on products of float32 matrices are not rounded."""
+  """Disables reduced precision in float32 matrix products."""
   torch.set_float32_matmul_precision('highest')
 
 
 def from_numpy(value: np.ndarray | None) -> Tensor | None:
-  """An input of both sides; images from (B, H, W, C) to (B, C, H, W)."""
+  """Converts an input to a tensor; images from (B, H, W, C) to (B, C, H, W)."""
   if value is None:
     return None
   found = torch.from_numpy(np.array(value))

@@ -1,4 +1,4 @@
-"""Training and sampling in PyTorch, as one writes them there: the other side of `rival.py`."""
+"""Training and sampling in idiomatic PyTorch: the other side of `rival.py`."""
 
 import copy
 import dataclasses
@@ -17,19 +17,19 @@ TYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """The work, as `workloads.describe` says it.
+  """The work, as described by `workloads.describe`.
 
   Attributes:
     work: 'base', 'round' or 'sampling'.
-    dtype: of the activations; parameters are float32.
-    batch, image_shape: examples, each (H, W, C).
+    dtype: type of the activations; parameters are float32.
+    batch, image_shape: number of examples, and the shape (H, W, C) of each.
     output: what the network predicts: 'x', 'eps', 'v' or 'both'.
     network: the arguments of `UNet`.
-    num_parameters: of the network, to be checked.
-    logsnr_min, logsnr_max: of the clipped cosine schedule.
-    num_steps: the student's, in a round; network calls, in sampling.
-    learning_rate, b1, b2, eps, weight_decay, clip_norm: of the optimizer.
-    ema_decay: of each moving average.
+    num_parameters: number of parameters of the network, as a check.
+    logsnr_min, logsnr_max: range of the clipped cosine schedule.
+    num_steps: in a round, the student's number of steps; in sampling, network evaluations.
+    learning_rate, b1, b2, eps, weight_decay, clip_norm: hyper-parameters of the optimizer.
+    ema_decay: decay rate of each moving average.
     random_flip: whether images are mirrored at random.
   """
 
@@ -58,7 +58,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-  """Scales of signal and noise at logsnr (B,), shaped (B, 1, 1, 1)."""
+  """Signal and noise scale at logsnr (B,), with shape (B, 1, 1, 1)."""
   return _wide(torch.sigmoid(logsnr).sqrt()), _wide(torch.sigmoid(-logsnr).sqrt())
 
 
@@ -77,7 +77,7 @@ class Diffusion:
   def predict(
     self, net: Callable[..., Tensor], z: Tensor, logsnr: Tensor, label: Tensor | None
   ) -> tuple[Tensor, Tensor]:
-    """What the network says about (x, eps)."""
+    """The network's predictions of (x, eps)."""
     with torch.autocast(z.device.type, torch.bfloat16, enabled=self.spec.dtype == 'bfloat16'):
       output = net(z, logsnr, label)
     alpha, sigma = alpha_sigma(logsnr)
@@ -105,7 +105,7 @@ class Diffusion:
   def base_losses(
     self, net: Callable[..., Tensor], x: Tensor, eps: Tensor, t: Tensor, label: Tensor | None
   ) -> Tensor:
-    """Of base training, (B,)."""
+    """Losses of base training, (B,)."""
     logsnr = self.schedule(t)
     alpha, sigma = alpha_sigma(logsnr)
     z = alpha * x + sigma * eps
@@ -120,7 +120,7 @@ class Diffusion:
     i: Tensor,
     label: Tensor | None,
   ) -> Tensor:
-    """Of a round of progressive distillation, for t = i / N, (B,)."""
+    """Losses of a round of progressive distillation at t = i / N, (B,)."""
     logsnr = [self.schedule((i - k / 2) / self.spec.num_steps) for k in range(3)]
     scales = [alpha_sigma(one) for one in logsnr]
     (alpha_t, sigma_t), _, (alpha_s, sigma_s) = scales
@@ -137,7 +137,7 @@ class Diffusion:
 
   @torch.no_grad()
   def sample(self, net: Callable[..., Tensor], z: Tensor, label: Tensor | None) -> Tensor:
-    """x, by DDIM with clipped x, from noise z."""
+    """Samples x by DDIM with clipping, from noise z."""
     times = torch.arange(self.spec.num_steps, -1, -1, device=z.device) / self.spec.num_steps
     logsnr = self.schedule(times)
     for k in range(self.spec.num_steps):
@@ -149,19 +149,19 @@ class Diffusion:
 
 
 def build(spec: Spec, device: str) -> UNet:
-  """The network, with as many parameters as ours."""
+  """The network; checks that it has as many parameters as ours."""
   net = UNet(**spec.network).to(device).to(memory_format=torch.channels_last)
   count = sum(parameter.numel() for parameter in net.parameters())
-  assert count == spec.num_parameters, f'{count} parameters, ours has {spec.num_parameters}'
+  assert count == spec.num_parameters, f'{count} parameters, but ours has {spec.num_parameters}'
   return net
 
 
 class Work:
-  """What is timed: `run` makes an update, or draws a batch; `wait` returns when the device is done."""
+  """The work to be timed: `run` makes an update or draws a batch; `wait` returns when the device is done."""
 
   def __init__(self, spec: Spec, device: str, compiled: bool) -> None:
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision('high')  # as jax does: TF32 where there is some
+    torch.set_float32_matmul_precision('high')  # TF32 where it is available, as in jax
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     self.spec, self.device, self.diffusion = spec, device, Diffusion(spec)
     self.compiled = compiled
@@ -170,7 +170,7 @@ class Work:
       for parameter in self.net.parameters():
         scale = 0.1 if parameter.ndim == 1 else (parameter.numel() / len(parameter)) ** -0.5
         parameter.copy_(scale * torch.randn_like(parameter) + (parameter.ndim == 1))
-    self.net.train(spec.work == 'base')  # dropout is for base training only
+    self.net.train(spec.work == 'base')  # only base training uses dropout
     self.call: Any = torch.compile(self.net, dynamic=False) if compiled else self.net
     shape = (spec.batch, spec.image_shape[2], *spec.image_shape[:2])
     image = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
@@ -189,7 +189,7 @@ class Work:
       self.teacher: Any = torch.compile(teacher, dynamic=False) if compiled else teacher
 
   def run(self) -> None:
-    """One update, or one batch of images, copied to the host."""
+    """Makes one update, or draws one batch of images and copies it to the host."""
     if self.spec.work == 'sampling':
       x = self.diffusion.sample(self.call, self._normal(), self.label)
       (127.5 * (x.clamp(-1.0, 1.0) + 1.0)).round().to(torch.uint8).cpu()
@@ -212,7 +212,7 @@ class Work:
       torch.cuda.synchronize()
 
   def choose_threads(self) -> int:
-    """Goes on with one thread if that is faster than with all; what is compiled keeps the threads it was compiled for."""
+    """Switches to one thread if that is faster; compiled code keeps the number of threads that it was compiled for."""
     count = torch.get_num_threads()
     if self.device == 'cuda' or self.compiled or count == 1:
       return count
@@ -225,7 +225,7 @@ class Work:
     return best
 
   def forget_peak_memory(self) -> None:
-    """From now on the allocator's peak counts anew."""
+    """Resets the allocator's peak."""
     if self.device == 'cuda':
       torch.cuda.reset_peak_memory_stats()
 
@@ -242,7 +242,7 @@ class Work:
 
 
 def _optimizer(params: list[nn.Parameter], spec: Spec) -> torch.optim.Optimizer:
-  """Adam with decoupled weight decay, fused where this torch has it."""
+  """Adam with decoupled weight decay, fused if this version of PyTorch supports it."""
   options: dict[str, Any] = {
     'lr': spec.learning_rate,
     'betas': (spec.b1, spec.b2),
@@ -256,11 +256,11 @@ def _optimizer(params: list[nn.Parameter], spec: Spec) -> torch.optim.Optimizer:
 
 
 def matrix_product(width: int, dtype: str, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
-  """A product of square matrices, to be timed: what runs it, and what waits for it."""
+  """A matrix product to be timed: functions that run it and wait for it."""
   a, b = (torch.randn(width, width, device=device).to(TYPES[dtype]) for _ in range(2))
   return lambda: torch.mm(a, b), torch.cuda.synchronize if device == 'cuda' else lambda: None
 
 
 def peak_memory(device: str) -> int | None:
-  """The most bytes of tensors at once on a GPU; None on a CPU."""
+  """Peak size of tensors in bytes on a GPU; None on a CPU."""
   return torch.cuda.max_memory_allocated() if device == 'cuda' else None

@@ -1,17 +1,17 @@
-"""What the training step moves and keeps on several devices, as compiled: python benchmarks/scaling.py
+"""Communication and memory of the compiled training step on several devices: python benchmarks/scaling.py
 
-A check of the program and not of speed: each layout (data x fsdp) is compiled for virtual CPU devices
-and never run. Tables for base training and for a round of progressive distillation, with the batch held
-fixed (strong scaling) and with the images of each device held fixed (weak scaling):
+This checks the program, not its speed: each layout (data x fsdp) is compiled for virtual CPU devices and never run. It
+prints tables for base training and for a round of progressive distillation, with a fixed batch (strong scaling) and
+with a fixed number of images per device (weak scaling):
 
-  collectives  bytes that they move in an update, on each device, beside the theory: the gradients are
-               reduced once, and parameters that are split are gathered once for each network
-  FLOPs        of each device, times the devices, beside those of one device
-  memory       what `preflight` says beside what the compiler plans
+  collectives  bytes per update and device, compared with theory: gradients are reduced once, and sharded parameters
+               are gathered once per network
+  FLOPs        of all devices together, relative to those of one device
+  memory       the estimate of `preflight`, compared with what the compiler allocates
 
---options prints the memory of one layout with each option that saves some; --project the memory of the
-paper's ImageNet 64x64 network, and the time that its training would take on accelerators, from vendors'
-figures; see projection.py.
+--options prints the memory of one layout with each option that saves memory. --project prints the memory of the paper's
+ImageNet 64x64 network, and the time that its training would take on accelerators according to vendors' specifications;
+see projection.py.
 """
 
 import argparse
@@ -40,11 +40,11 @@ from diffusion_distillation.training.step import train_steps
 
 STAGES = {'base': 0, 'round': 1}
 LAYOUTS = '1x1,2x1,4x1,8x1,4x2,2x4,1x8'
-# Code that is only looked at need not be fast; all that is counted is settled before LLVM.
+# The code never runs, so it need not be fast; everything that is counted is decided before LLVM.
 _FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-_SLACK = 1.05  # measured / theory above which operations are named
+_SLACK = 1.05  # ratio of measured to theory above which operations are listed
 OPTIONS: dict[str, dict[str, Any]] = {
-  'as it is': {},
+  'default': {},
   'mesh.fsdp=8': {'fsdp': 8},
   'compute.dtype=bfloat16': {'compute.dtype': 'bfloat16'},
   'compute.teacher_dtype=bfloat16': {'compute.teacher_dtype': 'bfloat16'},
@@ -84,14 +84,14 @@ NETWORKS = {  # configs, with the shape of their images and the number of their 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is compiled.
+  """A training step to be compiled.
 
   Attributes:
     network: a name in NETWORKS.
     stage: a name in STAGES.
-    data, fsdp: the layout.
-    times: the config's batch is multiplied by this.
-    changes: keys of the config and their values.
+    data, fsdp: the mesh.
+    times: factor on the config's batch size.
+    changes: config keys and their values.
   """
 
   network: str
@@ -103,16 +103,16 @@ class Case:
 
   @property
   def devices(self) -> int:
-    """All of the layout."""
+    """The number of devices of the layout."""
     return self.data * self.fsdp
 
   @property
   def layout(self) -> str:
-    """As the tables have it."""
+    """The layout as it is shown in the tables."""
     return f'{self.data} x {self.fsdp}'
 
   def plan(self) -> Stage:
-    """The stage, its batch as large as asked for."""
+    """The stage, with the batch size of this case."""
     get_config, shape, classes = NETWORKS[self.network]
     config = get_config()
     config.update_from_flattened_dict(dict(self.changes))
@@ -123,18 +123,18 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """What a compiled step says of itself; bytes and FLOPs are those of each device.
+  """Properties of a compiled step; bytes and FLOPs are per device.
 
   Attributes:
-    images: in a batch, over all devices.
-    moved: bytes of collectives, by kind.
+    images: images per batch, over all devices.
+    moved: bytes moved by collectives, by kind.
     expected: the same, in theory.
     most: the operations that move most.
-    flops: of an update.
+    flops: FLOPs of an update.
     batch: bytes of the batch.
-    arguments: bytes of what the step is given, the batch included.
-    temporary: bytes that it needs meanwhile.
-    memory: what `preflight` says.
+    arguments: bytes of the step's arguments, including the batch.
+    temporary: bytes of temporary arrays.
+    memory: the estimate of `preflight`.
   """
 
   images: int
@@ -149,7 +149,7 @@ class Found:
 
 
 def arguments_of(stage: Stage) -> tuple[Any, ...]:
-  """Shapes of what the step is given, each with its sharding."""
+  """Shapes of the step's arguments, each with its sharding."""
   frozen = jax.eval_shape(lambda teacher: stage.frozen(teacher, None), stage.abstract_teacher())
   batch = inputs.shapes(stage, stage.batch_size)
   batch = jax.tree.map(
@@ -160,12 +160,11 @@ def arguments_of(stage: Stage) -> tuple[Any, ...]:
 
 
 def theory(stage: Stage, data: int, fsdp: int) -> dict[str, int]:
-  """Bytes of the results of an update's collectives on each device.
+  """Bytes of the results of an update's collectives on each device, in theory.
 
-  Gradients are summed over all devices: of parameters that are whole, by one all-reduce; of those that
-  are split, by a reduce-scatter along fsdp, which XLA's CPU backend writes as an all-reduce and a slice,
-  and an all-reduce of the parts along data. With micro-batches, once for each. Parameters that are split
-  are gathered once for each network.
+  Gradients are summed over all devices, once per micro-batch: those of replicated parameters by one all-reduce; those
+  of sharded parameters by a reduce-scatter along fsdp, which XLA's CPU backend expresses as an all-reduce and a slice,
+  and an all-reduce of the shards along data. Sharded parameters are gathered once per network.
   """
   params = stage.abstract_params()
   leaves = jax.tree.leaves(params)
@@ -213,14 +212,14 @@ def measure(case: Case) -> Found:
 
 
 def _begin(devices: int) -> None:
-  """In a new process, before jax looks for devices."""
+  """Compiles cases; runs in a new process, before jax has initialized its devices."""
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_enable_compilation_cache', False)  # a stored program does not tell its memory
+  jax.config.update('jax_enable_compilation_cache', False)  # a cached program does not report its memory
   jax.config.update('jax_num_cpu_devices', devices)
 
 
 def measure_all(cases: Iterable[Case]) -> Iterator[tuple[Case, Found]]:
-  """Each number of devices in a process of its own, one after the other."""
+  """Compiles the cases for each number of devices in a process of its own, one after the other."""
   cases = list(cases)
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAGS}'
   context = multiprocessing.get_context('spawn')
@@ -238,16 +237,16 @@ def _over(measured: float, expected: float) -> str:
 
 
 def scaling(network: str, names: list[str], layouts: list[tuple[int, int]], weak: bool) -> None:
-  """Prints the table of collectives and FLOPs, and then that of memory."""
+  """Prints the tables of collectives and FLOPs, and of memory."""
   cases = [
     Case(network, name, data, fsdp, data * fsdp if weak else 1)
     for name in names
     for data, fsdp in layouts
   ]
-  print(f'\n{"Weak" if weak else "Strong"} scaling of {network}; collectives in bytes a device\n')
+  print(f'\n{"Weak" if weak else "Strong"} scaling of {network}; collectives in bytes per device\n')
   table(
     *('update', 'data x fsdp', 'images', 'all-reduce', '/ theory', 'all-gather', '/ theory', 'others'),
-    *('MFLOP a device', 'x devices / one'),
+    *('MFLOP per device', 'x devices / one'),
   )
   one: dict[str, float] = {}
   memory, odd = [], []
@@ -266,24 +265,24 @@ def scaling(network: str, names: list[str], layouts: list[tuple[int, int]], weak
     memory.append((case, found))
   print('\n'.join(odd))
   if not weak:
-    print('\nMemory of each device, bytes\n')
+    print('\nMemory per device, bytes\n')
     table('update', 'data x fsdp', *MEMORY)
     for case, found in memory:
       row(case.stage, case.layout, *of_memory(found))
 
 
 MEMORY = (
-  'arguments: preflight',
+  'arguments: estimate',
   'compiler',
   'ratio',
-  'while it runs: preflight',
+  'peak: estimate',
   'compiler',
   'ratio',
 )
 
 
 def of_memory(found: Found) -> tuple[str, ...]:
-  """Cells under MEMORY; arguments without the batch."""
+  """The cells of the memory table; arguments exclude the batch."""
   arguments, temporary = found.memory.arguments, found.memory.total - found.memory.arguments
   given = found.arguments - found.batch
   return (
@@ -300,20 +299,20 @@ def options(network: str, names: list[str]) -> None:
       fsdp = changes.get('fsdp', 1)
       rest = tuple((key, value) for key, value in changes.items() if key != 'fsdp')
       cases[Case(network, name, 8 // fsdp, fsdp, changes=rest)] = caption
-  print(f'\n{network} on 8 devices, bytes of each\n')
+  print(f'\n{network} on 8 devices, bytes per device\n')
   table('update', 'option', *MEMORY)
   for case, found in measure_all(cases):
     row(case.stage, cases[case], *of_memory(found))
 
 
 def main() -> None:
-  """Reads flags, and prints the tables."""
+  """Parses flags and prints the tables."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--network', choices=list(NETWORKS), default='tiny')
-  parser.add_argument('--updates', default='base,round', help='which, of base and round')
+  parser.add_argument('--updates', default='base,round', help='base, round, or both')
   parser.add_argument('--layouts', default=LAYOUTS, help='data x fsdp')
-  parser.add_argument('--scaling', default='strong,weak', help='which, of strong and weak')
-  parser.add_argument('--options', action='store_true', help='print what each option saves')
+  parser.add_argument('--scaling', default='strong,weak', help='strong, weak, or both')
+  parser.add_argument('--options', action='store_true', help='print the memory that each option saves')
   projection.add_flags(parser)
   args = parser.parse_args()
   names = args.updates.split(',')

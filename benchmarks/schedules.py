@@ -1,8 +1,8 @@
-"""What the rounds cost beside the base, on digits: python benchmarks/schedules.py --workdir=runs/schedules
+"""The cost of the rounds relative to the base model, on digits: python benchmarks/schedules.py --workdir=runs/schedules
 
-Every schedule is a base and its rounds, with several seeds of parameters, batches and noise, over which the spread is taken. What is
-trained and measured is kept as in `benchmarks/ablation.py`: the same command goes on where it was stopped. schedules.md and
-schedules.png are written after each seed. Seconds compare with each other only.
+Every schedule consists of a base model and its rounds, and is run with several seeds of parameters, batches and noise.
+Models and measurements are kept, as in `benchmarks/ablation.py`, so that the same command resumes an interrupted run.
+schedules.md and schedules.png are written after each seed. Compare seconds only within one run.
 """
 
 import dataclasses
@@ -30,15 +30,15 @@ STEPS = (32, 8, 4, 2, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """What differs from configs/digits.py, whose own value None stands for.
+  """The differences from configs/digits.py; None for no difference.
 
   Attributes:
-    base: updates of the base.
+    base: number of updates of the base model.
     ramp: `train.ema_ramp`.
-    factor: teacher steps that a student's step replaces, by round, as in `distill.factor`.
-    updates: of each round.
+    factor: `distill.factor`.
+    updates: number of updates of each round.
     rates: peak learning rate of each round.
-    end: steps of the last student.
+    end: number of steps of the last student.
   """
 
   base: int | None = None
@@ -72,7 +72,7 @@ SCHEDULES = {
 
 
 def run(name: str, bench: Bench, seed: int) -> None:
-  """Trains and measures what is not there yet of a schedule, a row for each number of steps in `STEPS`."""
+  """Trains and measures the missing parts of a schedule; adds a row for each number of steps in `STEPS`."""
   schedule = SCHEDULES[name]
   config = schedule.config(seed, bench.scale)
   if all(bench.has(name, seed, num_steps=n) for n in STEPS if n >= schedule.end):
@@ -86,7 +86,7 @@ def run(name: str, bench: Bench, seed: int) -> None:
     return
   for k, model in enumerate(models):
     if model.stage.num_steps in STEPS and not bench.has(name, seed, num_steps=model.stage.num_steps):
-      # Schedules share bases.
+      # Schedules share base models.
       same = [row['value'] for row in bench.rows if row.get('digest') == model.digest]
       row = {'part': name, 'seed': seed, 'num_steps': model.stage.num_steps, 'digest': model.digest}
       value = same[0] if same else bench.value(config, model)
@@ -96,7 +96,7 @@ def run(name: str, bench: Bench, seed: int) -> None:
 
 
 def costs(models: list[Model]) -> dict[str, float]:
-  """Updates, network calls of one image and seconds: of the base, and of all rounds after it together."""
+  """Updates, network evaluations per image, and seconds: of the base model, and of all later rounds together."""
   base, *rounds = models
   return {
     'base_updates': base.stage.num_updates,
@@ -109,7 +109,7 @@ def costs(models: list[Model]) -> dict[str, float]:
 
 
 def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
-  """Quality by number of steps, and what the rounds to 4 steps and to 1 cost, as shares of the base."""
+  """Tables of quality by number of steps, and of the cost of the rounds to 4 steps and to 1, relative to the base model."""
   names = [name for name in SCHEDULES if any(row['part'] == name for row in rows)]
 
   def of(name: str, num_steps: int) -> list[dict[str, Any]]:
@@ -123,23 +123,23 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
       found = of(name, num_steps)
       if not found:
         continue
-      first = found[0]  # updates and calls do not depend on the seed
+      first = found[0]  # updates and evaluations do not depend on the seed
       updates = [f'{first[key]:,}' for key in ('base_updates', 'updates')]
       shares = [f'{first[key] / first[f"base_{key}"]:.2f}' for key in ('updates', 'calls')]
       seconds = spread(row['seconds'] / row['base_seconds'] for row in found)
       minutes = spread((row['seconds'] + row['base_seconds']) / 60 for row in found)
       body.append([name, *updates, *shares, seconds, minutes])
-    header = ['updates of the base', 'of the rounds', 'share of updates', 'of network calls']
+    header = ['base updates', 'round updates', 'rounds / base: updates', 'network evaluations']
     yield f'Rounds to {num_steps} step{"s" * (num_steps > 1)}:\n\n' + markdown(
-      ['schedule', *header, 'of seconds', 'minutes together'], body
+      ['schedule', *header, 'seconds', 'minutes in total'], body
     )
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-  """Quality against the minutes of training; a line for each schedule, a point for each number of steps and seed."""
+  """Figure of quality against training time: one line per schedule, one point per number of steps and seed."""
   drawing = Figure(figsize=(6.4, 4.4), layout='constrained')
   axes = drawing.add_subplot(
-    xlabel='minutes of training, base included', ylabel='FD-digits', yscale='log'
+    xlabel='minutes of training, including the base model', ylabel='FD-digits', yscale='log'
   )
   for k, name in enumerate(SCHEDULES):
     for seed in sorted({row['seed'] for row in rows if row['part'] == name}):
@@ -157,7 +157,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
 
 
 def write(bench: Bench) -> str:
-  """Writes schedules.md and schedules.png, of the rows that there are; returns the tables."""
+  """Writes schedules.md and schedules.png from the rows so far; returns the tables."""
   text = '\n\n'.join(tables(bench.rows))
   (bench.workdir / 'schedules.md').write_text(text + '\n')
   figure(bench.rows).savefig(bench.workdir / 'schedules.png', dpi=130)

@@ -1,9 +1,9 @@
 """Speed of an update and of sampling: python benchmarks/step.py --network=digits
 
-Prints for each kind of work (base training, a round of progressive distillation, DMD, sampling) images per second,
-time, FLOPs, the share of the matrix peak that is reached, memory and compilation time. FLOPs are counted in the program
-before the compiler changes it; the peak is that of the best of several large matrix products of the same type, measured
-in the same process. Each row is measured in a process of its own, so that its memory is not that of another row.
+For each kind of work (base training, a round of progressive distillation, DMD, sampling), this prints images per second,
+time, FLOPs, the fraction of the matrix peak, memory and compilation time. FLOPs are counted in the program before
+compiler optimizations. The peak is the speed of the fastest of several large matrix products of the same type, measured
+in the same process. Each row is measured in a process of its own, so that its memory is independent of other rows.
 """
 
 import argparse
@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 def measure_apart(case: Case, seconds: float) -> Row | str:
-  """Measures a case in a process of its own; returns what went wrong where it did not end well."""
+  """Measures a case in a process of its own; returns a description of the failure if there is one."""
   command = [sys.executable, __file__, f'--row={case.to_json()}', f'--seconds={seconds}']
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
@@ -39,13 +39,13 @@ def measure_apart(case: Case, seconds: float) -> Row | str:
 
 
 def describe(row: Row) -> str:
-  """The devices and the peak, for people."""
+  """A description of the devices and the peak."""
   return f'{row.devices} {row.backend} device(s), {row.case.dtype}; measured matrix peak {row.peak / 1e9:,.0f} GFLOP/s'
 
 
 def cells(row: Row) -> tuple[str, ...]:
-  """Under COLUMNS."""
-  work = f'sampling, {row.case.calls} calls' if row.case.work == 'sampling' else row.case.work
+  """The cells of a row, in the order of COLUMNS."""
+  work = f'sampling, NFE {row.case.calls}' if row.case.work == 'sampling' else row.case.work
   planned = '-' if row.planned is None else f'{row.planned / 1e9:.3f}'
   return (
     *(row.case.network, work, str(row.batch), f'{row.batch / row.seconds.median:.4g}'),
@@ -73,36 +73,38 @@ def show(cases: list[Case], seconds: float, measured: list[Row]) -> int:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-  """Reads the flags."""
+  """Parses the flags."""
   parser = measuring.Parser(description=__doc__.splitlines()[0])
   networks = measuring.some_of('network', cases.NETWORKS)
   works = measuring.some_of('work', cases.WORKS)
   parser.add_argument('--network', type=networks, default='digits', help=', '.join(cases.NETWORKS))
-  parser.add_argument('--work', type=works, default='base,round,dmd,sampling', help='what is measured')
   parser.add_argument(
-    '--batch', type=measuring.at_least(1), default=0, help="images; by default the network's own"
+    '--work', type=works, default='base,round,dmd,sampling', help='kinds of work to measure'
+  )
+  parser.add_argument(
+    '--batch', type=measuring.at_least(1), default=0, help="images per batch; by default the network's"
   )
   parser.add_argument('--dtype', type=measuring.one_of('type', DTYPES), default='float32')
   parser.add_argument(
-    '--calls', type=measuring.at_least(1), default=4, help='network calls per image in sampling'
+    '--calls', type=measuring.at_least(1), default=4, help='network evaluations per image in sampling'
   )
   parser.add_argument(
-    '--seconds', type=measuring.duration, default=20.0, help='time to spend on each row'
+    '--seconds', type=measuring.duration, default=20.0, help='approximate seconds per row'
   )
-  parser.add_argument('--json', type=pathlib.Path, help='file that the rows are also written to')
+  parser.add_argument('--json', type=pathlib.Path, help='file to write the rows to, in addition')
   parser.add_argument('--row', type=Case.from_json, help=argparse.SUPPRESS)
   parser.add_argument('--flops', type=Case.from_json, help=argparse.SUPPRESS)
   return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Reads the flags and prints the table; the exit code is 1 if a row failed."""
+  """Parses the flags and prints the table; the exit code is 1 if a row failed."""
   args = parse(argv)
   if args.flops:
     print(workloads.count_flops(args.flops))
     return 0
   if args.row:
-    compilation.use('none')  # a stored program would hide the compilation time
+    compilation.use('none')  # a cached program would hide the compilation time
     try:
       print(json.dumps(workloads.measure(args.row, args.seconds).to_dict()))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The work of a case, ready to be timed, and what is measured of it."""
+"""The work of a case, ready to be timed, and its measurements."""
 
 import dataclasses
 import os
@@ -24,20 +24,20 @@ from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training.step import train_steps
 
-# Widths of square matrices: large ones are slow on a CPU, small ones do not fill an accelerator.
+# Sizes of square matrices: large ones are slow on a CPU, and small ones do not saturate an accelerator.
 _WIDTHS = {'cpu': (512, 1024, 2048), 'other': (4096, 8192, 16384)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """Work that is compiled and has run once.
+  """Work that has been compiled and has run once.
 
   Attributes:
-    run: makes one update, or draws one batch; it may return before the device is done.
+    run: makes one update or draws one batch; it may return before the device is done.
     wait: returns when the device is done.
-    compile_seconds: from the Python function to the program.
-    planned: bytes of arguments and temporary arrays on each device as the compiler plans them; None where it is not
-      asked.
+    compile_seconds: time for tracing, lowering and compiling.
+    planned: bytes of arguments and temporary arrays per device according to the compiler; None where that is not
+      available.
   """
 
   run: Callable[[], None]
@@ -53,7 +53,7 @@ def prepare(case: Case) -> Prepared:
 
 
 def _prepare_updates(stage: Stage) -> Prepared:
-  """One call of `run` makes an update, or one of each kind where a method has several."""
+  """Each call of `run` makes one update, or one of each kind if the method has several."""
   params, teacher = random_params(stage.abstract_params()), None
   if stage.teacher is not None:
     teacher = random_params(stage.abstract_teacher())
@@ -83,7 +83,7 @@ def _prepare_updates(stage: Stage) -> Prepared:
 
 
 def _prepare_sampling(case: Case, stage: Stage) -> Prepared:
-  """One call of `run` draws a batch, which is copied to the host."""
+  """Each call of `run` draws a batch and copies it to the host."""
   drawer = evaluation.drawer(case.config(), stage, 'ddim')
   params = sharding.replicate(random_params(stage.abstract_params()))
   grid = times.uniform(case.calls)
@@ -101,7 +101,7 @@ def _prepare_sampling(case: Case, stage: Stage) -> Prepared:
 
 
 def random_params(shapes: Any) -> Any:
-  """Parameters of these shapes, on the host, of which none is 0: a network with zeros may cost less energy, or time."""
+  """Parameters with these shapes, on the host, all nonzero: zeros may take less energy or time."""
   rng = np.random.default_rng(0)
 
   def draw(leaf: Any) -> np.ndarray:
@@ -114,15 +114,15 @@ def random_params(shapes: Any) -> Any:
 
 
 def num_parameters(stage: Stage) -> int:
-  """Of the stage's network."""
+  """Number of parameters of the stage's network."""
   return int(parameter_overview.count_parameters(stage.abstract_params()))
 
 
 def begin_counting_flops(case: Case) -> Callable[[], float]:
-  """FLOPs of an update, or of drawing a batch, of the program as it is lowered, before the compiler changes it.
+  """Starts counting the FLOPs of an update or of drawing a batch, in the lowered program, before compiler optimizations.
 
-  They are counted on a CPU, because only there jax counts them; where this process has another device, by a process of
-  its own, for which the function that is returned waits.
+  jax only counts them on a CPU. If this process has other devices, a separate process does it, and the returned function
+  waits for that.
   """
   if jax.default_backend() == 'cpu':
     flops = _lowered_flops(case)
@@ -140,15 +140,17 @@ def count_flops(case: Case) -> float:
 
 
 def describe(case: Case) -> dict[str, Any]:
-  """The work of a case as `rival_torch_work.Spec` has it: 'base', 'round' or 'sampling'.
+  """The work of a case ('base', 'round' or 'sampling') as the fields of `rival_torch_work.Spec`.
 
   Raises:
-    ValueError: the rival has no such network.
+    ValueError: PyTorch's side does not implement the network.
   """
   stage = case.stage()
   recipe, network, method = stage.recipe, stage.recipe.student.network, stage.recipe.method
   if network.time_input != 'inv_cos' or not network.resblock_resample:
-    raise ValueError(f'{case.network}: the rival only has time_input=inv_cos, resblock_resample=True')
+    raise ValueError(
+      f"{case.network}: PyTorch's side only has time_input=inv_cos, resblock_resample=True"
+    )
   names = ('out_ch', 'ch', 'emb_ch', 'ch_mult', 'num_res_blocks', 'attn_resolutions', 'num_heads')
   names += ('head_dim', 'num_groups', 'dropout', 'num_classes')
   optimizer = ('b1', 'b2', 'eps', 'weight_decay', 'clip_norm')
@@ -185,11 +187,11 @@ def _lowered_flops(case: Case) -> float:
 
 
 def peak_flops(dtype: str, seconds: float = 2.0) -> float:
-  """FLOPs per second of the best matrix product, of several sizes, on all devices together.
+  """FLOP/s of the fastest matrix product among several sizes, over all devices.
 
   Args:
-    dtype: of the matrices and of the product.
-    seconds: time to spend on each size; a size that would take longer is left out.
+    dtype: type of the matrices and of the product.
+    seconds: approximate time per size; sizes that would take longer are left out.
   """
   count, best = jax.device_count(), 0.0
   backend = jax.default_backend()
@@ -216,7 +218,7 @@ def peak_flops(dtype: str, seconds: float = 2.0) -> float:
 
 
 def peak_memory() -> int:
-  """The most bytes in use at once: on a CPU of this process, else of the device that has had the most."""
+  """Peak memory in bytes: of this process on a CPU, otherwise the largest of any device."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   on_devices = [one['peak_bytes_in_use'] for one in stats if 'peak_bytes_in_use' in one]
   return max(on_devices) if on_devices else measuring.peak_memory()
@@ -224,17 +226,17 @@ def peak_memory() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """What is measured of a case.
+  """The measurements of a case.
 
   Attributes:
-    case: what was measured.
-    backend, devices: on what.
-    parameters: of the network.
+    case: the case.
+    backend, devices: jax's backend, and the number of devices.
+    parameters: number of parameters of the network.
     batch: examples per update, or images per batch.
-    seconds: per update, or per batch that is drawn.
-    repeats: how many measurements that is the median of.
-    flops: of an update, or of a batch; see `count_flops`.
-    peak: measured FLOPs per second of matrix products; see `peak_flops`.
+    seconds: seconds per update, or per batch that is drawn.
+    repeats: number of measurements.
+    flops: FLOPs of an update or of a batch; see `count_flops`.
+    peak: measured FLOP/s of matrix products; see `peak_flops`.
     memory: bytes; see `peak_memory`.
     planned: bytes; see `Prepared`.
     compile_seconds: see `Prepared`.
@@ -255,16 +257,16 @@ class Row:
 
   @property
   def share(self) -> float:
-    """Of the peak that is reached."""
+    """Fraction of the measured peak FLOP/s."""
     return self.flops / self.seconds.median / self.peak
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON."""
+    """The row as a dict for JSON."""
     return dataclasses.asdict(self) | {'seconds': self.seconds._asdict(), 'share': self.share}
 
   @classmethod
   def from_dict(cls, found: dict[str, Any]) -> 'Row':
-    """The row that `to_dict` has written."""
+    """The inverse of `to_dict`."""
     rest = {key: value for key, value in found.items() if key != 'share'}
     rest |= {'case': Case(**rest['case']), 'seconds': measuring.Spread(**rest['seconds'])}
     return cls(**rest)
@@ -274,8 +276,8 @@ def measure(case: Case, seconds: float) -> Row:
   """Measures a case in this process.
 
   Args:
-    case: what is measured.
-    seconds: time to spend on the measurement; compilation, and the measurement of the peak, come on top.
+    case: the case.
+    seconds: approximate time of the measurement, in addition to compilation and the measurement of the peak.
   """
   flops = begin_counting_flops(case)
   prepared = prepare(case)

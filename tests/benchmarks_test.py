@@ -93,7 +93,7 @@ def test_share_of_the_peak_and_cells_of_a_row():
   expected = 'smallest base 8 40 200.0 (100.0-400.0) 1 25.0 0.300 0.001 1.5'
   assert ' '.join(step.cells(row)) == expected
   sampled = a_row(case=Case('smallest', 'sampling', calls=2), planned=None)
-  assert step.cells(sampled)[1] == 'sampling, 2 calls'
+  assert step.cells(sampled)[1] == 'sampling, NFE 2'
   assert step.cells(sampled)[-2] == '-'
   assert Row.from_dict(json.loads(json.dumps(row.to_dict()))) == row
 
@@ -166,7 +166,7 @@ def test_a_row_is_measured_in_a_process_of_its_own(capsys):
   assert step.main(['--network=tiny', '--work=sampling', '--calls=1', '--seconds=0']) == 0
   out = capsys.readouterr().out
   assert 'tiny: 47,961 parameters; 8 cpu device(s)' in out
-  assert out.splitlines()[-1].startswith('| tiny | sampling, 1 calls | 16 | ')
+  assert out.splitlines()[-1].startswith('| tiny | sampling, NFE 1 | 16 | ')
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_ratios_are_taken_pair_by_pair():
     'memory_torch': 1e9,
   }
   cells = rival.cells(found)
-  assert cells[:3] == ('sampling, 4 calls', '8', 'eager')
+  assert cells[:3] == ('sampling, NFE 4', '8', 'eager')
   assert cells[3:6] == ('100.0 (100.0-200.0)', '200.0 (200.0-400.0)', '2.00 (2.00-2.00)')
   assert cells[6:] == ('10.0', '5.0', '2.000', '1.000')
 

@@ -1,8 +1,8 @@
 """Noise schedules: time t in [0, 1] to logsnr = log(alpha^2 / sigma^2).
 
-Time runs from clean data (t = 0) to noise (t = 1). At exactly t = 0 the signal is clean: logsnr is
-+inf, so that alpha = 1, sigma = 0, and the last step of a sampler returns x with no special case. Every
-later time has a finite logsnr, logsnr_max at most.
+Time runs from clean data (t = 0) to noise (t = 1). At exactly t = 0 there is no noise: logsnr is +inf, so that
+alpha = 1 and sigma = 0, and the last step of a sampler returns x without a special case. At every later time logsnr is
+finite and at most logsnr_max.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ def _clean_at_zero(t: jax.Array, logsnr: jax.Array) -> jax.Array:
 class Cosine:
   """alpha = cos(pi t / 2) with logsnr clipped to a range (Salimans & Ho 2022, released code).
 
-  logsnr(t) = -2 log tan(a t + b), where a and b put the ends of the range at t = 1 and at t -> 0.
+  logsnr(t) = -2 log tan(a t + b), where a and b map t = 1 and t -> 0 to the ends of the range.
   """
 
   logsnr_min: float = -20.0
@@ -32,17 +32,17 @@ class Cosine:
   def __post_init__(self) -> None:
     if not -30.0 <= self.logsnr_min < self.logsnr_max <= 80.0:
       raise ValueError(
-        f'logsnr_min ({self.logsnr_min}) must lie below logsnr_max ({self.logsnr_max}), within -30 and 80: beyond, float32 has no t = 1'
+        f'logsnr_min ({self.logsnr_min}) must be below logsnr_max ({self.logsnr_max}), and both must lie in [-30, 80], because of float32'
       )
 
   def __call__(self, t: jax.Array) -> jax.Array:
-    """t of any shape, in [0, 1]; returns logsnr of the same shape, +inf where t is 0."""
+    """Returns the logsnr of t in [0, 1], elementwise; +inf where t is 0."""
     b = math.atan(math.exp(-0.5 * self.logsnr_max))
     a = math.atan(math.exp(-0.5 * self.logsnr_min)) - b
     return _clean_at_zero(t, -2.0 * jnp.log(jnp.tan(a * t + b)))
 
   def inverse(self, logsnr: jax.Array) -> jax.Array:
-    """The t of a finite logsnr; outside (0, 1] for one that is out of range."""
+    """Returns the t of a finite logsnr; outside (0, 1] if logsnr is out of range."""
     b = math.atan(math.exp(-0.5 * self.logsnr_max))
     a = math.atan(math.exp(-0.5 * self.logsnr_min)) - b
     return (jnp.arctan(jnp.exp(-0.5 * logsnr)) - b) / a
@@ -52,8 +52,8 @@ class Cosine:
 class ShiftedCosine:
   """The cosine schedule for larger images (Hoogeboom et al. 2023, "Simple diffusion", section 3.1).
 
-  Averaged down to `base_size` pixels a side, an image of `image_size` has the cosine schedule's signal to
-  noise: logsnr(t) = cosine(t) + 2 log(base_size / image_size).
+  An image of `image_size` that is averaged down to `base_size` pixels per side has the signal-to-noise ratio of the
+  cosine schedule: logsnr(t) = cosine(t) + 2 log(base_size / image_size).
   """
 
   image_size: int
@@ -86,7 +86,8 @@ class LinearBeta:
   """DDPM's linear betas (Ho et al. 2020) in continuous time (Song et al. 2021, appendix B).
 
   alpha^2 = exp(-B(t)), B(t) = beta_min t + (beta_max - beta_min) t^2 / 2, so that logsnr = -log expm1(B). The
-  betas are per unit of time: 1000 steps of 1e-4 ... 0.02 are 0.1 ... 20. B begins where logsnr is logsnr_max.
+  betas are per unit of time: DDPM's 1000 steps of 1e-4 ... 0.02 correspond to 0.1 ... 20. B starts at the value for
+  which logsnr is logsnr_max.
   """
 
   beta_min: float = 0.1
@@ -96,10 +97,12 @@ class LinearBeta:
   def __post_init__(self) -> None:
     if not 0.0 < self.beta_min <= self.beta_max < math.inf:
       raise ValueError(
-        f'beta_min ({self.beta_min}) must be positive, beta_max ({self.beta_max}) no less'
+        f'beta_min ({self.beta_min}) must be positive, and beta_max ({self.beta_max}) at least as large'
       )
     if self.beta_min + self.beta_max > 160.0:
-      raise ValueError(f'beta_max ({self.beta_max}) leaves no signal at t = 1 that float32 could hold')
+      raise ValueError(
+        f'beta_max ({self.beta_max}) is too large: at t = 1 the signal would vanish in float32'
+      )
     if not -10.0 < self.logsnr_max <= 80.0:
       raise ValueError(f'logsnr_max ({self.logsnr_max}) must lie in (-10, 80]')
 
@@ -122,9 +125,9 @@ class LinearBeta:
 
 @dataclasses.dataclass(frozen=True)
 class Karras:
-  """EDM's noise levels (Karras et al. 2022, Eq. 5): even steps of t are even steps of (sigma / alpha)^(1 / rho).
+  """EDM's noise levels (Karras et al. 2022, Eq. 5): (sigma / alpha)^(1 / rho) is linear in t.
 
-  EDM adds noise of scale s to x; here s = sigma / alpha, from s_min at t -> 0 to s_max at t = 1: logsnr = -2 log s.
+  EDM adds noise of scale s to x. Here s = sigma / alpha, from s_min at t -> 0 to s_max at t = 1, and logsnr = -2 log s.
   """
 
   s_min: float = 0.002
@@ -134,7 +137,7 @@ class Karras:
   def __post_init__(self) -> None:
     if not 4e-18 < self.s_min < self.s_max < 1e6:
       raise ValueError(
-        f's_min ({self.s_min}) must lie below s_max ({self.s_max}), both between 4e-18 and 1e6, for float32'
+        f's_min ({self.s_min}) must be below s_max ({self.s_max}), and both must lie between 4e-18 and 1e6, because of float32'
       )
     if not 1.0 <= self.rho <= 100.0:
       raise ValueError(f'rho={self.rho} must lie in [1, 100]')

@@ -1,7 +1,7 @@
-"""Weightings: logsnr to the weight of the squared error in x (Salimans & Ho 2022, section 4).
+"""Weightings: functions from logsnr to the weight of the squared error in x (Salimans & Ho 2022, section 4).
 
-The error in x and the error in eps are one error in two scales, snr |x - x^|^2 = |eps - eps^|^2, and
-(1 + snr) |x - x^|^2 = |v - v^|^2; so one weight on the error in x says everything about the loss.
+The errors in x, eps and v differ only by a factor: snr |x - x^|^2 = |eps - eps^|^2 and
+(1 + snr) |x - x^|^2 = |v - v^|^2. A weight on the error in x therefore determines the loss.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class SnrPlusOne:
 
 @dataclasses.dataclass(frozen=True)
 class Edm:
-  """|F - F^|^2: SNR + 1 / SIGMA_DATA^2, of the output of EDM's network (Karras et al. 2022, Table 1)."""
+  """SNR + 1 / SIGMA_DATA^2: |F - F^|^2 in the output of EDM's network (Karras et al. 2022, Table 1)."""
 
   def __call__(self, logsnr: jax.Array) -> jax.Array:
     return jnp.exp(logsnr) + SIGMA_DATA**-2
@@ -66,10 +66,10 @@ WEIGHTINGS: dict[str, type] = {
 def weighted_mse(
   weighting: Weighting, logsnr: jax.Array, target: Prediction, prediction: Prediction
 ) -> jax.Array:
-  """weighting(logsnr) times the mean squared error in x, for each example: (B,).
+  """Returns weighting(logsnr) times the mean squared error in x, per example: (B,).
 
-  Where the signal is strong the error is read off eps, where the noise is strong off x: equal in exact
-  arithmetic, and in float32 free of the cancellation that the other one suffers there.
+  The error is computed from eps where the signal is stronger than the noise, and from x elsewhere. The two are equal in
+  exact arithmetic, but each suffers from cancellation in float32 where the other one is used.
   """
   axes = tuple(range(1, target.x.ndim))
   x_mse = jnp.mean(jnp.square(target.x - prediction.x), axes)

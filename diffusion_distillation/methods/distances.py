@@ -1,7 +1,7 @@
-"""How far one image is from another: what regression losses compare by.
+"""Distances between images, for regression losses.
 
-A distance is `distance(x, y, weights) -> (B,)` on images (B, H, W, C) in [-1, 1]; `weights` are what `load` read for
-it, an argument of the compiled step, or None.
+A distance is a function `distance(x, y, weights) -> (B,)` of images (B, H, W, C) in [-1, 1]. `weights` are what `load`
+returns for it, which are an argument of the compiled step, or None.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def _mse(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class L2:
-  """The mean squared difference of pixels."""
+  """The mean squared difference between pixels."""
 
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
     return _mse(x, y)
@@ -37,30 +37,30 @@ class L2:
 
 @dataclasses.dataclass(frozen=True)
 class PseudoHuber:
-  """sqrt(mse + c^2) - c: as L2 for small differences, as its root for large ones (Song & Dhariwal 2023, Eq. 7).
+  """sqrt(mse + c^2) - c: quadratic for small differences, linear for large ones (Song & Dhariwal 2023, Eq. 7).
 
-  There on sums over D pixels, with c sqrt(D): this is that divided by sqrt(D).
+  The paper sums over D pixels and uses c sqrt(D); this is the paper's distance divided by sqrt(D).
   """
 
   c: float = 0.00054
 
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
     mse = _mse(x, y)
-    return mse / (jnp.sqrt(mse + self.c**2) + self.c)  # the same, without the difference of near numbers
+    return mse / (jnp.sqrt(mse + self.c**2) + self.c)  # equal, but without cancellation
 
 
 def _unit(features: jax.Array) -> jax.Array:
-  """Activations (B, h, w, c) scaled to length 1 at each place."""
+  """Activations (B, h, w, c) scaled to unit length at each position."""
   length = jnp.sqrt(jnp.sum(jnp.square(features), -1, keepdims=True) + 1e-10)
   return features / length
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """The mean squared difference of a classifier's activations, each layer's at unit length (Zhang et al. 2018, Eq. 1).
+  """The mean squared difference between a classifier's normalized activations, over all layers (Zhang et al. 2018, Eq. 1).
 
-  The classifier is an `extractor.safetensors` of some run. That of the run which is trained also measures it:
-  choose another one, or read the figures with that in mind.
+  The classifier is the `extractor.safetensors` of a run. The classifier of the run in training also evaluates it, which
+  would favor this student: choose that of another run, or interpret the evaluation accordingly.
   """
 
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
@@ -72,16 +72,16 @@ class Features:
     return total
 
   def check(self, weights: Mapping[str, np.ndarray], image_shape: tuple[int, ...]) -> Weights:
-    """The parameters of a classifier of images (H, W, C); raises ValueError if they are not."""
+    """Returns the parameters as a tree; raises ValueError unless they are those of a classifier for images (H, W, C)."""
     shapes = {name: value.shape for name, value in weights.items()}
     num_classes = (shapes.get('logits/bias') or (1,))[0]
     if shapes != classifier.shapes(num_classes, image_shape):
-      raise ValueError(f'no classifier of images {image_shape}')
+      raise ValueError(f'this is not a classifier of images with shape {image_shape}')
     params: Weights = traverse_util.unflatten_dict(dict(weights), sep='/')
     return params
 
 
-# VGG-16's convolutions as torchvision numbers them, by slice: the activations at the end of each are compared.
+# VGG-16's convolutions, as torchvision numbers them, by slice; the activations at the end of each slice are compared.
 _VGG = (
   ((0, 64), (2, 64)),
   ((5, 128), (7, 128)),
@@ -89,7 +89,7 @@ _VGG = (
   ((17, 512), (19, 512), (21, 512)),
   ((24, 512), (26, 512), (28, 512)),
 )
-_MEAN = np.array([-0.030, -0.088, -0.188], np.float32)  # of the lpips package, for images in [-1, 1]
+_MEAN = np.array([-0.030, -0.088, -0.188], np.float32)  # from the lpips package, for images in [-1, 1]
 _STD = np.array([0.458, 0.448, 0.450], np.float32)
 
 
@@ -97,11 +97,11 @@ _STD = np.array([0.458, 0.448, 0.450], np.float32)
 class Lpips:
   """LPIPS with VGG-16 (Zhang et al. 2018), version 0.1: learned weights on the channels of five layers.
 
-  The weight file is the state of the `lpips` package's network as safetensors; see docs/methods.md for the line that
+  The weight file holds the state of the `lpips` package's network as safetensors; docs/methods.md has the command that
   writes it.
 
   Attributes:
-    size: images smaller than this are enlarged to it, bilinearly; DMD has 224.
+    size: smaller images are resized to this height, bilinearly; DMD uses 224.
   """
 
   size: int = 224
@@ -137,7 +137,7 @@ class Lpips:
     return found
 
   def check(self, weights: Mapping[str, np.ndarray], image_shape: tuple[int, ...]) -> Weights:
-    """Those of `weights` that it uses; raises ValueError if one is missing or of another shape."""
+    """Returns the weights that are used; raises ValueError if one is missing or has another shape."""
     del image_shape
     used: dict[str, tuple[int, ...]] = {}
     below = 3
@@ -150,13 +150,13 @@ class Lpips:
     for name, shape in used.items():
       found = weights[name].shape if name in weights else None
       if found != shape:
-        raise ValueError(f'{name} should have shape {shape}, has {found}')
+        raise ValueError(f'{name} should have shape {shape}, but has {found}')
     return {name: weights[name] for name in used}
 
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-  """A distance as networks are called, its weights in front: `weighted(weights, x, y) -> (B,)`."""
+  """A distance with the signature of a network, weights first: `weighted(weights, x, y) -> (B,)`."""
 
   distance: Any
 
@@ -174,24 +174,28 @@ DISTANCES: dict[str, type] = {
 
 
 def make_distance(name: str, section: Any) -> Distance:
-  """The distance between images that the config's section `name` names; UserError if there is none of that name."""
+  """The distance that the config's section `name` selects; UserError if there is none with that name."""
   distance: Distance = choose(f'{name}.distance', section.distance, DISTANCES)()
   return distance
 
 
 def load(distance: Distance, path: str, image_shape: tuple[int, ...], key: str) -> Weights:
-  """The weights of a distance from a safetensors file, or None for one that has none.
+  """Reads the weights of a distance from a safetensors file; None for a distance without weights.
 
   Raises:
-    UserError: there is no such file, or it holds something else; the message names the config's `key`.
+    UserError: the file does not exist or holds something else; the message names the config's `key`.
   """
   if not isinstance(distance, Features | Lpips):
     return None
   if not path or not pathlib.Path(path).is_file():
-    raise UserError(f'{key}={path!r}: this distance needs a file of weights, safetensors')
+    raise UserError(f'{key}={path!r}: this distance needs its weights, in a .safetensors file')
   try:
     return distance.check(safetensors.numpy.load_file(path), image_shape)
   except (safetensors.SafetensorError, ValueError) as error:
     raise UserError(f'{key}={path}: {error}') from error
-  except (AttributeError, KeyError, TypeError) as error:  # safetensors, of numbers that NumPy has not
-    raise UserError(f'{key}={path}: numbers of a type that NumPy does not have: {error}') from error
+  except (
+    AttributeError,
+    KeyError,
+    TypeError,
+  ) as error:  # what safetensors raises for types that NumPy lacks
+    raise UserError(f'{key}={path} holds arrays of a type that NumPy does not have: {error}') from error

@@ -1,4 +1,4 @@
-"""A small classifier, whose activations images are compared by: in measuring, and as a distance to train with."""
+"""A small classifier whose activations are used to compare images: for evaluation, and as a training distance."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ _LAYERS = 'layers'
 
 
 class Classifier(nn.Module):
-  """Convolutions down to 4x4 or less, and two dense layers; the features are the 64 inputs of the last one."""
+  """Convolutions down to at most 4x4, then two dense layers; the features are the 64 inputs of the last one."""
 
   num_classes: int
 
@@ -37,13 +37,13 @@ def apply(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def layers(params: Params, x: jax.Array) -> tuple[jax.Array, ...]:
-  """The activations of every layer but the last, (B, h, w, 32 or 64), and the features (B, 64)."""
+  """The activations of every layer except the last: (B, h, w, 32 or 64), and the features (B, 64)."""
   model = Classifier(params['logits']['bias'].shape[0])
   return model.apply({'params': params}, x, mutable=[_LAYERS])[1][_LAYERS]['h']
 
 
 def shapes(num_classes: int, image_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-  """The shape of each parameter of a classifier of images (H, W, C), by its path."""
+  """The shape of each parameter of a classifier for images (H, W, C), by path."""
   x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   params = jax.eval_shape(Classifier(num_classes).init, jax.random.key(0), x)['params']
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}

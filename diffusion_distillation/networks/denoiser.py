@@ -1,4 +1,4 @@
-"""A network seen as a denoiser, E[x | z], and networks bound to their parameters: what methods and samplers call."""
+"""Networks as denoisers, E[x | z], and networks bound to their parameters: what methods and samplers call."""
 
 import dataclasses
 import functools
@@ -19,28 +19,28 @@ BOTTLENECK = 'bottleneck'  # the collection into which a network sows its innerm
 
 
 class Network(Protocol):
-  """What is asked of a network: a linen module with these members, called as written in `__call__`."""
+  """The interface of a network: a linen module with these members."""
 
-  Section: ClassVar[type]  # its hyper-parameters, as keys of the config's section `model`
+  Section: ClassVar[type]  # its hyper-parameters, which become keys of the config's section `model`
 
   @property
   def dropout(self) -> float:
-    """The rate of dropout, 0 for none."""
+    """The dropout rate; 0 for no dropout."""
     ...
 
   @property
   def conditioning(self) -> Conditioning:
-    """The conditions that it takes, by key."""
+    """The conditions that it takes, by key; empty for an unconditional network."""
     ...
 
   def check(self, image_shape: tuple[int, ...]) -> None:
-    """Raises ValueError, saying what to change, unless x of this shape (H, W, C) goes through the network."""
+    """Raises ValueError, saying what to change, if the network cannot take x of shape (H, W, C)."""
     ...
 
   def __call__(
     self, z: jax.Array, logsnr: jax.Array, cond: Cond, deterministic: bool = True
   ) -> jax.Array:
-    """z: (B, H, W, C); logsnr: (B,). Returns (B, H, W, out_ch); dropout unless `deterministic`."""
+    """z: (B, H, W, C); logsnr: (B,). Returns (B, H, W, out_ch). Applies dropout unless `deterministic`."""
     ...
 
 
@@ -68,17 +68,17 @@ def _init(network: Any, shape: tuple[int, ...], rng: jax.Array) -> Params:
 def _apply(
   network: Any, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond, rng: jax.Array | None
 ) -> Any:
-  """The network's output. A program that calls it several times traces and lowers it once."""
+  """The network's output. A program that calls it several times traces and lowers the network only once."""
   rngs = None if rng is None else {'dropout': rng}
   return network.apply({'params': params}, z, logsnr, cond, rng is None, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-  """A network seen as E[x | z]. The parameterization ends here.
+  """A network as an estimate of E[x | z]. Nothing beyond this class knows the parameterization.
 
   Attributes:
-    network: a linen module, as `Network` says.
+    network: a linen module that implements `Network`.
     output: what the network predicts, a name in `process.OUTPUTS`.
   """
 
@@ -87,26 +87,26 @@ class Denoiser:
 
   def __post_init__(self) -> None:
     if self.output not in process.OUTPUTS:
-      raise ValueError(f'model.output is {self.output!r}; one of {sorted(process.OUTPUTS)}')
+      raise ValueError(f'model.output={self.output!r} is not one of {sorted(process.OUTPUTS)}')
 
   @property
   def conditioning(self) -> Conditioning:
-    """The network's."""
+    """The conditioning of the network."""
     found: Conditioning = self.network.conditioning
     return found
 
   def init(self, rng: jax.Array, shape: tuple[int, ...]) -> Params:
-    """Parameters for x of `shape` (H, W, C)."""
+    """Initial parameters for x of `shape` (H, W, C)."""
     return _init(self.network, shape, rng)
 
   def without_dropout(self) -> Self:
-    """The same denoiser over a network that has no dropout; equal to every other of its shape."""
+    """The same denoiser with a dropout rate of 0; denoisers that differ only in dropout become equal."""
     return dataclasses.replace(self, network=dataclasses.replace(self.network, dropout=0.0))
 
   def __call__(
     self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond, rng: jax.Array | None = None
   ) -> process.Prediction:
-    """z: (B, H, W, C); logsnr: (B,); dropout only if `rng` is given."""
+    """z: (B, H, W, C); logsnr: (B,). Applies dropout only if `rng` is given."""
     output = _apply(self.network, params, self._input(z, logsnr), logsnr, cond, rng)
     return process.OUTPUTS[self.output](z, logsnr, output)
 
@@ -146,9 +146,9 @@ class Function:
 
 @flax.struct.dataclass
 class Bound:
-  """A network that holds its parameters, which are its leaves as a pytree; called with all other arguments.
+  """A network with its parameters, which are its pytree leaves; called with the remaining arguments.
 
-  `jax.lax.stop_gradient` of it is the network through whose parameters no gradient passes.
+  `jax.lax.stop_gradient(bound)` is the same network with no gradient to its parameters.
   """
 
   network: Any = flax.struct.field(pytree_node=False)

@@ -1,6 +1,6 @@
 """Layers of the networks, written so that they compile to few passes over memory.
 
-Parameters have the names and shapes of flax's own layers.
+Their parameters have the names and shapes of flax's own layers.
 """
 
 import math
@@ -10,20 +10,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# As XLA compiles it; and cuDNN's fused kernel, which does not store the weights, for 16-bit types on GPUs.
+# XLA's own code; or cuDNN's fused kernel for 16-bit types on GPUs, which does not store the attention weights.
 ATTENTION_KERNELS = ('xla', 'cudnn')
 
 
 class GroupNorm(nn.Module):
-  """Group normalisation (Wu & He 2018) and, where given, a scale and shift of each example's channels.
+  """Group normalization (Wu & He 2018), optionally followed by a scale and shift per example and channel.
 
-  One pass over the input sums each channel, a second one is a multiply-add per channel that does all the rest. Both are
-  in float32 or better.
+  The first pass over the input sums each channel; the second is a multiply-add per channel that does the rest. Both are
+  computed in float32 or better.
 
   Attributes:
-    num_groups: must divide the number of channels.
-    dtype: of the result; None for the input's.
-    epsilon: is added to the variance.
+    num_groups: number of groups; must divide the number of channels.
+    dtype: type of the result; None for the input's.
+    epsilon: added to the variance.
     shifted: whether squares are summed around the first pixel of each channel instead of 0, which keeps the digits of
       the variance where an input is nearly constant.
   """
@@ -37,7 +37,7 @@ class GroupNorm(nn.Module):
   def __call__(
     self, x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | None = None
   ) -> jax.Array:
-    """x: (B, H, W, C); scale, shift: (B, C), for y (1 + scale) + shift of the normalised y."""
+    """Returns y (1 + scale) + shift of the normalized y. x: (B, H, W, C); scale, shift: (B, C)."""
     ch = x.shape[-1]
     gain = self.param('scale', nn.initializers.ones, (ch,))
     bias = self.param('bias', nn.initializers.zeros, (ch,))
@@ -65,26 +65,26 @@ class GroupNorm(nn.Module):
     return mean, self._of_groups(of_channels + jnp.square(pixel + shift - mean))
 
   def _of_groups(self, of_channels: jax.Array) -> jax.Array:
-    """The mean over each group of channels, (B, C), in all of its channels."""
+    """The mean over each group of channels, repeated for each of its channels: (B, C)."""
     batch, ch = of_channels.shape
     means = of_channels.reshape(batch, self.num_groups, -1).mean(-1)
     return jnp.repeat(means, ch // self.num_groups, axis=1)
 
 
 class Dropout(nn.Module):
-  """Dropout (Srivastava et al. 2014) that spends one random byte on each activation.
+  """Dropout (Srivastava et al. 2014) that uses one random byte per activation.
 
-  The threshold, 256 times the rate, is rounded to a whole number at random, once per example: on average the rate is exact.
+  The threshold, 256 times the rate, is rounded up or down at random, once per example, so that the rate is exact on average.
 
   Attributes:
-    rate: probability in [0, 1) that an activation becomes 0.
+    rate: probability in [0, 1) that an activation is set to 0.
   """
 
   rate: float
 
   @nn.compact
   def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-    """x: (B, ...); unless `deterministic`, draws from the stream 'dropout'."""
+    """x: (B, ...). Draws from the stream 'dropout', unless `deterministic`."""
     if deterministic or not self.rate:
       return x
     rng_bytes, rng_round = jax.random.split(self.make_rng('dropout'))
@@ -100,7 +100,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str = 'xla') -> 
   """softmax(q kᵀ / sqrt(D)) v for each head (Vaswani et al. 2017).
 
   Args:
-    q, k, v: (B, N, heads, D). The softmax is in float32, its result in their type.
+    q, k, v: (B, N, heads, D). The softmax is computed in float32 and converted to their type.
     kernel: a name in ATTENTION_KERNELS.
 
   Returns:
@@ -108,7 +108,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str = 'xla') -> 
   """
   if kernel == 'cudnn':
     return jax.nn.dot_product_attention(q, k, v, implementation='cudnn')
-  if q.shape[2] == 1:  # without the axis of heads, products of matrices need no transposition
+  if q.shape[2] == 1:  # without a head axis, matrix products need no transposition
     return _one_head(q[:, :, 0], k[:, :, 0], v[:, :, 0])[:, :, None]
   return jax.vmap(_one_head, in_axes=2, out_axes=2)(q, k, v)
 

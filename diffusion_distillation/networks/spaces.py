@@ -1,4 +1,4 @@
-"""Spaces: what x is. The only place that knows a data range, and how images become x and back."""
+"""Spaces: what x is. Only this file knows the range of the data and how images are converted to x and back."""
 
 import dataclasses
 from typing import Protocol
@@ -8,32 +8,32 @@ import jax.numpy as jnp
 
 
 class Space(Protocol):
-  """What is asked of a space; in practice a frozen dataclass, thus static under jit."""
+  """The interface of a space; implemented by frozen dataclasses, which are static under jit."""
 
   def shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of x for images of `image_shape` (H, W, C)."""
     ...
 
   def encode(self, image: jax.Array) -> jax.Array:
-    """Images (B, H, W, C) uint8 to x, float32."""
+    """Converts images (B, H, W, C) uint8 to x, float32."""
     ...
 
   def decode(self, x: jax.Array) -> jax.Array:
-    """x to the nearest images (B, H, W, C) uint8; the inverse of `encode`."""
+    """Converts x to the nearest images (B, H, W, C) uint8; the inverse of `encode`."""
     ...
 
   def clip(self, x: jax.Array) -> jax.Array:
-    """The x nearest to the given one that an image can have."""
+    """Projects x onto the values that images can have."""
     ...
 
   def dequantize(self, rng: jax.Array, x: jax.Array) -> jax.Array:
-    """Spreads x evenly over the values that decode to the same image (Theis et al. 2016, section 3.1)."""
+    """Adds uniform noise that leaves the decoded image unchanged (Theis et al. 2016, section 3.1)."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-  """The pixels themselves: uint8 0..255 as x in [-1, 1], of the same shape."""
+  """Pixels: uint8 values 0..255 are mapped to x in [-1, 1]; the shape is unchanged."""
 
   def shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
     """See `Space.shape`."""
@@ -49,7 +49,7 @@ class Pixels:
 
   @staticmethod
   def clip(x: jax.Array) -> jax.Array:
-    """See `Space.clip`; static, so that it is equal for all `Pixels`."""
+    """See `Space.clip`; a static method, so that it compares equal for all `Pixels`."""
     return jnp.clip(x, -1.0, 1.0)
 
   def dequantize(self, rng: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What training does to examples on the device, each a function of a key."""
+"""Data augmentation on the device; each augmentation is a function of a random key."""
 
 import jax
 import jax.numpy as jnp

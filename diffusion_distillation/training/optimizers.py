@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the optimizer: Adam on gradients clipped to a global norm."""
+"""Learning-rate schedules, moving averages, and the optimizer: Adam with gradient clipping by global norm."""
 
 import dataclasses
 import math
@@ -33,15 +33,15 @@ class OptimizerSection:
 
 @flax.struct.dataclass
 class LearningRate:
-  """Linear warm-up to `peak`, then as `decay` says, to 0 at the last update unless it is 'none'.
+  """Linear warm-up to `peak`, times a decay that reaches 0 at the last update unless it is 'none'.
 
-  The numbers are pytree leaves: stages of different lengths share one compiled step.
+  The numbers are pytree leaves, so that stages of different lengths share one compiled step.
 
   Attributes:
-    peak: the highest learning rate.
-    num_updates: of the stage: where the decay ends.
-    warmup: updates until the peak is reached; 0 for none.
-    decay: a name in DECAYS; of the share of updates that are done.
+    peak: the peak learning rate.
+    num_updates: number of updates of the stage, at the end of which the decay ends.
+    warmup: number of updates until the peak is reached; 0 for no warm-up.
+    decay: a name in DECAYS, which are functions of the fraction of updates done.
   """
 
   peak: float | jax.Array
@@ -50,7 +50,7 @@ class LearningRate:
   decay: str = flax.struct.field(pytree_node=False, default='none')
 
   def __call__(self, step: jax.Array) -> jax.Array:
-    """The rate of update `step` = 0, 1, ...: a scalar."""
+    """The learning rate of update `step` = 0, 1, ...; a scalar."""
     warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(self.warmup, 1))
     done = jnp.minimum(1.0, step / self.num_updates)
     return self.peak * warm * DECAYS[self.decay](done)
@@ -59,8 +59,8 @@ class LearningRate:
 def average_weight(decay: float | jax.Array, ramp: float, step: jax.Array) -> float | jax.Array:
   """The weight of the new parameters in a moving average, 1 - decay, at the student's update `step` = 0, 1, ...
 
-  The half-life of the average is at most `ramp` times the number of updates so far (Karras et al. 2022, appendix F.2); with 0
-  the decay is the same from the start.
+  The half-life of the average is at most `ramp` times the number of updates so far (Karras et al. 2022, appendix F.2). With
+  `ramp` 0, the decay is constant.
   """
   if not ramp:
     return 1.0 - decay
@@ -69,7 +69,7 @@ def average_weight(decay: float | jax.Array, ramp: float, step: jax.Array) -> fl
 
 @dataclasses.dataclass(frozen=True)
 class Adam:
-  """Adam with decoupled weight decay; its updates are yet to be scaled by -learning_rate.
+  """Adam with decoupled weight decay. Its updates still have to be multiplied by -learning_rate.
 
   Attributes:
     b1, b2, eps: Adam's.
@@ -84,7 +84,7 @@ class Adam:
   clip_norm: float = 1.0
 
   def transform(self) -> optax.GradientTransformation:
-    """The optax chain; init and update as usual."""
+    """The optimizer as an optax gradient transformation."""
     return optax.chain(
       optax.clip_by_global_norm(self.clip_norm),
       optax.scale_by_adam(self.b1, self.b2, self.eps),

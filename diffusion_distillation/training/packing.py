@@ -1,7 +1,7 @@
-"""Trees of parameters in fewer arrays, for operations that treat every number alike.
+"""Parameter trees packed into fewer arrays, for elementwise operations.
 
-Most arrays of a network are biases and scales with a few numbers each. Joined into one vector, they are updated by one operation
-instead of by hundreds. Kernels stay as they are: copying them would take longer than joining them saves.
+Most arrays of a network are biases and scales with few elements. Concatenated into one vector, they are updated by one
+operation instead of hundreds. Kernels are not packed: copying them would take longer than it saves.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ import numpy as np
 
 @flax.struct.dataclass
 class Packed:
-  """The arrays of a tree: `vectors`, those of one axis, end to end; `others` as they are, None in place of vectors."""
+  """The arrays of a tree: `vectors` holds all 1-d arrays, concatenated; `others` holds the rest, with None for 1-d arrays."""
 
   vectors: jax.Array
   others: list[Any]
 
 
 class Packing:
-  """Packs trees of the structure and shapes of `like`, wherever they are in a larger one; and unpacks them."""
+  """Packs and unpacks all subtrees of a tree that have the structure and shapes of `like`."""
 
   def __init__(self, like: Any) -> None:
     leaves = jax.tree.leaves(like)
@@ -32,11 +32,11 @@ class Packing:
     self._ends = np.cumsum([size for size in self._sizes if size is not None])[:-1]
 
   def pack(self, tree: Any) -> Any:
-    """The tree with a `Packed` in place of each part of the structure."""
+    """Replaces each subtree with that structure by a `Packed`."""
     return self._map(self._pack, tree, self._is_part)
 
   def unpack(self, tree: Any) -> Any:
-    """The tree that `pack` was given, of these values."""
+    """The inverse of `pack`."""
     return self._map(self._unpack, tree, lambda part: isinstance(part, Packed))
 
   def _is_part(self, part: Any) -> bool:

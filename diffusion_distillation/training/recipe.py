@@ -1,4 +1,4 @@
-"""The recipe of a stage: all that its compiled training step knows."""
+"""The recipe of a stage: everything that its compiled training step depends on."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,17 +18,17 @@ from diffusion_distillation.training.state import Params, TrainState
 
 @flax.struct.dataclass
 class Recipe:
-  """Its leaves are arguments of the compiled step, the rest is static.
+  """The constants of a stage. Pytree leaves are arguments of the compiled step; the rest is static.
 
   Attributes:
-    networks: every network that the method's loss is given, by name; see `Method.networks`.
+    networks: every network that the method's loss receives, by name; see `Method.networks`.
     method: the loss.
     optimizer: from a network's gradients to its updates of unit learning rate; each network has one of its own.
     learning_rate: of each step, by network in training.
     ema_decay: of each moving average that can be sampled; 0 follows the parameters.
     seed: of all noise in this stage.
     space: what x is.
-    shape: of a batch of x, (B, H, W, C).
+    shape: shape of a batch of x, (B, H, W, C).
     random_flip: whether images are mirrored at random.
     dequantize: whether x is spread evenly over what decodes to the same image.
     cond_dropout: probability that an example's conditions are withheld.
@@ -54,7 +54,7 @@ class Recipe:
 
   @property
   def student(self) -> Denoiser:
-    """The network that the stage is there to train."""
+    """The network that the stage trains."""
     found: Denoiser = self.networks['student']
     return found
 

@@ -1,4 +1,4 @@
-"""What a training step changes, and nothing else."""
+"""The training state: what a training step changes."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ Params = Any
 
 @flax.struct.dataclass
 class TrainState:
-  """All of a run that is not in its config; saved and restored whole.
+  """Everything about a stage in training that is not determined by its config; checkpointed as a whole.
 
   Attributes:
     step: updates tried so far, skipped ones included.
@@ -34,7 +34,7 @@ class TrainState:
   def create(
     cls, params: dict[str, Params], optimizer: optax.GradientTransformation, num_averages: int = 1
   ) -> 'TrainState':
-    """The state before the first update. No two leaves share a buffer, so it can be donated."""
+    """The state before the first update. No two leaves share a buffer, so that it can be donated."""
     params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
     return cls(
       step=jnp.zeros((), jnp.int32),

@@ -1,4 +1,4 @@
-"""The training step: one for all methods."""
+"""The training step, which is the same for all methods."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +18,14 @@ from diffusion_distillation.training.state import Params, TrainState
 def train_step(
   recipe: Recipe, state: TrainState, frozen: Mapping[str, Params], batch: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update, or none where loss or gradient is not finite.
+  """Makes one update, or skips it if the loss or a gradient is not finite.
 
   Args:
     recipe: the stage's constants.
-    state: donated by the compiled step.
-    frozen: parameters that no update changes, by network, such as `teacher`.
-    batch: `cond`, and, where the method needs them, `image` (B, H, W, C) uint8 and `pairs`; global arrays, the mean
-      over which is the loss, on however many devices.
+    state: the training state; the compiled step donates its buffers.
+    frozen: parameters that are not updated, by network, such as `teacher`.
+    batch: `cond`, and `image` (B, H, W, C) uint8 and `pairs` if the method needs them. These are global arrays: the loss
+      is the mean over all devices.
 
   Returns:
     The next state, and scalar metrics.
@@ -47,7 +47,7 @@ def train_step(
 def loss_and_gradients(
   recipe: Recipe, state: TrainState, frozen: Mapping[str, Params], batch: Mapping[str, Any]
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Params]]:
-  """What an update is made of: the loss, metrics, and gradients by network; all a function of (seed, step)."""
+  """Loss, metrics, and gradients by network; the randomness is a function of (seed, step)."""
   rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
   rng_augment, rng_draw, rng_dropout = jax.random.split(rng, 3)
   examples = make_examples(recipe, batch, rng_augment, rng_draw)
@@ -58,7 +58,7 @@ def loss_and_gradients(
 def make_examples(
   recipe: Recipe, batch: Mapping[str, Any], rng_augment: jax.Array, rng_draw: jax.Array
 ) -> dict[str, Any]:
-  """What the loss is given: `x` of the images if there are any, `cond`, `pairs`, and what the method draws."""
+  """The batch that the loss receives: `x`, if there are images, `cond`, `pairs`, and the method's random draws."""
   examples = {'cond': batch['cond'], **recipe.method.draw(rng_draw, recipe.shape)}
   if 'image' in batch:
     x = recipe.space.encode(batch['image'])
@@ -78,7 +78,7 @@ def make_examples(
 def train_steps(
   recipe: Recipe | tuple[Recipe, ...], state: TrainState, frozen: Mapping[str, Params], batch: Any
 ) -> tuple[TrainState, Any]:
-  """`train_step`, or several of them in one program: where `recipe` and `batch` are tuples, the metrics are one, too."""
+  """`train_step`, or several of them in one program if `recipe` and `batch` are tuples; the metrics are then a tuple, too."""
   if not isinstance(recipe, tuple):
     return train_step(recipe, state, frozen, batch)
   metrics = []
@@ -91,10 +91,10 @@ def train_steps(
 def _apply(
   recipe: Recipe, state: TrainState, loss: jax.Array, grads: Mapping[str, Params]
 ) -> tuple[tuple[Params, ...], dict[str, jax.Array], jax.Array]:
-  """The next (parameters, optimizer states, averages), the sizes of gradients and updates, and whether all is finite.
+  """The next (parameters, optimizer states, averages), the norms of gradients and updates, and whether all are finite.
 
-  If something is not finite, nothing changes. Networks without a gradient do not change either, nor do their moments; the
-  averages only follow the student when it has a gradient.
+  If anything is not finite, nothing changes. Networks without a gradient and their moments do not change either, and the
+  averages are only updated when the student has a gradient.
   """
   params, opt_state, averages = {**state.params}, {**state.opt_state}, state.ema_params
   packings = {name: Packing(params[name]) for name in grads}
@@ -142,10 +142,10 @@ def gradients(
   rng: jax.Array,
   step: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Params]]:
-  """Loss, metrics and gradients by network of a batch, as the mean over its micro-batches.
+  """Loss, metrics, and gradients by network, each as the mean over the micro-batches of a batch.
 
-  Micro-batch m holds the examples m, m + M, m + 2M, ...: of a batch that is split over devices in blocks, every
-  device has its share of each. Only dropout depends on M.
+  Of M micro-batches, micro-batch m holds the examples m, m + M, m + 2M, ...: since a batch is split over devices in
+  blocks, every device has an equal share of each. Only dropout depends on M.
   """
   count = recipe.micro_batches
 

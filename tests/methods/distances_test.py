@@ -255,7 +255,7 @@ def test_numbers_that_numpy_does_not_have_are_refused_in_one_line(tmp_path):
     b'{"w":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}',
   )
   path.write_bytes(len(header).to_bytes(8, 'little') + header + b'0')
-  with pytest.raises(UserError, match='numbers of a type that NumPy does not have') as raised:
+  with pytest.raises(UserError, match='arrays of a type that NumPy does not have') as raised:
     load(Features(), str(path), (8, 8, 1), 'dmd.distance_weights')
   assert '\n' not in str(raised.value)
 
@@ -283,7 +283,10 @@ def test_a_file_that_is_none_of_a_classifier_is_refused_in_one_line(of_classifie
     safetensors.numpy.save_file(broken(flat(of_classifier)), path)
     with pytest.raises(UserError) as raised:
       load(Features(), str(path), (8, 8, 1), 'dmd.distance_weights')
-    assert str(raised.value) == f'dmd.distance_weights={path}: no classifier of images (8, 8, 1)'
+    assert (
+      str(raised.value)
+      == f'dmd.distance_weights={path}: this is not a classifier of images with shape (8, 8, 1)'
+    )
 
 
 @pytest.mark.parametrize('distance', [Features(), Lpips()], ids=str)
