@@ -34,7 +34,7 @@ class TopLevel:
     0, 'Seed of the initial weights, the batches and the noise in training.', config.NOT_NEGATIVE
   )
   weighting: str = config.key(
-    'snr_trunc', 'Weighting of the training loss as a function of logsnr.', choices=WEIGHTINGS
+    'snr_trunc', 'Weighting of the loss of base training as a function of logsnr.', choices=WEIGHTINGS
   )
   methods: tuple[str, ...] = config.key(
     ('progressive',),

@@ -53,6 +53,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.dmd2.fake_learning_rate = 1e-3
   c.dmd2.gan_generator = 0.01
   c.dmd2.gan_fake = 0.03
+  c.dmd2.gan_first_t = c.dmd2.first_t  # the GAN looks where the scores are compared
+  c.dmd2.gan_last_t = c.dmd2.last_t
 
   c.log.health_every = 50
   return c

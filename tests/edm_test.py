@@ -272,11 +272,23 @@ def test_an_edm_teacher_is_trained_measured_on_its_grid_and_distilled(finished, 
   assert described['teacher']['digest'] == base['digest']
 
 
-def test_the_law_and_the_weighting_are_the_base_s_and_the_fake_score_s():
+def test_the_law_is_the_base_s_and_the_weighting_the_fake_score_s_too():
   base, dmd = tiny.plan(**METHOD)[0]
-  law = times.LogNormal(Karras(), -1.2, 1.2, times.Uniform())
+  assert base.recipe.method.law == times.LogNormal(Karras(), -1.2, 1.2, times.Uniform())
   for method in (base.recipe.method, dmd.recipe.method):
-    assert method.law == law and method.weighting == Edm() and method.schedule == Karras()
+    assert method.weighting == Edm() and method.schedule == Karras()
   assert diffuse(jnp.ones((1, 1)), jnp.zeros((1, 1)), base.schedule(jnp.ones(1))) == pytest.approx(
     1 / np.sqrt(1 + 80.0**2), rel=1e-5
   )
+
+
+def test_the_fake_score_is_trained_evenly_over_all_times_whatever_the_law_of_the_base():
+  """Under EDM's log-normal law few times lie above t = 0.5, where half of the scores are compared."""
+  s = Karras().s_min ** (1 / 7) / 2 + Karras().s_max ** (1 / 7) / 2  # at t = 0.5
+  of_base = stats.norm.sf((7 * np.log(s) + 1.2) / 1.2)
+  assert of_base == pytest.approx(0.038, abs=1e-3)
+  for changes, expected in (({}, 0.5), ({'dmd__fake_law': 'base'}, of_base)):
+    dmd = tiny.plan(**METHOD, **changes)[0][-1].recipe.method
+    drawn = dmd.draw(jax.random.key(0), (4000, 1, 1, 1))
+    spread = np.sqrt(expected * (1 - expected) / 4000)
+    assert np.mean(drawn['fake_t'] > 0.5) == pytest.approx(expected, abs=4 * spread)

@@ -44,6 +44,8 @@ OVERRIDES = {
   'dmd2__fake_updates': 2,
   'dmd2__start': 'progressive_0002',
   'dmd2__num_steps': 2,
+  'dmd2__gan_head': 'strided',
+  'dmd2__joint_clip': True,
   'evaluation__samplers': ('ddim',),
   'log__health_every': 6,
 } | {

@@ -59,7 +59,7 @@ class Small:
   def __call__(self, params, z, logsnr, cond, rng=None):
     return process.OUTPUTS['v'](z, logsnr, Network().apply({'params': params}, z, logsnr)[0])
 
-  def bottleneck(self, params, z, logsnr, cond):
+  def bottleneck(self, params, z, logsnr, cond, place='h'):
     return Network().apply({'params': params}, z, logsnr)[1]
 
 

@@ -68,8 +68,8 @@ class TimeSection:
   )
   law: str = key(
     'uniform',
-    "Base training and DMD's fake score: uniform in t, or log-normal in sigma / alpha (EDM), which needs continuous "
-    'time.',
+    "Base training, and DMD's fake score where `dmd.fake_law=base`: uniform in t, or log-normal in sigma / alpha (EDM), "
+    'which needs continuous time.',
     choices=('uniform', 'lognormal'),
   )
   log_mean: float = key(-1.2, '`lognormal`: mean of log(sigma / alpha).')

@@ -5,7 +5,7 @@ The errors in x, eps and v differ only by a factor: snr |x - x^|^2 = |eps - eps^
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,14 @@ WEIGHTINGS: dict[str, type] = {
   'snr_plus_one': SnrPlusOne,
   'edm': Edm,
 }
+
+
+AS_BASE = 'base'  # in place of a name: the weighting of base training
+
+
+def or_base(base: Weighting) -> Mapping[str, Callable[[], Weighting]]:
+  """WEIGHTINGS, and `base` under the name AS_BASE; each is called without arguments."""
+  return {AS_BASE: lambda: base, **WEIGHTINGS}
 
 
 def weighted_mse(

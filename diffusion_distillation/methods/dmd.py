@@ -7,16 +7,16 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, build, key
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, build, choose, key
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
 from diffusion_distillation.diffusion.samplers import Clip, MultistepConsistency, clipped
 from diffusion_distillation.diffusion.schedules import Schedule
-from diffusion_distillation.diffusion.weightings import Weighting
+from diffusion_distillation.diffusion.weightings import AS_BASE, WEIGHTINGS, Weighting, or_base
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods.denoising import Denoising
 from diffusion_distillation.methods.distances import L2, Distance, Weighted, make_distance
-from diffusion_distillation.methods.gan import Gan
+from diffusion_distillation.methods.gan import Gan, GanSection, make_gan
 from diffusion_distillation.methods.knowledge import regression
 from diffusion_distillation.methods.method import (
   Batch,
@@ -32,12 +32,13 @@ from diffusion_distillation.methods.method import (
 
 
 @dataclasses.dataclass(frozen=True)
-class DMDSection(StudentSection):
+class DMDSection(GanSection, StudentSection):
   """Distribution matching distillation, DMD (Yin et al. 2023)."""
 
   num_updates: int = 300_000
   learning_rate: float = 5e-5
   weight_decay: float = 0.01
+  ema_decay: tuple[float, ...] = (0.0,)
   num_steps: int = key(1, 'Number of sampling steps of the generator.', POSITIVE)
   regression: float = key(
     0.25,
@@ -57,16 +58,24 @@ class DMDSection(StudentSection):
     'must be a multiple of this.',
     POSITIVE,
   )
-  gan_generator: float = key(
-    0.0,
-    "Weight of the generator's GAN loss. This and `gan_fake` are both positive, or both 0 for no GAN.",
-    NOT_NEGATIVE,
+  fake_law: str = key(
+    'uniform',
+    "Distribution of the times of the fake score's training: uniform over [0, 1], or that of base training, see `time.law`.",
+    choices=('uniform', 'base'),
   )
-  gan_fake: float = key(0.0, "Weight of the critic's GAN loss.", NOT_NEGATIVE)
+  fake_weighting: str = key(
+    AS_BASE,
+    "Weighting of the fake score's loss as a function of logsnr; `base`: the weighting of base training.",
+    choices=(AS_BASE, *WEIGHTINGS),
+  )
   simulated: bool = key(
     True,
     "For generators of several steps: whether their inputs in training come from the generator's own earlier steps, or "
     'are noised data.',
+  )
+  clip_x: bool = key(
+    True,
+    'For generators of several steps: whether x is clipped to [-1, 1] between their steps in training.',
   )
 
 
@@ -139,16 +148,18 @@ class DMD(Student):
         f'{section.fake_updates}: the generator is updated once in as many'
       )
     distance = make_distance(name, section)
+    law = choose(f'{name}.fake_law', section.fake_law, {'uniform': context.uniform, 'base': context.law})
+    weightings = or_base(context.weighting)
     keys = ('first_t', 'last_t', 'regression', 'fake_updates', 'num_steps', 'simulated')
     return build(
       name,
       cls,
       schedule=context.schedule,
-      weighting=context.weighting,
-      law=context.law,
+      weighting=choose(f'{name}.fake_weighting', section.fake_weighting, weightings)(),
+      law=law,
       distance=distance if section.regression else L2(),
-      clip=context.clip,
-      gan=_make_gan(name, section, context),
+      clip=context.clip if section.clip_x else None,
+      gan=make_gan(name, section, context),
       **{key: section[key] for key in keys},
     )
 
@@ -223,7 +234,7 @@ class DMD(Student):
       drawn['step'] = jax.random.randint(next(rngs), (size,), 1, self.num_steps + 1)
       drawn['keys'] = jax.random.split(next(rngs), size)
     if self.gan is not None:
-      drawn['gan_t'] = between()
+      drawn['gan_t'] = self.gan.draw_times(next(rngs), size)
       drawn['gan_eps'] = normal()
     return drawn
 
@@ -321,18 +332,3 @@ class DMD2(DMD):
 
   name = 'dmd2'
   Section = DMD2Section
-
-
-def _make_gan(name: str, section: Any, context: Context) -> Gan | None:
-  """The GAN that the section asks for, on the innermost activations of a network like the teacher's."""
-  if bool(section.gan_generator) != bool(section.gan_fake):
-    raise UserError(f'{name}.gan_generator and {name}.gan_fake: both are zero, or neither')
-  if not section.gan_fake:
-    return None
-  try:
-    width = context.teacher.bottleneck_width(context.shape)
-  except ValueError as error:
-    raise UserError(f'{name}.gan_fake: {error}') from error
-  if width % 8:
-    raise UserError(f'{name}.gan_fake needs innermost channels that divide by 8; the model has {width}')
-  return Gan(width, section.gan_generator, section.gan_fake)

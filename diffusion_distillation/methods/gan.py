@@ -1,16 +1,48 @@
 """DMD2's GAN: a head on the fake score's innermost activations tells real images from generated ones, both noised."""
 
+import dataclasses
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import NOT_NEGATIVE, SHARE, build, choose, key
 from diffusion_distillation.diffusion.process import diffuse
-from diffusion_distillation.methods.method import BoundDenoiser, Nets, Params
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.methods.method import BoundDenoiser, Context, Nets, Params
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Function
-from diffusion_distillation.networks.head import Head
+from diffusion_distillation.networks.head import HEADS, Head, StridedHead
+
+
+@dataclasses.dataclass(frozen=True)
+class GanSection:
+  """The keys of the GAN."""
+
+  gan_generator: float = key(
+    0.0,
+    "Weight of the generator's GAN loss. This and `gan_fake` are both positive, or both 0 for no GAN.",
+    NOT_NEGATIVE,
+  )
+  gan_fake: float = key(0.0, "Weight of the critic's GAN loss.", NOT_NEGATIVE)
+  gan_first_t: float = key(
+    0.0,
+    'Smallest time at which the GAN compares noised images, less than `gan_last_t`.',
+    SHARE,
+  )
+  gan_last_t: float = key(1.0, 'Largest time at which the GAN compares noised images.', SHARE)
+  gan_head: str = key(
+    'pooled',
+    "The GAN's head: two convolutions and the mean over the fake score's innermost activations, of any size; or, as in "
+    "DMD2's code, strided convolutions on the activations after the encoder, 8x8 or larger.",
+    choices=HEADS,
+  )
+  joint_clip: bool = key(
+    False,
+    "Whether the gradients of fake score and head together are clipped to the norm `clip_norm`, as in DMD2's code; "
+    "otherwise each network's own.",
+  )
 
 
 @flax.struct.dataclass
@@ -18,29 +50,45 @@ class Gan:
   """The non-saturating loss of Yin et al. 2024 (DMD2), section 4.3; all of it static.
 
   Attributes:
-    width: channels of the innermost activations.
+    width: channels of the activations that the head is given.
     generator_weight: of the generator's loss, softplus(-D(fake)).
     fake_weight: of the critic's, softplus(D(fake)) + softplus(-D(real)), which trains head and fake score.
+    first_t, last_t: between which both look at noised images.
+    module: of the head.
   """
 
   width: int = flax.struct.field(pytree_node=False)
   generator_weight: float = flax.struct.field(pytree_node=False)
   fake_weight: float = flax.struct.field(pytree_node=False)
+  first_t: float = flax.struct.field(pytree_node=False, default=0.0)
+  last_t: float = flax.struct.field(pytree_node=False, default=1.0)
+  module: Head | StridedHead = flax.struct.field(pytree_node=False, default=Head())
+
+  def __post_init__(self) -> None:
+    if not 0.0 <= self.first_t < self.last_t <= 1.0:
+      raise ValueError(
+        f'gan_first_t={self.first_t} and gan_last_t={self.last_t} must be 0 <= gan_first_t < gan_last_t <= 1'
+      )
 
   @property
   def head(self) -> Function:
     """The network of the head, `head(params, activations) -> (B,)`."""
-    return Function(Head())
+    return Function(self.module)
 
   def init(self, rng: jax.Array) -> Params:
     """The head's parameters."""
-    return Head().init(rng, jnp.zeros((1, 1, 1, self.width)))['params']
+    return self.module.init(rng, jnp.zeros((1, 8, 8, self.width)))['params']
+
+  def draw_times(self, rng: jax.Array, count: int) -> jax.Array:
+    """(count,) times, uniform between `first_t` and `last_t`; never 0, where no network is called."""
+    t = jax.random.uniform(rng, (count,), minval=self.first_t, maxval=self.last_t)
+    return jnp.maximum(t, jnp.finfo(jnp.float32).tiny)
 
   def logits(
     self, fake_score: BoundDenoiser, head: Any, z: jax.Array, logsnr: jax.Array, cond: Cond
   ) -> jax.Array:
     """D of noised images z (B, H, W, C): (B,)."""
-    return jnp.asarray(head(fake_score.bottleneck(z, logsnr, cond)))
+    return jnp.asarray(head(fake_score.bottleneck(z, logsnr, cond, self.module.place)))
 
   def generator_losses(
     self, nets: Nets, x: jax.Array, eps: jax.Array, logsnr: jax.Array, cond: Cond
@@ -58,3 +106,27 @@ class Gan:
     of_fake = self.logits(fake_score, head, jax.lax.stop_gradient(fake), logsnr, cond)
     of_real = self.logits(fake_score, head, real, logsnr, cond)
     return self.fake_weight * (jax.nn.softplus(of_fake) + jax.nn.softplus(-of_real))
+
+
+def make_gan(name: str, section: Any, context: Context) -> Gan | None:
+  """The GAN that the section asks for, on the activations of a network like the teacher's; None without one."""
+  module = choose(f'{name}.gan_head', section.gan_head, HEADS)()
+  if bool(section.gan_generator) != bool(section.gan_fake):
+    raise UserError(f'{name}.gan_generator and {name}.gan_fake: both are zero, or neither')
+  if not section.gan_fake:
+    return None
+  try:
+    shape = context.teacher.bottleneck_shape(context.shape, module.place)
+    module.check(shape)
+  except ValueError as error:
+    raise UserError(f'{name}.gan_fake with {name}.gan_head={section.gan_head}: {error}') from error
+  return build(
+    name,
+    Gan,
+    width=shape[-1],
+    generator_weight=section.gan_generator,
+    fake_weight=section.gan_fake,
+    first_t=section.gan_first_t,
+    last_t=section.gan_last_t,
+    module=module,
+  )

@@ -14,7 +14,7 @@ from diffusion_distillation.diffusion.times import Law, Uniform
 from diffusion_distillation.diffusion.weightings import Weighting
 from diffusion_distillation.methods.distances import DISTANCES
 from diffusion_distillation.networks.conditioning import Cond
-from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.denoiser import INNERMOST, Denoiser
 
 Params = Any
 Batch = Mapping[str, Any]
@@ -100,8 +100,8 @@ class BoundDenoiser(Protocol):
     """z: (B, ...); logsnr: (B,); `rng` switches dropout on."""
     ...
 
-  def bottleneck(self, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
-    """The network's innermost activations, (B, h, w, c); only GAN heads ask for them."""
+  def bottleneck(self, z: jax.Array, logsnr: jax.Array, cond: Cond, place: str = INNERMOST) -> jax.Array:
+    """The network's activations at `place`, (B, h, w, c), see `Denoiser.bottleneck`; only GAN heads ask for them."""
     ...
 
 
@@ -184,10 +184,10 @@ class Context:
 
   Attributes:
     schedule: t to logsnr, the teacher's.
-    weighting: of the error in x, as the config's `weighting` says.
+    weighting: of the error in x in base training.
     law: of t in base training.
     uniform: the uniform law of t, stratified if the config says so.
-    clip: x to the nearest x that an image can have, or None where samplers do not clip.
+    clip: x to the nearest x that an image can have.
     teacher: the denoiser of the stage that teaches.
     shape: of x, (H, W, C).
   """
@@ -196,7 +196,7 @@ class Context:
   weighting: Weighting
   law: Law
   uniform: Uniform
-  clip: Clip | None
+  clip: Clip
   teacher: Denoiser
   shape: tuple[int, ...]
 

@@ -12,7 +12,7 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import Prediction, diffuse, from_x, implied_x
 from diffusion_distillation.diffusion.samplers import DDIM
 from diffusion_distillation.diffusion.schedules import Schedule
-from diffusion_distillation.diffusion.weightings import Weighting, weighted_mse
+from diffusion_distillation.diffusion.weightings import AS_BASE, WEIGHTINGS, Weighting, weighted_mse
 from diffusion_distillation.methods.method import (
   Batch,
   BoundDenoiser,
@@ -46,6 +46,11 @@ class DistillSection(TrainingSection):
   )
   num_updates: tuple[int, ...] = key(
     (50_000, 100_000, 100_000), 'Number of updates, per round.', POSITIVE
+  )
+  weighting: str = key(
+    AS_BASE,
+    'Weighting of the loss as a function of logsnr; `base`: the weighting of base training.',
+    choices=(AS_BASE, *WEIGHTINGS),
   )
   learning_rate: tuple[float, ...] = key((1e-4,), 'Peak learning rate, per round.', POSITIVE)
   decay: str = 'linear'

@@ -15,7 +15,11 @@ from diffusion_distillation.networks.conditioning import Cond, Conditioning, zer
 from diffusion_distillation.networks.spaces import SPACES
 
 Params = Any
-BOTTLENECK = 'bottleneck'  # the collection into which a network sows its innermost activations
+BOTTLENECK = 'bottleneck'  # the collection into which a network sows activations for GAN heads
+INNERMOST, ENCODED = (
+  'h',
+  'encoded',
+)  # their names there: the innermost; those after the encoder, where there is one
 
 
 class Network(Protocol):
@@ -110,24 +114,26 @@ class Denoiser:
     output = _apply(self.network, params, self._input(z, logsnr), logsnr, cond, rng)
     return process.OUTPUTS[self.output](z, logsnr, output)
 
-  def bottleneck(self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
-    """The network's innermost activations, (B, h, w, c); what comes after them is not computed."""
+  def bottleneck(
+    self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond, place: str = INNERMOST
+  ) -> jax.Array:
+    """The network's activations at `place`, INNERMOST or ENCODED, (B, h, w, c); what comes after them is not computed."""
     args = ({'params': params}, self._input(z, logsnr), logsnr, cond)
     _, sown = self.network.apply(*args, mutable=[BOTTLENECK])
-    return sown[BOTTLENECK]['h'][0]
+    return sown[BOTTLENECK][place][0]
 
-  def bottleneck_width(self, shape: tuple[int, ...]) -> int:
-    """Channels of the innermost activations for x of `shape`; ValueError if the network does not sow them."""
+  def bottleneck_shape(self, shape: tuple[int, ...], place: str = INNERMOST) -> tuple[int, ...]:
+    """(h, w, c) of the activations at `place` for x of `shape`; ValueError if the network does not sow them."""
 
     def call(rng: jax.Array) -> jax.Array:
       z, logsnr = jnp.zeros((1, *shape)), jnp.zeros((1,))
-      return self.bottleneck(self.init(rng, shape), z, logsnr, zeros(self.conditioning, 1))
+      return self.bottleneck(self.init(rng, shape), z, logsnr, zeros(self.conditioning, 1), place)
 
     try:
-      return int(jax.eval_shape(call, jax.random.key(0)).shape[-1])
+      return jax.eval_shape(call, jax.random.key(0)).shape[1:]
     except KeyError as error:
       raise ValueError(
-        f'the network {type(self.network).__name__} has no bottleneck for a GAN'
+        f'the network {type(self.network).__name__} has no bottleneck for a GAN (none named {place!r})'
       ) from error
 
   def _input(self, z: jax.Array, logsnr: jax.Array) -> jax.Array:

@@ -1,12 +1,24 @@
-"""The head of a discriminator: from a network's innermost activations to one logit per example."""
+"""The head of a discriminator: from a network's activations to one logit per example."""
+
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.networks.denoiser import ENCODED, INNERMOST
+
 
 class Head(nn.Module):
-  """Activations (B, h, w, c) to logits (B,): positive for what it takes for real."""
+  """Innermost activations (B, h, w, c) to logits (B,): positive for what it takes for real."""
+
+  place: ClassVar[str] = INNERMOST
+
+  @staticmethod
+  def check(shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless activations of `shape` (h, w, c) go through it."""
+    if shape[-1] % 8:
+      raise ValueError(f'it needs innermost channels that divide by 8; the model has {shape[-1]}')
 
   @nn.compact
   def __call__(self, h: jax.Array) -> jax.Array:
@@ -17,3 +29,41 @@ class Head(nn.Module):
       h = nn.Conv(width, (3, 3), name=f'conv{k}')(h)
       h = nn.swish(nn.GroupNorm(groups, name=f'norm{k}')(h))
     return nn.Dense(1, name='logit')(jnp.mean(h, (1, 2)))[:, 0]
+
+
+class StridedHead(nn.Module):
+  """The head of DMD2's code (Yin et al. 2024), on activations after the encoder (B, 8, 8, c): logits (B,).
+
+  Larger activations have a logit in several places, whose mean is taken. 32 groups, or as many as there are pairs of channels:
+  after the second convolution of 8x8 activations, a group of one channel has a single number, which would be
+  normalized to 0.
+  """
+
+  place: ClassVar[str] = ENCODED
+
+  @staticmethod
+  def check(shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless activations of `shape` (h, w, c) go through it."""
+    height, width, channels = shape
+    if min(height, width) < 8:
+      raise ValueError(
+        f'it needs activations of 8x8 or more after the encoder; those of the model are {height}x{width}: choose '
+        'gan_head=pooled, or a network with fewer levels'
+      )
+    if channels < 4 or channels % min(32, channels // 2):
+      raise ValueError(
+        f'32 groups, or as many as half of the channels, must divide the channels; the model has {channels}'
+      )
+
+  @nn.compact
+  def __call__(self, h: jax.Array) -> jax.Array:
+    width = h.shape[-1]
+    groups = min(32, width // 2)
+    h = nn.Conv(width, (4, 4), strides=2, padding=1, name='conv0')(h)
+    h = nn.swish(nn.GroupNorm(groups, name='norm0')(h))
+    h = nn.Conv(width, (4, 4), strides=4, padding=0, name='conv1')(h)
+    h = nn.swish(nn.GroupNorm(groups, name='norm1')(h))
+    return jnp.mean(nn.Conv(1, (1, 1), name='logit')(h), (1, 2, 3))
+
+
+HEADS: dict[str, type[Head] | type[StridedHead]] = {'pooled': Head, 'strided': StridedHead}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from diffusion_distillation.config import FRACTION, POSITIVE, key
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
-from diffusion_distillation.networks.denoiser import BOTTLENECK
+from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
 
 
@@ -315,11 +315,12 @@ class UNet(nn.Module):
         h = self._resample(h, emb, 'down', f'down_{level}.downsample', det)
         skips.append(h)
 
+    self.sow(BOTTLENECK, ENCODED, h)
     ch = h.shape[-1]
     h = self._res_block(ch, 'mid.block_1')(h, emb, det)
     h = self._attention('mid.attn_1')(h)
     h = self._res_block(ch, 'mid.block_2')(h, emb, det)
-    self.sow(BOTTLENECK, 'h', h)
+    self.sow(BOTTLENECK, INNERMOST, h)
 
     for level in reversed(range(levels)):
       for b in range(self.num_res_blocks + 1):

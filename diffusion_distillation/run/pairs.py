@@ -40,6 +40,7 @@ class PairsSection:
   sampler: str = key('heun', 'Deterministic sampler that draws the images.', choices=DETERMINISTIC)
   num_steps: int = key(18, 'Number of sampling steps per image.', POSITIVE)
   grid: str = key('uniform', 'Spacing of the sampling steps in t.', choices=times.GRIDS)
+  clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
   labels: str = key(
     'data',

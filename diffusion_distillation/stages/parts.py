@@ -107,7 +107,7 @@ def make_context(config: Config, base: Stage) -> Context:
     weighting=choose('weighting', config.weighting, WEIGHTINGS)(),
     law=make_law(config, base.schedule),
     uniform=times.Uniform(config.time.stratified),
-    clip=base.space.clip if config.evaluation.clip_x else None,
+    clip=base.space.clip,
     teacher=base.denoise,
     shape=base.recipe.shape[1:],
   )
@@ -141,6 +141,8 @@ def make_recipe(
   choose(f'{section}.decay', of.decay, DECAYS)
   target_decay = of.get('target_decay', 0.0)  # 0: the student itself; the first average is there already
   adam = dict(config.optimizer) | ({'clip_norm': of.clip_norm} if 'clip_norm' in of else {})
+  if 'joint_clip' in of and of.joint_clip:
+    adam['clipped_together'] = tuple(name for name in method.trained if name != 'student')
   return Recipe(
     networks=FrozenDict(method.networks(*networks)),
     method=method,
@@ -169,7 +171,7 @@ def make_pairs(config: Config) -> Pairs:
   return Pairs(
     count=section.num_pairs,
     sampler=choose('pairs.sampler', section.sampler, DETERMINISTIC)(),
-    clip_x=config.evaluation.clip_x,
+    clip_x=section.clip_x,
     num_steps=section.num_steps,
     grid=section.grid,
     seed=make_seed(config, *b'pairs'),

@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from diffusion_distillation.config import Config, check_numbers, choose
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.schedules import Schedule
-from diffusion_distillation.diffusion.weightings import WEIGHTINGS
+from diffusion_distillation.diffusion.weightings import WEIGHTINGS, or_base
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import METHODS, Denoising, Progressive, Student
 from diffusion_distillation.networks import NETWORKS, conditioning
@@ -40,6 +43,11 @@ class Origin:
   num_steps: int
   sampler: str
 
+
+# The most that a student may multiply errors of eps by at t = 1, where its x is (z - sigma eps) / alpha. At 1000 an error
+# of 0.001 in eps, about what training leaves, is one of 1 in x, half the range of an image. DDPM's linear betas have 157,
+# and students have been distilled from such teachers; the cosine schedule, cut at logsnr = -20, has 22026.
+MAX_GAIN = 1000.0
 
 # Keys of the section `distill` that hold one entry per round.
 PER_ROUND = ('factor', 'num_updates', 'learning_rate')
@@ -197,6 +205,7 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
 
 def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage:
   """A stage of the base's student, trained by the method and as the section of this name say."""
+  _check_output(name, student, base.schedule)
   section, cls = config[name], METHODS[name]
   method = cls.from_config(name, section, parts.make_context(config, base))
   sampling, rates = cls.sampling(section), cls.learning_rates(section)
@@ -219,6 +228,23 @@ def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage
   )
 
 
+def _check_output(name: str, student: Denoiser, schedule: Schedule) -> None:
+  """Raises UserError if the student predicts eps, and the schedule leaves too little of x at t = 1, where it is called.
+
+  The rounds of progressive distillation are not checked: their loss weighs the error at t = 1 as base training does, so
+  that those that cannot be trained have a base that could not be either, and students of many steps are clipped there.
+  """
+  if student.output != 'eps':
+    return
+  gain = float(jnp.exp(0.5 * jax.nn.softplus(-schedule(jnp.ones(())))))  # 1 / alpha
+  if gain > MAX_GAIN:
+    raise UserError(
+      f'{name}: a student that predicts eps turns an error in it into one in x that is {gain:,.0f} times as large at t = 1 '
+      f'(1 / alpha; at most {MAX_GAIN:,.0f}); set student.output (or model.output) to v or x, or choose a schedule that '
+      'leaves more signal there, such as schedule.logsnr_min=-13'
+    )
+
+
 def _start(base: Stage, student: Denoiser, start: str) -> str | None:
   """The stage that a student starts from; none where that is the base and its network is another."""
   return None if start == base.name and student != base.denoise else start
@@ -233,7 +259,8 @@ def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
       f'distill.factor={distill.factor} has more entries than there are rounds, {len(steps)}'
     )
   choose('distill.from_weights', distill.from_weights, {'ema': None, 'last': None})
-  weighting = choose('weighting', config.weighting, WEIGHTINGS)()
+  weightings = or_base(choose('weighting', config.weighting, WEIGHTINGS)())
+  weighting = choose('distill.weighting', distill.weighting, weightings)()
   uniform = times.Uniform(config.time.stratified)
   found = [base]
   for num_steps, factor in steps:

@@ -14,6 +14,7 @@ from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, check_known, flatten
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.diffusion.weightings import AS_BASE
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.methods import METHODS, Student
 from diffusion_distillation.stages import model
@@ -58,8 +59,38 @@ def _of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
   return {**values, 'consistency': {**kept, 'target_decay': decay}}
 
 
+def _implied(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys that a flat config of an older version lacks, as it trained without them; only those that make a difference."""
+  found: dict[str, Any] = {'distill.weighting': AS_BASE}
+  if 'evaluation.clip_x' in values:
+    found['pairs.clip_x'] = values['evaluation.clip_x']
+  for name in ('dmd', 'dmd2'):
+    found |= {f'{name}.fake_law': AS_BASE, f'{name}.fake_weighting': AS_BASE}
+    found |= {f'{name}.gan_head': 'pooled', f'{name}.joint_clip': False}
+    if values.get(f'{name}.gan_fake'):
+      between = {f'{name}.gan_{key}': f'{name}.{key}' for key in ('first_t', 'last_t')}
+      found |= {key: values[of_scores] for key, of_scores in between.items() if of_scores in values}
+    if values.get(f'{name}.num_steps', 1) > 1 and 'pairs.clip_x' in found:
+      found[f'{name}.clip_x'] = found['pairs.clip_x']
+  return {key: value for key, value in found.items() if key not in values}
+
+
+# Keys that may be 'base', each with the key of base training that this stands for.
+_FOLLOWS = {'distill.weighting': 'weighting'} | {
+  f'{name}.{key}': of_base
+  for name in ('dmd', 'dmd2')
+  for key, of_base in (('fake_law', 'time.law'), ('fake_weighting', 'weighting'))
+}
+
+
 def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
-  """Returns a flat config; for a round of progressive distillation, each tuple of PER_ROUND is replaced by the round's entry."""
+  """Returns a flat config as it is compared with others.
+
+  'base' is replaced by what it stands for; for a round of progressive distillation, each tuple of PER_ROUND is replaced
+  by the round's entry.
+  """
+  follows = {key: of_base for key, of_base in _FOLLOWS.items() if values.get(key) == AS_BASE}
+  values = values | {key: values[of_base] for key, of_base in follows.items() if of_base in values}
   if not _is_round(stage):
     return values
   try:
@@ -72,6 +103,11 @@ def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
   from_the_end = len(names) - 1 - names.index(stage)
   own = {key: values[key] for key in map('distill.{}'.format, PER_ROUND) if key in values}
   return values | {key: of_round(entries, from_the_end) for key, entries in own.items()}
+
+
+def _shown(key: str, values: Mapping[str, Any], made: Any) -> Any:
+  """A key's value in an error message: 'base' with what it stands for."""
+  return f'{AS_BASE} ({made})' if key in _FOLLOWS and values.get(key) == AS_BASE else made
 
 
 def lock_workdir(workdir: pathlib.Path) -> IO[str]:
@@ -105,12 +141,12 @@ def check_config(
   """
   if not isinstance(made_with, Mapping):
     raise DamagedError(f'{path} is damaged (no config in it); restore it from a copy')
-  old, new = (
-    _as_made(stage, dict(flatten(values)))
-    for values in (_of_this_version(made_with), json.loads(config.to_json()))
-  )
+  stored = dict(flatten(_of_this_version(made_with)))
+  given = dict(flatten(json.loads(config.to_json())))
+  stored |= _implied(stored)
+  old, new = _as_made(stage, stored), _as_made(stage, given)
   differing = [
-    f'{key} was {value}, is {new.get(key, "absent")}'
+    f'{key} was {_shown(key, stored, value)}, is {_shown(key, given, new.get(key, "absent"))}'
     for key, value in sorted(old.items())
     if not _is_free(key, stage) and value != new.get(key, 'absent')
   ]
@@ -137,7 +173,7 @@ def check_made_with(workdir: pathlib.Path, config: Config) -> None:
 
 
 def read_config(workdir: pathlib.Path, default: Config) -> Config:
-  """The config that `workdir` was made with; keys that are newer than it have their defaults.
+  """The config that `workdir` was made with; keys that are newer than it are as it trained without them.
 
   Raises:
     UserError: there is no run, or its config has keys that this version does not know.
@@ -154,6 +190,7 @@ def read_config(workdir: pathlib.Path, default: Config) -> Config:
     raise UserError(f'{path}: {error}') from error
   config = default.copy_and_resolve_references().unlock()
   config.update(stored)
+  config.update_from_flattened_dict(_implied(dict(flatten(stored))))
   return config.lock()
 
 

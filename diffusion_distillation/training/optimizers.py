@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax
 import jax
@@ -75,6 +77,8 @@ class Adam:
     b1, b2, eps: Adam's.
     weight_decay: decoupled, on every parameter (as the papers' optimizer did).
     clip_norm: global norm that gradients are clipped to, after the mean over the batch.
+    clipped_together: networks whose gradients are clipped to one norm over all of them; those of all others are
+      clipped network by network.
   """
 
   b1: float = 0.9
@@ -82,6 +86,19 @@ class Adam:
   eps: float = 1e-8
   weight_decay: float = 0.0
   clip_norm: float = 1.0
+  clipped_together: tuple[str, ...] = ()
+
+  def joint_scales(self, grads: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """By how much the gradient of each network in `clipped_together` is scaled before its update.
+
+    After that its own norm is at most `clip_norm`, so that `transform` does not clip it again.
+    """
+    together = {name: grads[name] for name in self.clipped_together if name in grads}
+    if not together:
+      return {}
+    norm = optax.tree.norm(together)
+    scale = jnp.where(norm < self.clip_norm, 1.0, self.clip_norm / norm)
+    return dict.fromkeys(together, scale)
 
   def transform(self) -> optax.GradientTransformation:
     """The optimizer as an optax gradient transformation."""

@@ -98,13 +98,15 @@ def _apply(
   """
   params, opt_state, averages = {**state.params}, {**state.opt_state}, state.ema_params
   packings = {name: Packing(params[name]) for name in grads}
+  scales = recipe.optimizer.joint_scales(grads)
   before: dict[str, Any] = {}
   after: dict[str, Any] = {}
   metrics: dict[str, jax.Array] = {}
   for name, packing in packings.items():
     followers = averages if name == 'student' else ()
     before[name] = packing.pack((params[name], opt_state[name], followers))
-    after[name], moved = _advance(recipe, name, before[name], packing.pack(grads[name]), state.step)
+    gradient, scale = packing.pack(grads[name]), scales.get(name)
+    after[name], moved = _advance(recipe, name, before[name], gradient, scale, state.step)
     own = '' if name == 'student' else f'{name}_'
     metrics |= {f'{own}{key}': value for key, value in moved.items()}
   numbers = [loss, *(value for key, value in metrics.items() if key.endswith('_norm'))]
@@ -117,12 +119,21 @@ def _apply(
 
 
 def _advance(
-  recipe: Recipe, name: str, network: tuple[Any, ...], gradient: Any, step: jax.Array
+  recipe: Recipe,
+  name: str,
+  network: tuple[Any, ...],
+  gradient: Any,
+  scale: jax.Array | None,
+  step: jax.Array,
 ) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
-  """A network's next (parameters, optimizer state, averages), and the sizes of its gradient and update."""
+  """A network's next (parameters, optimizer state, averages), and the sizes of its gradient and update.
+
+  Where there is a `scale`, the optimizer is given `scale` times the gradient.
+  """
   params, opt_state, averages = network
   rate = recipe.learning_rate[name](step)
-  updates, opt_state = recipe.optimizer.transform().update(gradient, opt_state, params)
+  scaled = gradient if scale is None else jax.tree.map(lambda g: scale * g, gradient)
+  updates, opt_state = recipe.optimizer.transform().update(scaled, opt_state, params)
   params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
   decays = recipe.decays if averages else ()
   turn = step // recipe.method.period

@@ -305,10 +305,10 @@ def test_one_step_begins_with_noise_at_the_end_of_time():
 
 def test_times_and_noise_that_are_drawn():
   size = 4000
-  dmd = method(first_t=0.1, last_t=0.6, num_steps=4, gan=GAN)
+  dmd = method(first_t=0.1, last_t=0.6, num_steps=4, gan=GAN.replace(first_t=0.3, last_t=0.9))
   drawn = dmd.draw(KEY, (size, 1, 1, 1))
-  for name in ('t', 'gan_t'):
-    assert stats.kstest(drawn[name], 'uniform', (0.1, 0.5)).pvalue > 0.01
+  for name, first, width in (('t', 0.1, 0.5), ('gan_t', 0.3, 0.6)):
+    assert stats.kstest(drawn[name], 'uniform', (first, width)).pvalue > 0.01
   assert stats.kstest(drawn['fake_t'], 'uniform').pvalue > 0.01
   noises = np.array([drawn[name].ravel() for name in ('z', 'eps', 'fake_eps', 'gan_eps')])
   for noise in noises:

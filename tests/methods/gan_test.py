@@ -1,16 +1,21 @@
 """DMD2's GAN: both losses in closed form, and whom they move where."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from diffusion_distillation.diffusion.process import diffuse
+from diffusion_distillation.methods import Gan
 from diffusion_distillation.networks.denoiser import Bound
-from diffusion_distillation.networks.head import Head
+from diffusion_distillation.networks.head import Head, StridedHead
 from tests.methods.isolation_test import DENOISE, FAKE
 from tests.methods.methods_test import GAN
 
+STRIDED = Gan(width=6, generator_weight=0.7, fake_weight=0.3, module=StridedHead())
 KEY = jax.random.key(0)
 X, REAL, EPS = jax.random.normal(KEY, (3, 6, 4, 4, 1))
 COND = {'label': jnp.arange(6) % 3}
@@ -135,3 +140,65 @@ def test_the_narrowest_head_sees_how_strong_an_activation_is(width):
   )
   logits = [float(Head().apply(params, x)[0]) for x in (h, stronger)]
   assert abs(logits[0] - logits[1]) > 1e-3
+
+
+def strided(params, h):
+  """The head of DMD2's code in float64, activations (h, w, c) of one image: both convolutions written out."""
+
+  def conv(h, layer, stride):
+    kernel, bias = (np.float64(params[layer][key]) for key in ('kernel', 'bias'))
+    size, places = kernel.shape[0], [range(0, n - kernel.shape[0] + 1, stride) for n in h.shape[:2]]
+    rows = [
+      [np.tensordot(h[i : i + size, j : j + size], kernel, 3) + bias for j in places[1]]
+      for i in places[0]
+    ]
+    return np.array(rows)
+
+  def norm_and_silu(h, layer):
+    groups = h.reshape(*h.shape[:2], -1, 2)  # two channels each, as there are fewer than 64
+    mean, var = groups.mean((0, 1, 3), keepdims=True), groups.var((0, 1, 3), keepdims=True)
+    h = ((groups - mean) / np.sqrt(var + 1e-6)).reshape(h.shape)
+    h = h * np.float64(params[layer]['scale']) + np.float64(params[layer]['bias'])
+    return h / (1.0 + np.exp(-h))
+
+  h = norm_and_silu(conv(np.pad(h, ((1, 1), (1, 1), (0, 0))), 'conv0', 2), 'norm0')
+  h = norm_and_silu(conv(h, 'conv1', 4), 'norm1')
+  return conv(h, 'logit', 1).mean()
+
+
+@pytest.mark.parametrize('size', [8, 16])
+def test_the_strided_head_is_two_convolutions_to_one_logit_for_each_8x8(size):
+  rng = np.random.default_rng(0)
+  h = rng.normal(size=(2, size, size, 6)).astype(np.float32)
+  params = STRIDED.init(KEY)
+  params = jax.tree.map(lambda p: p + jnp.float32(0.1 * rng.normal(size=p.shape)), params)
+  expected = [strided(params, np.float64(image)) for image in h]
+  np.testing.assert_allclose(STRIDED.head(params, h), expected, rtol=1e-4, atol=1e-5)
+  assert np.ptp(expected) > 1e-2
+
+
+def test_the_strided_head_looks_after_the_encoder_and_the_pooled_one_innermost():
+  places = []
+
+  class Score:
+    def bottleneck(self, z, logsnr, cond, place):
+      places.append(place)
+      return jnp.ones((len(z), 8, 8, 6))
+
+  for gan in (STRIDED, STRIDED.replace(module=Head())):
+    logits = jax.eval_shape(lambda gan=gan: gan.logits(Score(), Bound(gan.head, gan.init(KEY)), X, *AT))
+    assert logits.shape == (6,)
+  assert places == ['encoded', 'h']
+
+
+def test_times_run_from_the_first_to_the_last_and_are_never_0():
+  """At t = 0, which the generator of uniform numbers does draw, no network is called."""
+  with mock.patch.object(
+    jax.random, 'uniform', lambda rng, shape, minval, maxval: jnp.full(shape, minval)
+  ):
+    assert (GAN.draw_times(KEY, 3) > 0.0).all()
+    np.testing.assert_array_equal(GAN.replace(first_t=0.25).draw_times(KEY, 3), np.float32(0.25))
+  assert stats.kstest(GAN.draw_times(KEY, 2000), 'uniform').pvalue > 0.01
+  for fields in ({'first_t': -0.1}, {'last_t': 1.1}, {'first_t': 0.5, 'last_t': 0.5}):
+    with pytest.raises(ValueError, match='0 <= gan_first_t < gan_last_t <= 1'):
+      GAN.replace(**fields)

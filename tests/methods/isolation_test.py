@@ -46,7 +46,7 @@ class Pointwise:
     shapes['outer'] = (GAN.width, 1)
     return normals(rng, shapes)
 
-  def bottleneck(self, params, z, logsnr, cond):
+  def bottleneck(self, params, z, logsnr, cond, place='h'):
     about = 0.1 * logsnr[:, None] * params['time'][None, :] + params['classes'][cond['label']]
     return jnp.tanh(z @ params['inner'] + about[:, None, None, :])
 
@@ -62,7 +62,7 @@ class Neighbours:
     shapes = {'first': (2, 24), 'second': (24, GAN.width), 'last': (GAN.width, 1)}
     return normals(rng, shapes)
 
-  def bottleneck(self, params, z, logsnr, cond):
+  def bottleneck(self, params, z, logsnr, cond, place='h'):
     both = jnp.concatenate([z, jnp.roll(z, 1, axis=2)], -1)
     return jnp.tanh(jnp.tanh(both @ params['first']) @ params['second'])
 

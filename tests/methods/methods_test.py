@@ -213,7 +213,7 @@ class Shifted:
     x, eps = GAUSSIAN(z, logsnr)
     return Prediction(x + params, eps - params)
 
-  def bottleneck(self, params, z, logsnr, cond):
+  def bottleneck(self, params, z, logsnr, cond, place='h'):
     return jnp.repeat(z + params, GAN.width, axis=-1)
 
 

@@ -14,6 +14,8 @@ from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.conditioning import Classes
 from diffusion_distillation.networks.denoiser import (
   BOTTLENECK,
+  ENCODED,
+  INNERMOST,
   Bound,
   Denoiser,
   Function,
@@ -116,18 +118,41 @@ def test_a_module_as_a_function_of_its_parameters():
 @pytest.mark.parametrize('output', OUTPUTS)
 def test_the_width_of_the_bottleneck_is_that_of_its_activations(params, inputs, output):
   network = dataclasses.replace(NETWORK, out_ch=2 if output == 'both' else 1)
-  assert Denoiser(network, output).bottleneck_width(SHAPE) == 8
+  assert Denoiser(network, output).bottleneck_shape(SHAPE) == (2, 2, 8)
   assert DENOISE.bottleneck(params, *inputs).shape == (3, 2, 2, 8)
 
 
 def test_of_a_unet_the_bottleneck_is_as_wide_as_its_lowest_level():
   unet = UNet(out_ch=1, ch=8, emb_ch=8, ch_mult=(1, 3), num_res_blocks=1, num_groups=4)
-  assert Denoiser(unet, 'v').bottleneck_width((8, 8, 1)) == 24
+  assert Denoiser(unet, 'v').bottleneck_shape((8, 8, 1))[-1] == 24
+
+
+def test_of_a_unet_what_follows_the_encoder_is_what_comes_before_the_middle():
+  unet = UNet(out_ch=1, ch=8, emb_ch=8, ch_mult=(1,), num_res_blocks=1, num_groups=4)
+  denoise = Denoiser(unet, 'v')
+  assert denoise.bottleneck_shape((8, 8, 1), ENCODED) == (8, 8, 8)
+  params = jax.tree.map(
+    lambda leaf: 0.1 * jax.random.normal(jax.random.key(0), leaf.shape),
+    jax.eval_shape(lambda: denoise.init(jax.random.key(0), (8, 8, 1))),
+  )
+  broken = {
+    k: jax.tree.map(lambda v: v * jnp.nan, v) if k.startswith('mid') else v for k, v in params.items()
+  }
+
+  @jax.jit
+  def activations(params):
+    z, logsnr = jnp.ones((1, 8, 8, 1)), jnp.zeros(1)
+    return [denoise.bottleneck(params, z, logsnr, None, place) for place in (ENCODED, INNERMOST)]
+
+  (encoded, innermost), (same, lost) = activations(params), activations(broken)
+  np.testing.assert_array_equal(encoded, same)
+  assert np.std(encoded) > 1e-3 and np.isfinite(innermost).all() and np.isnan(lost).all()
+  assert np.abs(encoded - innermost).max() > 1e-3
 
 
 def test_a_network_without_a_bottleneck_is_named():
   with pytest.raises(ValueError, match='the network Small has no bottleneck for a GAN'):
-    Denoiser(dataclasses.replace(NETWORK, sows=False), 'v').bottleneck_width(SHAPE)
+    Denoiser(dataclasses.replace(NETWORK, sows=False), 'v').bottleneck_shape(SHAPE)
 
 
 def test_without_dropout_all_denoisers_of_a_shape_are_equal(params, inputs):

@@ -63,7 +63,7 @@ def test_pairs_are_the_same_for_all_that_learn_from_them():
   assert pairs == planned['knowledge'].pairs
   assert (pairs.count, pairs.sampler, pairs.num_steps) == (33, Heun(), 5)
   assert (pairs.grid, pairs.batch_size) == ('karras', 7)
-  assert pairs.clip_x and not plan('knowledge', evaluation__clip_x=False)['knowledge'].pairs.clip_x
+  assert pairs.clip_x and not plan('knowledge', pairs__clip_x=False)['knowledge'].pairs.clip_x
   assert plan('dmd', dmd__regression=0.0)['dmd'].pairs is None
   assert plan('dmd2', dmd2__regression=0.1)['dmd2'].pairs == plan('dmd')['dmd'].pairs
 
@@ -167,7 +167,7 @@ def test_the_methods_have_their_sections_options():
   assert planned['dmd'] == DMD(schedule, SnrTrunc(), law, 0.1, 0.9, 0.75, clip=clip)
   several = {'regression': 0.0, 'fake_updates': 3, 'num_steps': 2, 'simulated': False}
   assert planned['dmd2'] == DMD2(schedule, SnrTrunc(), law, clip=clip, gan=Gan(8, 0.1, 0.2), **several)
-  assert plan('dmd2', evaluation__clip_x=False)['dmd2'].recipe.method.clip is None
+  assert plan('dmd2', dmd2__clip_x=False)['dmd2'].recipe.method.clip is None
   averaged = plan('consistency', consistency__target_decay=0.9)['consistency'].recipe.method
   assert averaged.weighting == Constant() and averaged.follows_average
 
@@ -215,6 +215,9 @@ BAD = [
   ('pairs.sampler', {'pairs__sampler': 'hein'}, "did you mean 'heun'"),
   ('pairs.grid', {'pairs__grid': 'kerras'}, "did you mean 'karras'"),
   ('pairs.num_pairs', {'pairs__num_pairs': 0}, 'positive'),
+  ('distill.weighting', {'distill__weighting': 'snr_trunk'}, "did you mean 'snr_trunc'"),
+  ('dmd2.fake_weighting', {'dmd2__fake_weighting': 'bass'}, "did you mean 'base'"),
+  ('dmd.fake_law', {'dmd__fake_law': 'unifrom'}, "did you mean 'uniform'"),
   ('evaluation.grid', {'evaluation__grid': 'even'}, 'is not one of'),
   ('consistency.start_intervals', {'consistency__start_intervals': 19}, 'end_intervals=18'),
   ('consistency.end_intervals', {'consistency__end_intervals': 0}, 'positive'),

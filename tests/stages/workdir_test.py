@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from configs import default
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.stages import workdir as workdirs
 from tests import tiny
@@ -130,3 +131,77 @@ def test_keys_that_an_older_version_did_not_have_are_not_compared(tmp_path):
   newer = made_with() | {'of_a_newer_version': 1}
   with pytest.raises(UserError, match='of_a_newer_version was 1, is absent'):
     workdirs.check_config(tmp_path / 'config.json', newer, tiny.config())
+
+
+NEW = [f'{name}.{key}' for name in ('dmd', 'dmd2') for key in ('fake_law', 'fake_weighting', 'clip_x')]
+NEW += ['distill.weighting', 'pairs.clip_x']
+NEW += [
+  f'{name}.{key}'
+  for name in ('dmd', 'dmd2')
+  for key in ('gan_first_t', 'gan_last_t', 'gan_head', 'joint_clip')
+]
+
+
+def made_before(**changes):
+  """A config of the version that lacked these keys: the base's keys and `evaluation.clip_x` stood for them."""
+  config = made_with(**changes)
+  for key in NEW:
+    section, name = key.split('.')
+    del config[section][name]
+  return config
+
+
+LOGNORMAL = {'time__law': 'lognormal', 'schedule__name': 'karras', 'weighting': 'edm'}
+UNCLIPPED = {'evaluation__clip_x': False, 'dmd2__num_steps': 2}
+NO_GAN = {'dmd2__gan_generator': 0.0, 'dmd2__gan_fake': 0.0}
+AS_SCORES = {'dmd2__gan_first_t': 0.02, 'dmd2__gan_last_t': 0.98}
+STAGES = ('', 'base', 'progressive_0002', 'dmd', 'dmd2')
+
+
+@pytest.mark.parametrize(
+  'changes', [NO_GAN, AS_SCORES, AS_SCORES | {'weighting': 'snr', 'evaluation__clip_x': False}], ids=str
+)
+def test_an_older_workdir_goes_on_where_the_new_keys_train_as_before(tmp_path, changes):
+  for stage in STAGES:
+    for config in (tiny.config(**changes), tiny.config(**changes, dmd__fake_law='base')):
+      workdirs.check_config(tmp_path / 'stage.json', made_before(**changes), config, stage)
+
+
+@pytest.mark.parametrize(
+  ('stage', 'changes', 'message', 'as_before'),
+  [
+    ('dmd', LOGNORMAL, r'dmd\.fake_law was base \(lognormal\), is uniform', {'dmd__fake_law': 'base'}),
+    ('dmd2', UNCLIPPED | NO_GAN, r'dmd2\.clip_x was False, is True', {'dmd2__clip_x': False}),
+    ('dmd2', {}, r'gan_first_t was 0\.02, is 0\.0; dmd2\.gan_last_t was 0\.98', AS_SCORES),
+    ('dmd', {}, r'dmd\.joint_clip was False, is True', {'dmd__joint_clip': False}),
+  ],
+)
+def test_an_older_student_that_would_be_trained_in_another_way_now_is_refused(
+  tmp_path, stage, changes, message, as_before
+):
+  path, made = tmp_path / 'stage.json', made_before(**changes)
+  joint = {'dmd__joint_clip': True} if 'joint_clip' in message else {}
+  with pytest.raises(UserError, match=message):
+    workdirs.check_config(path, made, tiny.config(**changes, **joint), stage)
+  workdirs.check_config(path, made, tiny.config(**changes, **as_before), stage)
+  for other in STAGES[:3]:
+    workdirs.check_config(path, made, tiny.config(**changes), other)
+
+
+def test_the_config_of_an_older_workdir_says_how_it_was_trained(tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(made_before(**LOGNORMAL, **UNCLIPPED)))
+  found = workdirs.read_config(tmp_path, default.get_config())
+  assert found.dmd.fake_law == found.dmd2.fake_law == 'base' == found.distill.weighting
+  assert not found.pairs.clip_x and not found.dmd2.clip_x
+  assert (found.dmd2.gan_first_t, found.dmd2.gan_last_t) == (0.02, 0.98)
+  path.write_text(json.dumps(made_with(**LOGNORMAL)))
+  assert workdirs.read_config(tmp_path, default.get_config()).dmd.fake_law == 'uniform'
+
+
+def test_a_weighting_that_is_the_base_s_under_another_name_is_no_change(tmp_path):
+  path, made = tmp_path / 'stage.json', made_with(weighting='snr')
+  for stage, key in (('progressive_0002', 'distill__weighting'), ('dmd', 'dmd__fake_weighting')):
+    workdirs.check_config(path, made, tiny.config(**{'weighting': 'snr', key: 'snr'}), stage)
+    with pytest.raises(UserError, match=r'weighting was base \(snr\), is edm'):
+      workdirs.check_config(path, made, tiny.config(**{'weighting': 'snr', key: 'edm'}), stage)

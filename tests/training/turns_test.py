@@ -88,3 +88,26 @@ def test_a_ramp_counts_the_updates_of_the_student_alone():
   state, _ = step.train_step(recipe, start, {}, {'cond': None})
   assert state.params['student']['w'][0] < -1e-4
   np.testing.assert_allclose(state.ema_params[0]['w'], state.params['student']['w'] / 2, rtol=1e-5)
+
+
+def test_networks_that_are_clipped_together_share_one_norm():
+  """Norms 3 and 4 make 5: clipped to 1 each network keeps its share of it; the student is clipped by itself."""
+  grads = {'student': jnp.array([6.0]), 'fake_score': jnp.array([3.0]), 'head': jnp.array([0.0, 4.0])}
+  for together, expected in (((), (1.0, 1.0)), (('fake_score', 'head'), (0.6, 0.8))):
+    adam = Adam(b1=0.9, clipped_together=together)
+    recipe = toy(None)
+    recipe.optimizer = adam
+    recipe.learning_rate = dict.fromkeys(grads, LearningRate(1e-3, 10))
+    state = TrainState.create(jax.tree.map(jnp.zeros_like, grads), adam.transform(), 2)
+    (_, moments, _), metrics, _ = step._apply(recipe, state, jnp.zeros(()), grads)
+    first = {name: 10.0 * moments[name][1].mu for name in grads}
+    np.testing.assert_allclose(first['student'], [1.0], rtol=1e-5)
+    np.testing.assert_allclose(first['fake_score'], [expected[0]], rtol=1e-5)
+    np.testing.assert_allclose(first['head'], [0.0, expected[1]], rtol=1e-5)
+    norms = [metrics[f'{name}grad_norm'] for name in ('', 'fake_score_', 'head_')]
+    np.testing.assert_allclose(norms, [6.0, 3.0, 4.0], rtol=1e-6)
+  small = jax.tree.map(lambda g: 0.1 * g, grads)
+  assert Adam(clipped_together=('fake_score', 'head')).joint_scales(small) == {
+    'fake_score': 1.0,
+    'head': 1.0,
+  }
