@@ -22,13 +22,14 @@ Denoise = Callable[[jax.Array, jax.Array], process.Prediction]
 Clip = Callable[[jax.Array], jax.Array]
 
 
-def clipped(denoise: Denoise, clip: Clip | None) -> Denoise:
-  """`denoise` with its x clipped, and the eps that follows from that x; as it is where `clip` is None."""
+def clipped(denoise: Denoise, clip: Clip | None, keep_eps: bool = False) -> Denoise:
+  """`denoise` with its x clipped, and the eps that follows from that x, unless `keep_eps`; as it is where `clip` is None."""
   if clip is None:
     return denoise
 
   def call(z: jax.Array, logsnr: jax.Array) -> process.Prediction:
-    return process.from_x(z, logsnr, clip(denoise(z, logsnr).x))
+    x, eps = denoise(z, logsnr)
+    return process.Prediction(clip(x), eps) if keep_eps else process.from_x(z, logsnr, clip(x))
 
   return call
 
@@ -39,9 +40,11 @@ class Sampler:
 
   Attributes:
     calls_per_step: network calls that a step costs, unless it is the last and `calls` says otherwise.
+    keeps_eps: whether, where x is clipped, eps stays what the network predicted.
   """
 
   calls_per_step: ClassVar[int] = 1
+  keeps_eps: ClassVar[bool] = False
 
   def calls(self, num_steps: int) -> int:
     """Network calls for an image that is sampled in `num_steps` steps, the last of which ends at s = 0."""
@@ -83,6 +86,13 @@ class DDIM(Sampler):
     del rng
     x, eps = denoise(z, logsnr_t)
     return process.diffuse(x, eps, logsnr_s)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDIMKeepEps(DDIM):
+  """DDIM as diffusers' DDIMScheduler has it by default: where x^ is clipped, eps^ is not computed again."""
+
+  keeps_eps: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,6 +298,7 @@ class DPMSolver2M(Sampler):
 
 SAMPLERS: dict[str, type[Sampler]] = {
   'ddim': DDIM,
+  'ddim_keep_eps': DDIMKeepEps,
   'ancestral': Ancestral,
   'multistep_consistency': MultistepConsistency,
   'euler': Euler,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _CAPTIONS = {
   'ddim': 'DDIM',
+  'ddim_keep_eps': 'DDIM, eps kept',
   'ancestral': 'ancestral',
   'euler': 'Euler',
   'heun': 'Heun',

@@ -154,9 +154,10 @@ def _sample(
   def denoise(z: jax.Array, logsnr: jax.Array) -> Prediction:
     return drawer.denoise(params, z, logsnr, cond)
 
+  clip = drawer.space.clip if drawer.clip_x else None
   x = samplers.sample(
     drawer.sampler,
-    samplers.clipped(denoise, drawer.space.clip if drawer.clip_x else None),
+    samplers.clipped(denoise, clip, drawer.sampler.keeps_eps),
     drawer.schedule,
     grid,
     z,

@@ -161,7 +161,7 @@ def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) 
     )
   if outputs != channels:
     raise _refuse(path, 'out_channels', outputs, (channels,))
-  given = {
+  given: dict[str, Any] = {
     field: tuple(value) if isinstance(value, list) else value
     for field, value in {**_NETWORK, **config}.items()
     if field in UNet2D.__dataclass_fields__ and field not in ('name', 'parent', 'dtype', 'schedule')

@@ -141,7 +141,9 @@ def _check_grids(config: Config, stages: list[Stage]) -> None:
   most = config.evaluation.max_steps
   counts = {steps for stage in stages for steps in stage.measured_steps if steps <= most}
   wanted = [('evaluation.grid', config.evaluation.grid, counts)]
-  wanted += [('pairs.grid', stage.pairs.grid, {stage.pairs.num_steps}) for stage in stages if stage.pairs]
+  wanted += [
+    ('pairs.grid', stage.pairs.grid, {stage.pairs.num_steps}) for stage in stages if stage.pairs
+  ]
   for key, name, numbers in wanted:
     for num_steps in sorted(numbers):
       try:

@@ -11,6 +11,7 @@ from diffusion_distillation.diffusion.samplers import (
   MIDPOINT,
   MILNE,
   RK4,
+  DDIMKeepEps,
   DPMSolver2M,
   EdmHeun,
   Euler,
@@ -32,7 +33,7 @@ from tests.diffusion.samplers_test import (
 )
 from tests.exact import Gaussian, scales
 
-ORDERS = {DDIM: 1, Euler: 1, Heun: 2, EdmHeun: 2, DPMSolver2M: 2, RK4: 4}
+ORDERS = {DDIM: 1, DDIMKeepEps: 1, Euler: 1, Heun: 2, EdmHeun: 2, DPMSolver2M: 2, RK4: 4}
 
 
 def flow_errors(step, data, schedule, grid, nums):

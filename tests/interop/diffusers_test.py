@@ -50,21 +50,21 @@ def test_the_network_predicts_the_recorded_noise(case, denoise):
     peers.assert_close(described, f'net{kind}', predicted, arrays[f'out/net{kind}_nhwc'])
 
 
-@pytest.mark.parametrize('kind', ['noclip', 'clip_corrected'])
+@pytest.mark.parametrize('kind', ['noclip', 'clip', 'clip_corrected'])
 def test_each_ddim_step_lands_where_theirs_does(case, denoise, kind):
   described, arrays, model = case
   grid = times.make_grid('leading', 5, model.schedule)
   np.testing.assert_array_equal(np.round(grid[:0:-1] * 1000) - 1, arrays['out/ddim5_timesteps'])
   logsnr = model.schedule(jnp.asarray(grid[::-1]))
   labels = arrays.get('in/sampler_labels')
-  bound = samplers.clipped(
-    lambda z, at: denoise(z, at, labels), None if kind == 'noclip' else model.space.clip
-  )
+  step = samplers.DDIMKeepEps() if kind == 'clip' else samplers.DDIM()
+  clip = None if kind == 'noclip' else model.space.clip
+  bound = samplers.clipped(lambda z, at: denoise(z, at, labels), clip, step.keeps_eps)
   theirs = arrays[f'out/ddim5_{kind}_trajectory_nhwc']
   starts = [arrays['in/noise_nhwc'], *theirs[:-1]]
   for i, (z, expected) in enumerate(zip(starts, theirs, strict=True)):
     at, to = (jnp.full(len(z), logsnr[k]) for k in (i, i + 1))
-    ours = samplers.DDIM()(None, bound, jnp.asarray(z), at, to)
+    ours = step(None, bound, jnp.asarray(z), at, to)
     peers.assert_close(described, f'ddim5_{kind}_single_step', ours, expected)
 
 
