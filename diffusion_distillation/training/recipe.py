@@ -58,7 +58,7 @@ class Recipe:
 
   @property
   def conditioning(self) -> Conditioning:
-    """What the student is told beside z and the time."""
+    """The conditions that the student takes besides z and the time."""
     return self.student.conditioning
 
   def at(self, step: int) -> 'Recipe':
