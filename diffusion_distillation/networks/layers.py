@@ -21,9 +21,9 @@ class GroupNorm(nn.Module):
   computed in float32 or better.
 
   Attributes:
-    num_groups: number of groups; must divide the number of channels.
-    dtype: type of the result; None for the input's.
-    epsilon: added to the variance.
+    num_groups: must divide the number of channels.
+    dtype: of the result; None for the input's.
+    epsilon: is added to the variance.
   """
 
   num_groups: int
