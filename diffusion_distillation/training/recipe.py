@@ -60,7 +60,7 @@ class Recipe:
 
   @property
   def conditioning(self) -> Conditioning:
-    """What the student is told beside z and the time."""
+    """The conditions that the student takes besides z and the time."""
     return self.student.conditioning
 
   @property
