@@ -1,4 +1,4 @@
-"""DMD2's GAN: a head on the fake score's innermost activations tells real images from generated ones, both noised."""
+"""DMD2's GAN: a head on the fake score's activations tells real images from generated ones, both noised."""
 
 import dataclasses
 from typing import Any
@@ -40,8 +40,8 @@ class GanSection:
   )
   joint_clip: bool = key(
     False,
-    "Whether the gradients of fake score and head together are clipped to the norm `clip_norm`, as in DMD2's code; "
-    "otherwise each network's own.",
+    "Whether the gradients of the fake score and of the GAN's head are clipped together, so that the norm of both is at "
+    "most `clip_norm`, as in DMD2's code; otherwise each network's gradient is clipped by itself.",
   )
 
 

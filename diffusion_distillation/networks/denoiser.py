@@ -16,10 +16,8 @@ from diffusion_distillation.networks.spaces import SPACES
 
 Params = Any
 BOTTLENECK = 'bottleneck'  # the collection into which a network sows activations for GAN heads
-INNERMOST, ENCODED = (
-  'h',
-  'encoded',
-)  # their names there: the innermost; those after the encoder, where there is one
+INNERMOST = 'h'  # the name there of the innermost activations
+ENCODED = 'encoded'  # and of those after the encoder, in networks that have one
 
 
 class Network(Protocol):

@@ -233,8 +233,8 @@ def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage
 def _check_output(name: str, student: Denoiser, schedule: Schedule) -> None:
   """Raises UserError if the student predicts eps, and the schedule leaves too little of x at t = 1, where it is called.
 
-  The rounds of progressive distillation are not checked: their loss weighs the error at t = 1 as base training does, so
-  that those that cannot be trained have a base that could not be either, and students of many steps are clipped there.
+  The rounds of progressive distillation are not checked. Under the weighting `snr` their loss counts an error in eps once,
+  whatever alpha is, and samplers of several steps clip x at t = 1; the paper's table of outputs has such bases.
   """
   if student.output != 'eps':
     return

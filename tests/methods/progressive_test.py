@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.diffusion.process import Prediction, from_x
+from diffusion_distillation.diffusion.process import Prediction, from_eps, from_x
 from diffusion_distillation.diffusion.samplers import DDIM, sample
 from diffusion_distillation.diffusion.schedules import Cosine
-from diffusion_distillation.diffusion.weightings import WEIGHTINGS, Constant, SnrTrunc
+from diffusion_distillation.diffusion.weightings import WEIGHTINGS, Constant, Snr, SnrTrunc
 from diffusion_distillation.methods.progressive import Progressive
 from diffusion_distillation.networks.denoiser import Bound
 from tests.exact import Gaussian, Mixture
@@ -204,3 +204,20 @@ def test_labels_reach_student_and_teacher():
   calls = recorded(Progressive(4, SCHEDULE, SnrTrunc()))
   for _, _, cond, _ in calls['student'] + calls['teacher']:
     np.testing.assert_array_equal(cond['label'], np.arange(512) % 7)
+
+
+def test_an_error_in_eps_at_t_1_counts_once_under_snr_and_explodes_under_the_truncated_weighting():
+  """By 1 / alpha^2 = e^20: why rounds of eps are trained under `snr`, and other students are refused."""
+  z_like = jnp.zeros((4, 2, 2, 1))
+
+  def teach(z, logsnr, cond, rng=None):
+    return from_x(z, logsnr, jnp.full_like(z, 0.5))
+
+  def off(z, logsnr, cond, rng=None):
+    return from_eps(z, logsnr, teach(z, logsnr, cond).eps + 0.1)
+
+  for weighting, expected in ((Snr(), 0.01), (SnrTrunc(), 0.01 * np.exp(20.0))):
+    one = Progressive(1, SCHEDULE, weighting)
+    batch = {'x': z_like, 'cond': None} | one.draw(jax.random.key(0), z_like.shape)
+    losses = one.losses({'teacher': teach, 'student': off}, batch)
+    np.testing.assert_allclose(losses, expected, rtol=5e-3)
