@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import pathlib
-import signal
 import sys
 from collections.abc import Callable
 
@@ -22,7 +21,7 @@ from diffusion_distillation.config import (
 )
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers, times
-from diffusion_distillation.errors import StorageError, UserError
+from diffusion_distillation.errors import Preempted, StorageError, UserError
 from diffusion_distillation.evaluation import measure, pictures
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Chosen
@@ -50,12 +49,9 @@ def run(options: Options) -> int:
   try:
     return leave_quietly(_run(options))
   except BrokenPipeError:  # nobody reads what is printed any more, as with `| head`
-    return leave_quietly(_UNREAD)
+    return leave_quietly(Preempted.exit_code if options.mode == 'train' else 0)
   finally:
     interrupts.uninstall()
-
-
-_UNREAD = 128 + signal.SIGPIPE
 
 
 def leave_quietly(code: int) -> int:
@@ -108,7 +104,8 @@ def _vanished(error: OSError, workdir: pathlib.Path | None) -> pathlib.Path | No
 
 
 def _fail(message: str, code: int) -> int:
-  print(f'error: {message}', file=sys.stderr)
+  with contextlib.suppress(BrokenPipeError):
+    print(f'error: {message}', file=sys.stderr)
   cluster.leave(code)
   return code
 

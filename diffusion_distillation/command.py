@@ -1,5 +1,6 @@
-"""The command line: flags to one call of `cli.run`. What `main.py` and the command `diffusion-distillation` start."""
+"""Train, distill, measure and sample: flags to one call of `cli.run`. What `main.py` and `diffusion-distillation` start."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -76,7 +77,8 @@ def parse_flags(argv: list[str]) -> list[str]:
   """absl's parser, except that a bad config or override is one line and exit code 2."""
   _default()  # tells which keys there are
   if {'--help', '-help', '--helpfull', '-helpfull'} & set(argv[1:]):
-    print(__doc__, flags.FLAGS.module_help(__name__), sep='\n')
+    with contextlib.suppress(BrokenPipeError):
+      print(__doc__, flags.FLAGS.module_help(__name__), sep='\n')
     sys.exit(cli.leave_quietly(0))
   try:
     # Warnings only, unless asked: --verbosity=0 shows all that orbax and jax have to say.

@@ -27,7 +27,8 @@ def start() -> None:
   ) as error:  # a plugin raises what its driver makes it raise, an AssertionError among others
     wanted = getattr(jax.config, 'jax_platforms', None) or os.environ.get('JAX_PLATFORMS', '')
     names = [name.strip() for name in wanted.split(',') if name.strip()]
-    said = ' '.join(str(error).split())[:200] or type(error).__name__
+    text = str(error).partition('(set JAX_PLATFORMS')[0]
+    said = ' '.join(text.split())[:200] or type(error).__name__
     advice = [
       f'for {name}: pip install "jax[{_INSTALL[name]}]"' for name in names if name in _INSTALL
     ] + ['unset JAX_PLATFORMS to take what there is, or JAX_PLATFORMS=cpu']
