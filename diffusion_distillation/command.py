@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 
@@ -86,6 +87,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(prepared)
     if (flags.FLAGS['verbosity'].value or 0) < 0:
       checkpoints.hush()
+      logging.getLogger('matplotlib').setLevel(logging.ERROR)  # of a home that it cannot write to
     getattr(flags.FLAGS['config'].value, 'items', None)  # raises if the file could not be loaded
     return rest
   except Exception as error:

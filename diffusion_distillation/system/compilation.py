@@ -88,12 +88,16 @@ def use(cache: str = '', fast_cpu: bool = True) -> None:
   elif cache or not is_cached():
     base = pathlib.Path(cache).absolute() if cache else _of_the_user()
     if base is None or not _can_write(base):
-      _log.warning(
-        'compiled programs are not kept: %s cannot be written; compute.cache names another directory',
-        base or "there is no home directory, and the user's cache",
-      )
+      _tell_of_none(base)
     else:
       jax.config.update('jax_compilation_cache_dir', str(base / _machine()))
+
+
+@functools.cache
+def _tell_of_none(base: pathlib.Path | None) -> None:
+  """Once."""
+  where = base or "the user's cache directory (there is no $HOME)"
+  _log.warning('compiled programs are not kept: %s cannot be written; see compute.cache', where)
 
 
 def is_cached() -> bool:

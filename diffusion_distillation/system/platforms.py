@@ -25,7 +25,7 @@ def start() -> None:
   except (
     Exception
   ) as error:  # a plugin raises what its driver makes it raise, an AssertionError among others
-    wanted = getattr(jax.config, 'jax_platforms', None) or os.environ.get('JAX_PLATFORMS', '')
+    wanted = _wanted()
     names = [name.strip() for name in wanted.split(',') if name.strip()]
     text = str(error).partition('(set JAX_PLATFORMS')[0]
     said = ' '.join(text.split())[:200] or type(error).__name__
@@ -37,6 +37,10 @@ def start() -> None:
       f'{asked}jax cannot start its devices ({said}); this jax has {", ".join(installed())}; '
       + '; '.join(advice)
     ) from error
+
+
+def _wanted() -> str:
+  return getattr(jax.config, 'jax_platforms', None) or os.environ.get('JAX_PLATFORMS', '')
 
 
 def installed() -> list[str]:
