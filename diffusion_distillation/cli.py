@@ -49,19 +49,21 @@ def run(options: Options) -> int:
   try:
     return leave_quietly(_run(options))
   except BrokenPipeError:  # nobody reads what is printed any more, as with `| head`
-    return leave_quietly(Preempted.exit_code if options.mode == 'train' else 0)
+    return leave_quietly(Preempted.exit_code if options.mode == 'train' else 0, unread=True)
   finally:
     interrupts.uninstall()
 
 
-def leave_quietly(code: int) -> int:
-  """Flushes what is printed. Where nobody reads it any more, that is no error: what is left of it is dropped."""
+def leave_quietly(code: int, unread: bool = False) -> int:
+  """Flushes what is printed. Where nobody reads it any more, that is no error: it is dropped, and all that follows."""
   for stream in (sys.stdout, sys.stderr):
     try:
       stream.flush()
-    except (BrokenPipeError, ValueError):
-      with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except BrokenPipeError:
+      unread = True
+  for stream in (sys.stdout, sys.stderr) if unread else ():
+    with contextlib.suppress(OSError):  # no file at all, as in a notebook
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
   return code
 
 

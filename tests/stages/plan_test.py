@@ -165,7 +165,7 @@ def test_conditional_networks_know_the_classes():
   with pytest.raises(UserError, match='has no labels'):
     stages.plan(tiny.config(model__conditional=True), (8, 8, 1), 0)
   of_one_folder = {'dataset__name': 'folder', 'dataset__path': 'x', 'model__conditional': True}
-  with pytest.raises(UserError, match='two classes or more, .*all its images are in one folder'):
+  with pytest.raises(UserError, match=r'two classes or more, .*all its images are in one folder'):
     stages.plan(tiny.config(**of_one_folder), (8, 8, 1), 0)
 
 
