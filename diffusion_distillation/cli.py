@@ -199,9 +199,10 @@ def _sample(options: Options) -> None:
   cond = draw.cond(np.arange(options.num_samples), chosen)
   pictures.save(out, images, None if cond is None else cond.get('label'))
   steps, made = len(grid) - 1, stored.provenance
+  updates = 'an unknown number of' if made.get('updates') is None else made['updates']
   print(
     f'{out.path}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} steps, '
-    f'{steps * step.calls_per_step} network calls each ({made.get("updates")} updates)'
+    f'{steps * step.calls_per_step} network calls each ({updates} updates)'
   )
 
 
