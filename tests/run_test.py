@@ -234,6 +234,7 @@ def test_images_are_closed_however_a_run_ends(tmp_path, monkeypatch):
   assert len(closed) == 1
 
 
+@pytest.mark.slow
 def test_training_that_diverges_ends_with_exit_code_4(tmp_path):
   """The other codes are reached in cli_test.py (2), chaos_damage_test.py (3), chaos_disk_test.py (5), machines_test.py (75)."""
   given = tiny.flags(train__learning_rate=1e38, max_skipped=1)

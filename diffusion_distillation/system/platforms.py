@@ -22,9 +22,7 @@ def start() -> None:
   """
   try:
     jax.local_device_count()
-  except (
-    Exception
-  ) as error:  # a plugin raises what its driver makes it raise, an AssertionError among others
+  except Exception as error:  # whatever a plugin's driver makes it raise
     wanted = _wanted()
     names = [name.strip() for name in wanted.split(',') if name.strip()]
     text = str(error).partition('(set JAX_PLATFORMS')[0]
