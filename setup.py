@@ -11,7 +11,12 @@ setuptools.setup(
   long_description=pathlib.Path(__file__).with_name('README.md').read_text(),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
-  packages=setuptools.find_packages(include=['diffusion_distillation*']),
+  packages=[
+    *setuptools.find_packages(include=['diffusion_distillation*']),
+    'diffusion_distillation.configs',
+  ],
+  package_dir={'diffusion_distillation.configs': 'configs'},
+  entry_points={'console_scripts': ['diffusion-distillation = diffusion_distillation.command:main']},
   package_data={'diffusion_distillation.evaluation': ['*.html']},
   python_requires='>=3.11',
   install_requires=[

@@ -1,91 +1,88 @@
-"""What `main.py` calls: one function a mode, and errors as one line and an exit code."""
+"""What `command.py` calls: one function a mode, and errors as one line and an exit code."""
 
-import dataclasses
+import contextlib
 import errno
 import json
+import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-from absl import flags
 
 from diffusion_distillation import datasets
-from diffusion_distillation.config import Config, check_keys, check_numbers, choose, to_markdown
+from diffusion_distillation.config import (
+  Config,
+  check_keys,
+  check_numbers,
+  choose,
+  expand_paths,
+  to_markdown,
+)
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers, times
-from diffusion_distillation.errors import StorageError, UserError
+from diffusion_distillation.errors import Preempted, StorageError, UserError
 from diffusion_distillation.evaluation import measure, pictures
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Chosen
 from diffusion_distillation.interop import importing
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.options import Options
 from diffusion_distillation.run import replay
 from diffusion_distillation.run import run as run_module
 from diffusion_distillation.stages import provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
-from diffusion_distillation.system import checkpoints, cluster, compilation, files, interrupts, sharding
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """The command line; see `main.py` for the meaning of each flag."""
-
-  mode: str
-  config: Config | None
-  default: Config
-  workdir: pathlib.Path | None
-  stage: str | None = None
-  weights: str = 'ema'
-  num_samples: int = 64
-  seed: int = 0
-  sampler: str | None = None
-  gamma: float | None = None
-  clip_x: bool | None = None
-  steps: int | None = None
-  grid: str | None = None
-  times: Sequence[str] = ()
-  classes: Sequence[str] = ()
-  out: pathlib.Path | None = None
-  source: str | None = None
-  checkpoint: pathlib.Path | None = None
-  coordinator: str | None = None
-  num_processes: int | None = None
-  process_id: int | None = None
-  peer_timeout: int = 100
-  step: int | None = None
-  rest: Sequence[str] = ()
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, except that a bad config or override is one line and exit code 2."""
-  try:
-    # Warnings only, unless asked: --verbosity=0 shows all that orbax and jax have to say.
-    rest = flags.FLAGS([argv[0], '--verbosity=-1', *argv[1:]])
-    if (flags.FLAGS['verbosity'].value or 0) < 0:
-      checkpoints.hush()
-    getattr(flags.FLAGS['config'].value, 'items', None)  # raises if the file could not be loaded
-    return rest
-  except Exception as error:
-    before, traceback, lines = str(error).partition('Traceback')
-    text = f'{before} {lines.strip().splitlines()[-1]}' if traceback else before
-    print(f'error: {" ".join(text.split())}', file=sys.stderr)
-    sys.exit(UserError.exit_code)
+from diffusion_distillation.system import (
+  cluster,
+  compilation,
+  files,
+  interrupts,
+  platforms,
+  sharding,
+)
 
 
 def run(options: Options) -> int:
   """Carries the mode out; returns the exit code."""
   interrupts.install()
   try:
+    return leave_quietly(_run(options))
+  except BrokenPipeError:  # nobody reads what is printed any more, as with `| head`
+    return leave_quietly(Preempted.exit_code if options.mode == 'train' else 0, unread=True)
+  finally:
+    interrupts.uninstall()
+
+
+def leave_quietly(code: int, unread: bool = False) -> int:
+  """Flushes what is printed. Where nobody reads it any more, that is no error: it is dropped, and all that follows."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except BrokenPipeError:
+      unread = True
+  for stream in (sys.stdout, sys.stderr) if unread else ():
+    with contextlib.suppress(OSError):  # no file at all, as in a notebook
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+  return code
+
+
+def _run(options: Options) -> int:
+  try:
+    options = options.on_disk()
     if options.rest:
       raise UserError(f'unexpected arguments {list(options.rest)}; flags begin with --')
     _join(options)
+    if options.mode not in _WITHOUT_DEVICES:
+      platforms.start()
     MODES[options.mode](options)
   except UserError as error:
     return _fail(str(error), error.exit_code)
+  except BrokenPipeError:
+    raise
   except OSError as error:
-    if (gone := _vanished(error, options.workdir)) is not None:
+    workdir = None if options.workdir is None else pathlib.Path(options.workdir)
+    if (gone := _vanished(error, workdir)) is not None:
       message = f'{gone} has vanished; bring it back, and run the same command again'
       return _fail(message, StorageError.exit_code)
     if error.errno not in _OF_THE_DISK:
@@ -109,7 +106,8 @@ def _vanished(error: OSError, workdir: pathlib.Path | None) -> pathlib.Path | No
 
 
 def _fail(message: str, code: int) -> int:
-  print(f'error: {message}', file=sys.stderr)
+  with contextlib.suppress(BrokenPipeError):
+    print(f'error: {message}', file=sys.stderr)
   cluster.leave(code)
   return code
 
@@ -125,9 +123,10 @@ def _join(options: Options) -> None:
 
 def _config(options: Options) -> Config:
   if options.config is None:
-    raise UserError(f'--mode={options.mode} needs --config, such as --config=configs/digits.py')
+    raise UserError(f'--mode={options.mode} needs --config, such as --config=digits')
   config = options.config
   check_keys(config, options.default)
+  expand_paths(config)
   compilation.use(config.compute.cache, config.compute.fast_cpu)
   return config
 
@@ -135,6 +134,7 @@ def _config(options: Options) -> Config:
 def _stored_config(options: Options, directory: pathlib.Path) -> Config:
   """That which the workdir was made with."""
   config = workdir.read_config(directory, options.default)
+  expand_paths(config)
   compilation.use(config.compute.cache, config.compute.fast_cpu)
   return config
 
@@ -142,7 +142,7 @@ def _stored_config(options: Options, directory: pathlib.Path) -> Config:
 def _workdir(options: Options) -> pathlib.Path:
   if options.workdir is None:
     raise UserError(f'--mode={options.mode} needs --workdir, the directory of the run')
-  return options.workdir
+  return pathlib.Path(options.workdir)
 
 
 def _prepare(options: Options) -> None:
@@ -173,7 +173,7 @@ def _import(options: Options) -> None:
   source = choose('--source', options.source, importing.READERS)
   if options.checkpoint is None:
     raise UserError('--mode=import needs --checkpoint, the file or directory to read')
-  model = source(_config(options), options.default, options.checkpoint, directory)
+  model = source(_config(options), options.default, pathlib.Path(options.checkpoint), directory)
   print(
     f'{directory / model.stage.name}: imported, for {model.stage.num_steps} steps, '
     f'digest {model.digest[:12]}'
@@ -181,7 +181,7 @@ def _import(options: Options) -> None:
 
 
 def _sample(options: Options) -> None:
-  out, directory = pictures.check_out(options.out), _workdir(options)
+  out, directory = pictures.check_out(options.out, options.num_samples), _workdir(options)
   if options.sampler is not None:
     choose('--sampler', options.sampler, samplers.SAMPLERS)
   if options.gamma is not None and options.sampler != 'ancestral':
@@ -199,9 +199,10 @@ def _sample(options: Options) -> None:
   cond = draw.cond(np.arange(options.num_samples), options.seed, chosen)
   pictures.save(out, images, None if cond is None else cond.get('label'))
   steps, made = len(grid) - 1, stored.provenance
+  updates = 'an unknown number of' if made.get('updates') is None else made['updates']
   print(
-    f'{out}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} steps, '
-    f'{step.calls(steps)} network calls each ({made.get("updates")} updates)'
+    f'{out.path}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} steps, '
+    f'{step.calls(steps)} network calls each ({updates} updates)'
   )
 
 
@@ -234,14 +235,16 @@ def _grid(options: Options, stored: StoredModel) -> np.ndarray:
   """The times to sample at: those given, or equal steps."""
   if options.times and options.steps:
     raise UserError('give --steps or --times, not both')
-  try:
-    if options.times:
+  if options.times:
+    try:
       return times.grid([float(t) for t in options.times])
-    return times.make_grid(
-      options.grid or stored.times, options.steps or stored.num_steps, stored.schedule
-    )
+    except ValueError as error:
+      raise UserError(f'--times={",".join(options.times)}: {error}, such as 0,0.25,1') from error
+  name = options.grid or stored.times
+  try:
+    return times.make_grid(name, options.steps or stored.num_steps, stored.schedule)
   except ValueError as error:
-    raise UserError(f'--times={",".join(options.times)}: {error}, such as 0,0.25,1') from error
+    raise UserError(f'--grid={name}: {error}') from error
 
 
 def _classes(options: Options, stored: StoredModel) -> Chosen:
@@ -314,6 +317,8 @@ This page is the output of `python main.py --mode=keys`.
 
 """
 
+
+_WITHOUT_DEVICES = ('prepare', 'keys')
 
 MODES: dict[str, Callable[[Options], None]] = {
   'train': _train,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict as Config
 from ml_collections import config_dict
 
+from diffusion_distillation import paths
 from diffusion_distillation.errors import UserError
 
 
@@ -46,12 +47,14 @@ class Key(NamedTuple):
     choices: all values that there are, or those of each entry of a tuple; empty if there is no such list. For the
       user to read: the code that reads the key refuses other values.
     distinct: whether no two entries of the tuple may be the same.
+    path: 'disk' for a path of this machine, 'any' for one that may also be a URL, '' for what is no path.
   """
 
   meaning: str
   valid: Range | None
   choices: tuple[str, ...]
   distinct: bool
+  path: str
 
 
 def key(
@@ -61,9 +64,10 @@ def key(
   *,
   choices: Iterable[str] = (),
   distinct: bool = False,
+  path: str = '',
 ) -> Any:
   """A field of a section; see `Key` for the arguments."""
-  metadata = {'key': Key(meaning, valid, tuple(choices), distinct)}
+  metadata = {'key': Key(meaning, valid, tuple(choices), distinct, path)}
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -201,21 +205,34 @@ def check_keys(config: Mapping[str, Any], default: Mapping[str, Any]) -> None:
   if missing:
     raise UserError(f'config lacks the keys {", ".join(missing)}; start from configs/default.py')
   values = dict(flatten(config))
-  for key, of_type in _tuples().items():
+  for key, of_type in types().items():
+    if typing.get_origin(of_type) is not tuple:
+      continue
     entry, found = typing.get_args(of_type)[0], values[key]
     wanted = (int, float) if entry is float else entry
     if found is not None and not all(isinstance(e, wanted) and not isinstance(e, bool) for e in found):
       raise UserError(f'{key}={found} must hold {_TYPES[of_type]}')
 
 
-def _tuples() -> dict[str, Any]:
-  """The types of those keys of all SECTIONS that are tuples."""
-  types = {
+def types() -> dict[str, Any]:
+  """The types of the keys of all SECTIONS, by their full names; where None may be given, that of other values."""
+  return {
     _full(name, field.name): _not_optional(field.type)[0]
     for name, cls in SECTIONS.items()
     for field in dataclasses.fields(cls)
   }
-  return {key: of_type for key, of_type in types.items() if typing.get_origin(of_type) is tuple}
+
+
+def expand_paths(config: Config) -> None:
+  """Expands `~` in all keys that are paths; raises UserError for a URL where there must be a disk."""
+  for name, declared in all_keys().items():
+    value = config
+    *sections, last = name.split('.')
+    for section_name in sections:
+      value = value[section_name]
+    if declared.path and value[last]:
+      expanded = paths.local if declared.path == 'disk' else paths.expand
+      value[last] = expanded(name, value[last])
 
 
 def check_known(given: list[str], known: list[str]) -> None:

@@ -13,7 +13,9 @@ PACKAGE = ROOT / 'diffusion_distillation'
 
 # The floors, top to bottom: a file imports from its own folder and from the floors below it.
 FLOORS = [
-  ['cli'],
+  ['command'],
+  ['cli', 'arguments'],
+  ['options'],
   ['run'],
   ['evaluation', 'interop'],
   ['stages'],
@@ -22,13 +24,14 @@ FLOORS = [
   ['networks'],
   ['diffusion'],
   ['config'],
+  ['paths'],
   ['errors'],
 ]
 RANK = {name: -k for k, names in enumerate(FLOORS) for name in names}
 # They stand beside the floors: from `stages` up everything may use them; the mathematics below does not know them.
 BESIDE = {
-  'system': {'system', 'config', 'errors'},
-  'datasets': {'datasets', 'system', 'config', 'errors'},
+  'system': {'system', 'config', 'paths', 'errors'},
+  'datasets': {'datasets', 'system', 'config', 'paths', 'errors'},
 }
 
 

@@ -232,3 +232,11 @@ def test_images_are_closed_however_a_run_ends(tmp_path, monkeypatch):
   with pytest.raises(NumericalError, match='diverged'):
     run_module.run(tiny.config(), tmp_path / 'run')
   assert len(closed) == 1
+
+
+@pytest.mark.slow
+def test_training_that_diverges_ends_with_exit_code_4(tmp_path):
+  """The other codes are reached in cli_test.py (2), chaos_damage_test.py (3), chaos_disk_test.py (5), machines_test.py (75)."""
+  given = tiny.flags(train__learning_rate=1e38, max_skipped=1)
+  code, _, err = tiny.run_cli(*given, f'--workdir={tmp_path / "run"}')
+  assert code == 4 and 'error: stage base: loss or gradient not finite' in err

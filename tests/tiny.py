@@ -100,8 +100,7 @@ def run_main(*args, devices=1):
 
 def run_cli(*args):
   """The same without a process: flags and modes of main.py here, on the devices of this process."""
-  import main
-  from diffusion_distillation import cli
+  from diffusion_distillation import command
   from diffusion_distillation.system import checkpoints, interrupts, sharding
 
   argv, out, err = ['main.py', *map(str, args)], io.StringIO(), io.StringIO()
@@ -118,7 +117,7 @@ def run_cli(*args):
       mock.patch.object(checkpoints, 'hush'),
       mock.patch.object(sharding, '_in_use', list(sharding._in_use)),
     ):
-      main.main(cli.parse_flags(argv))
+      command.run(command.parse_flags(argv))
   except SystemExit as end:
     return end.code, out.getvalue(), err.getvalue()
   finally:

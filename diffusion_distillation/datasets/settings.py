@@ -26,11 +26,13 @@ class Settings:
     '',
     'Where the images are: a directory, .zip or URL for `folder`; `data_dir` of tensorflow-datasets, if empty its own '
     'default.',
+    path='any',
   )
   prepared: str = config.key(
     '',
     'Directory of the decoded copy that `--mode=prepare` writes and that is read from then on; if empty, the dataset '
     'itself is read.',
+    path='disk',
   )
   split: str = config.key(
     '', "Split to train on, such as `train[:90%]`; if empty, the dataset's own training split."

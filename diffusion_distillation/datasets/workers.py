@@ -15,6 +15,7 @@ import numpy as np
 import threadpoolctl
 
 from diffusion_distillation.datasets.image_set import Batch, ImageSet
+from diffusion_distillation.system import interrupts
 
 # Of a worker process: the set that it reads from, sent once.
 _images: ImageSet | None = None
@@ -33,11 +34,11 @@ class _Context(multiprocessing.context.SpawnContext):
 
 @contextlib.contextmanager
 def bare(images: ImageSet) -> Iterator[None]:
-  """A process that is started here never sees SIGINT and SIGTERM, and does not import the main module.
+  """A process that is started here never sees the signals to stop, and does not import the main module.
 
   A signal to the whole process group is the main process's to answer, after this. The main module imports jax.
   """
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
   main = sys.modules['__main__']
   if type(images).__module__ != '__main__':
     sys.modules['__main__'] = types.ModuleType('__main__')

@@ -1,12 +1,14 @@
 """Models to be used: read from a folder, sampled from and called as denoisers, without the config that made them."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from diffusion_distillation import paths
 from diffusion_distillation.config import choose
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.process import Prediction
@@ -98,7 +100,7 @@ class LoadedModel:
     return self.stored.denoise(self.stored.params, z, logsnr, cond)
 
 
-def load(path: str | pathlib.Path) -> LoadedModel:
+def load(path: str | os.PathLike[str]) -> LoadedModel:
   """The model in a folder, in a stage, or of the last finished stage of a workdir.
 
   Args:
@@ -108,7 +110,7 @@ def load(path: str | pathlib.Path) -> LoadedModel:
     UserError: there is no model, or it says something that this version does not know.
     DamagedError: it is not what was written.
   """
-  return LoadedModel(model.read(find(pathlib.Path(path).expanduser())))
+  return LoadedModel(model.read(find(paths.on_disk('load: path', path))))
 
 
 def find(path: pathlib.Path) -> pathlib.Path:

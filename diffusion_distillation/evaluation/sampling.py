@@ -1,5 +1,6 @@
 """Drawing images from a model: image k is a function of (seed, k), whatever the batch or the devices."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -17,7 +18,7 @@ from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Space
-from diffusion_distillation.system import compilation, interrupts, sharding
+from diffusion_distillation.system import announcing, compilation, interrupts, sharding
 from diffusion_distillation.training.state import Params
 
 Chosen = Mapping[str, Sequence[Any]] | None  # values of a condition to draw in turn, by key
@@ -75,7 +76,9 @@ class Drawer:
       index = np.arange(start, start + size, dtype=np.int32)
       count = min(size, num_samples - start)
       index, cond = sharding.spread((index, self.cond(index, seed, chosen)))
-      yield _draw(self, params, grid, np.int32(seed), index, cond), count
+      with contextlib.nullcontext() if start else announcing.compiling('the sampler'):
+        images = _draw(self, params, grid, np.int32(seed), index, cond)
+      yield images, count
 
   def draw(
     self,

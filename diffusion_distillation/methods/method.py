@@ -85,6 +85,7 @@ class StudentSection(TrainingSection):
     '',
     'Weights of the distance, a .safetensors file: the `extractor.safetensors` of a run for `features`, converted '
     'LPIPS weights for `lpips`.',
+    path='disk',
   )
 
 

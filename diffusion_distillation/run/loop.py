@@ -19,7 +19,7 @@ from diffusion_distillation.run.inputs import Inputs, shapes
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.system import interrupts, sharding
+from diffusion_distillation.system import announcing, interrupts, sharding
 from diffusion_distillation.system.checkpoints import Checkpoints
 from diffusion_distillation.system.logs import MetricsWriter
 from diffusion_distillation.system.progress import Progress
@@ -61,7 +61,10 @@ def fit(
   provenance.begin_stage(workdir, stage, inputs.parents(stage), config)
   with contextlib.closing(Checkpoints(workdir / stage.name)) as checkpoints:
     loop = functools.partial(_loop, step, stage, inputs, config, work_after, checkpoints)
-    with _compiled_meanwhile(step, stage, inputs, workdir, config):
+    with (
+      announcing.compiling(f'stage {stage.name}'),
+      _compiled_meanwhile(step, stage, inputs, workdir, config),
+    ):
       state, seconds = _restore_or_start(checkpoints, stage, inputs)
     if int(state.step) == stage.num_updates:
       provenance.check_digest(workdir, provenance.to_model(stage, state, seconds))

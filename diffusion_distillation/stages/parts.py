@@ -81,7 +81,11 @@ def make_denoiser(
   if not section['conditional'] and config.dataset.label_dropout:
     raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
   if section['conditional'] and not num_classes:
-    raise UserError(f'model.conditional=True, but dataset {config.dataset.name!r} has no labels')
+    one = ': all its images are in one folder' if config.dataset.name == 'folder' else ''
+    raise UserError(
+      f'model.conditional=True needs two classes or more, but dataset {config.dataset.name!r} has no labels{one}; '
+      'put each class in a folder of its own, or set model.conditional=False'
+    )
   sharding.check_attention(config.compute.attention, config.compute.dtype)
   shape = make_space(section).shape(data.image_shape)
   given = {

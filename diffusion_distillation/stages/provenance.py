@@ -164,12 +164,25 @@ def to_stored(
     provenance={
       'stage': stage.name,
       'method': stage.method,
-      'updates': model.step,
+      'updates': _updates_done(workdir, model),
       'seconds': model.seconds,
       **(parents or Parents()).describe(),
       'versions': versions(),
     },
   )
+
+
+def _updates_done(workdir: pathlib.Path, model: Model) -> int | None:
+  """Of the training that made the model, here or where it was imported from; None where that is not known."""
+  path = workdir / model.stage.name / 'stage.json'
+  found = read_json(path) if path.is_file() else {}
+  return found.get('num_updates') if found.get('imported') else model.step
+
+
+def _updates_of(made: Mapping[str, Any]) -> int | None:
+  """Of a model's own provenance; those of what it was imported from, if it was."""
+  imported = made.get('imported')
+  return _updates_of(imported.get('provenance') or {}) if imported else made.get('updates')
 
 
 def finish_stage(workdir: pathlib.Path, parents: Parents, model: Model, config: Config) -> None:
@@ -317,5 +330,6 @@ def adopt(
   with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
     checkpoints.save(stage.num_updates, state, 0.0)
     checkpoints.wait()
-  write_json(stage_dir / 'stage.json', _lineage(stage, Parents(), config) | outcome)
+  lineage = _lineage(stage, Parents(), config) | {'num_updates': _updates_of(made or {})}
+  write_json(stage_dir / 'stage.json', lineage | outcome)
   return model

@@ -4,10 +4,13 @@ JAX's distributed runtime does the work: the first process coordinates, heartbea
 preemption to one process stops all at the same step.
 """
 
+import contextlib
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +27,14 @@ _NOBODY = (
   'does not have a controller',  # a pod of Kubernetes by itself
   'job-name',  # the same, as a KeyError
 )
+# What says that there are others, by the variable with their number, and that with the number of this one.
+_ENVIRONMENTS = {
+  'SLURM_NTASKS': 'SLURM_PROCID',
+  'OMPI_COMM_WORLD_SIZE': 'OMPI_COMM_WORLD_RANK',
+}
+_PATIENCE = 60  # seconds that the others are given at least
+_MARGIN = 30  # seconds after which jax would end the process in its own way
+_LATE = 5.0  # seconds after which a process other than the first says whom it waits for
 _GRACE = 3.0  # seconds that the first process leaves the others, whom its end ends, for their last words
 
 
@@ -43,20 +54,28 @@ def start(
 
   Raises:
     UserError: some, but not all of the first three are given, or the others are not found.
+
+  With `num_processes=1` alone nobody is looked for. A process whose peers do not come ends with exit code 2.
   """
   given = (coordinator, num_processes, process_id)
   told = [value is not None for value in given]
+  if num_processes == 1 and not process_id:
+    return
   if any(told) and not all(told):
-    raise UserError('--coordinator, --num_processes and --process_id: give all three, or none')
+    raise UserError(
+      '--coordinator, --num_processes and --process_id: give all three, or none; --num_processes=1 looks for no others'
+    )
   if not any(told) and any(os.environ.get(name) == value for name, value in _ALONE.items()):
     return
+  limit = max(timeout, _PATIENCE)
   try:
-    jax.distributed.initialize(
-      *given,
-      initialization_timeout=max(timeout, 60),
-      heartbeat_timeout_seconds=timeout,
-      shutdown_timeout_seconds=timeout,
-    )
+    with _waiting(*(given if all(told) else _peers()), limit):
+      jax.distributed.initialize(
+        *given,
+        initialization_timeout=limit + _MARGIN,
+        heartbeat_timeout_seconds=timeout,
+        shutdown_timeout_seconds=timeout,
+      )
   except (ValueError, RuntimeError, KeyError) as error:
     if not any(told) and any(reason in str(error) for reason in _NOBODY):
       return
@@ -67,6 +86,48 @@ def start(
   interrupts.synchronize(multihost_utils.reached_preemption_sync_point)
   if jax.process_index():
     files.only_read()
+
+
+def _peers() -> tuple[str | None, int | None, int | None]:
+  """What the environment says: the variable that has the number of processes, this number, and which one this is."""
+  for count, index in _ENVIRONMENTS.items():
+    found = [os.environ.get(name, '') for name in (count, index)]
+    if all(value.isdigit() for value in found):
+      return f'{count}={found[0]}', int(found[0]), int(found[1])
+  return None, None, None
+
+
+@contextlib.contextmanager
+def _waiting(source: str | None, count: int | None, index: int | None, limit: float) -> Iterator[None]:
+  """Says whom this process waits for, and ends it with exit code 2 if they do not come.
+
+  jax's own limit ends the process from C++, which cannot be caught.
+
+  Args:
+    source: what says that there are others: HOST:PORT of the first, or a variable and its value.
+    count: processes of the run; None where this is not known.
+    index: which one this is.
+    limit: seconds.
+  """
+  met = threading.Event()
+  began = time.monotonic()
+
+  def watch() -> None:
+    others = 'other processes' if count is None else f'{count - 1} other process(es) of {count}'
+    waits = f'process {index or 0} waits for {others} ({source or "found by jax"})'
+    alone = 'to run alone: --num_processes=1'
+    if not met.wait(_LATE if index or count is None else 0.2):
+      print(f'{waits}, for {limit:.0f} s at most; {alone}', file=sys.stderr, flush=True)
+    if not met.wait(limit - (time.monotonic() - began)):
+      message = f'error: {waits}: they have not come in {limit:.0f} s; start all of them within that time, or, {alone}'
+      print(message, file=sys.stderr, flush=True)
+      os._exit(UserError.exit_code)
+
+  threading.Thread(target=watch, daemon=True).start()
+  try:
+    yield
+  finally:
+    met.set()
 
 
 def agree(ok: bool) -> bool:
@@ -96,7 +157,7 @@ def leave(code: int) -> None:
 
   They end by themselves: when this was the first, at once, else when its heartbeats are missed.
   """
-  if jax.process_count() > 1:
+  if jax.distributed.is_initialized():  # which starts no devices; it may be these that failed
     time.sleep(_GRACE * files.writes())
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,15 +3,20 @@
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 import pathlib
 import platform
+import tempfile
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from diffusion_distillation.config import POSITIVE, key
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ class ComputeSection:
   cache: str = key(
     '',
     "Directory in which compiled programs are kept; if empty, the user's cache directory; `none` for no cache.",
+    path='disk',
   )
 
 
@@ -70,14 +76,34 @@ def use(cache: str = '', fast_cpu: bool = True) -> None:
     cache: directory in which jax keeps compiled programs; 'none': nowhere; '': the user's cache directory, unless
       $JAX_COMPILATION_CACHE_DIR names another. Programs for one machine's CPU are not found by another's.
     fast_cpu: whether `options` are used on CPUs.
+
+  A directory that cannot be written is no error: it is told, and programs are not kept.
   """
   global _fast_cpu
   _fast_cpu = fast_cpu
+  # The disk is full, or the cache gone: what is not kept is compiled again.
+  warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
   if cache == 'none':
     jax.config.update('jax_enable_compilation_cache', False)
-  elif cache or not getattr(jax.config, 'jax_compilation_cache_dir', None):
-    base = pathlib.Path(cache) if cache else _of_the_user()
-    jax.config.update('jax_compilation_cache_dir', str(base.absolute() / _machine()))
+  elif cache or not is_cached():
+    base = pathlib.Path(cache).absolute() if cache else _of_the_user()
+    if base is None or not _can_write(base):
+      _tell_of_none(base)
+    else:
+      jax.config.update('jax_compilation_cache_dir', str(base / _machine()))
+
+
+@functools.cache
+def _tell_of_none(base: pathlib.Path | None) -> None:
+  """Once."""
+  where = base or "the user's cache directory (there is no $HOME)"
+  _log.warning('compiled programs are not kept: %s cannot be written; see compute.cache', where)
+
+
+def is_cached() -> bool:
+  """Whether compiled programs are kept."""
+  enabled = getattr(jax.config, 'jax_enable_compilation_cache', True)
+  return bool(enabled and getattr(jax.config, 'jax_compilation_cache_dir', None))
 
 
 def options() -> dict[str, str]:
@@ -119,9 +145,20 @@ def run_once(function: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
   return jax.jit(function, compiler_options=plain if on_cpu else {}, **arguments)(*args)
 
 
-def _of_the_user() -> pathlib.Path:
-  base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return pathlib.Path(base) / 'diffusion_distillation' / 'compiled'
+def _of_the_user() -> pathlib.Path | None:
+  """The user's cache directory; None where there is no home."""
+  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return pathlib.Path(base) / 'diffusion_distillation' / 'compiled' if os.path.isabs(base) else None
+
+
+def _can_write(directory: pathlib.Path) -> bool:
+  """Makes the directory if need be."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+      return True
+  except OSError:
+    return False
 
 
 def _machine() -> str:

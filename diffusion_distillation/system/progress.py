@@ -5,7 +5,7 @@ import time
 
 import tqdm
 
-from diffusion_distillation.system import files
+from diffusion_distillation.system import files, interrupts
 
 
 class Progress:
@@ -87,7 +87,12 @@ class Progress:
 
   def _line(self) -> None:
     self._last_line = time.monotonic()
-    print(f'{self._name}: {self._done}/{self._total}, {self._status()}', file=sys.stderr, flush=True)
+    line = f'{self._name}: {self._done}/{self._total}, {self._status()}'
+    try:
+      print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # nobody reads it any more: the work is saved before it ends
+      self._silent = True
+      interrupts.request('SIGPIPE')
 
 
 def _clock(seconds: float) -> str:

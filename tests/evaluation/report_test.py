@@ -210,11 +210,11 @@ def test_a_grid_puts_every_image_where_it_belongs():
 @pytest.mark.parametrize('channels', [1, 3])
 def test_png_and_npz_hold_the_images(tmp_path, channels):
   images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, channels)).astype(np.uint8)
-  pictures.save(tmp_path / 'x.npz', images, np.arange(4))
+  pictures.save(pictures.check_out(tmp_path / 'x.npz', 4), images, np.arange(4))
   with np.load(tmp_path / 'x.npz', allow_pickle=False) as arrays:
     np.testing.assert_array_equal(arrays['images'], images)
     assert arrays['labels'].tolist() == [0, 1, 2, 3]
-  pictures.save(tmp_path / 'x.png', images, None)
+  pictures.save(pictures.check_out(tmp_path / 'x.png', 4), images, None)
   with Image.open(tmp_path / 'x.png') as image:
     sheet = np.asarray(image).reshape(70, 70, channels)
   np.testing.assert_array_equal(sheet[2:34:4, 2:34:4], images[0])
@@ -223,10 +223,10 @@ def test_png_and_npz_hold_the_images(tmp_path, channels):
 
 
 def test_out_has_to_be_a_png_or_npz_in_a_directory(tmp_path):
-  assert pictures.check_out(tmp_path / 'x.png') == tmp_path / 'x.png'
+  assert pictures.check_out(tmp_path / 'x.png', 1) == (tmp_path / 'x.png', '.png')
   for out in (None, tmp_path / 'x.gif', tmp_path / 'no' / 'x.png'):
     with pytest.raises(UserError, match='--out'):
-      pictures.check_out(out)
+      pictures.check_out(out, 1)
 
 
 def test_a_damaged_extractor_is_named_and_not_used(finished, tmp_path):

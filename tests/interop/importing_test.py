@@ -45,6 +45,11 @@ def test_a_stage_of_another_run_is_imported_with_the_same_digest(finished, name,
   assert history['updates'] == 0 and history['imported']['sha256'] == theirs['digest']
   made = read_json(finished / name / 'model' / 'model.json')['provenance']
   assert history['imported']['provenance']['updates'] == made['updates'] > 0
+  # What was done, not what this config would do; what is sampled from it says so, too.
+  assert found['num_updates'] == theirs['num_updates'] != first.num_updates or name != 'base'
+  loaded = provenance.load_model(tmp_path / 'run', first, stored)
+  shown = provenance.to_stored(tmp_path / 'run', loaded, stored).provenance
+  assert shown['updates'] == theirs['num_updates']
 
 
 def test_an_imported_folder_keeps_its_provenance_however_often_it_moves(finished, config, tmp_path):
@@ -58,6 +63,8 @@ def test_an_imported_folder_keeps_its_provenance_however_often_it_moves(finished
   )
   assert once['imported']['provenance'] == made and twice['imported']['provenance'] == once
   assert once['updates'] == twice['updates'] == 0
+  done = [read_lineage(path / 'base')['num_updates'] for path in (first, second)]
+  assert done == [made['updates']] * 2 and made['updates'] < 9
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,9 @@ def test_conditional_networks_know_the_classes():
   assert plan()[0].denoise.network.num_classes == 0
   with pytest.raises(UserError, match='has no labels'):
     stages.plan(tiny.config(model__conditional=True), (8, 8, 1), 0)
+  of_one_folder = {'dataset__name': 'folder', 'dataset__path': 'x', 'model__conditional': True}
+  with pytest.raises(UserError, match=r'two classes or more, .*all its images are in one folder'):
+    stages.plan(tiny.config(**of_one_folder), (8, 8, 1), 0)
 
 
 def test_every_key_of_the_default_config_is_read(monkeypatch):

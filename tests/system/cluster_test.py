@@ -1,5 +1,8 @@
 """Finding the other processes, and compiled programs; what needs several is in processes_test.py."""
 
+import os
+import threading
+
 import jax
 import pytest
 
@@ -119,3 +122,45 @@ def test_modes_of_one_process_refuse_several(mode, tmp_path, capsys):
   assert cli.run(options) == 2
   assert f'--mode={mode} is of one process' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+SLURM = {'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}
+
+
+@pytest.fixture
+def waiting(initialize, monkeypatch):
+  """Peers that do not come: `jax.distributed.initialize` returns when this process would have ended."""
+  ended = threading.Event()
+  codes = []
+  monkeypatch.setattr(cluster, '_PATIENCE', 0)
+  monkeypatch.setattr(os, '_exit', lambda code: (codes.append(code), ended.set()))
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **kwargs: ended.wait(20))
+  return codes
+
+
+def test_peers_are_named_at_once_and_given_up_with_exit_code_2(waiting, monkeypatch, capsys):
+  """One process by hand, in the environment of four: `srun -n4 --pty bash`."""
+  for name, value in SLURM.items():
+    monkeypatch.setenv(name, value)
+  cluster.start(None, None, None, timeout=1)
+  assert waiting == [2]
+  at_once, at_last = capsys.readouterr().err.splitlines()
+  awaited = 'process 0 waits for 3 other process(es) of 4 (SLURM_NTASKS=4)'
+  assert at_once == f'{awaited}, for 1 s at most; to run alone: --num_processes=1'
+  assert at_last.startswith(f'error: {awaited}: they have not come in 1 s')
+
+
+def test_peers_that_come_are_not_talked_about(initialize, monkeypatch, capsys):
+  for name, value in SLURM.items():
+    monkeypatch.setenv(name, value)
+  cluster.start(None, None, None, timeout=100)
+  assert len(initialize.calls) == 1 and capsys.readouterr().err == ''
+  ((_, kwargs),) = initialize.calls
+  assert kwargs['initialization_timeout'] > 100  # ours comes first
+
+
+def test_one_process_looks_for_no_others(initialize, monkeypatch):
+  for name, value in SLURM.items():
+    monkeypatch.setenv(name, value)
+  cluster.start(None, 1, None, timeout=100)
+  assert not initialize.calls

@@ -1,0 +1,122 @@
+"""Command-line arguments as their parsers take them: configs by name, `~` in paths, whole numbers such as 1e3."""
+
+import decimal
+import importlib
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Iterator
+
+from absl import flags
+
+from diffusion_distillation import config, paths
+from diffusion_distillation.errors import UserError
+
+_CONFIG = re.compile(r'--?config(?:\.([\w.]+))?(?:=(.*))?', re.DOTALL)
+_NUMBER = re.compile(r'(?<![\w.])[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])')
+_LARGEST = decimal.Decimal(10) ** 18
+
+
+def configs() -> types.ModuleType:
+  """The package of configs: installed within this one, or beside it in a clone."""
+  try:
+    return importlib.import_module('diffusion_distillation.configs')
+  except ModuleNotFoundError:
+    return importlib.import_module('configs')
+
+
+def config_names() -> dict[str, pathlib.Path]:
+  """The configs that come with the program: their files by name."""
+  found = pathlib.Path(next(iter(configs().__path__))).glob('*.py')
+  return {path.stem: path for path in sorted(found) if 'def get_config' in path.read_text()}
+
+
+def find_config(given: str) -> str:
+  """The file of `--config=given`, a path or the name of a config that comes with the program; a `:VARIANT` stays.
+
+  Raises:
+    UserError: there is no such file, and no config of this name.
+  """
+  name, colon, variant = given.partition(':')
+  path = pathlib.Path(paths.expand('--config', name))
+  if not path.is_file():
+    ours = config_names()
+    by_name = path.suffix in ('', '.py') and str(path.parent) in ('.', 'configs')
+    if not by_name or path.stem not in ours:
+      raise UserError(
+        f'--config={given}: there is no such file, and no config of this name; there are {", ".join(ours)}'
+        + config.nearest(path.stem, ours)
+      )
+    path = ours[path.stem]
+  elif path.absolute().parent.name == 'configs':
+    _prefer(path.absolute().parent)
+  return f'{path}{colon}{variant}'
+
+
+def _prefer(folder: pathlib.Path) -> None:
+  """`from configs import ...` in a config of one's own finds what lies beside it, before what comes with the program."""
+  search = importlib.import_module('configs').__path__
+  if str(folder) not in search:
+    search.insert(0, str(folder))
+
+
+def whole(text: str) -> str:
+  """`text` with each whole number in it, such as 1e3 or 1000.0, as Python writes integers; the rest as it is."""
+
+  def rewrite(match: re.Match[str]) -> str:
+    number = decimal.Decimal(match[0].replace('_', ''))
+    fits = abs(number) < _LARGEST and number == number.to_integral_value()
+    return str(int(number)) if fits else match[0]
+
+  return _NUMBER.sub(rewrite, text)
+
+
+class WholeParser(flags.IntegerParser):
+  """absl's parser of integers, which also takes 1e3."""
+
+  def convert(self, argument: int | str) -> int:
+    return super().convert(whole(argument) if isinstance(argument, str) else argument)
+
+
+def prepare(argv: list[str]) -> list[str]:
+  """The arguments after the program's name, ready for absl; `config.SECTIONS` must be filled.
+
+  Raises:
+    UserError: there is no such config, or a key that takes integers is given another number.
+  """
+  given = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+  kinds = config.types()
+  found = list(_joined(given, kinds))
+  return [_prepared(argument, kinds) for argument in found]
+
+
+def _joined(argv: list[str], kinds: dict[str, typing.Any]) -> Iterator[str]:
+  """Each `--config VALUE` and `--config.KEY VALUE` as one argument with `=`."""
+  waiting = iter(argv)
+  for argument in waiting:
+    match = _CONFIG.fullmatch(argument)
+    if argument == '--':
+      yield argument
+      yield from waiting
+    elif match is None or match[2] is not None or kinds.get(match[1] or '') is bool:
+      yield argument
+    else:
+      value = next(waiting, None)
+      yield argument if value is None else f'{argument}={value}'
+
+
+def _prepared(argument: str, kinds: dict[str, typing.Any]) -> str:
+  match = _CONFIG.fullmatch(argument)
+  if match is None or match[2] is None:
+    return argument
+  name, value = match[1], match[2]
+  if name is None:
+    return f'--config={find_config(value)}'
+  kind = kinds.get(name)
+  if int not in (kind, *typing.get_args(kind)):
+    return argument
+  value = whole(value)
+  if kind is int and _NUMBER.fullmatch(value) and not re.fullmatch(r'[+-]?[\d_]+', value):
+    raise UserError(f'{name}={value} must be an integer')
+  return f'--config.{name}={value}'

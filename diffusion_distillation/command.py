@@ -1,0 +1,142 @@
+"""Train, distill, measure and sample: flags to one call of `cli.run`. What `main.py` and `diffusion-distillation` start."""
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+
+# The compiler's alarm 'Very slow compile?' reads like an error; what it could not do is raised in Python.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from diffusion_distillation import arguments, cli
+from diffusion_distillation.config import Config
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.samplers import SAMPLERS
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.system import checkpoints
+
+
+def _integer(
+  name: str, default: int | None, meaning: str, least: int, most: int | None = None
+) -> flags.FlagHolder:
+  """A flag for an integer, which may be given as 1e3."""
+  parser = arguments.WholeParser(least, most)
+  return flags.DEFINE(parser, name, default, meaning, serializer=flags.ArgumentSerializer())
+
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; prepare and keys do without.')
+_MODE = flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
+_STAGE = flags.DEFINE_string('stage', None, 'sample: the stage; by default the last that is there.')
+_WEIGHTS = flags.DEFINE_string(
+  'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last."
+)
+_NUM_SAMPLES = _integer('num_samples', 64, 'sample: how many images.', 1)
+_SEED = _integer('seed', 0, 'sample: of the noise.', 0, 2**31 - 1)
+_SAMPLER = flags.DEFINE_string(
+  'sampler',
+  None,
+  f"sample: one of {', '.join(SAMPLERS)}; by default the stage's own.",
+)
+_GAMMA = flags.DEFINE_float(
+  'gamma', None, 'sample, ancestral: variance from small (0) to large (1).', 0, 1
+)
+_CLIP_X = flags.DEFINE_bool('clip_x', None, 'sample: clip x to [-1, 1] at each step.')
+_STEPS = _integer('steps', None, 'sample: how many; by default those of the stage.', 1)
+_GRID = flags.DEFINE_enum(
+  'grid', None, times.GRIDS, "sample: how the steps are spaced; by default as the model's own."
+)
+_TIMES = flags.DEFINE_list('times', [], 'sample: a grid of times instead of equal steps: 0,0.25,1.')
+_CLASSES = flags.DEFINE_list(
+  'classes', [], 'sample: classes to draw in turn, by number or name, or none; by default all.'
+)
+_OUT = flags.DEFINE_string(
+  'out',
+  None,
+  'sample: a .png (a grid), a .npz (the arrays), or a folder, FOLDER/ (a .png for each image).',
+)
+_SOURCE = flags.DEFINE_string(
+  'source',
+  None,
+  'import: where the model comes from: google (the released code), diffusers (a folder that it saved), workdir (a stage '
+  'of a run) or model (the folder of a finished stage).',
+)
+_STEP = _integer('step', None, 'replay: the update to look at.', 0)
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'Of several processes: HOST:PORT of the first.')
+_NUM_PROCESSES = _integer('num_processes', None, 'How many they are; 1 alone: look for no others.', 1)
+_PROCESS_ID = _integer('process_id', None, 'Which one this is, from 0.', 0)
+_PEER_TIMEOUT = _integer(
+  'peer_timeout',
+  100,
+  'Seconds without a sign of life after which a process is dead, and all others end.',
+  1,
+)
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'import: the file, or WORKDIR/STAGE.')
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's parser, except that a bad config or override is one line and exit code 2."""
+  _default()  # tells which keys there are
+  if {'--help', '-help', '--helpfull', '-helpfull'} & set(argv[1:]):
+    with contextlib.suppress(BrokenPipeError):
+      print(__doc__, flags.FLAGS.module_help(__name__), sep='\n')
+    sys.exit(cli.leave_quietly(0))
+  try:
+    # Warnings only, unless asked: --verbosity=0 shows all that orbax and jax have to say.
+    prepared = [argv[0], '--verbosity=-1', *arguments.prepare(argv[1:])]
+    rest = flags.FLAGS(prepared)
+    if (flags.FLAGS['verbosity'].value or 0) < 0:
+      checkpoints.hush()
+      logging.getLogger('matplotlib').setLevel(logging.ERROR)  # of a home that it cannot write to
+    getattr(flags.FLAGS['config'].value, 'items', None)  # raises if the file could not be loaded
+    return rest
+  except Exception as error:
+    before, traceback, lines = str(error).partition('Traceback')
+    text = f'{before} {lines.strip().splitlines()[-1]}' if traceback else before
+    print(f'error: {" ".join(text.split())}', file=sys.stderr)
+    sys.exit(UserError.exit_code)
+
+
+def _default() -> Config:
+  found: Config = importlib.import_module(f'{arguments.configs().__name__}.default').get_config()
+  return found
+
+
+def run(argv: list[str]) -> None:
+  """Ends with the exit code of `cli.run`."""
+  options = cli.Options(
+    mode=_MODE.value,
+    config=_CONFIG.value,
+    default=_default(),
+    workdir=_WORKDIR.value or None,
+    stage=_STAGE.value,
+    weights=_WEIGHTS.value,
+    num_samples=_NUM_SAMPLES.value,
+    seed=_SEED.value,
+    sampler=_SAMPLER.value,
+    gamma=_GAMMA.value,
+    clip_x=_CLIP_X.value,
+    steps=_STEPS.value,
+    grid=_GRID.value,
+    times=_TIMES.value,
+    classes=_CLASSES.value,
+    out=_OUT.value or None,
+    source=_SOURCE.value,
+    checkpoint=_CHECKPOINT.value or None,
+    step=_STEP.value,
+    coordinator=_COORDINATOR.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+    peer_timeout=_PEER_TIMEOUT.value,
+    rest=argv[1:],
+  )
+  sys.exit(cli.run(options))
+
+
+def main() -> None:
+  """The program."""
+  app.run(run, flags_parser=parse_flags)

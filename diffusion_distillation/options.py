@@ -1,0 +1,44 @@
+"""What a command is asked to do."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from diffusion_distillation import paths
+from diffusion_distillation.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The command line; see `command.py` for the meaning of each flag."""
+
+  mode: str
+  config: Config | None
+  default: Config
+  workdir: str | os.PathLike[str] | None
+  stage: str | None = None
+  weights: str = 'ema'
+  num_samples: int = 64
+  seed: int = 0
+  sampler: str | None = None
+  gamma: float | None = None
+  clip_x: bool | None = None
+  steps: int | None = None
+  grid: str | None = None
+  times: Sequence[str] = ()
+  classes: Sequence[str] = ()
+  out: str | os.PathLike[str] | None = None
+  source: str | None = None
+  checkpoint: str | os.PathLike[str] | None = None
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  peer_timeout: int = 100
+  step: int | None = None
+  rest: Sequence[str] = ()
+
+  def on_disk(self) -> 'Options':
+    """The same with whole paths; raises UserError for a path that is none."""
+    workdir = None if self.workdir is None else paths.on_disk('--workdir', self.workdir)
+    checkpoint = None if self.checkpoint is None else paths.on_disk('--checkpoint', self.checkpoint)
+    return dataclasses.replace(self, workdir=workdir, checkpoint=checkpoint)

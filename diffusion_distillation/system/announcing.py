@@ -1,0 +1,89 @@
+"""What is being compiled, told where it takes longer than a moment; a signal meanwhile ends the process at once."""
+
+import contextlib
+import functools
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+
+from diffusion_distillation.system import compilation, files, interrupts
+
+_MOMENT = 1.0  # seconds for which nothing is said
+_LOOKED_UP = 0.5  # seconds after which a program that was asked of the cache is not in it
+
+
+class _Requests:
+  """Programs that were asked of the cache since the start of the process, of all threads."""
+
+  def __init__(self) -> None:
+    self.asked, self.found, self.last = 0, 0, 0.0
+
+  def listen(self, event: str, **_: object) -> None:
+    if event == '/jax/compilation_cache/compile_requests_use_cache':
+      self.asked, self.last = self.asked + 1, time.monotonic()
+    elif event == '/jax/compilation_cache/cache_hits':
+      self.found, self.last = self.found + 1, 0.0
+
+  def ended(self, event: str, duration_secs: float, **_: object) -> None:
+    del duration_secs
+    if event == '/jax/core/compile/backend_compile_duration':
+      self.last = 0.0
+
+  def is_compiling(self) -> bool:
+    """Whether the last program is not in the cache, and still with the compiler."""
+    return bool(self.last) and time.monotonic() - self.last > _LOOKED_UP
+
+
+@functools.cache
+def _requests() -> _Requests:
+  requests = _Requests()
+  jax.monitoring.register_event_listener(requests.listen)
+  jax.monitoring.register_event_duration_secs_listener(requests.ended)
+  return requests
+
+
+@contextlib.contextmanager
+def compiling(what: str) -> Iterator[None]:
+  """Tells on stderr that the body compiles `what`, since when, and whether the cache of compiled programs has it.
+
+  Nothing is told of what takes less than a second. The body must not change anything that a signal may not interrupt; see
+  `interrupts.at_once`.
+  """
+  done = threading.Event()
+  teller = threading.Thread(target=_tell, args=(what, _requests(), done), daemon=True)
+  if files.writes():
+    teller.start()
+  try:
+    with interrupts.at_once(f'compiling {what}'):
+      yield
+  finally:
+    done.set()
+    if teller.ident is not None:
+      teller.join()
+
+
+def _tell(what: str, requests: _Requests, done: threading.Event) -> None:
+  began, clock, found = time.monotonic(), time.strftime('%H:%M:%S'), requests.found
+  told = False
+  while not done.wait(0.1):
+    if told or time.monotonic() - began < _MOMENT:
+      continue
+    if not compilation.is_cached():
+      _print(f'{what}: compiling since {clock}; compiled programs are not kept')
+      told = True
+    elif requests.is_compiling():
+      _print(f'{what}: compiling since {clock}; it is not in the cache of compiled programs')
+      told = True
+  seconds = time.monotonic() - began
+  if told:
+    _print(f'{what}: compiled in {seconds:.0f} s')
+  elif seconds > _MOMENT and requests.found > found:
+    _print(f'{what}: the compiled program was in the cache ({seconds:.1f} s)')
+
+
+def _print(line: str) -> None:
+  with contextlib.suppress(OSError):  # nobody reads it
+    print(line, file=sys.stderr, flush=True)
