@@ -248,11 +248,15 @@ def whole(batch: Any) -> Any:
 
 
 def snapshot(tree: Any) -> Any:
-  """A copy to be read in the background, which the next update, that is donated the original, does not overwrite.
+  """A copy on the devices, to be read in the background: the next update, that is donated the original, leaves it as it is.
 
-  On the host; of several processes on the devices, each its share.
+  Its way to the host, each process its share, has begun.
   """
-  return to_host(tree) if jax.process_count() == 1 else _copy(tree)
+  copy = _copy(tree)
+  settle(copy)
+  for leaf in jax.tree.leaves(copy):
+    leaf.copy_to_host_async()
+  return copy
 
 
 _copy = jax.jit(functools.partial(jax.tree.map, jax.numpy.copy))
