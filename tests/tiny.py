@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 from unittest import mock
@@ -102,11 +101,10 @@ def run_cli(*args):
   """The same without a process: flags and modes of main.py here, on the devices of this process."""
   import main
   from diffusion_distillation import cli
-  from diffusion_distillation.system import checkpoints, interrupts, sharding
+  from diffusion_distillation.system import checkpoints
 
   argv, out, err = ['main.py', *map(str, args)], io.StringIO(), io.StringIO()
   warnings = logging.StreamHandler(err)
-  handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
   logging.root.addHandler(warnings)
   try:
     with (
@@ -116,13 +114,9 @@ def run_cli(*args):
       flagsaver.flagsaver(),
       mock.patch.object(sys, 'argv', argv),  # where overrides of the config are looked for
       mock.patch.object(checkpoints, 'hush'),
-      mock.patch.object(sharding, '_in_use', list(sharding._in_use)),
     ):
       main.main(cli.parse_flags(argv))
   except SystemExit as end:
     return end.code, out.getvalue(), err.getvalue()
   finally:
     logging.root.removeHandler(warnings)
-    interrupts._received.clear()
-    for number, handler in handlers.items():
-      signal.signal(number, handler)

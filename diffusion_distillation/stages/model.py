@@ -59,6 +59,7 @@ class StoredModel:
     class_names: names of the classes by label; empty without classes, or where they have no names.
     provenance: what it was made from: method, step count, parents and their digests, versions.
     metrics: rows of measurements; empty before it is measured.
+    digest: of `params`, where it is known.
   """
 
   denoise: Denoiser
@@ -74,6 +75,7 @@ class StoredModel:
   class_names: tuple[str, ...] = ()
   provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metrics: tuple[Mapping[str, Any], ...] = ()
+  digest: str | None = None
 
 
 def name_in(table: Mapping[str, type], thing: Any) -> str:
@@ -113,7 +115,7 @@ def describe(model: StoredModel) -> dict[str, Any]:
       for key, condition in model.denoise.conditioning.items()
     },
     'cond_dropout': model.cond_dropout,
-    'digest': digest(model.params),
+    'digest': model.digest or digest(model.params),
     'provenance': dict(model.provenance),
     'metrics': list(model.metrics),
   }
@@ -212,6 +214,7 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     class_names=names,
     provenance=provenance,
     metrics=metrics,
+    digest=found['digest'],
   )
 
 

@@ -22,7 +22,9 @@ def checksum(tree: Any) -> str:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = f'{jax.tree_util.keystr(path)}{leaf.dtype}{tuple(leaf.shape)}'
     seeds = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint32)[:_LANES]
-    total += np.asarray(_of_leaf(leaf, seeds))  # one at a time: on CPUs programs in flight could wait for each other
+    total += np.asarray(
+      _of_leaf(leaf, seeds)
+    )  # one at a time: on CPUs programs in flight could wait for each other
   return ''.join(f'{word:08x}' for word in total)
 
 
