@@ -20,6 +20,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -35,6 +36,9 @@ from diffusion_distillation.system.checksum import checksum
 
 _log = logging.getLogger(__name__)
 
+_starting = (
+  threading.Lock()
+)  # orbax numbers the saves of a process: two that begin at once would wait for each other
 _SLOW = 5.0  # seconds that training waits for a checkpoint until it says so
 
 
@@ -144,14 +148,15 @@ class Checkpoints:
 
   def _write(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
     metadata = metadata | {'structure': structure(state)}
-    if self._writer is None:
-      self._writer = ocp.training.Checkpointer(
-        self._directory,
-        preservation_policy=ocp.training.preservation_policies.LatestN(2),
-        cleanup_tmp_directories=True,
-      )
     sealed = metadata | {'seal': _seal(metadata)}
-    self._writer.save_async(step, state, custom_metadata=sealed, force=True)
+    with _starting:
+      if self._writer is None:
+        self._writer = ocp.training.Checkpointer(
+          self._directory,
+          preservation_policy=ocp.training.preservation_policies.LatestN(2),
+          cleanup_tmp_directories=True,
+        )
+      self._writer.save_async(step, state, custom_metadata=sealed, force=True)
 
   def wait(self) -> None:
     """Waits until everything is written; raises StorageError as `save` does."""

@@ -265,6 +265,20 @@ def test_the_state_is_digested_and_written_in_the_background(tmp_path, monkeypat
   assert_same(Checkpoints(tmp_path).restore(LIKE, set_aside=False)[0], state_at(5))
 
 
+@pytest.mark.timeout(60)  # the test is that it does not wait for ever
+def test_two_stages_may_save_at_once(tmp_path):
+  """As a stage does while an update that was not finite is kept."""
+  for step in range(1, 6):
+    savers = [Checkpoints(tmp_path / name) for name in 'abcd']
+    for saver in savers:
+      saver.stage_dir.mkdir(exist_ok=True)
+      saver.save(step, state_at(step), 1.0)
+    for saver in savers:
+      saver.close()
+  for name in 'abcd':
+    assert_same(Checkpoints(tmp_path / name).restore(LIKE, set_aside=False)[0], state_at(5))
+
+
 def test_json_that_is_damaged_is_named(tmp_path):
   path = tmp_path / 'x.json'
   write_json(path, {'a': [1, 2]})
