@@ -132,6 +132,7 @@ def _train(
     models[stage.name] = fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
     del inputs
     left = [later for later in stages[k + 1 :] if later.name not in done]
-    for name, model in models.items():
-      models[name] = provenance.release(workdir, model, needed(left, name))
+    models = {
+      name: provenance.release(workdir, model, needed(left, name)) for name, model in models.items()
+    }
   return list(models.values())

@@ -22,7 +22,12 @@ from tests.disasters import CONFIG, PLAN
 
 BASE = PLAN['base']
 METHODS = {'methods': ('progressive', 'dmd'), 'distill__start_steps': 4, 'distill__from_weights': 'last'}
-METHODS |= {'dmd__batch_size': 16, 'dmd__num_updates': 10, 'dmd__regression': 0.0}
+METHODS |= {
+  'dmd__batch_size': 16,
+  'dmd__num_updates': 10,
+  'dmd__start': 'progressive_0001',
+  'dmd__regression': 0.0,
+}
 
 
 @pytest.fixture
