@@ -189,7 +189,11 @@ def _bytes(leaf: Any) -> int:
 
 def measure(case: Case) -> Found:
   """Compiles a case for the devices there are, which must be those of its layout."""
-  sharding.use(case.data, case.fsdp)
+  with sharding.laid_out(case.data, case.fsdp):
+    return _measure(case)
+
+
+def _measure(case: Case) -> Found:
   stage = case.plan()
   given = arguments_of(stage)
   step: Any = sharding.compile_step(train_steps)

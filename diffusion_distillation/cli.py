@@ -156,14 +156,14 @@ def _prepare(options: Options) -> None:
 
 def _train(options: Options) -> None:
   config, directory = _config(options), _workdir(options)
-  sharding.use(**config.mesh)
-  run_module.run(config, directory)
+  with sharding.laid_out(**config.mesh):
+    run_module.run(config, directory)
 
 
 def _plan(options: Options) -> None:
   config, directory = _config(options), _workdir(options)
-  sharding.use(**config.mesh)
-  run_module.show_plan(config, directory)
+  with sharding.laid_out(**config.mesh):
+    run_module.show_plan(config, directory)
 
 
 def _import(options: Options) -> None:
@@ -275,8 +275,8 @@ def _replay(options: Options) -> None:
       '--mode=replay needs --stage and --step, as the message of a skipped update has them'
     )
   config = _stored_config(options, directory)
-  sharding.use(**config.mesh)
-  found = replay.replay(config, directory, options.stage, options.step)
+  with sharding.laid_out(**config.mesh):
+    found = replay.replay(config, directory, options.stage, options.step)
   print(f'{replay.told(found)}; all of it in {directory / options.stage / "nonfinite.json"}')
 
 
@@ -293,7 +293,7 @@ def _evaluate(options: Options) -> None:
     raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')
   with workdir.lock_workdir(directory):
     found = [provenance.load_model(directory, s, config, s.weights[:-1]) for s in planned]
-    models = [model for model in found if model is not None]
+    models = [provenance.release(directory, model, ()) for model in found if model is not None]
     if found[0] is None:
       raise UserError(f'--workdir={directory}: no whole checkpoint of {planned[0].name} yet')
     measure.evaluate(config, models, images, directory, again=True)

@@ -147,7 +147,7 @@ def test_a_mesh_that_is_not_the_devices_is_refused(data, fsdp):
   with pytest.raises(
     UserError, match=rf'mesh\.data={data} times mesh\.fsdp={fsdp} is not the 8 devices'
   ):
-    sharding.use(data, fsdp)
+    sharding.laid_out(data, fsdp).__enter__()
 
 
 @pytest.mark.parametrize('key', ['log.every', 'log.health_every', 'checkpoint.every'])

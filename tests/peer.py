@@ -115,7 +115,12 @@ def train(stage, images, updates=2):
 def main(out, fsdp, methods, *of_cluster):
   if of_cluster:
     cluster.start(of_cluster[0], int(of_cluster[1]), int(of_cluster[2]), 60)
-  sharding.use(fsdp=int(fsdp))
+  with sharding.laid_out(fsdp=int(fsdp)):
+    work(out, methods)
+
+
+def work(out, methods):
+  """Trains, saves and restores; writes what it found."""
   stages, images = stages_of(methods.split(','))
   index, count = sharding.part()
   assert cluster.from_first({'of': [index, 'é']}) == {'of': [0, 'é']}

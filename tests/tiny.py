@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 from unittest import mock
@@ -101,11 +100,10 @@ def run_main(*args, devices=1):
 def run_cli(*args):
   """The same without a process: flags and modes of main.py here, on the devices of this process."""
   from diffusion_distillation import command
-  from diffusion_distillation.system import checkpoints, interrupts, sharding
+  from diffusion_distillation.system import checkpoints
 
   argv, out, err = ['main.py', *map(str, args)], io.StringIO(), io.StringIO()
   warnings = logging.StreamHandler(err)
-  handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
   logging.root.addHandler(warnings)
   try:
     with (
@@ -115,13 +113,9 @@ def run_cli(*args):
       flagsaver.flagsaver(),
       mock.patch.object(sys, 'argv', argv),  # where overrides of the config are looked for
       mock.patch.object(checkpoints, 'hush'),
-      mock.patch.object(sharding, '_in_use', list(sharding._in_use)),
     ):
       command.run(command.parse_flags(argv))
   except SystemExit as end:
     return end.code, out.getvalue(), err.getvalue()
   finally:
     logging.root.removeHandler(warnings)
-    interrupts._received.clear()
-    for number, handler in handlers.items():
-      signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """Small sets of pictures of every kind that can be read, written here, with what must come out of them."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -177,6 +178,14 @@ class Numbers(ImageSet):
     return np.full(self.image_shape, k % 256, np.uint8), int('jax' in sys.modules)
 
 
+class Talkative(Numbers):
+  """Prints something, and fails."""
+
+  def batch(self, indices):
+    print('a library has something to say')
+    raise OSError('the disk is gone')
+
+
 def numbers(size, broken=(), classes=('without', 'with'), **given):
   """A set of numbers."""
   return Numbers('numbers', (1, 1, 1), classes, 'numbers', size, frozenset(broken), **given)
@@ -206,9 +215,23 @@ def found(images):
   return read
 
 
+def workers():
+  """The processes of this one that read images."""
+  found = set()
+  for path in pathlib.Path('/proc').glob('[0-9]*'):
+    with contextlib.suppress(OSError):
+      command, parent = (
+        (path / 'cmdline').read_text(),
+        (path / 'stat').read_text().rpartition(')')[2].split()[1],
+      )
+      if 'diffusion_distillation.datasets.reader' in command and int(parent) == os.getpid():
+        found.add(int(path.name))
+  return found
+
+
 def run_script(path, body, *args):
   """Runs `body` as the main process; returns when its workers have ended too, for they hold the pipes."""
-  imports = 'import multiprocessing, os, pathlib, signal, sys, time'
+  imports = 'import os, pathlib, signal, sys, time'
   ours = 'from diffusion_distillation.datasets.loading import Loader; from tests import tiny_pictures'
   path.write_text(f"{imports}\n{ours}\nif __name__ == '__main__':\n{textwrap.indent(body, '  ')}")
   environment = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parent.parent)}

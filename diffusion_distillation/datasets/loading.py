@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation.datasets import workers
 from diffusion_distillation.datasets.image_set import Batch, BrokenImage, ImageSet, InMemory
 from diffusion_distillation.datasets.orders import InOrder, Order, Shuffled
+from diffusion_distillation.datasets.reader import allow_files
+from diffusion_distillation.datasets.workers import Workers
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import interrupts
 from diffusion_distillation.system.progress import Progress
@@ -84,8 +85,7 @@ class Loader:
 
   def _stream(self, order: Order, steps: range) -> Generator[Batch]:
     executor, parallel = self._start()
-    in_processes = isinstance(executor, concurrent.futures.ProcessPoolExecutor)
-    read = workers.read if in_processes else self.images.batch
+    read = executor.read if isinstance(executor, Workers) else self.images.batch
     index, count = self.part
     waiting: collections.deque[tuple[concurrent.futures.Future[Batch], np.ndarray]] = collections.deque()
 
@@ -103,8 +103,7 @@ class Loader:
         if rest:
           raise UserError(f'batches of {len(indices)} images do not divide by {count} processes')
         mine = slice(index * size, (index + 1) * size)
-        with workers.bare(self.images):
-          future = executor.submit(read, indices[mine][counted[mine]])
+        future = executor.submit(read, indices[mine][counted[mine]])
         waiting.append((future, counted[mine]))
         if len(waiting) > 2 * parallel:
           yield take()
@@ -125,11 +124,11 @@ class Loader:
 
   def _start(self) -> tuple[concurrent.futures.Executor, int]:
     """Threads or processes, kept from stream to stream, and their number."""
-    workers.allow_files()
+    allow_files()
     in_processes = self._workers > 0 and not self._in_memory
     parallel = self._workers if in_processes else 1 if self._in_memory else _cores()
     if self._executor is None and in_processes:
-      self._executor = workers.start(self.images, parallel)
+      self._executor = Workers(self.images, parallel)
     elif self._executor is None:
       self._executor = concurrent.futures.ThreadPoolExecutor(parallel)
     return self._executor, parallel

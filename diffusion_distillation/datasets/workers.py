@@ -1,83 +1,123 @@
-"""Processes that read images: without jax, out of reach of the signals, and gone when the main process is."""
+"""Processes that read images: without jax, out of reach of the signals, and gone when the main process is.
+
+They are programs of their own (`reader.py`), not children of `multiprocessing`, which would import the main module, and with it
+jax, or ask each user to guard it: so that they work from a script, from stdin and in a notebook alike.
+"""
 
 import concurrent.futures
 import contextlib
-import multiprocessing
 import os
-import resource
+import pickle
 import signal
+import subprocess
 import sys
 import threading
-import types
-from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
-import threadpoolctl
 
 from diffusion_distillation.datasets.image_set import Batch, ImageSet
+from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import interrupts
 
-# Of a worker process: the set that it reads from, sent once.
-_images: ImageSet | None = None
 
+class Workers(concurrent.futures.ThreadPoolExecutor):
+  """Threads, each with a process of its own that reads for it; both begin when something is submitted.
 
-class _Worker(multiprocessing.context.SpawnProcess):
-  """A process that SIGTERM does not reach."""
+  Args:
+    images: what they read.
+    count: of threads, and of processes.
 
-  def terminate(self) -> None:
-    self.kill()
-
-
-class _Context(multiprocessing.context.SpawnContext):
-  Process = _Worker
-
-
-@contextlib.contextmanager
-def bare(images: ImageSet) -> Iterator[None]:
-  """A process that is started here never sees the signals to stop, and does not import the main module.
-
-  A signal to the whole process group is the main process's to answer, after this. The main module imports jax.
+  Raises:
+    UserError: no other process can know the class of the images.
   """
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
-  main = sys.modules['__main__']
+
+  def __init__(self, images: ImageSet, count: int) -> None:
+    super().__init__(count, 'reader', _block_signals)
+    self._begin = pickle.dumps(_main_module(images)) + pickle.dumps(images)
+    self._own, self._lock = threading.local(), threading.Lock()
+    self._processes: list[subprocess.Popen[bytes]] = []
+    self._ended = False
+
+  def read(self, indices: np.ndarray) -> Batch:
+    """In a thread of this pool: a batch of the set, read by the thread's process; see `ImageSet.batch`.
+
+    Raises:
+      BrokenExecutor: the process, or another one, has ended; then all of them do, so that nobody waits for a batch
+        that does not come.
+    """
+    process, begin = self._process()
+    assert process.stdin is not None and process.stdout is not None
+    try:
+      process.stdin.write(begin)
+      pickle.dump(indices, process.stdin, pickle.HIGHEST_PROTOCOL)
+      process.stdin.flush()
+      ok, value = pickle.load(process.stdout)
+    except Exception as error:  # whatever it is, the two are not in step any more
+      self._end()
+      raise concurrent.futures.BrokenExecutor(f'exit code {process.wait()}') from error
+    if not ok:
+      raise value
+    batch: Batch = value
+    return batch
+
+  def _process(self) -> tuple[subprocess.Popen[bytes], bytes]:
+    """This thread's process, and what it is to be told first."""
+    with self._lock:
+      if self._ended:
+        raise concurrent.futures.BrokenExecutor('with the others')
+      if hasattr(self._own, 'process'):
+        return self._own.process, b''
+      self._own.process = _start()
+      self._processes.append(self._own.process)
+      return self._own.process, self._begin
+
+  def _end(self) -> None:
+    with self._lock:
+      self._ended = True
+      for process in self._processes:
+        process.kill()
+
+  def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+    """Ends the processes, whatever they are at, and the threads."""
+    super().shutdown(wait=False, cancel_futures=cancel_futures)
+    self._end()
+    super().shutdown(wait=wait)
+    for process in self._processes:
+      process.wait()
+      for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        _close(pipe)
+
+
+def _close(pipe: IO[bytes]) -> None:
+  with contextlib.suppress(OSError):  # what was written last has no reader any more
+    pipe.close()
+
+
+def _block_signals() -> None:
+  """The thread's process never sees them: a signal to the whole group is the main process's to answer."""
+  signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
+
+
+def _start() -> subprocess.Popen[bytes]:
+  path = os.pathsep.join(map(os.path.abspath, sys.path))
+  return subprocess.Popen(
+    [sys.executable, '-P', '-m', 'diffusion_distillation.datasets.reader'],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    env=os.environ | {'PYTHONPATH': path},
+  )
+
+
+def _main_module(images: ImageSet) -> str | None:
+  """The file of the main module where the class of the images is defined there; then the processes import it, too."""
   if type(images).__module__ != '__main__':
-    sys.modules['__main__'] = types.ModuleType('__main__')
-  try:
-    yield
-  finally:
-    sys.modules['__main__'] = main
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin_worker(images: ImageSet) -> None:
-  """Without the main process a worker is of no use, and ends."""
-  global _images
-  _images = images
-  allow_files()
-  threadpoolctl.threadpool_limits(1)  # the workers are the parallelism
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-
-  def follow() -> None:
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=follow, daemon=True).start()
-
-
-def allow_files() -> None:
-  """As many open files as the system lets this process have: ArrayRecord keeps every file of a set open."""
-  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  with contextlib.suppress(ValueError, OSError):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def read(indices: np.ndarray) -> Batch:
-  """In a worker: a batch of its set; see `ImageSet.batch`."""
-  assert _images is not None
-  return _images.batch(indices)
-
-
-def start(images: ImageSet, count: int) -> concurrent.futures.Executor:
-  """`count` processes, each with `images`; they begin when something is submitted, which is to be done `bare`."""
-  return concurrent.futures.ProcessPoolExecutor(count, _Context(), _begin_worker, (images,))
+    return None
+  file: str | None = getattr(sys.modules['__main__'], '__file__', None)
+  if file is None or not os.path.exists(file):
+    raise UserError(
+      f'{images.name}: its class is defined in the main module, which has no file that other processes could import; put it '
+      'into a module of its own, or set dataset.workers=0'
+    )
+  return os.path.abspath(file)

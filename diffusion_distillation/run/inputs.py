@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -56,6 +56,11 @@ class Inputs:
       None if self.distance is None else digest(self.distance),
     )
 
+  def held(self) -> 'Inputs':
+    """The same, with the weights of its models in memory."""
+    teacher, start = (model and model.hold() for model in (self.teacher, self.start))
+    return dataclasses.replace(self, teacher=teacher, start=start)
+
   def frozen(self, stage: Stage) -> dict[str, Params]:
     """Parameters that the step only reads, on the devices."""
     teacher = None if self.teacher is None else self.teacher.params
@@ -76,7 +81,11 @@ class Inputs:
 
   def batches(self, stage: Stage, done: int) -> Generator[dict[str, Any]]:
     """What the step is given, from update `done` to the stage's end: this process's part."""
-    args = (int(stage.recipe.seed), stage.batch_size, done, stage.num_updates)
+    for seed, start, stop in stage.streams(done):
+      yield from self._batches(stage, seed, start, stop)
+
+  def _batches(self, stage: Stage, seed: int, start: int, stop: int) -> Generator[dict[str, Any]]:
+    args = (seed, stage.batch_size, start, stop)
     needs, told = stage.recipe.method.needs, stage.recipe.conditioning
     with contextlib.ExitStack() as stack:
       images: Iterator[Any] | None = None
@@ -85,7 +94,7 @@ class Inputs:
         images = stack.enter_context(contextlib.closing(self.images.shuffled(*args)))
       if 'pairs' in needs and self.pairs is not None:
         pairs = stack.enter_context(contextlib.closing(self.pairs.shuffled(*args)))
-      for i in range(done, stage.num_updates):
+      for i in range(start, stop):
         if images is not None:
           found = next(images)
           batch = {'image': found['image'], 'cond': conditioning.select(told, found['cond'])}
@@ -141,6 +150,12 @@ def gather(
   start = models[stage.start] if stage.start else None
   pairs = ensure(workdir, stage.pairs, teacher) if teacher and stage.pairs else None
   return Inputs(images, teacher, start, pairs, distance, label_counts=workdirs.label_counts(workdir))
+
+
+def needed(stages: Iterable[Stage], name: str) -> set[str]:
+  """The weights of the stage `name` that some of `stages` come from."""
+  found = {stage.parent_weights for stage in stages if stage.parent == name}
+  return found | {'ema' for stage in stages if stage.start == name}
 
 
 def load_distance(stage: Stage) -> Params:

@@ -1,6 +1,7 @@
 """The training loop over one stage."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -14,7 +15,7 @@ import numpy as np
 
 from diffusion_distillation.config import Config
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted
-from diffusion_distillation.run import replay
+from diffusion_distillation.run import attempts, replay
 from diffusion_distillation.run.inputs import Inputs, shapes
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages.provenance import Model
@@ -55,41 +56,62 @@ def fit(
 
   Raises:
     DamagedError: the stage was finished, and no whole checkpoint of it is left.
-    NumericalError: after going back to the last checkpoint, too many updates in a row were skipped again.
+    NumericalError: after going back to the last checkpoint, and drawing other batches and other noise, too many updates
+      in a row were skipped again.
     Preempted: a signal came; the state is saved.
   """
-  provenance.begin_stage(workdir, stage, inputs.parents(stage), config)
-  with contextlib.closing(Checkpoints(workdir / stage.name)) as checkpoints:
-    loop = functools.partial(_loop, step, stage, inputs, config, work_after, checkpoints)
-    with (
-      announcing.compiling(f'stage {stage.name}'),
-      _compiled_meanwhile(step, stage, inputs, workdir, config),
-    ):
-      state, seconds = _restore_or_start(checkpoints, stage, inputs)
-    if int(state.step) == stage.num_updates:
-      provenance.check_digest(workdir, provenance.to_model(stage, state, seconds))
-    elif not int(state.step) and provenance.is_finished(workdir, stage):
-      raise DamagedError(
-        f'{workdir / stage.name} was finished, but no whole checkpoint is left; restore one, or remove '
-        'the directory to train the stage again'
-      )
-    else:
-      try:
-        state, seconds = loop(state, seconds)
-      except _Diverged as first:
-        checkpoints.wait()
+  parents = inputs.parents(stage)
+  provenance.begin_stage(workdir, stage, parents, config)
+  model = provenance.finished_model(workdir, stage)
+  if anew := model is None:
+    with contextlib.closing(Checkpoints(workdir / stage.name)) as checkpoints:
+      loop = functools.partial(_loop, step, inputs, config, work_after, checkpoints)
+      with (
+        announcing.compiling(f'stage {stage.name}'),
+        _compiled_meanwhile(step, stage, inputs, workdir, config),
+      ):
         state, seconds = _restore_or_start(checkpoints, stage, inputs)
-        _log.warning('stage %s: %s; back to step %d', stage.name, first, state.step)
-        try:
-          state, seconds = loop(state, seconds)
-        except _Diverged as again:
-          raise NumericalError(
-            f'stage {stage.name}: {again}, and not for the first time; '
-            'lower its learning rate and remove its directory, or look at its data'
-          ) from again
-  model = provenance.to_model(stage, state, seconds)
-  provenance.finish_stage(workdir, inputs.parents(stage), model, config)
+      if not int(state.step) and provenance.is_finished(workdir, stage):
+        raise DamagedError(
+          f'{workdir / stage.name} was finished, but no whole checkpoint is left; restore one, or remove '
+          'the directory to train the stage again'
+        )
+      if int(state.step) < stage.num_updates:
+        state, seconds = _until_the_end(loop, stage, inputs, checkpoints, state, seconds)
+    model = provenance.to_model(stage, state, seconds)
+    provenance.check_digest(workdir, model)
+  provenance.finish_stage(workdir, parents, model, config, anew)
   return model
+
+
+def _until_the_end(
+  loop: Callable,
+  stage: Stage,
+  inputs: Inputs,
+  checkpoints: Checkpoints,
+  state: TrainState,
+  seconds: float,
+) -> tuple[TrainState, float]:
+  """The stage's last state; it goes back once to each checkpoint, to draw other batches and other noise from there."""
+  stage = attempts.of(stage, checkpoints.stage_dir)
+  while True:
+    try:
+      return loop(stage, state, seconds)
+    except _Diverged as error:
+      checkpoints.wait()
+      state, seconds = _restore_or_start(checkpoints, stage, inputs)
+      back = int(state.step)
+      if back in stage.attempts:
+        raise NumericalError(
+          f'stage {stage.name}: {error}, and not for the first time since step {back}; '
+          'lower its learning rate and remove its directory, or look at its data'
+        ) from error
+      stage = dataclasses.replace(stage, attempts=(*stage.attempts, back))
+      attempts.record(stage, checkpoints.stage_dir)
+      _log.warning(
+        'stage %s: %s; back to step %d, and on with other batches and other noise (attempt %d)',
+        *(stage.name, error, back, 1 + len(stage.attempts)),
+      )
 
 
 def _compiled_meanwhile(
@@ -117,11 +139,11 @@ def _restore_or_start(
 
 def _loop(
   step: Callable,
-  stage: Stage,
   inputs: Inputs,
   config: Config,
   work_after: float,
   checkpoints: Checkpoints,
+  stage: Stage,
   state: TrainState,
   seconds: float,
 ) -> tuple[TrainState, float]:
@@ -147,7 +169,7 @@ def _loop(
     if monitor is not None:
       monitor.resume(done)
     for batches in _dispatches(sharding.ahead(host_batches), stage, done, config):
-      recipes = tuple(stage.recipe.at(done + k) for k in range(len(batches)))
+      recipes = tuple(stage.recipe_at(done + k) for k in range(len(batches)))
       if len(batches) == 1:
         state, metrics = step(recipes[0], state, frozen, batches[0])
         pending.append(metrics)
@@ -167,7 +189,7 @@ def _loop(
           values |= monitor.lag(values)
           if look:
             with contextlib.suppress(Preempted):  # a signal while it draws; the state is saved below
-              values |= monitor.look(state)
+              values |= monitor.look(state, frozen)
         writer.write(done, values)
         progress.note(f'loss {values["loss"]:.3g}' if 'loss' in values else 'loss not finite')
         pending = []

@@ -24,7 +24,6 @@ from diffusion_distillation.evaluation.features import FeatureExtractor, load_or
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Bound
 from diffusion_distillation.networks.spaces import Space
-from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.workdir import open_images
 from diffusion_distillation.system import files, logs, sharding
@@ -77,7 +76,6 @@ class Monitor:
     config: of the run.
     stage: that is trained.
     stage_dir: of it.
-    teacher: parameters, for the picture.
     images: the training images.
     extractor: the features that diversity is measured by.
   """
@@ -87,12 +85,11 @@ class Monitor:
     config: Config,
     stage: Stage,
     stage_dir: pathlib.Path,
-    teacher: Params,
     images: Loader,
     extractor: FeatureExtractor,
   ) -> None:
     self._config, self._stage, self._stage_dir = config, stage, stage_dir
-    self._teacher, self._extractor = teacher, extractor
+    self._extractor = extractor
     chosen = np.random.Generator(np.random.Philox(0)).permutation(len(images))[:_SAMPLES]
     with contextlib.closing(images.in_order(len(chosen), chosen)) as batches:
       real = sharding.whole(next(batches))
@@ -113,14 +110,20 @@ class Monitor:
     """Whether to look after update `done`."""
     return done % self._config.log.health_every == 0 or done == self._stage.num_updates
 
-  def look(self, state: TrainState) -> dict[str, float]:
-    """Figures of fresh samples: `diversity` as a ratio to the data's, `brightness` and `saturation`."""
+  def look(self, state: TrainState, frozen: Mapping[str, Params]) -> dict[str, float]:
+    """Figures of fresh samples: `diversity` as a ratio to the data's, `brightness` and `saturation`.
+
+    Args:
+      state: of the training.
+      frozen: the parameters that the updates only read, the teacher's among them, on the devices.
+    """
     stage, config = self._stage, self._config
     draw = measure.drawer(config, stage, stage.sampler, self._label_counts)
     grid = times.uniform(stage.num_steps)
     images = draw.draw(state.ema_params[0], grid, _SAMPLES, config.evaluation.seed)
     if 'fake_score' in state.params:
-      self._picture(state, images[:8], draw.cond(np.arange(8), config.evaluation.seed))
+      networks = {'teacher': frozen['teacher'], 'fake_score': state.params['fake_score']}
+      self._picture(networks, images[:8], draw.cond(np.arange(8), config.evaluation.seed))
     figures = Figures.of(images, self._extractor)
     diversity = figures.spread / max(self.data.spread, 1e-12)
     begun = int(state.step) <= stage.num_updates / 5
@@ -155,12 +158,10 @@ class Monitor:
       _log.warning('stage %s: %s', self._stage.name, text)
     (self._warned.add if wrong else self._warned.discard)(name)
 
-  def _picture(self, state: TrainState, images: np.ndarray, cond: Cond) -> None:
+  def _picture(self, params: Mapping[str, Params], images: np.ndarray, cond: Cond) -> None:
     """Rows: the samples, then for each time the noised samples, the teacher's denoising, the fake score's."""
     logsnr = self._stage.schedule(jnp.array(_TIMES))
-    scores = self._stage.recipe.bind(
-      {'teacher': self._teacher, 'fake_score': state.params['fake_score']}
-    )
+    scores = self._stage.recipe.bind(params)
     networks = (scores['teacher'], scores['fake_score'])
     rows = _denoisings(self._stage.space, networks, images, logsnr, cond)
     sheet = np.concatenate([images, sharding.to_host(rows)])
@@ -177,15 +178,13 @@ def watches(config: Config, stage: Stage) -> bool:
   return bool(config.log.health_every) and stage.parent is not None and stage.num_steps <= MOST_STEPS
 
 
-def begin(
-  config: Config, stage: Stage, workdir: pathlib.Path, teacher: Model, images: Loader
-) -> Monitor:
+def begin(config: Config, stage: Stage, workdir: pathlib.Path, images: Loader) -> Monitor:
   """A look-out for a stage, with the workdir's extractor, which is trained if it is not there yet."""
   held_out = open_images(config, 'eval')
   extractor = load_or_train(workdir / 'extractor.safetensors', images, held_out)
   held_out.close()
   (workdir / stage.name).mkdir(exist_ok=True)
-  return Monitor(config, stage, workdir / stage.name, teacher.params, images, extractor)
+  return Monitor(config, stage, workdir / stage.name, images, extractor)
 
 
 @functools.partial(jax.jit, static_argnums=0)

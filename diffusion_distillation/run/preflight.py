@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.run import inputs
 from diffusion_distillation.run.inputs import shapes
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import sharding
@@ -35,6 +36,7 @@ class Memory:
     gradients: of the networks in training, and the updates made of them.
     gathered: of networks that are split, the parts that an update fetches from other devices.
     activations: what one micro-batch keeps for its way back.
+    snapshot: the copy of networks, averages and optimizer that a checkpoint is written from while training goes on.
   """
 
   params: int
@@ -44,6 +46,7 @@ class Memory:
   gradients: int
   gathered: int
   activations: int
+  snapshot: int
 
   @property
   def arguments(self) -> int:
@@ -53,7 +56,7 @@ class Memory:
   @property
   def total(self) -> int:
     """All of it."""
-    return self.arguments + self.gradients + self.gathered + self.activations
+    return self.arguments + self.gradients + self.gathered + self.activations + self.snapshot
 
 
 def memory(stage: Stage, distance: Params = None) -> Memory:
@@ -71,6 +74,7 @@ def memory(stage: Stage, distance: Params = None) -> Memory:
     gradients=2 * per_device(trained),
     gathered=sum(_bytes(tree) - per_device(tree) for tree in (state.params, frozen)),
     activations=_activations(stage, state, frozen),
+    snapshot=per_device(state),
   )
 
 
@@ -127,8 +131,8 @@ def needs(
   Raises:
     UserError: parameters, averages, optimizer and teacher alone are more than a device has, or the disk is too small.
   """
-  limit = sharding.memory_per_device() or _memory_of_the_host()
-  yield 'memory of each device, GB:  parameters  averages  optimizer  frozen  gradients  gathered  activations  together'
+  limit = sharding.memory_per_device() or _memory_of_the_host() // sharding.local_device_count()
+  yield 'memory of each device, GB:  parameters  averages  optimizer  frozen  gradients  gathered  activations  snapshot  together'
   kinds: dict[Any, Memory] = {}
   for stage in stages:
     if stage.name in finished:
@@ -145,9 +149,10 @@ def needs(
       of.gradients,
       of.gathered,
       of.activations,
+      of.snapshot,
       of.total,
     )
-    columns = zip((12, 10, 11, 8, 11, 10, 13, 10), figures, strict=True)
+    columns = zip((12, 10, 11, 8, 11, 10, 13, 10, 10), figures, strict=True)
     per_device = stage.batch_size // sharding.device_count()
     yield (
       f'  {stage.name:<25}'
@@ -164,6 +169,7 @@ def needs(
         f'  warning: {of.total / _GB:.1f} GB may not fit the {limit / _GB:.1f} GB of a device: raise micro_batches '
         'or mesh.fsdp, or set compute.remat=True or compute.dtype=bfloat16'
       )
+  yield from _host_needs(stages, finished)
   needed, free = disk(stages, finished), _free(workdir)
   yield f'disk, GB: {needed / _GB:.3f} for checkpoints and pairs; {free / _GB:.1f} free'
   if needed > free:
@@ -173,10 +179,41 @@ def needs(
     )
 
 
+def host(stages: list[Stage], finished: set[str]) -> int:
+  """Bytes of weights in each process's own memory at most: those that stages to come are trained from, and a checkpoint."""
+  most = 0
+  for k, stage in enumerate(stages):
+    if stage.name not in finished:
+      left = [later for later in stages[k:] if later.name not in finished]
+      held = [len(inputs.needed(left, by.name)) * _bytes(by.abstract_params()) for by in stages[:k]]
+      most = max(most, sum(held) + _on_host(stage))
+  return most
+
+
+def _on_host(stage: Stage) -> int:
+  """Bytes of the state that a process writes: all of it, or its share of what several write together."""
+  state = stage.abstract_state()
+  own = sharding.bytes_per_device(state) * sharding.local_device_count()
+  return _bytes(state) if sharding.part()[1] == 1 else min(own, _bytes(state))
+
+
+def _host_needs(stages: list[Stage], finished: set[str]) -> Iterator[str]:
+  needed, there = host(stages, finished), _memory_of_the_host()
+  yield (
+    f'memory of the host, GB: {needed / _GB:.3f} for weights that later stages need and a checkpoint that is being '
+    f'written; {there / _GB:.1f} in all'
+  )
+  if needed > there:
+    raise UserError(
+      f'weights that later stages need and a checkpoint that is being written take {needed / _GB:.1f} GB of the '
+      f"{there / _GB:.1f} GB of this host's memory: take a larger host, or keep fewer averages (ema_decay)"
+    )
+
+
 def _memory_of_the_host() -> int:
-  """A device's share of this machine's memory, or of what the container may have of it."""
+  """This machine's memory, or what the container may have of it."""
   pages = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-  return min([pages, *_container_limits()]) // sharding.local_device_count()
+  return min([pages, *_container_limits()])
 
 
 def _container_limits(root: pathlib.Path = pathlib.Path('/')) -> list[int]:

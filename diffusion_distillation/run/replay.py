@@ -2,6 +2,7 @@
 
 stage_dir/nonfinite.json             the last such update: its batch and seed, and what was not finite
 stage_dir/nonfinite/checkpoints/<k>  the state that update k began with
+stage_dir/nonfinite/attempts.json    by which attempt it was made; see `run/attempts.py`
 
 Training is a function of its seed, so that any update can be reached again from any checkpoint before it.
 """
@@ -21,6 +22,7 @@ import numpy as np
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.orders import Shuffled
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.run import attempts
 from diffusion_distillation.run.inputs import Inputs, gather, load_distance
 from diffusion_distillation.stages import provenance, workdir
 from diffusion_distillation.stages.stage import Stage
@@ -53,6 +55,7 @@ def keep(stage: Stage, inputs: Inputs, stage_dir: pathlib.Path, state: TrainStat
     shutil.rmtree(stage_dir / 'nonfinite', ignore_errors=True)
     (stage_dir / 'nonfinite').mkdir()
   cluster.barrier()
+  attempts.record(stage, stage_dir / 'nonfinite')
   with contextlib.closing(Checkpoints(stage_dir / 'nonfinite')) as checkpoints:
     checkpoints.save(int(state.step), state, 0.0)
     found = examine(stage, inputs, state)
@@ -91,11 +94,11 @@ def examine(stage: Stage, inputs: Inputs, state: TrainState) -> dict[str, Any]:
   with contextlib.closing(inputs.batches(stage, step)) as batches:
     batch = sharding.put(next(batches))
   frozen = inputs.frozen(stage)
-  values, flags = sharding.to_host(_look(stage.recipe.at(step), state, frozen, batch))
+  values, flags = sharding.to_host(_look(stage.recipe_at(step), state, frozen, batch))
   return {
     'stage': stage.name,
     'step': step,
-    'seed': int(stage.recipe.seed),
+    'seed': stage.seed_at(step),
     'images': _indices(stage, inputs, step),
     **{name: _number(value) for name, value in values.items()},
     'nonfinite': {name: _names(tree) for name, tree in flags.items()},
@@ -106,7 +109,7 @@ def _indices(stage: Stage, inputs: Inputs, step: int) -> list[int]:
   """The indices of the images in the batch of an update; none for a stage that needs no images."""
   if inputs.images is None or 'images' not in stage.recipe.method.needs:
     return []
-  order = Shuffled(len(inputs.images), int(stage.recipe.seed), stage.batch_size)
+  order = Shuffled(len(inputs.images), stage.seed_at(step), stage.batch_size)
   found: list[int] = order(step)[0].tolist()
   return found
 
@@ -134,6 +137,7 @@ def _number(value: np.ndarray) -> float | str:
 def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dict[str, Any]:
   """Goes to update `step` of a stage from the nearest checkpoint before it, and says what is not finite there.
 
+  Where training went back to before the update, it is the one of the last attempt, unless it is the one that was kept.
   Nothing of the run is changed but `nonfinite.json`.
 
   Raises:
@@ -143,7 +147,7 @@ def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dic
   stages = {stage.name: stage for stage in planned}
   if name not in stages:
     raise UserError(f'--stage={name} is not one of {", ".join(stages)}')
-  stage = stages[name]
+  stage = attempts.of(stages[name], directory / name)
   if not 0 <= step < stage.num_updates:
     raise UserError(f'--step={step}: the updates of stage {name} are 0 to {stage.num_updates - 1}')
   parents = {parent for parent in (stage.parent, stage.start) if parent}
@@ -155,20 +159,30 @@ def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dic
       raise UserError(f'stage {parent}, which stage {name} comes from, is not finished')
     models[parent] = model
   inputs = gather(stage, models, images, directory, load_distance(stage))
-  state = _advance(stage, inputs, _nearest(directory / name, stage, inputs, step), step)
+  stage, state = _nearest(directory / name, stage, inputs, step)
+  state = _advance(stage, inputs, state, step)
   found = examine(stage, inputs, state)
   write_json(directory / name / 'nonfinite.json', found)
   return found
 
 
-def _nearest(stage_dir: pathlib.Path, stage: Stage, inputs: Inputs, step: int) -> TrainState:
+def _nearest(
+  stage_dir: pathlib.Path, stage: Stage, inputs: Inputs, step: int
+) -> tuple[Stage, TrainState]:
   like = stage.abstract_state()
-  restored = [
+  kept, saved = (
     Checkpoints(where).restore(like, set_aside=False, upto=step)
     for where in (stage_dir / 'nonfinite', stage_dir)
-  ]
-  states: list[TrainState] = [found[0] for found in restored if found is not None]
-  return max(states, key=lambda state: int(state.step)) if states else inputs.first_state(stage)
+  )
+  states: list[TrainState] = [] if saved is None else [saved[0]]
+  if kept is not None:
+    as_kept, at = attempts.of(stage, stage_dir / 'nonfinite'), int(kept[0].step)
+    if at == step:
+      return as_kept, kept[0]
+    before = [[first for first in of.attempts if first < at] for of in (as_kept, stage)]
+    states += [kept[0]] if before[0] == before[1] else []
+  nearest = max(states, key=lambda state: int(state.step)) if states else inputs.first_state(stage)
+  return stage, nearest
 
 
 def _advance(stage: Stage, inputs: Inputs, state: TrainState, step: int) -> TrainState:
@@ -181,7 +195,7 @@ def _advance(stage: Stage, inputs: Inputs, state: TrainState, step: int) -> Trai
       range(done, step), sharding.ahead(itertools.islice(batches, step - done)), strict=True
     ):
       interrupts.check()
-      state, _ = compiled(stage.recipe.at(k), state, frozen, batch)
+      state, _ = compiled(stage.recipe_at(k), state, frozen, batch)
       sharding.settle(state)
       progress.advance()
   return state

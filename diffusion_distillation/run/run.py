@@ -11,7 +11,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import forecast, monitor
-from diffusion_distillation.run.inputs import gather, load_distance
+from diffusion_distillation.run.inputs import gather, load_distance, needed
 from diffusion_distillation.run.loop import fit
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
@@ -107,16 +107,35 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       workdirs.claim_images(workdir, images.images)
       if any(conditioning.classes(stage.denoise.conditioning) for stage in stages):
         workdirs.count_labels(workdir, images.images)
-    step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
-    models: dict[str, Model] = {}
-    for stage in stages:
-      inputs = gather(stage, models, images, workdir, distances_of[stage.name])
-      watched = monitor.watches(config, stage) and stage.name not in done
-      if watched and inputs.teacher is not None and images is not None:
-        found = monitor.begin(config, stage, workdir, inputs.teacher, images)
-        inputs = dataclasses.replace(inputs, monitor=found)
-      models[stage.name] = fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
+    models = _train(config, workdir, stages, done, images, distances_of)
     if images is None:
       _log.warning('dataset.name=none: nothing is measured, for want of images to compare with')
     else:
-      measure.evaluate(config, list(models.values()), images, workdir, again=False)
+      measure.evaluate(config, models, images, workdir, again=False)
+
+
+def _train(
+  config: Config,
+  workdir: pathlib.Path,
+  stages: list[Stage],
+  done: set[str],
+  images: Loader | None,
+  distances_of: dict[str, Params],
+) -> list[Model]:
+  """Trains what is not finished; meanwhile only those weights are in memory that a stage to come is trained from."""
+  step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
+  models: dict[str, Model] = {}
+  for k, stage in enumerate(stages):
+    inputs = gather(stage, models, images, workdir, distances_of[stage.name])
+    if stage.name not in done:
+      inputs = inputs.held()
+      if monitor.watches(config, stage) and inputs.teacher is not None and images is not None:
+        found = monitor.begin(config, stage, workdir, images)
+        inputs = dataclasses.replace(inputs, monitor=found)
+    models[stage.name] = fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
+    del inputs
+    left = [later for later in stages[k + 1 :] if later.name not in done]
+    models = {
+      name: provenance.release(workdir, model, needed(left, name)) for name, model in models.items()
+    }
+  return list(models.values())

@@ -60,6 +60,7 @@ class StoredModel:
     label_counts: training images of each class, by label; empty without classes, or where that is not known.
     provenance: what it was made from: method, step count, parents and their digests, versions.
     metrics: rows of measurements; empty before it is measured.
+    digest: of `params`, where it is known.
   """
 
   denoise: Denoiser
@@ -76,6 +77,7 @@ class StoredModel:
   label_counts: tuple[int, ...] = ()
   provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metrics: tuple[Mapping[str, Any], ...] = ()
+  digest: str | None = None
 
 
 def name_in(table: Mapping[str, type], thing: Any) -> str:
@@ -116,7 +118,7 @@ def describe(model: StoredModel) -> dict[str, Any]:
       for key, condition in model.denoise.conditioning.items()
     },
     'cond_dropout': model.cond_dropout,
-    'digest': digest(model.params),
+    'digest': model.digest or digest(model.params),
     'provenance': dict(model.provenance),
     'metrics': list(model.metrics),
   }
@@ -217,6 +219,7 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     label_counts=counts,
     provenance=provenance,
     metrics=metrics,
+    digest=found['digest'],
   )
 
 

@@ -6,14 +6,16 @@ workdir/<stage>/model/      the finished model; see `stages/model.py`
 
 import contextlib
 import dataclasses
+import functools
 import json
+import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from diffusion_distillation.config import Config, choose
+from diffusion_distillation.config import Config
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.spaces import SPACES
@@ -27,41 +29,14 @@ from diffusion_distillation.stages.model import (
   write,
 )
 from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.stages.trained import Model, Stored
 from diffusion_distillation.stages.workdir import check_config, class_names, label_counts
-from diffusion_distillation.system import sharding
+from diffusion_distillation.system import cluster, files, sharding
 from diffusion_distillation.system.checkpoints import Checkpoints, digest
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.training.state import Params, TrainState
 
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """One set of a stage's weights, finished or not, ready to be sampled from or taught by.
-
-  Attributes:
-    stage: whose they are.
-    weights: the name of the set, one of `stage.weights`.
-    params: the set.
-    digest: of `params`.
-    step: updates done.
-    seconds: of training.
-    all: every set of the stage, by name.
-  """
-
-  stage: Stage
-  weights: str
-  params: Params
-  digest: str
-  step: int
-  seconds: float
-  all: Mapping[str, Params]
-
-  def use(self, weights: str) -> 'Model':
-    """The same stage with another set of its weights; raises UserError if it has none of that name."""
-    if weights == self.weights:
-      return self
-    params = choose(f'stage {self.stage.name}: --weights', weights, self.all)
-    return dataclasses.replace(self, weights=weights, params=params, digest=digest(params))
+_log = logging.getLogger(__name__)
 
 
 def describe(stage: Stage) -> dict[str, Any]:
@@ -151,6 +126,7 @@ def to_stored(
   return StoredModel(
     denoise=stage.denoise,
     params=model.params,
+    digest=model.digest,
     schedule=stage.schedule,
     space=stage.space,
     image_shape=stage.image_shape,
@@ -185,12 +161,20 @@ def _updates_of(made: Mapping[str, Any]) -> int | None:
   return _updates_of(imported.get('provenance') or {}) if imported else made.get('updates')
 
 
-def finish_stage(workdir: pathlib.Path, parents: Parents, model: Model, config: Config) -> None:
-  """Writes the model of a finished stage, and its digest into the provenance, unless they are there."""
+def finish_stage(
+  workdir: pathlib.Path, parents: Parents, model: Model, config: Config, anew: bool
+) -> None:
+  """Writes the model of a finished stage, and its digest into the provenance, unless they are there.
+
+  `anew`: whether the model's folder, if there is one, is not whole, or was not read.
+  """
   path = workdir / model.stage.name / 'stage.json'
+  if anew and files.writes():
+    (path.parent / 'model' / DESCRIPTION).unlink(missing_ok=True)
   write_model(workdir, parents, model, config)
   if read_json(path).get('digest') != model.digest:
     outcome = {'finished': True, 'digest': model.digest, 'seconds': model.seconds}
+    outcome['digests'] = dict(model.digests)
     write_json(path, _lineage(model.stage, parents, config) | outcome)
 
 
@@ -260,7 +244,9 @@ def load_model(
   _check_lineage(stage_dir / 'stage.json', found, expected, config)
   folder = stage_dir / 'model'
   if tuple(weights) == ('ema',) and found.get('finished') and (folder / DESCRIPTION).is_file():
-    return _from_folder(workdir, stage, folder)
+    model = _from_folder(workdir, stage, folder)
+    check_digest(workdir, model)
+    return model
   restored = Checkpoints(stage_dir).restore(stage.abstract_state(), set_aside=False)
   if restored is None:
     return None
@@ -270,22 +256,63 @@ def load_model(
   return model
 
 
+def finished_model(workdir: pathlib.Path, stage: Stage) -> Model | None:
+  """A finished stage's model, read from its folder and hashed once, its average held; None where it is not whole.
+
+  Raises:
+    DamagedError: its parameters are not those that its lineage names.
+  """
+  folder, model = workdir / stage.name / 'model', None
+  if is_finished(workdir, stage) and (folder / DESCRIPTION).is_file():
+    try:
+      model = _from_folder(workdir, stage, folder)
+    except DamagedError as error:
+      _log.warning('%s; the last checkpoint is used', error)
+  if not cluster.agree(model is not None) or model is None:
+    return None
+  check_digest(workdir, model)
+  digests = read_json(workdir / stage.name / 'stage.json').get('digests') or {}
+  return dataclasses.replace(release(workdir, model, ('ema',)), digests=digests)
+
+
 def _from_folder(workdir: pathlib.Path, stage: Stage, folder: pathlib.Path) -> Model:
   """A finished stage's model as its folder holds it, which `read` has checked against its digest."""
-  stored, checked = read(folder), read_json(folder / DESCRIPTION)['digest']
-  params, seconds = stored.params, float(stored.provenance['seconds'])
-  model = Model(stage, 'ema', params, checked, stage.num_updates, seconds, {'ema': params})
-  check_digest(workdir, model)
-  return model
+  stored = read(folder)
+  seconds, all_ = float(stored.provenance['seconds']), {'ema': stored.params}
+  return Model(stage, 'ema', str(stored.digest), stage.num_updates, seconds, all_)
+
+
+def release(workdir: pathlib.Path, model: Model, keep: Collection[str]) -> Model:
+  """The model with the sets `keep` in memory, as far as it holds them; all others are read where they are asked for."""
+  held = model.all.held if isinstance(model.all, Stored) else model.all
+  kept = {name: params for name, params in held.items() if name in keep}
+  read_set = functools.partial(_read_set, workdir, model.stage)
+  return dataclasses.replace(model, all=Stored(model.stage.weights, read_set, kept))
+
+
+def _read_set(workdir: pathlib.Path, stage: Stage, weights: str) -> Params:
+  """One set of a stage's weights: the first average of its folder, where it is finished, any other of its last checkpoint."""
+  folder = workdir / stage.name / 'model'
+  if weights == 'ema' and is_finished(workdir, stage) and (folder / DESCRIPTION).is_file():
+    return read(folder).params
+  restored = Checkpoints(folder.parent).restore(stage.abstract_state(), set_aside=False)
+  if restored is None:
+    raise DamagedError(
+      f'{folder.parent}: no whole checkpoint is left to read the weights {weights!r} from'
+    )
+  return sharding.to_host(_sets(stage, restored[0])[weights])
+
+
+def _sets(stage: Stage, state: TrainState) -> dict[str, Params]:
+  sampled = state.ema_params[: len(stage.recipe.ema_decay)]  # the method may keep others
+  return dict(zip(stage.weights, [*sampled, state.params['student']], strict=True))
 
 
 def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
   """A training state, seen as what is sampled from: its first moving average. On the host."""
-  sampled = state.ema_params[: len(stage.recipe.ema_decay)]
-  sets = sharding.to_host([*sampled, state.params['student']])
-  trees = dict(zip(stage.weights, sets, strict=True))
-  params = trees['ema']
-  return Model(stage, 'ema', params, digest(params), int(state.step), seconds, trees)
+  sets = sharding.to_host(_sets(stage, state))
+  digests = {name: digest(params) for name, params in sets.items()}
+  return Model(stage, 'ema', digests['ema'], int(state.step), seconds, sets, digests)
 
 
 def adopt(

@@ -1,9 +1,12 @@
 """What a stage is: the recipe of its training step, and its place in the run."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.diffusion.schedules import Schedule
@@ -58,6 +61,8 @@ class Stage:
     sampler: that its model is made for.
     measured_steps: step counts that its model is measured at.
     teacher_dtype: that the frozen teacher is kept in, 'float32' or 'bfloat16'.
+    attempts: the updates that training went back to because those after it were not finite; from each of them on,
+      batches and noise are drawn with another seed.
   """
 
   name: str
@@ -75,6 +80,7 @@ class Stage:
   sampler: str = 'ddim'
   measured_steps: tuple[int, ...] = ()
   teacher_dtype: str = 'float32'
+  attempts: tuple[int, ...] = ()
 
   @property
   def method(self) -> str:
@@ -105,6 +111,26 @@ class Stage:
   def starts_anew(self) -> bool:
     """Whether its student starts from new parameters: nobody before it has the same network."""
     return self.start is None and (self.teacher is None or self.teacher != self.denoise)
+
+  def seed_at(self, update: int) -> int:
+    """The seed of the batch and the noise of an update: the recipe's, unless training went back to it or before it."""
+    seed, attempt = int(self.recipe.seed), sum(first <= update for first in self.attempts)
+    return (
+      seed if not attempt else int(np.random.SeedSequence((seed, attempt)).generate_state(1)[0]) // 2
+    )
+
+  def recipe_at(self, update: int) -> Recipe:
+    """The recipe of an update, with its seed; see `Recipe.at`."""
+    recipe = self.recipe.at(update)
+    if not any(first <= update for first in self.attempts):
+      return recipe
+    return dataclasses.replace(recipe, seed=self.seed_at(update))
+
+  def streams(self, done: int) -> Iterator[tuple[int, int, int]]:
+    """The updates from `done` to the end by their seeds: (seed, first, one after the last)."""
+    between = {first for first in self.attempts if done < first < self.num_updates}
+    for start, stop in itertools.pairwise(sorted({done, *between, self.num_updates})):
+      yield self.seed_at(start), start, stop
 
   def without_parents(self) -> 'Stage':
     """The stage as it stands where its model came from elsewhere: nothing of the run has made it."""

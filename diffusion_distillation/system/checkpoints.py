@@ -5,10 +5,12 @@
     workdir/<stage>/stage.json            the stage's lineage
 
 Several processes save and restore together, each its share of arrays that are split over devices; a checkpoint is
-restored on any number of both. Orbax notices a truncated or missing file but not a flipped byte, so a sha256 over the state travels in
-each checkpoint's metadata.
+restored on any number of both. Orbax notices a truncated or missing file but not a flipped byte, so a digest of the state travels in
+each checkpoint's metadata: of one process a sha256, made in the background; of several a checksum that they compute
+together on their devices, which gathers nothing (`system/checksum.py`).
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -18,6 +20,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,9 +32,13 @@ from orbax.checkpoint import v1 as ocp
 from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.errors import DamagedError, StorageError, UserError
 from diffusion_distillation.system import cluster, files, sharding
+from diffusion_distillation.system.checksum import checksum
 
 _log = logging.getLogger(__name__)
 
+_starting = (
+  threading.Lock()
+)  # orbax numbers the saves of a process: two that begin at once would wait for each other
 _SLOW = 5.0  # seconds that training waits for a checkpoint until it says so
 
 
@@ -83,6 +90,7 @@ def _first_line(error: Exception) -> str:
 
 def _seal(metadata: dict[str, Any]) -> str:
   sealed = [metadata.get(key) for key in ('sha256', 'structure', 'seconds')]
+  sealed += [metadata[key] for key in ('checksum',) if key in metadata]
   return hashlib.sha256(json.dumps(sealed).encode()).hexdigest()
 
 
@@ -97,6 +105,7 @@ class Checkpoints:
     self.stage_dir = stage_dir
     self._directory = stage_dir / 'checkpoints'
     self._writer: ocp.training.Checkpointer | None = None
+    self._begun: concurrent.futures.Future[None] | None = None
     self._saving = 0
 
   def steps(self) -> list[int]:
@@ -107,6 +116,9 @@ class Checkpoints:
 
   def save(self, step: int, state: Any, seconds: float) -> None:
     """Saves in the background, with the wall-clock seconds that the stage has taken so far.
+
+    Meanwhile the devices hold a second copy of the state. One process copies it to the host, digests and writes it in a
+    thread. Of several, each copies its own shards to the host before this returns, for orbax talks to the others.
 
     Raises:
       StorageError: this checkpoint or the one before could not be written; those before it are as they were.
@@ -120,33 +132,53 @@ class Checkpoints:
       )
     if not self.stage_dir.is_dir():
       raise StorageError(f'{self.stage_dir} has vanished; bring it back, and run the same command again')
-    state = sharding.snapshot(state)
-    metadata = {'sha256': digest(state), 'structure': structure(state), 'seconds': seconds}
-    metadata['seal'] = _seal(metadata)
-    with self._told_of_failure(step):
+    self._saving, state = step, sharding.snapshot(state)
+    if sharding.part()[1] == 1:
+      thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
+      self._begun = thread.submit(self._digest_and_write, step, state, seconds)
+      thread.shutdown(wait=False)
+    else:
+      with self._told_of_failure(step):
+        self._write(step, state, {'checksum': checksum(state), 'seconds': seconds})
+
+  def _digest_and_write(self, step: int, state: Any, seconds: float) -> None:
+    on_host = jax.device_get(state)
+    del state  # the devices' copy
+    self._write(step, on_host, {'sha256': digest(on_host), 'seconds': seconds})
+
+  def _write(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+    metadata = metadata | {'structure': structure(state)}
+    sealed = metadata | {'seal': _seal(metadata)}
+    with _starting:
       if self._writer is None:
         self._writer = ocp.training.Checkpointer(
           self._directory,
           preservation_policy=ocp.training.preservation_policies.LatestN(2),
           cleanup_tmp_directories=True,
         )
-      self._saving = step
-      self._writer.save_async(step, state, custom_metadata=metadata, force=True)
+      self._writer.save_async(step, state, custom_metadata=sealed, force=True)
 
   def wait(self) -> None:
     """Waits until everything is written; raises StorageError as `save` does."""
+    with self._told_of_failure(self._saving):
+      self._wait()
+
+  def _wait(self) -> None:
+    begun, self._begun = self._begun, None
+    if begun is not None:
+      begun.result()
     if self._writer is not None:
-      with self._told_of_failure(self._saving):
-        self._writer.wait()
+      self._writer.wait()
 
   def close(self) -> None:
     """Waits, and lets the directory go; what could not be written has been told, or is no error any more."""
-    if self._writer is not None:
-      try:
+    try:
+      self._wait()
+      if self._writer is not None:
         self._writer.close()
-      except Exception as error:  # of a save in the background
-        _log.warning('%s: the last checkpoint may be missing: %s', self._directory, _first_line(error))
-      self._writer = None
+    except Exception as error:  # of a save in the background
+      _log.warning('%s: the last checkpoint may be missing: %s', self._directory, _first_line(error))
+    self._writer = None
 
   @contextlib.contextmanager
   def _told_of_failure(self, step: int) -> Iterator[None]:
@@ -200,7 +232,8 @@ class Checkpoints:
         f'{path} was written by another version of this program, or for another network; use that one'
       )
     state = ocp.load(path, sharding.abstract(like))
-    if digest(state) != metadata['sha256']:
+    kind, compute = ('checksum', checksum) if 'checksum' in metadata else ('sha256', digest)
+    if compute(state) != metadata[kind]:
       raise DamagedError('its digest is not the one that was saved with it')
     return state, float(metadata['seconds'])
 

@@ -84,8 +84,6 @@ def start(
       f'process {process_id} of {num_processes}, --coordinator={coordinator}: {text}'
     ) from error
   interrupts.synchronize(multihost_utils.reached_preemption_sync_point)
-  if jax.process_index():
-    files.only_read()
 
 
 def _peers() -> tuple[str | None, int | None, int | None]:

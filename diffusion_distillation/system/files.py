@@ -9,23 +9,18 @@ from typing import IO, Any
 from diffusion_distillation.errors import DamagedError, UserError
 
 LOCK = '.lock'
-_writes = True
-
-
-def only_read() -> None:
-  """From now on this process writes nothing: the first process of the run does."""
-  global _writes
-  _writes = False
 
 
 def writes() -> bool:
-  """Whether this process is the one of the run that writes and speaks."""
-  return _writes
+  """Whether this process is the one of the run that writes and speaks: the first."""
+  import jax  # not above: the processes that read images do without
+
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON whole or not at all."""
-  if not _writes:
+  if not writes():
     return
   temporary = path.with_suffix(path.suffix + '.tmp')
   temporary.write_text(json.dumps(value, indent=2) + '\n')

@@ -4,6 +4,7 @@ SIGTERM and SIGINT, SIGHUP (the terminal is gone), and those by which schedulers
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -20,8 +21,7 @@ SIGNALS = (
 _IMPATIENT = (signal.SIGTERM, signal.SIGINT)  # a second one ends the process at once
 
 _received: list[str] = []
-_reached: list[Callable[[int], bool]] = []  # whether all processes stop at their k-th look
-_looks = 0
+_reached: list[Callable[[], bool]] = []  # of several processes: whether all stop here
 _before: dict[int, Any] = {}  # the handlers that `install` replaced
 _terminals: list[int] = []  # standard output and error, where they are terminals
 
@@ -63,7 +63,8 @@ def install() -> None:
 
 
 def uninstall() -> None:
-  """Gives the signals back to whoever had them before `install`."""
+  """Gives the signals back to whoever had them before `install`; what came meanwhile stops no later run."""
+  _received.clear()
   while _before and threading.current_thread() is threading.main_thread():
     signal.signal(*_before.popitem())
 
@@ -108,17 +109,18 @@ def _leave_at_once(reader: int, meanwhile: str) -> None:
 
 
 def synchronize(reached: Callable[[int], bool]) -> None:
-  """From now on SIGTERM is the runtime's: `reached(k)` says, at the k-th look, whether all processes stop there."""
-  _reached[:] = [reached]
+  """From now on SIGTERM is the runtime's: `reached(k)` says, at the k-th look, whether all processes stop there.
+
+  The runtime counts from its start to its end, over all runs of a process.
+  """
+  looks = itertools.count(1)
+  _reached[:] = [lambda: reached(next(looks))]
 
 
 def pending() -> bool:
   """Whether a signal came; all processes of a run look equally often."""
-  global _looks
-  if _reached and not _received:
-    _looks += 1
-    if _reached[0](_looks):
-      _received.append('SIGTERM')
+  if _reached and not _received and _reached[0]():
+    _received.append('SIGTERM')
   return bool(_received)
 
 

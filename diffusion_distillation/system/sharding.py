@@ -23,7 +23,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import compilation
 
 _AXES = ('data', 'fsdp')
-_in_use: list[Mesh] = []
+_in_use: list[Mesh] = []  # the last one counts; without any, all devices are along `data`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,9 @@ class MeshSection:
   )
 
 
-def use(data: int = -1, fsdp: int = 1) -> None:
-  """Lays the devices of all processes out; without a call of this, all are along `data`.
+@contextlib.contextmanager
+def laid_out(data: int = -1, fsdp: int = 1) -> Iterator[None]:
+  """The devices of all processes are laid out so while the body runs, and afterwards as before.
 
   Args:
     data: devices along this axis; -1: those that `fsdp` leaves.
@@ -54,7 +55,11 @@ def use(data: int = -1, fsdp: int = 1) -> None:
       f'mesh.data={data} times mesh.fsdp={fsdp} is not the {count} devices of this run; mesh.data=-1 takes what '
       'mesh.fsdp, a divisor of them, leaves'
     )
-  _in_use[:] = [_make(jax.devices(), fsdp)]
+  _in_use.append(_make(jax.devices(), fsdp))
+  try:
+    yield
+  finally:
+    _in_use.pop()
 
 
 def _make(devices: list[Any], fsdp: int) -> Mesh:
@@ -63,9 +68,12 @@ def _make(devices: list[Any], fsdp: int) -> Mesh:
 
 
 def _mesh() -> Mesh:
-  if not _in_use:
-    use()
-  return _in_use[0]
+  return _in_use[-1] if _in_use else _along_data()
+
+
+@functools.cache
+def _along_data() -> Mesh:
+  return _make(jax.devices(), 1)
 
 
 def describe() -> str:
@@ -248,11 +256,15 @@ def whole(batch: Any) -> Any:
 
 
 def snapshot(tree: Any) -> Any:
-  """A copy to be read in the background, which the next update, that is donated the original, does not overwrite.
+  """A copy on the devices, to be read in the background: the next update, that is donated the original, leaves it as it is.
 
-  On the host; of several processes on the devices, each its share.
+  Its way to the host, each process its share, has begun.
   """
-  return to_host(tree) if jax.process_count() == 1 else _copy(tree)
+  copy = _copy(tree)
+  settle(copy)
+  for leaf in jax.tree.leaves(copy):
+    leaf.copy_to_host_async()
+  return copy
 
 
 _copy = jax.jit(functools.partial(jax.tree.map, jax.numpy.copy))
@@ -328,10 +340,14 @@ def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: A
     yield
     return
   examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split()), batch)
+  given = (
+    recipe,
+    abstract(state),
+    abstract(frozen),
+    examples,
+  )  # here: the thread may outlive the layout
   thread = concurrent.futures.ThreadPoolExecutor(1)
-  program = thread.submit(
-    lambda: step.lower(recipe, abstract(state), abstract(frozen), examples).compile()
-  )
+  program = thread.submit(lambda: step.lower(*given).compile())
   thread.shutdown(wait=False)
   yield  # an error here is reported at once, though the process ends only after the compiler has
   concurrent.futures.wait([program])  # a failure of the compiler shows in the first call

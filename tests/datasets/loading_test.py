@@ -1,7 +1,6 @@
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
 import os
 import signal
 import threading
@@ -49,10 +48,6 @@ def assert_same(some, others):
   for one, other in zip(map(tiny_pictures.flat, some), map(tiny_pictures.flat, others), strict=True):
     for key in one:
       np.testing.assert_array_equal(one[key], other[key], strict=True)
-
-
-def workers():
-  return {child.pid for child in multiprocessing.active_children()}
 
 
 def wait_until(condition):
@@ -228,7 +223,7 @@ def test_reading_into_memory_is_shared_among_processes_that_then_end():
   loader = Loader(images, in_memory_gb=1, workers=1)
   found = np.concatenate([batch['image'].ravel() for batch in loader.in_order(100)])
   np.testing.assert_array_equal(found, np.arange(600) % 256)
-  assert not images.reads and not workers()
+  assert not images.reads and not tiny_pictures.workers()
 
 
 def test_a_signal_stops_the_reading_into_memory(monkeypatch):
@@ -304,14 +299,14 @@ def test_workers_know_no_jax_and_do_not_heed_the_signals_of_the_main_process():
   with contextlib.closing(Loader(tiny_pictures.numbers(400), workers=1)) as loader:
     stream = loader.in_order(4)
     found = [next(stream)]
-    (pid,) = workers()
+    (pid,) = tiny_pictures.workers()
     for number in (signal.SIGINT, signal.SIGTERM):
       os.kill(pid, number)
     found += stream
-    assert workers() == {pid}
+    assert tiny_pictures.workers() == {pid}
   assert [int(batch['image'][0, 0, 0, 0]) for batch in found] == [k % 256 for k in range(0, 400, 4)]
   assert not any(batch['cond']['label'].any() for batch in found)
-  assert not workers()
+  assert not tiny_pictures.workers()
 
 
 def test_a_worker_that_is_killed_is_an_error_at_once_though_another_is_stuck_in_a_read(tmp_path):
@@ -321,13 +316,13 @@ stream = loader.in_order(4)
 next(stream)
 while len(list(pathlib.Path(sys.argv[1]).iterdir())) < 2:
   time.sleep(0.01)
-os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+os.kill(min(tiny_pictures.workers()), signal.SIGKILL)
 try:
   next(stream)
 except Exception as error:
   print(type(error).__name__, error)
 loader.close()
-print(len(multiprocessing.active_children()))
+print(len(tiny_pictures.workers()))
 print(next(loader.in_order(4))['image'].ravel().tolist())
 os._exit(0)
 """

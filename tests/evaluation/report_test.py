@@ -323,7 +323,7 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
   models = []
   for stage in stages:
     sets = {name: {'of': np.array(f'{stage.name} {name}')} for name in stage.weights}
-    models.append(Model(stage, 'ema', sets['ema'], f'digest of {stage.name}', 7, 1.5, sets))
+    models.append(Model(stage, 'ema', f'digest of {stage.name}', 7, 1.5, sets))
   results = measure.evaluate(config, models, images, tmp_path, again=False)
 
   rows = results['rows']

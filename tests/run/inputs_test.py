@@ -20,7 +20,7 @@ BASE, DMD = PLANNED
 
 def model_of(stage, seed):
   params = sharding.to_host(stage.init_params(jax.random.key(seed)))
-  return Model(stage, 'ema', params, digest(params), 1, 0.0, {'ema': params})
+  return Model(stage, 'ema', digest(params), 1, 0.0, {'ema': params})
 
 
 def test_a_student_starts_from_the_stage_that_is_named_and_the_fake_score_from_the_teacher():

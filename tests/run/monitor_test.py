@@ -128,7 +128,7 @@ def watch(loader, tmp_path):
 
   def make(extractor=features, **overrides):
     config = tiny.config(log__health_every=10, evaluation__seed=5, **overrides)
-    return Monitor(config, STAGE, tmp_path, 1.0, loader, extractor)
+    return Monitor(config, STAGE, tmp_path, loader, extractor)
 
   return make
 
@@ -149,10 +149,10 @@ def test_the_data_itself_has_diversity_1_and_one_image_repeated_0(watch, loader,
   assert json.loads((tmp_path / 'health.json').read_text()) == dataclasses.asdict(expected)
   draws.images = images
   whole = {'diversity': 1.0, 'brightness': expected.brightness, 'saturation': 0.0}
-  assert looking.look(state(student=0.0)) == whole
+  assert looking.look(state(student=0.0), {}) == whole
   assert draws.asked == ['ddim', ('the average', [0.0, 1.0], 5)]
   draws.images = np.repeat(images[:1], 256, axis=0)
-  same = looking.look(state(student=0.0))
+  same = looking.look(state(student=0.0), {})
   assert same['diversity'] == 0.0 and same['brightness'] == pytest.approx(images[0].mean() / 255)
 
 
@@ -181,7 +181,7 @@ def test_too_little_diversity_is_warned_of_once_until_there_is_enough_again(
   heard = []
   for drawn in (images, poor, poor, images, poor):
     draws.images = drawn
-    looking.look(state(student=0.0))
+    looking.look(state(student=0.0), {})
     heard.append(warnings(caplog))
   assert [len(lines) for lines in heard] == [0, 1, 0, 0, 1]
   share = Figures.of(poor, features).spread / looking.data.spread
@@ -192,9 +192,9 @@ def test_too_little_diversity_is_warned_of_once_until_there_is_enough_again(
 def test_a_student_that_has_just_begun_may_draw_nothing_but_the_mean(watch, loader, draws, caplog):
   looking, draws.images = watch(), np.repeat(real(loader)[:1], 256, axis=0)
   first = STAGE.num_updates // 5
-  looking.look(state(step=first, student=0.0))
+  looking.look(state(step=first, student=0.0), {})
   assert not warnings(caplog)
-  looking.look(state(step=first + 1, student=0.0))
+  looking.look(state(step=first + 1, student=0.0), {})
   assert len(warnings(caplog)) == 1
 
 
@@ -262,9 +262,9 @@ def test_the_picture_has_the_samples_and_what_both_networks_make_of_them_noised(
 ):
   """Rows of 8: samples, then at each of four times the noised samples, teacher (white) and fake score (black)."""
   looking, draws.images = watch(), real(loader)
-  looking.look(state(student=0.0))
+  looking.look(state(student=0.0), {})
   assert not (tmp_path / 'denoisings.png').exists()
-  looking.look(state(**PARAMS))
+  looking.look(state(**PARAMS), {'teacher': 1.0})
   with Image.open(tmp_path / 'denoisings.png') as image:
     sheet = np.asarray(image)
   side, gap = 32, 2
@@ -294,6 +294,26 @@ def test_it_is_time_to_look_every_so_often_and_at_the_end(watch):
 def test_students_of_few_steps_are_looked_at_unless_it_is_switched_off(every, parent, steps, looked_at):
   stage = types.SimpleNamespace(parent=parent, num_steps=steps)
   assert monitor.watches(tiny.config(log__health_every=every), stage) is looked_at
+
+
+def test_a_monitor_is_given_the_frozen_parameters_that_the_step_has(step, tmp_path):
+  """The teacher is not taken to the devices again."""
+  given, seen = [], []
+
+  def noting(recipe, state, frozen, batch):
+    given.append(frozen)
+    return step(recipe, state, frozen, batch)
+
+  watching = types.SimpleNamespace(
+    resume=lambda done: None,
+    due=lambda done: done == 12,
+    lag=lambda values: {},
+    look=lambda state, frozen: seen.append(frozen) or {},
+  )
+  config, (stages, images) = tiny.config(), tiny.plan()
+  workdirs.claim(tmp_path, config)
+  loop.fit(noting, stages[0], Inputs(images, monitor=watching), tmp_path, config)
+  assert len(seen) == 1 and seen[0] is given[0]
 
 
 def test_a_signal_while_samples_are_drawn_loses_nothing(watch, tmp_path, monkeypatch):

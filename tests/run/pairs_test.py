@@ -55,8 +55,8 @@ def teacher(mean=0.2, num_classes=0, **fields):
   )
   params = np.float32(mean)
   return Model(
-    **{'stage': stage, 'weights': 'ema', 'params': params, 'digest': f'digest of {mean}'}
-    | {'step': 1, 'seconds': 0.0, 'all': {}}
+    **{'stage': stage, 'weights': 'ema', 'digest': f'digest of {mean}'}
+    | {'step': 1, 'seconds': 0.0, 'all': {'ema': params}}
     | fields
   )
 

@@ -56,7 +56,8 @@ def test_memory_is_counted_by_networks(name, networks):
   assert 2 * networks * network <= found.optimizer <= 2 * networks * network + 64  # and a count each
   assert found.frozen == (0 if name == 'base' else network)
   assert found.arguments == found.params + found.averages + found.optimizer + found.frozen
-  assert found.total == found.arguments + found.gradients + found.activations
+  assert found.snapshot == found.params + found.averages + found.optimizer + 12  # and three counters
+  assert found.total == found.arguments + found.gradients + found.activations + found.snapshot
 
 
 def test_activations_go_with_the_images_of_a_micro_batch():
@@ -100,12 +101,13 @@ def test_the_disk_holds_two_checkpoints_a_stage_one_more_and_the_pairs():
 
 def test_a_line_a_stage_and_one_of_the_disk(once, tmp_path):
   lines = needs(tmp_path)
-  assert [line.split()[0] for line in lines[1:-1]] == NAMES
-  assert all('(2 images)' in line for line in lines[1:-1])  # of 16, on 8 devices
+  assert [line.split()[0] for line in lines[1:-2]] == NAMES
+  assert all('(2 images)' in line for line in lines[1:-2])  # of 16, on 8 devices
+  assert lines[-2].startswith('memory of the host, GB: 0.00')
   assert lines[-1].startswith('disk, GB: 0.00')
   assert not (tmp_path / 'not').exists()
   left = needs(tmp_path, finished=['base', 'dmd'])
-  assert [line.split()[0] for line in left[1:-1]] == ['progressive_0001']
+  assert [line.split()[0] for line in left[1:-2]] == ['progressive_0001']
 
 
 def test_what_does_not_fit_a_device_is_refused(once, tmp_path, monkeypatch):
@@ -123,6 +125,26 @@ def test_what_may_not_fit_a_device_is_a_warning(once, tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, 'memory_per_device', lambda: limit)
   warnings = [line for line in needs(tmp_path) if 'warning' in line]
   assert len(warnings) == len(STAGES) and 'compute.remat=True' in warnings[0]
+
+
+def test_the_host_holds_what_later_stages_come_from_and_a_state_that_is_being_written():
+  base = STAGES[0]
+  network, states = size(base.abstract_params()), [size(stage.abstract_state()) for stage in STAGES]
+  assert all({stage.parent, stage.start} <= {'base', None} for stage in STAGES[1:])
+  during = [states[0], states[1] + network, states[2] + network]
+  assert preflight.host(STAGES, set()) == max(during)
+  assert preflight.host(STAGES, {'dmd'}) == max(during[:2])
+  assert preflight.host(STAGES, set(NAMES)) == 0
+
+
+def test_a_host_that_is_too_small_is_refused(once, tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, 'memory_per_device', lambda: 10**12)
+  needed = preflight.host(STAGES, set())
+  monkeypatch.setattr(preflight, '_memory_of_the_host', lambda: needed)
+  needs(tmp_path)
+  monkeypatch.setattr(preflight, '_memory_of_the_host', lambda: needed - 1)
+  with pytest.raises(UserError, match=r"weights that later stages need .* of this host's memory"):
+    needs(tmp_path)
 
 
 def test_a_disk_that_is_too_small_is_refused(once, tmp_path, monkeypatch):
@@ -172,6 +194,6 @@ def test_a_container_has_what_its_control_groups_allow(tmp_path, groups, files, 
 
 def test_the_memory_of_the_host_ends_at_the_limit_of_the_container(monkeypatch):
   monkeypatch.setattr(preflight, '_container_limits', lambda: [10**18, 8 * 10**6])
-  assert preflight._memory_of_the_host() == 10**6  # of each of eight devices
+  assert preflight._memory_of_the_host() == 8 * 10**6
   monkeypatch.setattr(preflight, '_container_limits', list)
   assert preflight._memory_of_the_host() > 10**7

@@ -338,7 +338,7 @@ def test_how_a_model_is_sampled_may_change_under_the_same_weights(folder):
 
 def test_a_process_that_only_reads_writes_nothing(folder, monkeypatch):
   before = content(folder)
-  monkeypatch.setattr(files, '_writes', False)
+  monkeypatch.setattr(files, 'writes', lambda: False)
   model.write(folder, MODELS['conditional'](seed=1))
   model.write(folder.with_name('other'), MODELS['conditional']())
   model.add_metrics(folder, [{'value': 2.0}])

@@ -19,7 +19,7 @@ BASE, STUDENT = tiny.plan()[0][:2]
 
 
 def model_of(stage, digest):
-  return Model(stage, 'ema', None, digest, stage.num_updates, 0.0, {})
+  return Model(stage, 'ema', digest, stage.num_updates, 0.0, {})
 
 
 @pytest.mark.parametrize('what', ['teacher', 'start', 'pairs', 'distance'])
@@ -55,7 +55,7 @@ def test_an_imported_stage_is_finished_and_has_no_parents(tmp_path):
 
 
 def test_lineage_names_both_parents():
-  model = Model(plan()['base'], 'ema', None, 'a', 1, 0.0, {})
+  model = Model(plan()['base'], 'ema', 'a', 1, 0.0, {})
   other = dataclasses.replace(model, stage=plan('knowledge')['knowledge'], digest='b')
   described = provenance.Parents(model, other, 'p').describe()
   assert described == {

@@ -1,6 +1,8 @@
 import errno
+import json
 import pathlib
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,10 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.system import checkpoints as checkpoints_module
+from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import Checkpoints, digest
+from diffusion_distillation.system.checksum import checksum
 from diffusion_distillation.system.files import read_json, write_json
 
 
@@ -175,6 +180,103 @@ def test_digest_sees_values_names_types_and_shapes():
   ]
   assert digest(tree) == digest({'a': jnp.zeros((2, 3))})
   assert digest(tree) not in [digest(other) for other in others]
+
+
+def test_a_checksum_sees_values_places_names_types_and_shapes():
+  tree = {
+    'a': jnp.arange(6.0).reshape(2, 3),
+    'b': jnp.ones(2, jnp.bool_),
+    'c': jnp.ones(2, jnp.bfloat16),
+  }
+  others = [
+    {'a': jnp.arange(6.0).reshape(3, 2)},
+    {'a': jnp.arange(6.0).reshape(2, 3).at[0, 0].set(1e-45)},
+    {'a': jnp.arange(6.0)[jnp.array([1, 0, 2, 3, 4, 5])].reshape(2, 3)},
+    {'a': jnp.arange(6).reshape(2, 3)},
+    {'b': jnp.array([True, False])},
+    {'c': jnp.array([1, 1 + 2**-7], jnp.bfloat16)},
+    {'c': jnp.ones(2, jnp.float16)},
+  ]
+  found = [checksum(tree), *(checksum(tree | other) for other in others)]
+  found.append(checksum({'x': tree['a'], 'b': tree['b'], 'c': tree['c']}))
+  assert len(set(found)) == len(found)
+
+
+def test_a_checksum_is_the_same_however_arrays_are_split(monkeypatch):
+  tree = {'a': np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32), 'b': np.arange(8)}
+  expected = checksum(jax.tree.map(jnp.asarray, tree))
+  for fsdp in (1, 2, 8):
+    monkeypatch.setattr(sharding, '_in_use', [sharding._make(jax.devices(), fsdp)])
+    assert checksum(sharding.place(jax.tree.map(jnp.asarray, tree))) == expected
+
+
+@pytest.fixture
+def several(monkeypatch):
+  """Checkpoints are written as several processes do."""
+  monkeypatch.setattr(sharding, 'part', lambda: (0, 2))
+
+
+def test_several_processes_save_a_checksum_and_gather_nothing(tmp_path, several, monkeypatch):
+  monkeypatch.setattr(sharding, '_in_use', [sharding._make(jax.devices(), 8)])
+  with monkeypatch.context() as patch:
+    patch.setattr(sharding, 'to_host', None)
+    for step in (1, 2):
+      saver = Checkpoints(tmp_path)
+      saver.save(step, sharding.place(state_at(step)), 1.0 * step)
+      saver.close()
+  for fsdp in (1, 2, 8):
+    monkeypatch.setattr(sharding, '_in_use', [sharding._make(jax.devices(), fsdp)])
+    assert_same(Checkpoints(tmp_path).restore(LIKE, set_aside=False)[0], state_at(2))
+  path = tmp_path / 'checkpoints' / '2' / '_CHECKPOINT_METADATA'
+  known = json.loads(path.read_text())['custom_metadata']
+  assert known['checksum'] == checksum(state_at(2)) and 'sha256' not in known
+  flip(max(files_of(tmp_path, 2), key=lambda path: path.stat().st_size))
+  assert int(Checkpoints(tmp_path).restore(LIKE, set_aside=False)[0]['step']) == 1
+
+
+def test_a_checksum_that_is_not_that_of_the_arrays_is_noticed(tmp_path, several, monkeypatch):
+  """Orbax finds nothing wrong."""
+  monkeypatch.setattr(checkpoints_module, 'checksum', lambda _: '0' * 16)
+  saver = Checkpoints(tmp_path)
+  saver.save(1, state_at(1), 0.0)
+  saver.close()
+  monkeypatch.undo()
+  assert Checkpoints(tmp_path).restore(LIKE, set_aside=False) is None
+
+
+def test_the_state_is_digested_and_written_in_the_background(tmp_path, monkeypatch):
+  """The next update may take the state's memory meanwhile: what is saved is a copy."""
+  gate, compute, threads = threading.Event(), digest, []
+
+  def slow(tree):
+    threads.append(threading.current_thread())
+    assert gate.wait(20)
+    return compute(tree)
+
+  monkeypatch.setattr(checkpoints_module, 'digest', slow)
+  state, saver = jax.tree.map(jnp.copy, state_at(5)), Checkpoints(tmp_path)
+  saver.save(5, state, 1.0)  # returns, though the digest waits
+  jax.tree.map(lambda leaf: leaf.delete(), state)
+  assert not saver.steps()
+  gate.set()
+  saver.wait()
+  assert threading.main_thread() not in threads and saver.steps() == [5]
+  saver.close()
+  assert_same(Checkpoints(tmp_path).restore(LIKE, set_aside=False)[0], state_at(5))
+
+
+@pytest.mark.timeout(60)  # the test is that it does not wait for ever
+def test_two_stages_may_save_at_once(tmp_path):
+  """As a stage does while an update that was not finite is kept."""
+  for step in range(1, 6):
+    savers = [Checkpoints(tmp_path / name) for name in 'abcd']
+    for saver in savers:
+      saver.stage_dir.mkdir(exist_ok=True)
+      saver.save(step, state_at(step), 1.0)
+    for saver in savers:
+      saver.close()
+  for name in 'abcd':
+    assert_same(Checkpoints(tmp_path / name).restore(LIKE, set_aside=False)[0], state_at(5))
 
 
 def test_json_that_is_damaged_is_named(tmp_path):

@@ -1,0 +1,30 @@
+"""Going back: where a stage began anew from a checkpoint, with other batches and other noise.
+
+stage_dir/attempts.json   the updates that training went back to, in turn; see `Stage.attempts`
+
+The file is written before training goes on, so that a stage that is resumed, or replayed, draws as it did.
+"""
+
+import dataclasses
+import pathlib
+
+from diffusion_distillation.errors import DamagedError
+from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.system import cluster, files
+
+_NAME = 'attempts.json'
+
+
+def of(stage: Stage, directory: pathlib.Path) -> Stage:
+  """The stage with the attempts that are recorded in a directory; none without a file."""
+  path = directory / _NAME
+  found = files.read_json(path).get('went_back_to') if path.is_file() else []
+  if not isinstance(found, list) or not all(isinstance(update, int) for update in found):
+    raise DamagedError(f'{path} is damaged (no list of updates in it); restore it from a copy')
+  return dataclasses.replace(stage, attempts=tuple(found))
+
+
+def record(stage: Stage, directory: pathlib.Path) -> None:
+  """Writes the stage's attempts; all processes have to call it."""
+  files.write_json(directory / _NAME, {'went_back_to': list(stage.attempts)})
+  cluster.barrier()

@@ -1,0 +1,78 @@
+"""A stage as far as it is trained: its weights, in memory or on the disk, and their digests."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from diffusion_distillation.config import choose
+from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.system.checkpoints import digest
+from diffusion_distillation.training.state import Params
+
+
+class Stored(Mapping[str, Params]):
+  """The weights of a stage by name: some are held in host memory, the others are read each time they are asked for.
+
+  Args:
+    names: of all sets.
+    read: gives the set of a name.
+    held: sets in memory, by name.
+  """
+
+  def __init__(
+    self, names: Sequence[str], read: Callable[[str], Params], held: Mapping[str, Params]
+  ) -> None:
+    self._names, self._read, self.held = tuple(names), read, dict(held)
+
+  def __getitem__(self, name: str) -> Params:
+    if name not in self._names:
+      raise KeyError(name)
+    return self.held[name] if name in self.held else self._read(name)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._names
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """One set of a stage's weights, finished or not, ready to be sampled from or taught by.
+
+  Attributes:
+    stage: whose they are.
+    weights: the name of the set, one of `stage.weights`.
+    digest: of the set.
+    step: updates done.
+    seconds: of training.
+    all: every set of the stage, by name, on the host or, see `Stored`, on the disk.
+    digests: of the sets of which they are known, by name.
+  """
+
+  stage: Stage
+  weights: str
+  digest: str
+  step: int
+  seconds: float
+  all: Mapping[str, Params]
+  digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def params(self) -> Params:
+    """The set, on the host; read from the disk at every use, unless it is held."""
+    return self.all[self.weights]
+
+  def use(self, weights: str) -> 'Model':
+    """The same stage with another set of its weights; raises UserError if it has none of that name."""
+    if weights == self.weights:
+      return self
+    choose(f'stage {self.stage.name}: --weights', weights, dict.fromkeys(self.all))
+    known = self.digests.get(weights) or digest(self.all[weights])
+    return dataclasses.replace(self, weights=weights, digest=known)
+
+  def hold(self) -> 'Model':
+    """The same with this set, and no other, in memory."""
+    return dataclasses.replace(self, all={self.weights: self.params})

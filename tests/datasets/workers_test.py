@@ -1,0 +1,67 @@
+"""Processes that read images, started from scripts, from stdin, and from threads."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diffusion_distillation.datasets.loading import Loader
+from tests import tiny, tiny_pictures
+
+SCRIPT = """
+from diffusion_distillation.datasets.loading import Loader
+from tests import tiny_pictures
+
+class Own(tiny_pictures.Numbers):
+  pass
+
+if __name__ == '__main__':
+  for images in (tiny_pictures.numbers(8), Own('own', (1, 1, 1), (), '', 8)):
+    loader = Loader(images, workers=1)
+    try:
+      print(next(loader.in_order(4))['image'].ravel().tolist(), flush=True)
+    except Exception as error:
+      print(type(error).__name__, error)
+    loader.close()
+"""
+
+
+def test_the_main_module_stays_where_it_is(monkeypatch):
+  """Another thread may import, pickle or start processes meanwhile."""
+  main, seen = sys.modules['__main__'], []
+
+  def state(images):
+    seen.append(sys.modules['__main__'])
+    return images.__dict__
+
+  monkeypatch.setattr(tiny_pictures.Numbers, '__getstate__', state, raising=False)
+  with contextlib.closing(Loader(tiny_pictures.numbers(8), workers=1)) as loader:
+    assert next(loader.in_order(4))['image'].ravel().tolist() == [0, 1, 2, 3]
+  assert seen and all(module is main for module in seen)
+
+
+@pytest.mark.parametrize('where', ['file', 'stdin'])
+def test_a_script_s_own_images_are_read_by_processes_where_it_has_a_file(tmp_path, where):
+  """Others are in any case: nothing has to be guarded or imported again."""
+  path = tmp_path / 'main.py'
+  path.write_text(SCRIPT)
+  command = [sys.executable, path if where == 'file' else '-']
+  environment = os.environ | {'PYTHONPATH': str(tiny.ROOT)}
+  done = subprocess.run(
+    command, input=SCRIPT, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+  )
+  others, own = done.stdout.splitlines()
+  assert others == '[0, 1, 2, 3]'
+  refused = 'UserError own: its class is defined in the main module, which has no file'
+  assert own == others if where == 'file' else own.startswith(refused), done.stderr
+
+
+def test_what_a_set_raises_in_a_process_arrives_whatever_it_prints():
+  images = tiny_pictures.Talkative('numbers', (1, 1, 1), (), '', 8)
+  with contextlib.closing(Loader(images, workers=1)) as loader:
+    stream = loader.in_order(4)
+    with pytest.raises(OSError, match='the disk is gone'):
+      next(stream)
+    assert len(tiny_pictures.workers()) == 1  # it goes on
