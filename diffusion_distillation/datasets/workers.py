@@ -5,20 +5,27 @@ jax, or ask each user to guard it: so that they work from a script, from stdin a
 """
 
 import concurrent.futures
-import contextlib
+import multiprocessing.connection
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
-from typing import IO
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffusion_distillation.datasets.image_set import Batch, ImageSet
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import interrupts
+
+
+class _Process(NamedTuple):
+  """A process that reads, and the connection to it."""
+
+  program: subprocess.Popen[bytes]
+  connection: Connection
 
 
 class Workers(concurrent.futures.ThreadPoolExecutor):
@@ -34,9 +41,9 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
 
   def __init__(self, images: ImageSet, count: int) -> None:
     super().__init__(count, 'reader', _block_signals)
-    self._begin = pickle.dumps(_main_module(images)) + pickle.dumps(images)
+    self._begin = (_main_module(images), images)
     self._own, self._lock = threading.local(), threading.Lock()
-    self._processes: list[subprocess.Popen[bytes]] = []
+    self._processes: list[_Process] = []
     self._ended = False
 
   def read(self, indices: np.ndarray) -> Batch:
@@ -46,28 +53,26 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
       BrokenExecutor: the process, or another one, has ended; then all of them do, so that nobody waits for a batch
         that does not come.
     """
-    process, begin = self._process()
-    assert process.stdin is not None and process.stdout is not None
+    (program, connection), messages = self._process()
     try:
-      process.stdin.write(begin)
-      pickle.dump(indices, process.stdin, pickle.HIGHEST_PROTOCOL)
-      process.stdin.flush()
-      ok, value = pickle.load(process.stdout)
+      for message in (*messages, indices):
+        connection.send(message)
+      ok, value = connection.recv()
     except Exception as error:  # whatever it is, the two are not in step any more
       self._end()
-      raise concurrent.futures.BrokenExecutor(f'exit code {process.wait()}') from error
+      raise concurrent.futures.BrokenExecutor(f'exit code {program.wait()}, {error!r}') from error
     if not ok:
       raise value
     batch: Batch = value
     return batch
 
-  def _process(self) -> tuple[subprocess.Popen[bytes], bytes]:
+  def _process(self) -> tuple[_Process, tuple[Any, ...]]:
     """This thread's process, and what it is to be told first."""
     with self._lock:
       if self._ended:
         raise concurrent.futures.BrokenExecutor('with the others')
       if hasattr(self._own, 'process'):
-        return self._own.process, b''
+        return self._own.process, ()
       self._own.process = _start()
       self._processes.append(self._own.process)
       return self._own.process, self._begin
@@ -76,23 +81,16 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
     with self._lock:
       self._ended = True
       for process in self._processes:
-        process.kill()
+        process.program.kill()
 
   def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
     """Ends the processes, whatever they are at, and the threads."""
     super().shutdown(wait=False, cancel_futures=cancel_futures)
     self._end()
     super().shutdown(wait=wait)
-    for process in self._processes:
-      process.wait()
-      for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        _close(pipe)
-
-
-def _close(pipe: IO[bytes]) -> None:
-  with contextlib.suppress(OSError):  # what was written last has no reader any more
-    pipe.close()
+    for program, connection in self._processes:
+      program.wait()
+      connection.close()
 
 
 def _block_signals() -> None:
@@ -100,14 +98,17 @@ def _block_signals() -> None:
   signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start() -> _Process:
+  ours, theirs = multiprocessing.connection.Pipe()
   path = os.pathsep.join(map(os.path.abspath, sys.path))
-  return subprocess.Popen(
-    [sys.executable, '-P', '-m', 'diffusion_distillation.datasets.reader'],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
+  program = subprocess.Popen(
+    [sys.executable, '-P', '-m', 'diffusion_distillation.datasets.reader', str(theirs.fileno())],
+    stdin=subprocess.DEVNULL,
+    pass_fds=[theirs.fileno()],
     env=os.environ | {'PYTHONPATH': path},
   )
+  theirs.close()
+  return _Process(program, ours)
 
 
 def _main_module(images: ImageSet) -> str | None:

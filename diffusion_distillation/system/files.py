@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import sys
 from typing import IO, Any
 
 from diffusion_distillation.errors import DamagedError, UserError
@@ -13,9 +14,8 @@ LOCK = '.lock'
 
 def writes() -> bool:
   """Whether this process is the one of the run that writes and speaks: the first."""
-  import jax  # not above: the processes that read images do without
-
-  return not jax.distributed.is_initialized() or jax.process_index() == 0
+  jax = sys.modules.get('jax')  # the processes that read images do without
+  return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

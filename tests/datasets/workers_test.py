@@ -58,8 +58,8 @@ def test_a_script_s_own_images_are_read_by_processes_where_it_has_a_file(tmp_pat
   assert own == others if where == 'file' else own.startswith(refused), done.stderr
 
 
-def test_what_a_set_raises_in_a_process_arrives_whatever_it_prints():
-  images = tiny_pictures.Talkative('numbers', (1, 1, 1), (), '', 8)
+def test_what_a_set_raises_in_a_process_arrives_and_the_process_goes_on():
+  images = tiny_pictures.Unreadable('numbers', (1, 1, 1), (), '', 8)
   with contextlib.closing(Loader(images, workers=1)) as loader:
     stream = loader.in_order(4)
     with pytest.raises(OSError, match='the disk is gone'):
