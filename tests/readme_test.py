@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-import main  # noqa: F401  declares the flags
 from configs import default
-from diffusion_distillation import cli, config, datasets, errors
+from diffusion_distillation import cli, command, config, datasets, errors
 from diffusion_distillation.evaluation.metrics import METRICS
 from diffusion_distillation.interop import importing
 from diffusion_distillation.methods import METHODS
@@ -80,7 +79,7 @@ def test_commands_parse(name, monkeypatch):
     argv = ['main.py', *arguments]
     with flagsaver.flagsaver(), mock.patch.object(sys, 'argv', argv):
       try:
-        assert cli.parse_flags(argv) == argv[:1]
+        assert command.parse_flags(argv) == argv[:1]
       except SystemExit:
         pytest.fail(' '.join(argv))
 
