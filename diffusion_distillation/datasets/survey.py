@@ -58,6 +58,8 @@ def _classes(images: ImageSet) -> str:
   if missing := int((counts == 0).sum()):
     total = f'{len(names) - missing} of {total}'
   least, most = (int(k) for k in (counts.argmin(), counts.argmax()))
+  if counts[least] == counts[most]:
+    return f'of {total}, {counts[least]:,} each'
   spread = f'{counts[least]:,} ({shown(names[least])}) to {counts[most]:,} ({shown(names[most])})'
   return f'of {total}, {spread} each'
 

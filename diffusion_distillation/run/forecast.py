@@ -27,7 +27,7 @@ def show(
   workdir: pathlib.Path,
   distances: Mapping[str, Params] | None = None,
 ) -> None:
-  """Prints on stderr the plan, the images, and what it needs of memory and disk; nothing is compiled.
+  """Prints on stderr the plan, what it needs of memory and disk, and the images; nothing is compiled.
 
   Args:
     stages: of the run.
@@ -41,11 +41,11 @@ def show(
   """
   for line in table(stages, finished, config):
     _print(line)
+  for line in preflight.needs(stages, finished, workdir, distances or {}):
+    _print(line)
   if files.writes() and config.dataset.name != datasets.NONE:
     for line in survey.lines(datasets.Settings.of(config.dataset)):
       _print(line)
-  for line in preflight.needs(stages, finished, workdir, distances or {}):
-    _print(line)
 
 
 def show_times(
