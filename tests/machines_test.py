@@ -110,7 +110,9 @@ def test_every_signal_to_stop_is_noticed_between_two_steps(signals, number):
 
 def test_a_terminal_that_goes_says_so_more_than_once(signals):
   interrupts.install()
+  handler = signal.getsignal(signal.SIGHUP)
   for _ in range(3):
+    assert signal.getsignal(signal.SIGHUP) is handler  # by default it ends the process
     os.kill(os.getpid(), signal.SIGHUP)
   assert interrupts.pending()
 

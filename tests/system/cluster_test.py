@@ -134,7 +134,7 @@ def waiting(initialize, monkeypatch):
   codes = []
   monkeypatch.setattr(cluster, '_PATIENCE', 0)
   monkeypatch.setattr(os, '_exit', lambda code: (codes.append(code), ended.set()))
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **kwargs: ended.wait(20))
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **kwargs: ended.wait(3))
   return codes
 
 
