@@ -38,7 +38,9 @@ _CLASSES = flags.DEFINE_list(
 )
 _OUT = flags.DEFINE_string('out', None, 'sample: a .png (a grid) or .npz (the arrays).')
 _SOURCE = flags.DEFINE_string(
-  'source', None, 'import: google (the released code), workdir (a stage of a run) or model (a folder).'
+  'source',
+  None,
+  'import: google (the released code), workdir (a stage of a run), model (a folder) or edm (NVIDIA).',
 )
 _STEP = flags.DEFINE_integer('step', None, 'replay: the update to look at.', 0)
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'Of several processes: HOST:PORT of the first.')
