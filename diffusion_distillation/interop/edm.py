@@ -170,9 +170,9 @@ def _state_dict(module: Inert, prefix: str, seen: set[int]) -> Arrays:
 
 def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
   """A model of the constructor's arguments (and `class`) and the state dict."""
-  kind = arguments.pop('class', None)
+  kind = str(arguments.pop('class', None))
   of_class = choose('class', kind, _CLASSES)
-  model_type = arguments.get('model_type', of_class['model_type'])
+  model_type = str(arguments.get('model_type', of_class['model_type']))
   _, of_network = choose('model_type', model_type, _NETWORKS)
   known = {**_OF_ALL, **of_class, **_OF_NETWORKS, **of_network}
   for name in arguments:
