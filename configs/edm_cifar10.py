@@ -16,11 +16,10 @@ VARIANTS = {'': (500_000, 0.5), 'cond': (100_000, 0.25)}
 
 
 def common() -> ml_collections.ConfigDict:
-  """What both EDM teachers have in common: their noise levels, sampler and loss, and DMD's optimizer."""
+  """What both EDM teachers have in common: their sampler, the weight of the fake score's loss, and DMD's optimizer."""
   c = default.get_config()
   c.methods = ('dmd',)
   c.weighting = 'edm'
-  c.time.law = 'lognormal'
 
   c.pairs.sampler = 'heun'
   c.pairs.grid = 'karras'
@@ -43,7 +42,6 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c = common()
   c.dataset.name = 'cifar10'
   c.dataset.image_size = 32
-  c.model.conditional = variant == 'cond'
 
   c.pairs.num_pairs, c.dmd.regression = VARIANTS[variant]
   c.pairs.num_steps = 18

@@ -14,7 +14,6 @@ def get_config() -> ml_collections.ConfigDict:
   c = edm_cifar10.common()
   c.dataset.name = 'imagenet2012'
   c.dataset.image_size = 64
-  c.model.conditional = True
 
   c.pairs.num_pairs = 25_000
   c.pairs.num_steps = 256

@@ -264,7 +264,7 @@ def storage(content: bytes) -> np.ndarray:
   ((kind, name, key, _, count, *_),) = declared
   dtype = np.dtype(_STORAGES[name.name.removesuffix('Storage')]).newbyteorder('<')
   (stored,) = struct.unpack('<q', stream.read(8))
-  if kind != 'storage' or keys != [key] or stored != count:
+  if kind != 'storage' or keys != [key] or stored != count or stored < 0:
     raise ValueError('a storage is not what it is declared to be')
   return np.frombuffer(content, dtype, count, stream.tell())
 
