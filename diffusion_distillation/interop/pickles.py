@@ -295,9 +295,18 @@ def dtype(name: str, *_: Any) -> np.dtype:
   return found
 
 
+def octets(text: str, encoding: str) -> bytes:
+  """Bytes as protocols before 3 have them."""
+  if encoding != 'latin1':
+    raise ValueError(f'bytes are encoded as {encoding!r:.20}')
+  return text.encode('latin1')
+
+
 TENSORS: Calls = {
   'collections.OrderedDict': lambda *items: dict(*items),
   'builtins.set': lambda *items: set(*items),
+  '__builtin__.set': lambda *items: set(*items),
+  '_codecs.encode': octets,
   'torch._utils._rebuild_tensor_v2': tensor,
   'torch._utils._rebuild_parameter': lambda data, *_: data,
   'torch.storage._load_from_bytes': storage,
