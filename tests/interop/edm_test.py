@@ -341,6 +341,18 @@ def test_harm_inside_a_well_formed_pickle_is_refused(kind, peers, tmp_path, monk
   assert sorted(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+  ('offset', 'shape', 'strides'),
+  [(1, (64,), (1,)), (0, (8, 9), (8, 1)), (0, (2**40,), (0,)), (63, (64,), (-1,)), (-1, (2,), (1,))],
+)
+def test_a_tensor_stays_in_its_storage(offset, shape, strides):
+  numbers = np.arange(64.0)
+  with pytest.raises(ValueError, match='a tensor'):
+    pickles.tensor(numbers, offset, shape, strides)
+  turned = pickles.tensor(numbers, 4, (3, 5), (1, 12))
+  np.testing.assert_array_equal(turned, 4 + np.arange(3)[:, None] + 12 * np.arange(5)[None])
+
+
 def test_a_module_that_holds_itself_is_refused(tmp_path):
   inner = pickles.Inert('SongUNet')
   inner.state['_modules'] = {'model': inner}
