@@ -62,7 +62,7 @@ _OUT = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_string(
   'source',
   None,
-  'import: where the model comes from: google (the released code), diffusers (a folder that it saved), workdir (a stage '
+  'import: where the model comes from: google (the released code), diffusers (a folder that it saved), edm (NVIDIA), workdir (a stage '
   'of a run) or model (the folder of a finished stage).',
 )
 _STEP = _integer('step', None, 'replay: the update to look at.', 0)

@@ -9,7 +9,7 @@ import jax
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, choose, flatten
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.interop import diffusers, google
+from diffusion_distillation.interop import diffusers, edm, google
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import provenance, workdir
 from diffusion_distillation.stages.model import StoredModel, read
@@ -106,6 +106,17 @@ def from_diffusers(config: Config, default: Config, path: pathlib.Path, into: pa
   return adopt_stored(config, into, stored, {'source': 'diffusers', 'folder': str(path)})
 
 
+def from_edm(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
+  """One of NVIDIA's EDM models as the stage 'base', whatever the config's network; see `interop/edm.py`.
+
+  Raises:
+    UserError: the file is not one of these, or the config does not fit it; nothing was written.
+  """
+  del default
+  made = {'source': 'edm', 'file': path.name, 'folder': str(path.parent)}
+  return adopt_stored(config, into, edm.read(path), made)
+
+
 def adopt_stored(config: Config, into: pathlib.Path, stored: StoredModel, made: dict[str, str]) -> Model:
   """A model that was read from elsewhere as the stage 'base' of a new workdir.
 
@@ -149,4 +160,5 @@ READERS: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]
   'workdir': from_workdir,
   'model': from_model,
   'diffusers': from_diffusers,
+  'edm': from_edm,
 }

@@ -2,7 +2,14 @@
 
 from typing import Any
 
+from diffusion_distillation.networks.dhariwal_unet import DhariwalUNet
+from diffusion_distillation.networks.song_unet import SongUNet
 from diffusion_distillation.networks.unet import UNet
 from diffusion_distillation.networks.unet2d import UNet2D
 
-NETWORKS: dict[str, type[Any]] = {'unet': UNet, 'unet2d': UNet2D}
+NETWORKS: dict[str, type[Any]] = {
+  'unet': UNet,
+  'unet2d': UNet2D,
+  'song_unet': SongUNet,
+  'dhariwal_unet': DhariwalUNet,
+}

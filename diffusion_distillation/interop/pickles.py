@@ -1,0 +1,316 @@
+"""Reads pickles without executing anything in them.
+
+A pickle is a program for a stack machine that can call whatever it names. Here the machine is written anew, over the
+standard library's disassembler: it builds plain containers, and where the file names a function or a class, it calls one of
+the functions that the caller gave for that name. Any other name is refused, and nothing is ever imported.
+"""
+
+import io
+import math
+import pickletools
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+
+class Name(NamedTuple):
+  """A function or class that the file names; it stands for itself alone."""
+
+  module: str
+  name: str
+
+  def __str__(self) -> str:
+    return f'{self.module}.{self.name}'
+
+
+class Inert:
+  """An object of a class that is not loaded: its name, and the state that the file gives it.
+
+  Attributes:
+    name: of its class.
+    state: its attributes by name.
+  """
+
+  def __init__(self, name: str, state: Mapping[str, Any] | None = None):
+    self.name = name
+    self.state: dict[str, Any] = dict(state or {})
+
+
+Calls = Mapping[str, Callable[..., Any]]
+
+_MARK = object()
+_SKIPPED = {'PROTO', 'FRAME'}
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+  'NONE': lambda: None,
+  'NEWTRUE': lambda: True,
+  'NEWFALSE': lambda: False,
+  'EMPTY_TUPLE': tuple,
+  'EMPTY_LIST': list,
+  'EMPTY_DICT': dict,
+  'EMPTY_SET': set,
+  'MARK': lambda: _MARK,
+}
+_VALUES = (
+  *('INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4', 'FLOAT', 'BINFLOAT'),
+  *('STRING', 'BINSTRING', 'SHORT_BINSTRING', 'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8', 'BYTEARRAY8'),
+  *('UNICODE', 'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8'),
+)
+
+
+class Machine:
+  """The stack machine.
+
+  Args:
+    calls: what to call for each name, 'module.name', that the file may name; all others are refused.
+    persistent: what a reference to something outside the pickle is; without it there may be none.
+  """
+
+  def __init__(self, calls: Calls, persistent: Callable[[Any], Any] | None = None):
+    self._calls, self._persistent = calls, persistent
+    self._stack: list[Any] = []
+    self._memo: dict[int, Any] = {}
+
+  def run(self, stream: io.BytesIO) -> Any:
+    """The object that the pickle at the stream's position describes; leaves the stream behind it.
+
+    Raises:
+      ValueError: it names something that is not in `calls`, or has an opcode that only serves to call things.
+      Exception: it is not a pickle; whatever its content leads to.
+    """
+    for opcode, argument, _ in pickletools.genops(stream):
+      name = opcode.name
+      if name == 'STOP':
+        return self._stack.pop()
+      if name in _CONSTANTS:
+        self._stack.append(_CONSTANTS[name]())
+      elif name in _VALUES:
+        self._stack.append(argument)
+      elif name not in _SKIPPED:
+        step = getattr(self, f'_{name.lower()}', None)
+        if step is None:
+          raise ValueError(f'the opcode {name} is refused')
+        step(argument)
+    raise ValueError('it has no end')
+
+  def _marked(self) -> list[Any]:
+    """All above the last mark, which is removed with it."""
+    at = next(i for i in reversed(range(len(self._stack))) if self._stack[i] is _MARK)
+    items = self._stack[at + 1 :]
+    del self._stack[at:]
+    return items
+
+  def _push(self, value: Any) -> None:
+    self._stack.append(value)
+
+  def _pop(self, _: None) -> None:
+    self._stack.pop()
+
+  def _pop_mark(self, _: None) -> None:
+    self._marked()
+
+  def _dup(self, _: None) -> None:
+    self._push(self._stack[-1])
+
+  # Containers.
+
+  def _tuple(self, _: None) -> None:
+    self._push(tuple(self._marked()))
+
+  def _tuple1(self, _: None) -> None:
+    self._last(1)
+
+  def _tuple2(self, _: None) -> None:
+    self._last(2)
+
+  def _tuple3(self, _: None) -> None:
+    self._last(3)
+
+  def _last(self, count: int) -> None:
+    items = tuple(self._stack[-count:])
+    del self._stack[-count:]
+    self._push(items)
+
+  def _list(self, _: None) -> None:
+    self._push(self._marked())
+
+  def _append(self, _: None) -> None:
+    self._extend([self._stack.pop()])
+
+  def _appends(self, _: None) -> None:
+    self._extend(self._marked())
+
+  def _extend(self, items: list[Any]) -> None:
+    if not isinstance(self._stack[-1], list):
+      raise ValueError('it appends to what is not a list')
+    self._stack[-1].extend(items)
+
+  def _dict(self, _: None) -> None:
+    items = self._marked()
+    self._push(dict(zip(items[::2], items[1::2], strict=True)))
+
+  def _setitem(self, _: None) -> None:
+    value, key = self._stack.pop(), self._stack.pop()
+    self._update([key, value])
+
+  def _setitems(self, _: None) -> None:
+    self._update(self._marked())
+
+  def _update(self, items: list[Any]) -> None:
+    if not isinstance(self._stack[-1], dict):
+      raise ValueError('it sets items of what is not a dict')
+    self._stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+  def _additems(self, _: None) -> None:
+    items = self._marked()
+    if not isinstance(self._stack[-1], set):
+      raise ValueError('it adds to what is not a set')
+    self._stack[-1].update(items)
+
+  def _frozenset(self, _: None) -> None:
+    self._push(frozenset(self._marked()))
+
+  # What was there before.
+
+  def _memoize(self, _: None) -> None:
+    self._put(len(self._memo))
+
+  def _put(self, index: int) -> None:
+    self._memo[index] = self._stack[-1]
+
+  def _get(self, index: int) -> None:
+    self._push(self._memo[index])
+
+  _binput = _long_binput = _put
+  _binget = _long_binget = _get
+
+  # Names, and calls of them.
+
+  def _global(self, argument: str) -> None:
+    self._name(*argument.split(' ', 1))
+
+  def _stack_global(self, _: None) -> None:
+    name, module = self._stack.pop(), self._stack.pop()
+    self._name(module, name)
+
+  def _name(self, module: str, name: str) -> None:
+    found = Name(module, name)
+    if str(found) not in self._calls:
+      raise ValueError(f'it names {str(found)[:80]!r}, which is refused')
+    self._push(found)
+
+  def _reduce(self, _: None) -> None:
+    arguments, found = self._stack.pop(), self._stack.pop()
+    if not isinstance(found, Name) or not isinstance(arguments, tuple):
+      raise ValueError('it calls what is not a name')
+    self._push(self._calls[str(found)](*arguments))
+
+  _newobj = _reduce
+
+  def _build(self, _: None) -> None:
+    state, made = self._stack.pop(), self._stack[-1]
+    if isinstance(made, Inert) and isinstance(state, dict):
+      made.state.update(state)
+    elif not isinstance(made, np.dtype):  # whose state says no more than its byte order
+      raise ValueError('it gives a state to what has none')
+
+  def _binpersid(self, _: None) -> None:
+    if self._persistent is None:
+      raise ValueError('it refers to something outside of it')
+    self._push(self._persistent(self._stack.pop()))
+
+
+# Tensors as torch pickles them.
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_STORAGES: dict[str, Any] = {
+  'Float': np.float32,
+  'Double': np.float64,
+  'Half': np.float16,
+  'BFloat16': jnp.bfloat16,
+  'Long': np.int64,
+  'Int': np.int32,
+  'Short': np.int16,
+  'Char': np.int8,
+  'Byte': np.uint8,
+  'Bool': np.bool_,
+}
+
+
+def _no_call(*arguments: Any) -> Any:
+  raise ValueError('it calls the type of a storage')
+
+
+_STORAGE_NAMES: Calls = {f'torch.{name}Storage': _no_call for name in _STORAGES}
+
+
+def storage(content: bytes) -> np.ndarray:
+  """The numbers of a storage that torch saved on its own, in its legacy format: three pickles, an object, and raw data."""
+  stream = io.BytesIO(content)
+  if Machine({}).run(stream) != _MAGIC:
+    raise ValueError('a tensor is not in the legacy format of torch')
+  for _ in range(2):  # the protocol, and the machine it was written on
+    Machine({}).run(stream)
+  declared: list[tuple[Any, ...]] = []
+
+  def persistent(reference: Any) -> Any:
+    declared.append(reference)
+    return reference
+
+  Machine(_STORAGE_NAMES, persistent).run(stream)
+  keys = Machine({}).run(stream)
+  ((kind, name, key, _, count, *_),) = declared
+  dtype = np.dtype(_STORAGES[name.name.removesuffix('Storage')]).newbyteorder('<')
+  (stored,) = struct.unpack('<q', stream.read(8))
+  if kind != 'storage' or keys != [key] or stored != count or stored < 0:
+    raise ValueError('a storage is not what it is declared to be')
+  return np.frombuffer(content, dtype, count, stream.tell())
+
+
+def tensor(
+  numbers: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> np.ndarray:
+  """A view of a storage, whose offset and strides count numbers; ValueError if it leaves the storage."""
+  if not isinstance(numbers, np.ndarray) or min(offset, *shape, *strides, 0) < 0:
+    raise ValueError('a tensor is not a view of a storage')
+  last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+  if math.prod(shape) and (last >= numbers.size or math.prod(shape) > numbers.size):
+    raise ValueError(f'a tensor of shape {shape} is larger than its storage of {numbers.size} numbers')
+  steps = [stride * numbers.itemsize for stride in strides]
+  return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)
+
+
+def scalar(dtype: np.dtype, content: bytes) -> Any:
+  """A number of NumPy's."""
+  return np.frombuffer(content, dtype, 1)[0].item()
+
+
+def dtype(name: str, *_: Any) -> np.dtype:
+  """A type of NumPy's numbers."""
+  found = np.dtype(name)
+  if found.kind not in 'fiub':
+    raise ValueError(f'it has the type {name!r}, which is refused')
+  return found
+
+
+def octets(text: str, encoding: str) -> bytes:
+  """Bytes as protocols before 3 have them."""
+  if encoding != 'latin1':
+    raise ValueError(f'bytes are encoded as {encoding!r:.20}')
+  return text.encode('latin1')
+
+
+TENSORS: Calls = {
+  'collections.OrderedDict': lambda *items: dict(*items),
+  'builtins.set': lambda *items: set(*items),
+  '__builtin__.set': lambda *items: set(*items),
+  '_codecs.encode': octets,
+  'torch._utils._rebuild_tensor_v2': tensor,
+  'torch._utils._rebuild_parameter': lambda data, *_: data,
+  'torch.storage._load_from_bytes': storage,
+  'numpy.dtype': dtype,
+  'numpy.core.multiarray.scalar': scalar,
+  'numpy._core.multiarray.scalar': scalar,
+}

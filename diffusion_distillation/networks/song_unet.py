@@ -1,0 +1,184 @@
+"""DDPM++ and NCSN++ (Song et al. 2021) as Karras et al. (2022) have them, the networks of EDM's CIFAR-10 models."""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_distillation.config import POSITIVE, key
+from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.networks.denoiser import BOTTLENECK
+from diffusion_distillation.networks.edm_blocks import (
+  EdmSection,
+  EdmUNet,
+  Style,
+  num_groups,
+  octaves,
+  resample,
+  sinusoids,
+  uniform,
+)
+from diffusion_distillation.networks.layers import GroupNorm
+from diffusion_distillation.networks.unet import DTYPES
+
+EMBEDDINGS = ('positional', 'fourier')
+ENCODERS = ('standard', 'skip', 'residual')
+DECODERS = ('standard', 'skip')
+SCALE = 16.0  # standard deviation of random frequencies
+
+
+@dataclasses.dataclass(frozen=True)
+class SongUNetSection(EdmSection):
+  """The hyper-parameters of a SongUNet that no other network has."""
+
+  embedding: str = key(
+    'positional',
+    '`song_unet`: embedding of time, sinusoids at fixed (DDPM++) or at random frequencies (NCSN++).',
+    choices=EMBEDDINGS,
+  )
+  noise_mult: int = key(
+    1, '`song_unet`: width of the embedding of time in multiples of `model.ch`; NCSN++ has 2.', POSITIVE
+  )
+  encoder: str = key(
+    'standard',
+    '`song_unet`: whether a pyramid of the input joins the way down, by 1x1 convolutions of the image (`skip`) or by '
+    'convolutions level after level (`residual`, NCSN++).',
+    choices=ENCODERS,
+  )
+  decoder: str = key(
+    'standard',
+    '`song_unet`: whether every level adds to the output (`skip`), or the last one alone makes it.',
+    choices=DECODERS,
+  )
+  resample_filter: tuple[int, ...] = key(
+    (1, 1), '`song_unet`: taps of the resampling filter, an even number of them; NCSN++ has 1, 3, 3, 1.'
+  )
+
+
+@functools.cache
+def random_frequencies(count: int) -> tuple[float, ...]:
+  """The same normal numbers, times SCALE, at each call."""
+  numbers = np.random.Generator(np.random.Philox(0)).standard_normal(count)
+  return tuple(float(number) for number in (SCALE * numbers).astype(np.float32))
+
+
+class SongUNet(EdmUNet):
+  """Maps (z, logsnr, cond) to an output of `out_ch` channels; see `denoiser.Network` and `edm_blocks.EdmUNet`.
+
+  Attributes:
+    embedding: 'positional' or 'fourier'.
+    noise_mult: width of the embedding of time in multiples of `ch`, unless `frequencies` says otherwise.
+    frequencies: of 'fourier', per unit of c_noise; none for `random_frequencies`. They are not trained.
+    encoder: 'standard', 'skip' or 'residual'.
+    decoder: 'standard' or 'skip'.
+    resample_filter: taps, an even number of them.
+  """
+
+  Section = SongUNetSection
+  STYLE = Style(
+    epsilon=1e-6,
+    residual_scale=math.sqrt(0.5),
+    scale_shift=False,
+    project=True,
+    head_dim=None,
+    init=uniform(1.0, 'fan_avg', 'uniform'),
+    init_last=uniform(1e-10, 'fan_avg', 'uniform'),
+    init_qkv=uniform(0.2, 'fan_avg', 'uniform'),
+  )
+
+  embedding: str = 'positional'
+  noise_mult: int = 1
+  frequencies: tuple[float, ...] = ()
+  encoder: str = 'standard'
+  decoder: str = 'standard'
+  resample_filter: tuple[int, ...] = (1, 1)
+
+  @property
+  def first_ch(self) -> int:
+    """Width of the first convolution."""
+    return self.ch
+
+  def check(self, image_shape: tuple[int, ...]) -> None:
+    """See `denoiser.Network`."""
+    for name, value, table in (
+      ('embedding', self.embedding, EMBEDDINGS),
+      ('encoder', self.encoder, ENCODERS),
+      ('decoder', self.decoder, DECODERS),
+    ):
+      if value not in table:
+        raise ValueError(f'{name}={value!r} is not one of {list(table)}')
+    if len(self.resample_filter) % 2 or not sum(self.resample_filter):
+      raise ValueError(
+        f'resample_filter={self.resample_filter} must have an even number of taps, with a sum other than 0'
+      )
+    super().check(image_shape)
+
+  @nn.compact
+  def __call__(
+    self, z: jax.Array, logsnr: jax.Array, cond: Cond = None, deterministic: bool = True
+  ) -> jax.Array:
+    """z: (B, H, W, C); logsnr: (B,); cond: `label` (B,) integers if conditional. Returns (B, H, W, out_ch)."""
+    emb, x = self._embed(logsnr, cond), self.scaled_input(z, logsnr)
+    dtype, taps = DTYPES[self.dtype], self.resample_filter
+    down, up = self.layers()
+    aux, height = x, x.shape[1]
+    h = self.conv(self.ch, f'enc.{height}x{height}_conv', dtype=dtype)(x)
+    skips = [h]
+    for layer in down:
+      at = height >> layer.level
+      attends = layer.way is None and at in self.attn_resolutions
+      h = self.block(layer, at, 'enc', attends, taps)(h, emb, deterministic)
+      if layer.way and self.encoder != 'standard':
+        h, aux = self._join(h, aux, f'enc.{at}x{at}_aux')
+      skips.append(h)
+    out = None
+    for layer in up:
+      at, last = height >> layer.level, layer.name == f'block{self.num_res_blocks}'
+      if layer.name.startswith('block'):
+        h = jnp.concatenate([h, skips.pop()], axis=-1)
+      attends = layer.name == 'in0' or (last and at in self.attn_resolutions)
+      h = self.block(layer, at, 'dec', attends, taps)(h, emb, deterministic)
+      if layer.name == 'in1':
+        self.sow(BOTTLENECK, 'h', h)
+      if last and (self.decoder == 'skip' or not layer.level):
+        told = self._head(h, f'dec.{at}x{at}_aux', z.dtype)
+        out = told if out is None else told + resample(out, 'up', taps)
+    assert out is not None
+    return -out if self.preconditioning == 've' else out
+
+  def _embed(self, logsnr: jax.Array, cond: Cond) -> jax.Array:
+    """The embedding of time and class, (B, emb_ch)."""
+    frequencies = octaves(self.ch * self.noise_mult // 2, endpoint=True)
+    if self.embedding == 'fourier':
+      drawn = self.frequencies or random_frequencies(self.ch * self.noise_mult // 2)
+      frequencies = np.float32(2.0 * np.pi) * np.array(drawn, np.float32)
+    emb = jnp.concatenate(sinusoids(self.noise_input(logsnr), frequencies), axis=-1)
+    init = self.STYLE.init
+    if self.num_classes:
+      label = math.sqrt(self.num_classes) * self.one_hot(cond)
+      emb = emb + nn.Dense(emb.shape[-1], kernel_init=init, name='map_label')(label)
+    for name in ('map_layer0', 'map_layer1'):
+      emb = nn.swish(nn.Dense(self.emb_ch, kernel_init=init, name=name)(emb))
+    return emb
+
+  def _join(self, h: jax.Array, aux: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+    """The pyramid of the input at the next level, added to h; and the pyramid itself."""
+    ch, dtype, taps, init = h.shape[-1], DTYPES[self.dtype], self.resample_filter, self.STYLE.init
+    if self.encoder == 'skip':
+      aux = resample(aux, 'down', taps)
+      return h + nn.Dense(ch, kernel_init=init, dtype=dtype, name=f'{name}_skip')(aux), aux
+    margin = 1 + (len(taps) - 1) // 2
+    padding = ((margin, margin), (margin, margin))
+    wide = self.conv(ch, f'{name}_residual', padding=padding, dtype=dtype)(aux)
+    h = math.sqrt(0.5) * (h + resample(wide, 'down', taps, pad=False))
+    return h, h
+
+  def _head(self, h: jax.Array, name: str, dtype: jnp.dtype) -> jax.Array:
+    """What a level says of the output."""
+    norm = GroupNorm(num_groups(h.shape[-1]), DTYPES[self.dtype], 1e-6, name=f'{name}_norm')
+    h = nn.swish(norm(h)).astype(dtype)
+    return self.conv(self.out_ch, f'{name}_conv', self.STYLE.init_last)(h)
