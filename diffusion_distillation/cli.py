@@ -30,7 +30,7 @@ from diffusion_distillation.networks import conditioning
 from diffusion_distillation.options import Options
 from diffusion_distillation.run import replay
 from diffusion_distillation.run import run as run_module
-from diffusion_distillation.stages import provenance, workdir
+from diffusion_distillation.stages import comparison, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.system import (
@@ -287,7 +287,7 @@ def _evaluate(options: Options) -> None:
   if options.config is not None:
     config = _config(options)
     check_numbers(config)
-    workdir.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
+    comparison.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
   planned, images = workdir.plan_for(directory, config)
   if images is None:
     raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')

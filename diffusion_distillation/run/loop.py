@@ -17,7 +17,7 @@ from diffusion_distillation.config import Config
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted
 from diffusion_distillation.run import attempts, replay
 from diffusion_distillation.run.inputs import Inputs, shapes
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import provenance, trained
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import announcing, interrupts, sharding
@@ -78,7 +78,7 @@ def fit(
         )
       if int(state.step) < stage.num_updates:
         state, seconds = _until_the_end(loop, stage, inputs, checkpoints, state, seconds)
-    model = provenance.to_model(stage, state, seconds)
+    model = trained.to_model(stage, state, seconds)
     provenance.check_digest(workdir, model)
   provenance.finish_stage(workdir, parents, model, config, anew)
   return model

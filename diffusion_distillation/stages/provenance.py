@@ -19,6 +19,7 @@ from diffusion_distillation.config import Config
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.spaces import SPACES
+from diffusion_distillation.stages.comparison import check_config
 from diffusion_distillation.stages.model import (
   DESCRIPTION,
   StoredModel,
@@ -29,12 +30,12 @@ from diffusion_distillation.stages.model import (
   write,
 )
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.stages.trained import Model, Stored
-from diffusion_distillation.stages.workdir import check_config, class_names, label_counts
+from diffusion_distillation.stages.trained import Model, Stored, sets_of, to_model
+from diffusion_distillation.stages.workdir import class_names, label_counts
 from diffusion_distillation.system import cluster, files, sharding
-from diffusion_distillation.system.checkpoints import Checkpoints, digest
+from diffusion_distillation.system.checkpoints import Checkpoints
 from diffusion_distillation.system.files import read_json, write_json
-from diffusion_distillation.training.state import Params, TrainState
+from diffusion_distillation.training.state import Params
 
 _log = logging.getLogger(__name__)
 
@@ -300,19 +301,7 @@ def _read_set(workdir: pathlib.Path, stage: Stage, weights: str) -> Params:
     raise DamagedError(
       f'{folder.parent}: no whole checkpoint is left to read the weights {weights!r} from'
     )
-  return sharding.to_host(_sets(stage, restored[0])[weights])
-
-
-def _sets(stage: Stage, state: TrainState) -> dict[str, Params]:
-  sampled = state.ema_params[: len(stage.recipe.ema_decay)]  # the method may keep others
-  return dict(zip(stage.weights, [*sampled, state.params['student']], strict=True))
-
-
-def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
-  """A training state, seen as what is sampled from: its first moving average. On the host."""
-  sets = sharding.to_host(_sets(stage, state))
-  digests = {name: digest(params) for name, params in sets.items()}
-  return Model(stage, 'ema', digests['ema'], int(state.step), seconds, sets, digests)
+  return sharding.to_host(sets_of(stage, restored[0])[weights])
 
 
 def adopt(

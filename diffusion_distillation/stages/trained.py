@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from diffusion_distillation.config import choose
 from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import digest
-from diffusion_distillation.training.state import Params
+from diffusion_distillation.training.state import Params, TrainState
 
 
 class Stored(Mapping[str, Params]):
@@ -76,3 +77,16 @@ class Model:
   def hold(self) -> 'Model':
     """The same with this set, and no other, in memory."""
     return dataclasses.replace(self, all={self.weights: self.params})
+
+
+def sets_of(stage: Stage, state: TrainState) -> dict[str, Params]:
+  """The sets of weights that a stage keeps, by name; see `Stage.weights`."""
+  sampled = state.ema_params[: len(stage.recipe.ema_decay)]  # the method may keep others
+  return dict(zip(stage.weights, [*sampled, state.params['student']], strict=True))
+
+
+def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
+  """A training state, seen as what is sampled from: its first moving average. On the host."""
+  sets = sharding.to_host(sets_of(stage, state))
+  digests = {name: digest(params) for name, params in sets.items()}
+  return Model(stage, 'ema', digests['ema'], int(state.step), seconds, sets, digests)

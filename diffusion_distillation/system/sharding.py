@@ -340,12 +340,8 @@ def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: A
     yield
     return
   examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split()), batch)
-  given = (
-    recipe,
-    abstract(state),
-    abstract(frozen),
-    examples,
-  )  # here: the thread may outlive the layout
+  # Not in the thread, which may outlive the layout.
+  given = (recipe, abstract(state), abstract(frozen), examples)
   thread = concurrent.futures.ThreadPoolExecutor(1)
   program = thread.submit(lambda: step.lower(*given).compile())
   thread.shutdown(wait=False)

@@ -8,6 +8,7 @@ import pytest
 
 from configs import default
 from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.stages import comparison
 from diffusion_distillation.stages import workdir as workdirs
 from tests import tiny
 
@@ -55,21 +56,21 @@ def test_a_value_that_made_a_stage_may_not_change(tmp_path):
   for key in ('train__learning_rate', 'distill__start_steps', 'model__ch', 'seed', 'weighting'):
     value = 'snr' if key == 'weighting' else 48
     with pytest.raises(UserError, match=key.replace('__', r'\.')):
-      workdirs.check_config(path, made_with(), tiny.config(**{key: value}))
+      comparison.check_config(path, made_with(), tiny.config(**{key: value}))
 
 
 def test_what_only_measures_logs_or_lays_out_may_change(tmp_path):
   changes = {'evaluation__num_samples': 7, 'log__every': 3, 'checkpoint__every': 2, 'mesh__fsdp': 2}
   changes |= {'methods': ('dmd',), 'dataset__workers': 1, 'compute__remat': True, 'max_skipped': 7}
-  workdirs.check_config(tmp_path / 'config.json', made_with(), tiny.config(**changes))
+  comparison.check_config(tmp_path / 'config.json', made_with(), tiny.config(**changes))
 
 
 def test_a_students_section_may_change_under_all_stages_but_its_own(tmp_path):
   path, changed = tmp_path / 'stage.json', tiny.config(dmd__learning_rate=0.5)
   for stage in ('', 'base', 'knowledge'):
-    workdirs.check_config(path, made_with(), changed, stage)
+    comparison.check_config(path, made_with(), changed, stage)
   with pytest.raises(UserError, match=r'dmd\.learning_rate'):
-    workdirs.check_config(path, made_with(), changed, 'dmd')
+    comparison.check_config(path, made_with(), changed, 'dmd')
 
 
 def test_rounds_may_be_tuned_after_the_base_and_each_knows_its_own_numbers(tmp_path):
@@ -78,33 +79,33 @@ def test_rounds_may_be_tuned_after_the_base_and_each_knows_its_own_numbers(tmp_p
   old = {'distill__start_steps': 32, 'distill__num_updates': (5, 7), 'distill__factor': (2,)}
   changed = tiny.config(**old | {'distill__num_updates': (5, 8, 7)})
   for stage in ('', 'base', 'dmd', 'progressive_0016', 'progressive_0004', 'progressive_0001'):
-    workdirs.check_config(path, made_with(**old), changed, stage)
+    comparison.check_config(path, made_with(**old), changed, stage)
   with pytest.raises(UserError, match=r'distill\.num_updates was 5, is 8'):
-    workdirs.check_config(path, made_with(**old), changed, 'progressive_0002')
+    comparison.check_config(path, made_with(**old), changed, 'progressive_0002')
   with pytest.raises(UserError, match=r'distill\.factor was 2, is 4'):
     quarters = tiny.config(**old | {'distill__factor': (4, 2, 2, 2)})
-    workdirs.check_config(path, made_with(**old), quarters, 'progressive_0008')
+    comparison.check_config(path, made_with(**old), quarters, 'progressive_0008')
   for key, value in (('batch_size', 48), ('decay', 'none')):
     other = tiny.config(**old | {f'distill__{key}': value})
-    workdirs.check_config(path, made_with(**old), other, 'base')
+    comparison.check_config(path, made_with(**old), other, 'base')
     with pytest.raises(UserError, match=f'distill.{key}'):
-      workdirs.check_config(path, made_with(**old), other, 'progressive_0016')
+      comparison.check_config(path, made_with(**old), other, 'progressive_0016')
 
 
 def test_a_run_that_ended_at_several_steps_may_go_on_to_one(tmp_path):
   ended = {'distill__start_steps': 8, 'distill__end_steps': 2, 'distill__num_updates': (5,)}
   further = tiny.config(**ended | {'distill__end_steps': 1, 'distill__num_updates': (5, 9)})
   for stage in ('', 'base', 'progressive_0004', 'progressive_0002'):
-    workdirs.check_config(tmp_path / 'stage.json', made_with(**ended), further, stage)
+    comparison.check_config(tmp_path / 'stage.json', made_with(**ended), further, stage)
 
 
 def test_the_steps_that_a_consistency_student_is_measured_in_may_change(tmp_path):
   changed = tiny.config(consistency__sample_steps=(1, 3))
   for stage in ('', 'base', 'consistency'):
-    workdirs.check_config(tmp_path / 'stage.json', made_with(), changed, stage)
+    comparison.check_config(tmp_path / 'stage.json', made_with(), changed, stage)
   with pytest.raises(UserError, match=r'consistency\.end_intervals'):
     other = tiny.config(consistency__end_intervals=77)
-    workdirs.check_config(tmp_path / 'stage.json', made_with(), other, 'consistency')
+    comparison.check_config(tmp_path / 'stage.json', made_with(), other, 'consistency')
 
 
 @pytest.mark.parametrize(('target', 'decay'), [('ema', 0.9), ('last', 0.0)])
@@ -118,19 +119,19 @@ def test_a_target_of_an_older_version_is_the_decay_that_it_was(tmp_path, target,
   same = tiny.config(**averages, consistency__target_decay=decay)
   assert workdirs.read_config(tmp_path, tiny.config()).to_json() == same.to_json()
   for stage in ('', 'base', 'consistency'):
-    workdirs.check_config(path, older, same, stage)
+    comparison.check_config(path, older, same, stage)
   other = tiny.config(**averages, consistency__target_decay=0.7)
   with pytest.raises(UserError, match=rf'consistency\.target_decay was {decay}, is 0\.7'):
-    workdirs.check_config(path, older, other, 'consistency')
+    comparison.check_config(path, older, other, 'consistency')
 
 
 def test_keys_that_an_older_version_did_not_have_are_not_compared(tmp_path):
   older = made_with()
   del older['weighting']
-  workdirs.check_config(tmp_path / 'config.json', older, tiny.config())
+  comparison.check_config(tmp_path / 'config.json', older, tiny.config())
   newer = made_with() | {'of_a_newer_version': 1}
   with pytest.raises(UserError, match='of_a_newer_version was 1, is absent'):
-    workdirs.check_config(tmp_path / 'config.json', newer, tiny.config())
+    comparison.check_config(tmp_path / 'config.json', newer, tiny.config())
 
 
 NEW = [f'{name}.{key}' for name in ('dmd', 'dmd2') for key in ('fake_law', 'fake_weighting', 'clip_x')]
@@ -164,7 +165,7 @@ STAGES = ('', 'base', 'progressive_0002', 'dmd', 'dmd2')
 def test_an_older_workdir_goes_on_where_the_new_keys_train_as_before(tmp_path, changes):
   for stage in STAGES:
     for config in (tiny.config(**changes), tiny.config(**changes, dmd__fake_law='base')):
-      workdirs.check_config(tmp_path / 'stage.json', made_before(**changes), config, stage)
+      comparison.check_config(tmp_path / 'stage.json', made_before(**changes), config, stage)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +183,10 @@ def test_an_older_student_that_would_be_trained_in_another_way_now_is_refused(
   path, made = tmp_path / 'stage.json', made_before(**changes)
   joint = {'dmd__joint_clip': True} if 'joint_clip' in message else {}
   with pytest.raises(UserError, match=message):
-    workdirs.check_config(path, made, tiny.config(**changes, **joint), stage)
-  workdirs.check_config(path, made, tiny.config(**changes, **as_before), stage)
+    comparison.check_config(path, made, tiny.config(**changes, **joint), stage)
+  comparison.check_config(path, made, tiny.config(**changes, **as_before), stage)
   for other in STAGES[:3]:
-    workdirs.check_config(path, made, tiny.config(**changes), other)
+    comparison.check_config(path, made, tiny.config(**changes), other)
 
 
 def test_the_config_of_an_older_workdir_says_how_it_was_trained(tmp_path):
@@ -202,6 +203,6 @@ def test_the_config_of_an_older_workdir_says_how_it_was_trained(tmp_path):
 def test_a_weighting_that_is_the_base_s_under_another_name_is_no_change(tmp_path):
   path, made = tmp_path / 'stage.json', made_with(weighting='snr')
   for stage, key in (('progressive_0002', 'distill__weighting'), ('dmd', 'dmd__fake_weighting')):
-    workdirs.check_config(path, made, tiny.config(**{'weighting': 'snr', key: 'snr'}), stage)
+    comparison.check_config(path, made, tiny.config(**{'weighting': 'snr', key: 'snr'}), stage)
     with pytest.raises(UserError, match=r'weighting was base \(snr\), is edm'):
-      workdirs.check_config(path, made, tiny.config(**{'weighting': 'snr', key: 'edm'}), stage)
+      comparison.check_config(path, made, tiny.config(**{'weighting': 'snr', key: 'edm'}), stage)

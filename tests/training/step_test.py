@@ -16,7 +16,7 @@ from diffusion_distillation.methods import METHODS, Method, Student
 from diffusion_distillation.networks.conditioning import Classes
 from diffusion_distillation.run import run
 from diffusion_distillation.run.inputs import shapes
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import provenance, trained
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import digest
@@ -221,7 +221,7 @@ def test_a_model_has_all_the_weights_of_its_stage_by_name():
   stage = small(0, ema_decay=(0.9, 0.99))
   state = small_state(stage)
   averages = tuple(small_params(seed) for seed in (1, 2))
-  model = provenance.to_model(stage, state.replace(ema_params=averages), 0.0)
+  model = trained.to_model(stage, state.replace(ema_params=averages), 0.0)
   named = {'ema': averages[0], 'ema_0.99': averages[1], 'last': state.params['student']}
   assert list(model.all) == list(named) == list(stage.weights)
   assert model.weights == 'ema' and model.digest == digest(averages[0])

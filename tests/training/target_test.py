@@ -8,7 +8,7 @@ import pytest
 from flax.core import FrozenDict
 
 from diffusion_distillation.evaluation import measure
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import trained
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training import step as update
 from tests import tiny
@@ -51,7 +51,7 @@ def test_the_target_is_computed_by_an_average_of_its_own_which_is_not_sampled():
   assert found == pytest.approx(loss(of_the_first, exchanged), rel=1e-6)
   assert abs(found / loss(of_the_first, state) - 1.0) > 1e-3
 
-  model = provenance.to_model(stage, state, 0.0)
+  model = trained.to_model(stage, state, 0.0)
   assert list(model.all) == list(stage.weights) == ['ema', 'last']
   assert_same(model.params, state.ema_params[0])
 

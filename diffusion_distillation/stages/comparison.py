@@ -1,0 +1,129 @@
+"""Whether the config of a run agrees with the one that made what is in its workdir.
+
+Each stage is compared with the config in its own stage.json. A stage is refused only if a key that made it has changed; keys that
+only measure, log or lay out may always change. Configs of older versions are read as they were meant.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_distillation.config import Config, flatten
+from diffusion_distillation.diffusion.weightings import AS_BASE
+from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.methods import METHODS, Student
+from diffusion_distillation.stages.plan import PER_ROUND, of_round, rounds
+
+# Prefixes of the keys that may change between two runs in one workdir: they touch no parameter of any stage.
+FREE = (
+  *('evaluation.', 'log.', 'checkpoint.', 'consistency.sample_steps'),
+  *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
+  *('methods', 'pairs.', 'student.', 'distill.end_steps', 'max_skipped'),
+  *('mesh.', 'compute.'),
+)
+
+
+def _is_free(key: str, stage: str) -> bool:
+  """Whether a key may differ from the one that `stage` was made with; '': from that of the workdir.
+
+  Keys in FREE may differ, and so may the sections of other stages, which are compared with their own stage.json.
+  """
+  if key == 'distill.start_steps':  # the base is sampled in as many
+    return False
+  of_students = {name for name, cls in METHODS.items() if issubclass(cls, Student)} | {'distill'}
+  others = of_students - {'distill' if _is_round(stage) else stage}
+  return key.startswith(FREE) or key.partition('.')[0] in others
+
+
+def _is_round(stage: str) -> bool:
+  return stage.startswith('progressive_')
+
+
+def of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
+  """A stored config in the keys of this version; `consistency.target` was `ema`, the first average, or `last`."""
+  section = values.get('consistency')
+  if not isinstance(section, Mapping) or 'target' not in section:
+    return dict(values)
+  kept = {key: value for key, value in section.items() if key != 'target'}
+  averages = kept.get('ema_decay') or (0.0,)
+  decay = averages[0] if section['target'] == 'ema' else 0.0
+  return {**values, 'consistency': {**kept, 'target_decay': decay}}
+
+
+def implied(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys that a flat config of an older version lacks, as it trained without them; only those that make a difference."""
+  found: dict[str, Any] = {'distill.weighting': AS_BASE}
+  if 'evaluation.clip_x' in values:
+    found['pairs.clip_x'] = values['evaluation.clip_x']
+  for name in ('dmd', 'dmd2'):
+    found |= {f'{name}.fake_law': AS_BASE, f'{name}.fake_weighting': AS_BASE}
+    found |= {f'{name}.gan_head': 'pooled', f'{name}.joint_clip': False}
+    if values.get(f'{name}.gan_fake'):
+      between = {f'{name}.gan_{key}': f'{name}.{key}' for key in ('first_t', 'last_t')}
+      found |= {key: values[of_scores] for key, of_scores in between.items() if of_scores in values}
+    if values.get(f'{name}.num_steps', 1) > 1 and 'pairs.clip_x' in found:
+      found[f'{name}.clip_x'] = found['pairs.clip_x']
+  return {key: value for key, value in found.items() if key not in values}
+
+
+# Keys that may be 'base', each with the key of base training that this stands for.
+_FOLLOWS = {'distill.weighting': 'weighting'} | {
+  f'{name}.{key}': of_base
+  for name in ('dmd', 'dmd2')
+  for key, of_base in (('fake_law', 'time.law'), ('fake_weighting', 'weighting'))
+}
+
+
+def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
+  """Returns a flat config as it is compared with others.
+
+  'base' is replaced by what it stands for; for a round of progressive distillation, each tuple of PER_ROUND is replaced
+  by the round's entry.
+  """
+  follows = {key: of_base for key, of_base in _FOLLOWS.items() if values.get(key) == AS_BASE}
+  values = values | {key: values[of_base] for key, of_base in follows.items() if of_base in values}
+  if not _is_round(stage):
+    return values
+  try:
+    steps = rounds(*(values[f'distill.{key}'] for key in ('start_steps', 'end_steps', 'factor')))
+  except (KeyError, UserError):
+    return values
+  names = [f'progressive_{num_steps:04d}' for num_steps, _ in steps]
+  if stage not in names:
+    return values
+  from_the_end = len(names) - 1 - names.index(stage)
+  own = {key: values[key] for key in map('distill.{}'.format, PER_ROUND) if key in values}
+  return values | {key: of_round(entries, from_the_end) for key, entries in own.items()}
+
+
+def _shown(key: str, values: Mapping[str, Any], made: Any) -> Any:
+  """A key's value in an error message: 'base' with what it stands for."""
+  return f'{AS_BASE} ({made})' if key in _FOLLOWS and values.get(key) == AS_BASE else made
+
+
+def check_config(
+  path: pathlib.Path, made_with: Mapping[str, Any], config: Config, stage: str = ''
+) -> None:
+  """Raises UserError, with the differing keys, if what `path` belongs to was made with another config.
+
+  Keys that `_is_free` names may differ; keys that an older version did not have are not compared.
+  """
+  if not isinstance(made_with, Mapping):
+    raise DamagedError(f'{path} is damaged (no config in it); restore it from a copy')
+  stored = dict(flatten(of_this_version(made_with)))
+  given = dict(flatten(json.loads(config.to_json())))
+  stored |= implied(stored)
+  old, new = _as_made(stage, stored), _as_made(stage, given)
+  differing = [
+    f'{key} was {_shown(key, stored, value)}, is {_shown(key, given, new.get(key, "absent"))}'
+    for key, value in sorted(old.items())
+    if not _is_free(key, stage) and value != new.get(key, 'absent')
+  ]
+  if differing:
+    remedy = f'remove {path.parent} to train this stage again' if stage else 'use another workdir'
+    if any(key.startswith(f'distill.{name} ') for key in differing for name in PER_ROUND):
+      remedy += '; the last entry of a tuple is that of the last round, so that a further round needs an entry of its own'
+    raise UserError(
+      f'{path}: made with another config: {"; ".join(differing)}. Use that config, or {remedy}'
+    )
