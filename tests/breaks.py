@@ -90,7 +90,7 @@ def problem(broken: Break) -> str:
   if count != 1:
     return f'its old text occurs {count} times in {broken.file}'
   test, _, name = broken.test.partition('::')
-  if not (ROOT / test).is_file() or f'def {name}' not in (ROOT / test).read_text():
+  if not (ROOT / test).is_file() or f'def {name.partition("[")[0]}' not in (ROOT / test).read_text():
     return f'there is no {broken.test}'
   return ''
 

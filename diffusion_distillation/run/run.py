@@ -15,6 +15,7 @@ from diffusion_distillation.run.inputs import gather, load_distance, needed
 from diffusion_distillation.run.loop import fit
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
+from diffusion_distillation.stages.plan import check_output
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import sharding
@@ -54,7 +55,11 @@ def _check(
   """Checks a plan by itself; returns the names of finished stages, and the weights of distances."""
   check_batches(config)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
-  return {stage.name for stage in stages if provenance.is_finished(workdir, stage)}, distances_of
+  done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
+  for stage in stages:
+    if stage.name not in done:
+      check_output(stage)
+  return done, distances_of
 
 
 def _show(

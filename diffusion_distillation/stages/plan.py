@@ -207,7 +207,6 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
 
 def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage:
   """A stage of the base's student, trained by the method and as the section of this name say."""
-  _check_output(name, student, base.schedule)
   section, cls = config[name], METHODS[name]
   method = cls.from_config(name, section, parts.make_context(config, base))
   sampling, rates = cls.sampling(section), cls.learning_rates(section)
@@ -230,18 +229,18 @@ def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage
   )
 
 
-def _check_output(name: str, student: Denoiser, schedule: Schedule) -> None:
-  """Raises UserError if the student predicts eps, and the schedule leaves too little of x at t = 1, where it is called.
+def check_output(stage: Stage) -> None:
+  """Raises UserError if a stage yet to be trained predicts eps where the schedule leaves too little of x: at t = 1.
 
   The rounds of progressive distillation are not checked. Under the weighting `snr` their loss counts an error in eps once,
   whatever alpha is, and samplers of several steps clip x at t = 1; the paper's table of outputs has such bases.
   """
-  if student.output != 'eps':
+  if stage.denoise.output != 'eps' or not issubclass(METHODS[stage.method], Student):
     return
-  gain = float(jnp.exp(0.5 * jax.nn.softplus(-schedule(jnp.ones(())))))  # 1 / alpha
+  gain = float(jnp.exp(0.5 * jax.nn.softplus(-stage.schedule(jnp.ones(())))))  # 1 / alpha
   if gain > MAX_GAIN:
     raise UserError(
-      f'{name}: a student that predicts eps turns an error in it into one in x that is {gain:,.0f} times as large at t = 1 '
+      f'{stage.name}: a student that predicts eps turns an error in it into one in x that is {gain:,.0f} times as large at t = 1 '
       f'(1 / alpha; at most {MAX_GAIN:,.0f}); set student.output (or model.output) to v or x, or choose a schedule that '
       'leaves more signal there, such as schedule.logsnr_min=-13'
     )

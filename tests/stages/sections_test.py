@@ -9,7 +9,10 @@ from diffusion_distillation.diffusion.schedules import Cosine, LinearBeta
 from diffusion_distillation.diffusion.weightings import Constant, Edm, Snr, SnrPlusOne, SnrTrunc
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.networks.head import Head, StridedHead
+from diffusion_distillation.run import run
 from diffusion_distillation.stages import plan as stages
+from diffusion_distillation.stages import workdir as workdirs
+from tests import tiny
 from tests.stages.students_test import ALL, ROUNDS, plan
 
 
@@ -97,10 +100,10 @@ def test_a_student_that_predicts_eps_is_refused_where_its_errors_explode(name):
   """At t = 1, where x is (z - sigma eps) / alpha; a schedule or an output as the message says is taken."""
   for changes in ({'model__output': 'eps'}, {'student__output': 'eps'}):
     with pytest.raises(UserError, match=rf'^{name}: .* 22,0\d\d times .* student\.output') as error:
-      plan(name, **changes)
+      stages.check_output(plan(name, **changes)[name])
     assert '\n' not in str(error.value)
   for changes in MODERATE:
-    assert name in plan(name, **changes)
+    stages.check_output(plan(name, **changes)[name])
 
 
 def test_public_epsilon_teachers_are_below_the_limit_and_the_cosine_schedule_is_not():
@@ -112,4 +115,14 @@ def test_public_epsilon_teachers_are_below_the_limit_and_the_cosine_schedule_is_
 
 
 def test_rounds_of_eps_are_planned_as_the_paper_s_table_of_outputs_needs_them():
-  assert ROUNDS[-1] in plan('progressive', model__output='eps', weighting='snr')
+  stages.check_output(plan('progressive', model__output='eps', weighting='snr')[ROUNDS[-1]])
+
+
+def test_a_finished_student_of_eps_is_used_and_an_unfinished_one_is_not_trained(tmp_path):
+  config = tiny.config(methods=('knowledge',), model__output='eps')
+  planned, _ = workdirs.plan_for(tmp_path, config)
+  with pytest.raises(UserError, match='knowledge: a student that predicts eps'):
+    run._check(config, tmp_path, planned)
+  (tmp_path / 'knowledge').mkdir()
+  (tmp_path / 'knowledge' / 'stage.json').write_text('{"finished": true}')
+  assert run._check(config, tmp_path, planned)[0] == {'knowledge'}
