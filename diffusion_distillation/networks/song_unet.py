@@ -55,7 +55,9 @@ class SongUNetSection(EdmSection):
     choices=DECODERS,
   )
   resample_filter: tuple[int, ...] = key(
-    (1, 1), '`song_unet`: taps of the resampling filter, an even number of them; NCSN++ has 1, 3, 3, 1.'
+    (1, 1),
+    '`song_unet`: taps of the resampling filter, an even number of them; NCSN++ has 1, 3, 3, 1.',
+    POSITIVE,
   )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flax.core import FrozenDict
 
-from diffusion_distillation.config import Config, build, choose
+from diffusion_distillation.config import Config, build, choose, keys
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.process import OUTPUTS, output_channels
 from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
@@ -77,6 +77,10 @@ def make_denoiser(
   output = section['output']
   choose('model.output', output, OUTPUTS)
   cls = choose('model.name', section['name'], NETWORKS)
+  for network_cls in NETWORKS.values():  # also of those whose keys this network does not have
+    for name, declared in keys(network_cls.Section).items():
+      if declared.choices and name in section:
+        choose(f'model.{name}', section[name], dict.fromkeys(declared.choices))
   num_classes = data.num_classes if section['conditional'] else 0
   if not section['conditional'] and config.dataset.label_dropout:
     raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
