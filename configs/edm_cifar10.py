@@ -21,14 +21,14 @@ def common() -> ml_collections.ConfigDict:
   c.methods = ('dmd',)
   c.weighting = 'edm'
 
-  c.pairs.sampler = 'heun'
+  c.pairs.sampler = 'edm_heun'
   c.pairs.grid = 'karras'
   c.dmd.weight_decay = 0.01
   c.dmd.warmup = 500
   c.dmd.decay = 'none'
   c.dmd.clip_norm = 10.0
 
-  c.evaluation.samplers = ('heun',)
+  c.evaluation.samplers = ('edm_heun',)
   c.evaluation.grid = 'karras'
   c.evaluation.clip_x = False
   c.evaluation.num_samples = 50_000

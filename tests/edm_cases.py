@@ -18,20 +18,14 @@ import safetensors.numpy
 
 from diffusion_distillation.diffusion.process import alpha_sigma
 from diffusion_distillation.interop import edm
+from tests import parity_peers
 
 DATA = pathlib.Path(__file__).parent / 'parity_peers'
 
 
 def weights(name, shape, kind, crc32):
   """The parameter of that name, torch's layout; checked against the recorded one."""
-  n = np.random.Generator(np.random.Philox(key=zlib.crc32(name.encode()))).standard_normal(tuple(shape))
-  scaled = {
-    'matrix': lambda: n / np.sqrt(np.prod(shape[1:])),
-    'bias': lambda: 0.1 * n,
-    'norm': lambda: 1 + 0.1 * n,
-    'freqs': lambda: 4 * n,
-  }[kind]()
-  made = scaled.astype(np.float32)
+  made = parity_peers.weights.tensor(name, shape, kind)
   assert zlib.crc32(made.tobytes()) == crc32, name
   return made
 

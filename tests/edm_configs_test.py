@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import diffusion_distillation
-from diffusion_distillation.diffusion.samplers import Heun
+from diffusion_distillation.diffusion.samplers import EdmHeun
 from diffusion_distillation.diffusion.times import Uniform
 from diffusion_distillation.diffusion.weightings import Edm
 from diffusion_distillation.errors import UserError
@@ -41,7 +41,7 @@ def test_the_student_is_trained_with_the_paper_s_hyper_parameters(name, variant,
   assert recipe.learning_rate['student'].warmup == 500 and recipe.optimizer.weight_decay == 0.01
   assert recipe.optimizer.clip_norm == 10.0 and recipe.optimizer.b2 == 0.999
   assert (student.pairs.count, student.pairs.num_steps) == (pairs, steps)
-  assert isinstance(student.pairs.sampler, Heun) and student.pairs.grid == 'karras'
+  assert isinstance(student.pairs.sampler, EdmHeun) and student.pairs.grid == 'karras'
   assert not student.pairs.clip_x and dmd.regression == regression and dmd.fake_updates == 1
   assert (dmd.first_t, dmd.last_t) == (0.02, 0.98) and dmd.weighting == Edm()
   assert dmd.law == Uniform() and dmd.gan is None and dmd.schedule == stored.schedule

@@ -79,7 +79,7 @@ _MOST = 100_000  # of every whole number
 def read(path: pathlib.Path) -> StoredModel:
   """The model in a file, float32; nothing in the file is executed.
 
-  It draws by Heun's method on EDM's grid: in 18 steps up to 32 pixels, in 40 above, as published.
+  It is sampled as published, by EDM's Heun method on EDM's grid: in 18 steps up to 32 pixels, in 40 above.
 
   Raises:
     UserError: there is no such file, it is not one of these, or something in it is not supported; the message names it.
@@ -198,7 +198,7 @@ def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
     schedule=schedule,
     space=Pixels(),
     image_shape=shape,
-    sampler='heun',
+    sampler='edm_heun',
     num_steps=18 if given['img_resolution'] <= 32 else 40,
     times='karras',
     clip_x=False,

@@ -108,6 +108,14 @@ def make_denoiser(
   return Denoiser(network, output)
 
 
+def as_computed(config: Config, denoise: Denoiser) -> Denoiser:
+  """A network from elsewhere, computed as the section `compute` says: its type of activations, `remat` and `attention`."""
+  sharding.check_attention(config.compute.attention, config.compute.dtype)
+  network = denoise.network
+  own = {key: config.compute[key] for key in ('dtype', 'remat', 'attention') if hasattr(network, key)}
+  return dataclasses.replace(denoise, network=dataclasses.replace(network, **own))
+
+
 def make_context(config: Config, base: Stage) -> Context:
   """What the methods that follow `base` are built from."""
   return Context(

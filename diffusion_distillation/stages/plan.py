@@ -160,6 +160,8 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
     denoise = parts.make_denoiser(config, config.model, data, schedule)
     space, num_steps = parts.make_space(config.model), config.distill.start_steps
     origin = Origin(denoise, schedule, space, data.image_shape, num_steps, 'ddim')
+  else:
+    origin = dataclasses.replace(origin, denoise=parts.as_computed(config, origin.denoise))
   loss = Denoising(
     schedule=origin.schedule,
     weighting=choose('weighting', config.weighting, WEIGHTINGS)(),

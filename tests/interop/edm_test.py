@@ -145,7 +145,7 @@ def test_a_state_dict_is_turned_into_our_shapes(tmp_path):
   network = stored.denoise.network
   np.testing.assert_array_equal(network.frequencies, peer['model.map_noise.freqs'])
   assert isinstance(network, SongUNet) and network.dropout == 0.0 and network.num_classes == 5
-  assert (stored.image_shape, stored.sampler, stored.times) == ((8, 8, 3), 'heun', 'karras')
+  assert (stored.image_shape, stored.sampler, stored.times) == ((8, 8, 3), 'edm_heun', 'karras')
   assert (stored.num_steps, stored.clip_x) == (18, False)
 
 
@@ -162,7 +162,7 @@ def test_the_noise_levels_are_those_of_the_file(tmp_path):
 def test_it_is_imported_and_drawn_from_without_a_config_of_its_network(tmp_path):
   path, into = CASE.write(tmp_path), tmp_path / 'run'
   flags = ['--config=configs/default.py', '--config.dataset.name=none', '--config.methods=()']
-  flags += ['--config.evaluation.samplers=("heun",)', '--config.evaluation.grid=karras']
+  flags += ['--config.evaluation.samplers=("edm_heun",)', '--config.evaluation.grid=karras']
   source = ('--mode=import', '--source=edm', f'--checkpoint={path}')
   code, out, err = tiny.run_cli(*flags, *source, f'--workdir={into}')
   assert code == 0, err
@@ -173,7 +173,7 @@ def test_it_is_imported_and_drawn_from_without_a_config_of_its_network(tmp_path)
   assert digest(model.stored.params) == digest(edm.read(path).params)
   network = model.stored.denoise.network
   assert network.frequencies == edm.read(path).denoise.network.frequencies
-  assert (model.stored.sampler, model.stored.times, model.stored.num_steps) == ('heun', 'karras', 18)
+  assert (model.stored.sampler, model.stored.times, model.stored.num_steps) == ('edm_heun', 'karras', 18)
   assert model.sample(2, labels=[1], steps=2).shape == (2, 8, 8, 3)
 
 

@@ -113,3 +113,12 @@ def test_a_stage_of_another_run_is_not_imported_over_one_that_is_there(finished,
   with pytest.raises(UserError, match='base is there already'):
     importing.from_workdir(config, default.get_config(), finished / 'base', path)
   assert content(path) == content(finished)
+
+
+def test_a_network_from_elsewhere_is_computed_as_the_config_says(finished, config, tmp_path):
+  importing.from_model(config, default.get_config(), finished / 'base' / 'model', tmp_path / 'run')
+  computed = {'dtype': 'bfloat16', 'remat': True}
+  changed = overridden(config, **{f'compute__{key}': value for key, value in computed.items()})
+  for stage in workdirs.stored_plan(tmp_path / 'run', changed):
+    network = stage.denoise.network
+    assert {key: getattr(network, key) for key in computed} == computed

@@ -1,0 +1,1 @@
+from tests.parity_peers import weights as weights
