@@ -23,6 +23,7 @@ def common() -> ml_collections.ConfigDict:
 
   c.pairs.sampler = 'edm_heun'
   c.pairs.grid = 'karras'
+  c.pairs.clip_x = False
   c.dmd.weight_decay = 0.01
   c.dmd.warmup = 500
   c.dmd.decay = 'none'

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_distillation import datasets
-from diffusion_distillation.datasets import decoding, folder, image_set, prepared, preparing, workers
+from diffusion_distillation.datasets import decoding, folder, image_set, prepared, preparing, reader
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import files
@@ -114,7 +114,7 @@ def test_as_many_files_may_be_open_as_the_system_allows():
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
   try:
-    workers.allow_files()
+    reader.allow_files()
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

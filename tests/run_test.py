@@ -169,7 +169,7 @@ def test_npz_samples_from_the_workdir_alone(finished, tmp_path, stage):
   assert code == 0, err
   assert (stage or 'progressive_0001') in text
   with np.load(out, allow_pickle=False) as arrays:
-    assert list(arrays) == ['images']
+    assert list(arrays) == ['images', 'arr_0']
     assert arrays['images'].shape == (5, 8, 8, 1) and arrays['images'].dtype == np.uint8
   assert tree_digest(finished) == before
 

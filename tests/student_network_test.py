@@ -83,7 +83,7 @@ def test_rounds_begin_with_new_parameters_and_go_on_with_the_round_before():
     (OTHER | {'knowledge__start': 'progressive_0001'}, 'is not one of'),
     ({'student__ch': 0}, 'student.ch=0 must be positive'),
     ({'student__num_groups': 7}, 'num_groups=7 does not divide'),
-    ({'student__name': 'unet2'}, "did you mean 'unet'"),
+    ({'student__name': 'unett'}, "did you mean 'unet'"),
   ],
 )
 def test_what_does_not_fit_is_refused(overrides, words):

@@ -9,6 +9,7 @@ from flax.core import FrozenDict
 
 from diffusion_distillation.config import Config, build, choose, keys
 from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion.discrete import BETAS
 from diffusion_distillation.diffusion.process import OUTPUTS, output_channels
 from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS
@@ -214,6 +215,7 @@ def make_law(config: Config, schedule: Schedule) -> times.Law:
 def make_schedule(config: Config, image_shape: tuple[int, ...]) -> Schedule:
   """The schedule by name, from those keys of its section that it knows."""
   cls = choose('schedule.name', config.schedule.name, SCHEDULES)
+  choose('schedule.betas', config.schedule.betas, BETAS)
   given: Mapping[str, Any] = {**config.schedule, 'image_size': image_shape[0]}
   schedule: Schedule = build('schedule', cls, **{f.name: given[f.name] for f in dataclasses.fields(cls)})
   return schedule

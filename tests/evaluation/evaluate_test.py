@@ -77,7 +77,7 @@ def evaluate(workdir, again=False, **overrides):
   for stage in stages:
     params = {'of': np.array(stage.name)}
     sets = dict.fromkeys(stage.weights, params)
-    models.append(Model(stage, 'ema', params, f'digest of {stage.name}', 7, 1.5, sets))
+    models.append(Model(stage, 'ema', f'digest of {stage.name}', 7, 1.5, sets))
   return measure.evaluate(tiny.config(**overrides), models, images, workdir, again), images.images
 
 

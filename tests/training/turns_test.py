@@ -20,7 +20,7 @@ def test_every_network_moves_by_its_own_learning_rate():
   recipe = types.SimpleNamespace(
     learning_rate={name: LearningRate(rate, 10) for name, rate in RATES.items()},
     optimizer=adam,
-    ema_decay=(0.5,),
+    decays=(0.5,),
     ema_ramp=0.0,
     method=types.SimpleNamespace(period=1),
   )
@@ -48,7 +48,8 @@ def toy(loss):
     bind=dict,
     learning_rate={'student': LearningRate(1e-3, 10)},
     optimizer=Adam(),
-    ema_decay=(0.9, 0.5),
+    decays=(0.9, 0.5),
+    target_decay=None,
     ema_ramp=0.0,
     seed=0,
     shape=(4, 1),
@@ -82,7 +83,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
 def test_a_ramp_counts_the_updates_of_the_student_alone():
   """A student whose turn is every third update: at its second, update 5, the half-life is 0.5 * 2 updates."""
   recipe = toy(lambda nets: jnp.sum(nets['student']['w']))
-  recipe.ema_decay, recipe.ema_ramp, recipe.method.period = (0.99,), 0.5, 3
+  recipe.decays, recipe.ema_ramp, recipe.method.period = (0.99,), 0.5, 3
   start = TrainState.create({'student': {'w': jnp.zeros(3)}}, Adam().transform(), 1)
   start = start.replace(step=jnp.array(5))
   state, _ = step.train_step(recipe, start, {}, {'cond': None})
