@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_distillation.networks.conditioning import Cond
-from diffusion_distillation.networks.denoiser import BOTTLENECK
+from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.edm_blocks import (
   EdmSection,
   EdmUNet,
@@ -57,6 +57,7 @@ class DhariwalUNet(EdmUNet):
       attends = layer.way is None and at in self.attn_resolutions
       h = self.block(layer, at, 'enc', attends)(h, emb, deterministic)
       skips.append(h)
+    self.sow(BOTTLENECK, ENCODED, h)
     for layer in up:
       at, joins = height >> layer.level, layer.name.startswith('block')
       if joins:
@@ -64,7 +65,7 @@ class DhariwalUNet(EdmUNet):
       attends = layer.name == 'in0' or (joins and at in self.attn_resolutions)
       h = self.block(layer, at, 'dec', attends)(h, emb, deterministic)
       if layer.name == 'in1':
-        self.sow(BOTTLENECK, 'h', h)
+        self.sow(BOTTLENECK, INNERMOST, h)
     norm = GroupNorm(num_groups(h.shape[-1]), dtype, self.STYLE.epsilon, name='out_norm')
     h = nn.swish(norm(h)).astype(z.dtype)
     out = self.conv(self.out_ch, 'out_conv', self.STYLE.init_last)(h)

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.networks.conditioning import Cond
-from diffusion_distillation.networks.denoiser import BOTTLENECK
+from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.edm_blocks import (
   EdmSection,
   EdmUNet,
@@ -137,6 +137,7 @@ class SongUNet(EdmUNet):
       if layer.way and self.encoder != 'standard':
         h, aux = self._join(h, aux, f'enc.{at}x{at}_aux')
       skips.append(h)
+    self.sow(BOTTLENECK, ENCODED, h)
     out = None
     for layer in up:
       at, last = height >> layer.level, layer.name == f'block{self.num_res_blocks}'
@@ -145,7 +146,7 @@ class SongUNet(EdmUNet):
       attends = layer.name == 'in0' or (last and at in self.attn_resolutions)
       h = self.block(layer, at, 'dec', attends, taps)(h, emb, deterministic)
       if layer.name == 'in1':
-        self.sow(BOTTLENECK, 'h', h)
+        self.sow(BOTTLENECK, INNERMOST, h)
       if last and (self.decoder == 'skip' or not layer.level):
         told = self._head(h, f'dec.{at}x{at}_aux', z.dtype)
         out = told if out is None else told + resample(out, 'up', taps)

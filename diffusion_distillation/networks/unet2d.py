@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
-from diffusion_distillation.networks.denoiser import BOTTLENECK
+from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
 from diffusion_distillation.networks.unet import DTYPES, downsample, upsample
 
@@ -300,13 +300,14 @@ class UNet2D(nn.Module):
           h = nn.Conv(ch, (3, 3), strides=2, padding=padding, dtype=dtype, name=f'{name}.conv')(h)
         skips.append(h)
 
+    self.sow(BOTTLENECK, ENCODED, h)
     ch, divisor = self.block_out_channels[-1], self.mid_block_scale_factor
     h = self._resnet(ch, 'mid_block.resnets.0', divisor=divisor)(h, emb, det)
     if self.add_attention:
       groups = self.attn_norm_num_groups or (None if style.scale_shift else style.num_groups)
       h = self._attend(ch, 'mid_block.attentions.0', groups, divisor)(h)
     h = self._resnet(ch, 'mid_block.resnets.1', divisor=divisor)(h, emb, det)
-    self.sow(BOTTLENECK, 'h', h)
+    self.sow(BOTTLENECK, INNERMOST, h)
 
     for place, (level, ch) in enumerate(reversed(levels)):
       attend, how = UP_BLOCKS[self.up_block_types[place]]

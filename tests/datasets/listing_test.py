@@ -220,9 +220,10 @@ def test_a_plan_shows_images_and_classes_by_split_and_what_is_left_out(pictures)
   counts = [sum(label == k for _, label in files[:24]) for k in range(3)]
   least, most = min(counts), max(counts)
   names = ('blue', 'green', 'red')
-  spread = f'{least} ({names[counts.index(least)]}) to {most} ({names[counts.index(most)]}) each'
+  spread = f'{least} ({names[counts.index(least)]}) to {most} ({names[counts.index(most)]})'
+  spread = f'{least}' if least == most else spread
   assert lines[0] == 'images of pictures, 8x8x3'
-  assert lines[1].split(maxsplit=3)[-1] == f'24 images of 3 classes, {spread}'
+  assert lines[1].split(maxsplit=3)[-1] == f'24 images of 3 classes, {spread} each'
   text = '\n'.join(lines)
   assert text.count('of them') == 3
   for part in (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.denoiser import ENCODED, INNERMOST, Denoiser
 from diffusion_distillation.networks.dhariwal_unet import DhariwalUNet
 from tests import edm_cases
 
@@ -42,7 +42,7 @@ def test_a_new_one_begins_with_its_last_convolutions_at_zero():
   assert zeros == {
     name for name in flat if name.endswith(('conv1/kernel', 'proj/kernel', 'out_conv/kernel'))
   }
-  assert denoise.bottleneck_width(SHAPE) == 64
+  assert [denoise.bottleneck_shape(SHAPE, at)[-1] for at in (ENCODED, INNERMOST)] == [64, 64]
 
 
 def test_what_does_not_fit_is_named():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.denoiser import ENCODED, INNERMOST, Denoiser
 from diffusion_distillation.networks.edm_blocks import resample
 from diffusion_distillation.networks.song_unet import SCALE, SongUNet, random_frequencies
 from tests import edm_cases
@@ -67,7 +67,10 @@ def test_it_is_a_network_with_gradients_dropout_and_a_bottleneck():
   assert np.isfinite(value) and abs(value - other) > 1e-3 * abs(value)
   flat = jax.tree_util.tree_leaves_with_path(gradient)
   assert [path for path, leaf in flat if not np.abs(leaf).max() > 0] == []
-  assert Denoiser(NETWORK, 'v').bottleneck_width(SHAPE) == 16
+  assert [Denoiser(NETWORK, 'v').bottleneck_shape(SHAPE, at)[-1] for at in (ENCODED, INNERMOST)] == [
+    16,
+    16,
+  ]
 
 
 def test_random_frequencies_are_the_same_at_each_call_and_not_trained():
