@@ -274,8 +274,9 @@ def _check(name: str, value: Any, declared: Key) -> None:
   numbers = value if isinstance(value, tuple) else (value,)
   if declared.valid is not None:
     if not numbers:
-      raise UserError(f'{name}=() must hold a number at least')
+      raise UserError(f'{name}=() must not be empty')
     if not all(number is None or declared.valid.holds(number) for number in numbers):
       raise UserError(f'{name}={value} must be {declared.valid.says}')
   if declared.distinct and len(set(numbers)) < len(numbers):
-    raise UserError(f'{name}={value} names one twice')
+    twice = next(entry for entry in numbers if numbers.count(entry) > 1)
+    raise UserError(f'{name}={value} lists {twice!r} twice')

@@ -13,7 +13,6 @@ from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet
 from diffusion_distillation.datasets.left_out import LeftOut, shown
 from diffusion_distillation.datasets.prepared import Copy
 from diffusion_distillation.datasets.settings import ROLES, Settings
-from diffusion_distillation.system import interrupts
 
 SECONDS = 2.0  # for a look at the images of a split
 _AT_ONCE = 64
@@ -76,7 +75,6 @@ def look(images: ImageSet, seconds: float) -> tuple[LeftOut, int]:
   deadline, looked = time.monotonic() + seconds, 0
   with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
     while looked < len(images) and time.monotonic() < deadline:
-      interrupts.check()
       some = range(looked, min(looked + _AT_ONCE, len(images)))
       for reason in threads.map(lambda k: _problem(images, k), some):
         if reason:

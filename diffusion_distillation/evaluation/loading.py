@@ -53,7 +53,8 @@ class LoadedModel:
       (num_samples, H, W, C) uint8.
 
     Raises:
-      UserError: there is no such sampler or label, or a number is out of range.
+      UserError: there is no such sampler or label, a number is out of range, or the model's schedule has no grid of so
+        many steps.
     """
     chosen = self.check_labels(labels)
     if num_samples < 1 or (steps is not None and steps < 1):
@@ -61,7 +62,11 @@ class LoadedModel:
     if not 0 <= seed < 2**31:
       raise UserError(f'seed={seed} must be zero or more, and below 2^31')
     cls = choose('sampler', sampler or self.stored.sampler, samplers.SAMPLERS)
-    grid = times.make_grid(self.stored.times, steps or self.stored.num_steps, self.stored.schedule)
+    name, num_steps = self.stored.times, steps or self.stored.num_steps
+    try:
+      grid = times.make_grid(name, num_steps, self.stored.schedule)
+    except ValueError as error:
+      raise UserError(f'steps={num_steps}, times={name}: {error}') from error
     draw = self.drawer(cls(), self.stored.clip_x, min(_BATCH, num_samples))
     return draw.draw(self.stored.params, grid, num_samples, seed, chosen)
 

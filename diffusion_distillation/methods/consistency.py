@@ -125,7 +125,7 @@ class Consistency(OneNetwork, Student):
   def sampling(section: Any) -> Sampling:
     """Multistep consistency sampling, in one step unless more are asked for."""
     if not section.sample_steps:
-      raise UserError('consistency.sample_steps=() must hold a number at least')
+      raise UserError('consistency.sample_steps=() must not be empty')
     return Sampling(1, 'multistep_consistency', tuple(section.sample_steps))
 
   @property

@@ -99,7 +99,7 @@ class Inputs:
           found = next(images)
           batch = {'image': found['image'], 'cond': conditioning.select(told, found['cond'])}
         else:
-          index, seed = _part(i, stage.batch_size), int(stage.recipe.seed)
+          index = _part(i, stage.batch_size)
           batch = {'cond': conditioning.draw(told, index, seed, self.label_counts)}
         yield batch if pairs is None else batch | {'pairs': next(pairs)}
 

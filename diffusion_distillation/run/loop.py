@@ -162,6 +162,7 @@ def _loop(
       raise _Diverged(f'loss or gradient not finite for {skipped} updates in a row up to step {done}')
 
   with (
+    interrupts.unsaved(),
     contextlib.closing(host_batches),
     progress,
     contextlib.closing(MetricsWriter(checkpoints.stage_dir, done)) as writer,

@@ -53,7 +53,7 @@ def of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def implied(values: Mapping[str, Any]) -> dict[str, Any]:
   """The keys that a flat config of an older version lacks, as it trained without them; only those that make a difference."""
-  found: dict[str, Any] = {'distill.weighting': AS_BASE}
+  found: dict[str, Any] = {'distill.weighting': AS_BASE, 'pairs.labels': 'balanced'}
   if 'evaluation.clip_x' in values:
     found['pairs.clip_x'] = values['evaluation.clip_x']
   for name in ('dmd', 'dmd2'):

@@ -23,6 +23,7 @@ _IMPATIENT = (signal.SIGTERM, signal.SIGINT)  # a second one ends the process at
 _received: list[str] = []
 _reached: list[Callable[[], bool]] = []  # of several processes: whether all stop here
 _before: dict[int, Any] = {}  # the handlers that `install` replaced
+_unsaved: list[bool] = []  # one for each `unsaved` that is entered
 _terminals: list[int] = []  # standard output and error, where they are terminals
 
 
@@ -70,15 +71,25 @@ def uninstall() -> None:
 
 
 @contextlib.contextmanager
+def unsaved() -> Iterator[None]:
+  """While the body runs, there is something to save before the process ends; see `at_once`."""
+  _unsaved.append(True)
+  try:
+    yield
+  finally:
+    _unsaved.pop()
+
+
+@contextlib.contextmanager
 def at_once(meanwhile: str) -> Iterator[None]:
   """While the body runs, which may be deep in a compiler, a signal ends the process at once: nothing is lost then.
 
-  With several processes, and outside the main thread, signals are answered as everywhere.
+  With several processes, outside the main thread, and inside `unsaved`, signals are answered as everywhere.
 
   Args:
     meanwhile: what the body does, for the message.
   """
-  if _reached or not _before or threading.current_thread() is not threading.main_thread():
+  if _reached or _unsaved or not _before or threading.current_thread() is not threading.main_thread():
     yield
     return
   reader, writer = os.pipe()

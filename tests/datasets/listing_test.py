@@ -13,6 +13,7 @@ from PIL import Image
 from diffusion_distillation import datasets
 from diffusion_distillation.datasets import decoding, folder, listing, survey
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.system import interrupts
 from tests import tiny_pictures
 
 PNG = tiny_pictures.png(0)
@@ -269,6 +270,12 @@ def test_sets_without_files_are_planned_without_a_look(monkeypatch):
   assert '50,000 images of 6 classes, 8,333 (triangle) to 8,334 (disc) each' in drawn[1]
   (line,) = survey.lines(tiny_pictures.settings('cifar10', path='/nowhere'))
   assert line == 'images of cifar10: not at hand'
+
+
+def test_a_look_of_one_process_does_not_count_the_looks_for_signals(pictures, monkeypatch):
+  """All processes of a run look for signals equally often, but only the first one shows the plan."""
+  monkeypatch.setattr(interrupts, 'pending', lambda: pytest.fail('looked for a signal'))
+  assert ' 8 images of 3 classes, ' in lines_of(pictures, split='train[:24]', eval_split='train[24:]')
 
 
 def test_listings_are_kept(pictures, monkeypatch):

@@ -130,6 +130,12 @@ def test_arguments_that_mean_nothing_are_one_clear_line(unconditional, arguments
   assert '\n' not in str(caught.value)
 
 
+def test_a_grid_that_the_schedule_does_not_have_is_one_clear_line():
+  impossible = stored(Small(1), times='leading', num_steps=5000)
+  with pytest.raises(UserError, match='times=leading: '):
+    LoadedModel(impossible).sample(1)
+
+
 def test_denoise_is_the_stored_denoiser(loaded):
   of, z = loaded.stored, jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
   logsnr = jnp.array([-3.0, 0.0, 1.0, 5.0])

@@ -7,6 +7,7 @@ import pytest
 
 from diffusion_distillation.evaluation import measure, results, sampling
 from diffusion_distillation.evaluation.metrics import RunningFeatures
+from diffusion_distillation.system import cluster
 from tests import tiny
 
 SIZE, FLOOR = 4096, 0.2
@@ -20,11 +21,11 @@ def row(monkeypatch):
   reference = RunningFeatures(SIZE)
   reference.add(np.random.default_rng(0).normal(size=(SIZE, 4)).astype(np.float32))
 
-  def measured(shift, tolerance):
+  def measured(shift, tolerance, size=64):
     def batches(self, params, grid, num_samples, seed):
       rng = np.random.default_rng(1)
-      for _ in range(-(-num_samples // 64)):
-        yield shift + rng.normal(size=(64, 4)), 64
+      for _ in range(-(-num_samples // size)):
+        yield shift + rng.normal(size=(size, 4)), size
 
     monkeypatch.setattr(sampling.Drawer, 'batches', batches)
     config = tiny.config(evaluation__num_samples=SIZE, evaluation__tolerance=tolerance)
@@ -47,6 +48,17 @@ def test_a_row_takes_the_samples_that_its_error_asks_for(row):
   assert found['num_drawn'] == 512
   assert found['value'] == pytest.approx(36.0, rel=0.05)
   assert row(30.0, 0.05)['num_drawn'] == 64
+
+
+def test_one_sample_is_not_enough_to_estimate_an_error(row):
+  """Of one there is no covariance; a row that stops early has drawn more."""
+  assert row(3000.0, 0.9, size=1)['num_drawn'] == 2
+
+
+def test_the_first_process_says_for_all_when_a_row_has_enough(row, monkeypatch):
+  """The distances that processes compute may differ in their last bits."""
+  monkeypatch.setattr(cluster, 'from_first', lambda value: True)
+  assert row(0.5, 0.05)['num_drawn'] == 64
 
 
 def test_a_row_near_the_floor_takes_all_samples(row):

@@ -62,3 +62,14 @@ def test_a_stage_without_images_is_told_labels_in_the_proportions_of_the_data(tm
   np.testing.assert_array_equal(labels, expected)
   unknown = dataclasses.replace(gathered, label_counts=())
   assert next(unknown.batches(dmd, 2))['cond']['label'].tolist() == [k % 10 for k in range(32, 48)]
+
+
+def test_a_further_attempt_is_told_other_labels(tmp_path):
+  told = {'model__conditional': True, 'dmd__num_updates': 10, 'dmd__batch_size': 16}
+  dmd = tiny.plan(methods=('dmd',), dmd__regression=0.0, **told)[0][1]
+  given, again = inputs.Inputs(None, label_counts=(1,) * 10), dataclasses.replace(dmd, attempts=(4,))
+  labels = [batch['cond']['label'] for batch in given.batches(again, 0)]
+  for k, found in enumerate(labels):
+    seed, index = again.seed_at(k), np.arange(16 * k, 16 * k + 16)
+    np.testing.assert_array_equal(found, Classes(10).proportional(index, seed, (1,) * 10))
+  assert (labels[4] != next(given.batches(dmd, 4))['cond']['label']).any()

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import threading
+import time
 
 import flax
 import jax
@@ -320,3 +322,29 @@ def test_a_stage_compiles_its_program_once_and_while_its_state_is_made(workdir, 
   finally:
     jax.monitoring.unregister_event_duration_listener(note)
   assert found == [False, False]
+
+
+class Compiling:
+  """A monitor that a signal meets while it compiles."""
+
+  def __init__(self):
+    self.due = lambda done: done == 3
+    self.lag, self.resume = (lambda values: {}), (lambda done: None)
+
+  def look(self, state, frozen):
+    with interrupts.at_once('compiling the sampler'):
+      os.kill(os.getpid(), signal.SIGUSR1)
+      time.sleep(0.3)
+    return {}
+
+
+def test_a_signal_while_the_monitor_compiles_loses_no_update(step, workdir, monkeypatch):
+  codes = []
+  monkeypatch.setattr(os, '_exit', codes.append)
+  interrupts.install()
+  try:
+    with pytest.raises(Preempted, match='stopped by SIGUSR1'):
+      loop.fit(step, BASE, Inputs(IMAGES, monitor=Compiling()), workdir, CONFIG)
+  finally:
+    interrupts.uninstall()
+  assert not codes and provenance.load_model(workdir, BASE, CONFIG).step == 3

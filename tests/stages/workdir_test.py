@@ -135,7 +135,7 @@ def test_keys_that_an_older_version_did_not_have_are_not_compared(tmp_path):
 
 
 NEW = [f'{name}.{key}' for name in ('dmd', 'dmd2') for key in ('fake_law', 'fake_weighting', 'clip_x')]
-NEW += ['distill.weighting', 'pairs.clip_x']
+NEW += ['distill.weighting', 'pairs.clip_x', 'pairs.labels']
 NEW += [
   f'{name}.{key}'
   for name in ('dmd', 'dmd2')
@@ -195,6 +195,7 @@ def test_the_config_of_an_older_workdir_says_how_it_was_trained(tmp_path):
   found = workdirs.read_config(tmp_path, default.get_config())
   assert found.dmd.fake_law == found.dmd2.fake_law == 'base' == found.distill.weighting
   assert not found.pairs.clip_x and not found.dmd2.clip_x
+  assert found.pairs.labels == 'balanced'
   assert (found.dmd2.gan_first_t, found.dmd2.gan_last_t) == (0.02, 0.98)
   path.write_text(json.dumps(made_with(**LOGNORMAL)))
   assert workdirs.read_config(tmp_path, default.get_config()).dmd.fake_law == 'uniform'

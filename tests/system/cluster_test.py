@@ -120,7 +120,7 @@ def test_modes_of_one_process_refuse_several(mode, tmp_path, capsys):
     mode=mode, config=tiny.config(), default=tiny.config(), workdir=tmp_path, process_id=1
   )
   assert cli.run(options) == 2
-  assert f'--mode={mode} is of one process' in capsys.readouterr().err
+  assert f'--mode={mode} runs in one process; remove --coordinator' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
 
 
