@@ -33,6 +33,8 @@ from diffusion_distillation.run import run as run_module
 from diffusion_distillation.stages import comparison, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import (
   cluster,
   compilation,
@@ -118,7 +120,9 @@ def _join(options: Options) -> None:
   if options.mode in ('train', 'evaluate', 'sample'):
     cluster.start(*given, timeout=options.peer_timeout)
   elif any(value is not None for value in given):
-    raise UserError(f'--mode={options.mode} is of one process: leave --coordinator and the like out')
+    raise UserError(
+      f'--mode={options.mode} runs in one process; remove --coordinator, --num_processes and --process_id'
+    )
 
 
 def _config(options: Options) -> Config:
@@ -259,7 +263,8 @@ def _classes(options: Options, stored: StoredModel) -> Chosen:
   if given == ['none'] and 'none' not in stored.class_names:
     if not stored.cond_dropout:
       raise UserError(
-        '--classes=none: the model was trained with dataset.label_dropout=0, all classes told'
+        '--classes=none: this model was trained without label dropout (dataset.label_dropout=0), so it cannot draw '
+        'images without a class'
       )
     return {'label': [classes.NONE]}
   known = conditioning.labels_by_name(classes.count, stored.class_names)
@@ -280,6 +285,12 @@ def _replay(options: Options) -> None:
   print(f'{replay.told(found)}; all of it in {directory / options.stage / "nonfinite.json"}')
 
 
+def _released(directory: pathlib.Path, stage: Stage, config: Config) -> Model | None:
+  """A stage's model, checked; its weights are read again where they are asked for. None if nothing whole is there."""
+  model = provenance.load_model(directory, stage, config, stage.weights[:-1])
+  return None if model is None else provenance.release(directory, model, ())
+
+
 def _evaluate(options: Options) -> None:
   directory = _workdir(options)
   stored = _stored_config(options, directory)
@@ -292,8 +303,8 @@ def _evaluate(options: Options) -> None:
   if images is None:
     raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')
   with workdir.lock_workdir(directory):
-    found = [provenance.load_model(directory, s, config, s.weights[:-1]) for s in planned]
-    models = [provenance.release(directory, model, ()) for model in found if model is not None]
+    found = [_released(directory, stage, config) for stage in planned]
+    models = [model for model in found if model is not None]
     if found[0] is None:
       raise UserError(f'--workdir={directory}: no whole checkpoint of {planned[0].name} yet')
     measure.evaluate(config, models, images, directory, again=True)

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from configs import default
+from diffusion_distillation import cli
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.run import inputs, loop
 from diffusion_distillation.run import run as run_module
@@ -75,6 +77,28 @@ def test_only_what_a_later_stage_comes_from_is_in_memory(tmp_path, monkeypatch):
     dmd: {(base, 'ema'), (one, 'ema')},
     'evaluation': set(),
   }
+
+
+def test_an_evaluation_by_itself_holds_no_weights(workdir, monkeypatch):
+  """Those of one stage are in memory while it is read and checked, and none of them when the evaluation begins."""
+  made, alive = {}, {}
+
+  def note(name):
+    gc.collect()
+    alive[name] = {of for of, array in made.items() if array() is not None}
+
+  def load_model(directory, stage, config, weights):
+    note(stage.name)
+    array = np.zeros(3).view(Weights)
+    made[stage.name] = weakref.ref(array)
+    return Model(stage, 'ema', 'a', stage.num_updates, 0.0, {'ema': array})
+
+  monkeypatch.setattr(cli.provenance, 'load_model', load_model)
+  monkeypatch.setattr(cli.measure, 'evaluate', lambda *_, **__: note('evaluation'))
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
+  options = cli.Options(mode='evaluate', config=None, default=default.get_config(), workdir=workdir)
+  assert cli.run(options) == 0
+  assert alive == {name: set() for name in [*PLAN, 'evaluation']}
 
 
 def test_what_is_not_held_is_read_where_it_is_asked_for(workdir):
