@@ -192,7 +192,7 @@ def _sample(options: Options) -> None:
     raise UserError('--gamma only applies to --sampler=ancestral')
   stored, settings = _stored_model(options, directory)
   sampler = options.sampler or stored.sampler
-  clip_x = settings.clip_x if options.clip_x is None else options.clip_x
+  clip_x = stored.clip_x if options.clip_x is None else options.clip_x
   gamma = settings.gamma if options.gamma is None else options.gamma
   step = make_sampler(sampler, gamma)
   draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size)
@@ -218,9 +218,7 @@ def _stored_model(options: Options, directory: pathlib.Path) -> tuple[StoredMode
   if options.stage is not None or options.weights != 'ema':
     raise UserError('--stage and --weights need the --workdir of a run, not the folder of a model')
   compilation.use()
-  stored, settings = load(directory).stored, options.default.evaluation
-  settings.unlock().update(clip_x=stored.clip_x)
-  return stored, settings
+  return load(directory).stored, options.default.evaluation
 
 
 def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config) -> StoredModel:
@@ -231,7 +229,7 @@ def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config)
   for name in [options.stage] if options.stage else reversed(planned):
     model = provenance.load_model(directory, planned[name], config, (options.weights,))
     if model is not None:
-      return provenance.to_stored(directory, model.use(options.weights), config)
+      return provenance.to_stored(directory, model.use(options.weights))
   raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
 
 

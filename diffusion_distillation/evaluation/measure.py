@@ -23,7 +23,7 @@ from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import make_sampler
-from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.provenance import Model, updates_done
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import cluster, files, logs, sharding
 from diffusion_distillation.system.files import write_json
@@ -73,11 +73,12 @@ class EvaluationSection:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One row to be: a model, a sampler, a number of steps."""
+  """One row to be: a model, a sampler, a number of steps; and the updates that made the model, None if not known."""
 
   model: Model
   sampler: str
   num_steps: int
+  updates: int | None = None
 
 
 def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:
@@ -121,7 +122,7 @@ def evaluate(
   known = {} if again else known_rows(path, extractor) | known_rows(partial, extractor)
   cluster.barrier()  # before the first process writes these files anew
   todo = [
-    Setting(models[place].use(weights), sampler, num_steps)
+    Setting(models[place].use(weights), sampler, num_steps, updates_done(workdir, models[place]))
     for place, weights, sampler, num_steps in rows(stages, config)
   ]
   drawn: dict[tuple[str, str, str, int], np.ndarray] = {}
@@ -185,7 +186,7 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'clip_x': config.evaluation.clip_x,
     **dataclasses.asdict(sampler),
     'batch_size': config.evaluation.batch_size,
-    'updates': setting.model.step,
+    'updates': setting.updates,
     'digest': setting.model.digest,
   }
 

@@ -130,15 +130,16 @@ def versions() -> dict[str, str]:
   return {name: importlib.metadata.version(name) for name in names}
 
 
-def write(directory: pathlib.Path, model: StoredModel) -> None:
+def write(directory: pathlib.Path, model: StoredModel, anew: bool = False) -> None:
   """Writes a model's folder whole or not at all.
 
   Where the same weights are there, they stay, and so does what they were made from; only how they are sampled may change.
+  `anew`: the folder is replaced, whatever is there.
   """
   if not files.writes():
     return
   description = json.loads(json.dumps(describe(model)))
-  if (directory / DESCRIPTION).is_file():
+  if not anew and (directory / DESCRIPTION).is_file():
     found = files.read_json(directory / DESCRIPTION)
     if found.get('digest') == description['digest'] and (directory / WEIGHTS).is_file():
       kept = description | {key: found[key] for key in ('provenance', 'metrics') if key in found}
@@ -153,6 +154,21 @@ def write(directory: pathlib.Path, model: StoredModel) -> None:
   files.write_json(temporary / DESCRIPTION, description)
   shutil.rmtree(directory, ignore_errors=True)
   os.replace(temporary, directory)
+
+
+def with_history(directory: pathlib.Path, model: StoredModel) -> StoredModel:
+  """The model with the provenance, the measurements and the known classes of a folder's description, if it can be read."""
+  try:
+    found = read(directory, weights=False)
+  except UserError:
+    return model
+  return dataclasses.replace(
+    model,
+    class_names=found.class_names or model.class_names,
+    label_counts=found.label_counts or model.label_counts,
+    provenance=found.provenance,
+    metrics=found.metrics,
+  )
 
 
 def add_metrics(directory: pathlib.Path, rows: list[dict[str, Any]]) -> None:

@@ -34,6 +34,9 @@ class Origin:
     image_shape: (H, W, C).
     num_steps: that it is sampled in.
     sampler: that it is sampled by.
+    times: how its steps are spaced, a name in `times.GRIDS`.
+    clip_x: whether x is clipped while sampling.
+    cond_dropout: the share of examples whose conditions were withheld in its training.
   """
 
   denoise: Denoiser
@@ -42,6 +45,9 @@ class Origin:
   image_shape: tuple[int, ...]
   num_steps: int
   sampler: str
+  times: str
+  clip_x: bool
+  cond_dropout: float
 
 
 # The most that a student may multiply errors of eps by at t = 1, where its x is (z - sigma eps) / alpha. At 1000 an error
@@ -159,7 +165,8 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
     schedule = parts.make_schedule(config, data.image_shape)
     denoise = parts.make_denoiser(config, config.model, data, schedule)
     space, num_steps = parts.make_space(config.model), config.distill.start_steps
-    origin = Origin(denoise, schedule, space, data.image_shape, num_steps, 'ddim')
+    sampling = ('ddim', config.evaluation.grid, config.evaluation.clip_x, config.dataset.label_dropout)
+    origin = Origin(denoise, schedule, space, data.image_shape, num_steps, *sampling)
   else:
     origin = dataclasses.replace(origin, denoise=parts.as_computed(config, origin.denoise))
   loss = Denoising(
@@ -171,16 +178,19 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
   rates = {'student': train.learning_rate}
   networks = (origin.denoise, origin.denoise)
   args = (networks, loss, rates, train.num_updates, origin.space, origin.image_shape)
+  recipe = parts.make_recipe(config, 'train', (0,), *args)
   return Stage(
     name='base',
     parent=None,
     parent_weights='',
-    recipe=parts.make_recipe(config, 'train', (0,), *args),
+    recipe=dataclasses.replace(recipe, cond_dropout=origin.cond_dropout),
     num_steps=origin.num_steps,
     num_updates=train.num_updates,
     schedule=origin.schedule,
     image_shape=origin.image_shape,
     sampler=origin.sampler,
+    times=origin.times,
+    clip_x=origin.clip_x,
     measured_steps=(origin.num_steps,),
     teacher_dtype=config.compute.teacher_dtype,
   )
@@ -227,6 +237,8 @@ def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage
     pairs=parts.make_pairs(config) if 'pairs' in method.needs else None,
     distance_weights=section.distance_weights if 'distance_weights' in section else '',
     sampler=sampling.sampler,
+    times='uniform',
+    clip_x=config.evaluation.clip_x,
     measured_steps=sampling.measured_steps,
   )
 
@@ -284,6 +296,8 @@ def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
         num_steps=num_steps,
         num_updates=num_updates,
         sampler='ddim',
+        times='uniform',
+        clip_x=config.evaluation.clip_x,
         measured_steps=(num_steps,),
       )
     )

@@ -27,12 +27,13 @@ from diffusion_distillation.stages.model import (
   network_arguments,
   read,
   versions,
+  with_history,
   write,
 )
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.trained import Model, Stored, sets_of, to_model
 from diffusion_distillation.stages.workdir import class_names, label_counts
-from diffusion_distillation.system import cluster, files, sharding
+from diffusion_distillation.system import cluster, sharding
 from diffusion_distillation.system.checkpoints import Checkpoints
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.training.state import Params
@@ -119,10 +120,8 @@ def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: C
     write_json(path, expected | {'finished': False})
 
 
-def to_stored(
-  workdir: pathlib.Path, model: Model, config: Config, parents: Parents | None = None
-) -> StoredModel:
-  """A stage's model as its folder holds it; the base is sampled by the times that it is measured by."""
+def to_stored(workdir: pathlib.Path, model: Model, parents: Parents | None = None) -> StoredModel:
+  """A stage's model as its folder holds it."""
   stage = model.stage
   return StoredModel(
     denoise=stage.denoise,
@@ -133,15 +132,15 @@ def to_stored(
     image_shape=stage.image_shape,
     sampler=stage.sampler,
     num_steps=stage.num_steps,
-    times='uniform' if stage.parent else config.evaluation.grid,
-    clip_x=config.evaluation.clip_x,
+    times=stage.times,
+    clip_x=stage.clip_x,
     cond_dropout=stage.recipe.cond_dropout,
     class_names=tuple(class_names(workdir)),
     label_counts=label_counts(workdir),
     provenance={
       'stage': stage.name,
       'method': stage.method,
-      'updates': _updates_done(workdir, model),
+      'updates': updates_done(workdir, model),
       'seconds': model.seconds,
       **(parents or Parents()).describe(),
       'versions': versions(),
@@ -149,7 +148,7 @@ def to_stored(
   )
 
 
-def _updates_done(workdir: pathlib.Path, model: Model) -> int | None:
+def updates_done(workdir: pathlib.Path, model: Model) -> int | None:
   """Of the training that made the model, here or where it was imported from; None where that is not known."""
   path = workdir / model.stage.name / 'stage.json'
   found = read_json(path) if path.is_file() else {}
@@ -169,19 +168,17 @@ def finish_stage(
 
   `anew`: whether the model's folder, if there is one, is not whole, or was not read.
   """
-  path = workdir / model.stage.name / 'stage.json'
-  if anew and files.writes():
-    (path.parent / 'model' / DESCRIPTION).unlink(missing_ok=True)
-  write_model(workdir, parents, model, config)
+  path, stored = workdir / model.stage.name / 'stage.json', to_stored(workdir, model, parents)
+  folder = path.parent / 'model'
+  if read_json(path).get('imported'):
+    stored = with_history(folder, stored)
+  cluster.barrier()  # nobody reads the folder while the first process replaces it
+  write(folder, stored, anew)
+  cluster.barrier()
   if read_json(path).get('digest') != model.digest:
     outcome = {'finished': True, 'digest': model.digest, 'seconds': model.seconds}
     outcome['digests'] = dict(model.digests)
     write_json(path, _lineage(model.stage, parents, config) | outcome)
-
-
-def write_model(workdir: pathlib.Path, parents: Parents, model: Model, config: Config) -> None:
-  """Writes the model's folder, unless it is there; see `model.write`."""
-  write(workdir / model.stage.name / 'model', to_stored(workdir, model, config, parents))
 
 
 def is_finished(workdir: pathlib.Path, stage: Stage) -> bool:
@@ -336,7 +333,7 @@ def adopt(
   model = to_model(stage, state, 0.0)
   outcome = {'finished': True, 'digest': model.digest, 'seconds': 0.0, 'imported': dict(origin)}
   stage_dir.mkdir()
-  stored = to_stored(workdir, model, config)
+  stored = to_stored(workdir, model)
   imported = {**origin, 'provenance': dict(made or {})}
   history = {**stored.provenance, 'updates': 0, 'imported': imported}
   stored = dataclasses.replace(

@@ -140,6 +140,9 @@ def origin_of(stored: model.StoredModel) -> Origin:
     image_shape=stored.image_shape,
     num_steps=stored.num_steps,
     sampler=stored.sampler,
+    times=stored.times,
+    clip_x=stored.clip_x,
+    cond_dropout=stored.cond_dropout,
   )
 
 
@@ -173,7 +176,9 @@ def class_names(workdir: pathlib.Path) -> list[str]:
   if path.is_file():
     return [str(name) for name in read_json(path).get('classes', [])]
   folder = workdir / 'base' / 'model'
-  return list(model.read(folder, weights=False).class_names) if folder.is_dir() else []
+  return (
+    list(model.read(folder, weights=False).class_names) if (folder / model.DESCRIPTION).is_file() else []
+  )
 
 
 def label_counts(workdir: pathlib.Path) -> tuple[int, ...]:
@@ -185,7 +190,7 @@ def label_counts(workdir: pathlib.Path) -> tuple[int, ...]:
       raise DamagedError(f'{path} is damaged (label_counts={counts}); restore it from a copy')
     return tuple(counts)
   folder = workdir / 'base' / 'model'
-  return model.read(folder, weights=False).label_counts if folder.is_dir() else ()
+  return model.read(folder, weights=False).label_counts if (folder / model.DESCRIPTION).is_file() else ()
 
 
 def count_labels(workdir: pathlib.Path, images: datasets.ImageSet) -> tuple[int, ...]:

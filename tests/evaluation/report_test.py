@@ -320,6 +320,9 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
   monkeypatch.setattr(sampling.Drawer, 'seconds_per_image', seconds_per_image)
   monkeypatch.setattr(sampling.Drawer, 'draw', draw)
   (tmp_path / 'extractor.safetensors').symlink_to(finished / 'extractor.safetensors')
+  (tmp_path / 'base').mkdir()
+  made_elsewhere = {'imported': {'source': 'edm'}, 'num_updates': 3}
+  (tmp_path / 'base' / 'stage.json').write_text(json.dumps(made_elsewhere))
   models = []
   for stage in stages:
     sets = {name: {'of': np.array(f'{stage.name} {name}')} for name in stage.weights}
@@ -336,7 +339,8 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
     assert measured['grid'] == ('karras' if measured['stage'] == 'base' else 'uniform')
     expected = times.make_grid(measured['grid'], measured['num_steps'], schedules.Cosine())
     np.testing.assert_array_equal(grid, expected)
-    assert measured['clip_x'] is True and measured['updates'] == 7
+    assert measured['clip_x'] is True
+    assert measured['updates'] == (3 if measured['stage'] == 'base' else 7)
     assert measured.get('gamma') == (0.5 if measured['sampler'] == 'ancestral' else None)
   of_two = {row['sampler']: row['nfe'] for row in rows if row['num_steps'] == 2}
   assert (of_two['ddim'], of_two['heun'], of_two['rk4'], of_two['edm_heun']) == (2, 4, 8, 3)

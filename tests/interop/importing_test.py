@@ -1,17 +1,26 @@
 """Stages of another run as the first of a new one."""
 
+import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from configs import default
+from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation import sampling
 from diffusion_distillation.interop import importing
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.networks.conditioning import Classes
+from diffusion_distillation.run import inputs, loop
+from diffusion_distillation.stages import model, provenance
 from diffusion_distillation.stages import workdir as workdirs
+from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.files import read_json
+from tests import tiny
 from tests.interop.google_test import content, read_lineage, refused
+from tests.stages.model_test import UNET, stored
 
 
 @pytest.fixture
@@ -31,24 +40,24 @@ def test_a_stage_of_another_run_is_imported_with_the_same_digest(finished, name,
   """Into a run with other rounds, too: only network and schedule have to be the same."""
   theirs = read_lineage(finished / name)
   other = overridden(config, distill__start_steps=16, train__num_updates=3, seed=4)
-  model = importing.from_workdir(other, default.get_config(), finished / name, tmp_path / 'run')
-  assert model.digest == theirs['digest']
+  adopted = importing.from_workdir(other, default.get_config(), finished / name, tmp_path / 'run')
+  assert adopted.digest == theirs['digest']
   found = read_lineage(tmp_path / 'run' / name)
   assert found['digest'] == theirs['digest'] and found['finished'] and found['parent'] is None
   origin = {'source': 'workdir', 'file': str(finished / name), 'sha256': theirs['digest']}
   assert found['imported'] == origin
-  stored = workdirs.read_config(tmp_path / 'run', default.get_config())
-  first, *rounds = workdirs.stored_plan(tmp_path / 'run', stored)
+  of_run = workdirs.read_config(tmp_path / 'run', default.get_config())
+  first, *rounds = workdirs.stored_plan(tmp_path / 'run', of_run)
   assert first.name == name and first.parent is None and rounds[0].parent == name
-  assert provenance.load_model(tmp_path / 'run', first, stored).digest == theirs['digest']
+  assert provenance.load_model(tmp_path / 'run', first, of_run).digest == theirs['digest']
   history = read_json(tmp_path / 'run' / name / 'model' / 'model.json')['provenance']
   assert history['updates'] == 0 and history['imported']['sha256'] == theirs['digest']
   made = read_json(finished / name / 'model' / 'model.json')['provenance']
   assert history['imported']['provenance']['updates'] == made['updates'] > 0
   # What was done, not what this config would do; what is sampled from it says so, too.
   assert found['num_updates'] == theirs['num_updates'] != first.num_updates or name != 'base'
-  loaded = provenance.load_model(tmp_path / 'run', first, stored)
-  shown = provenance.to_stored(tmp_path / 'run', loaded, stored).provenance
+  loaded = provenance.load_model(tmp_path / 'run', first, of_run)
+  shown = provenance.to_stored(tmp_path / 'run', loaded).provenance
   assert shown['updates'] == theirs['num_updates']
 
 
@@ -122,3 +131,48 @@ def test_a_network_from_elsewhere_is_computed_as_the_config_says(finished, confi
   for stage in workdirs.stored_plan(tmp_path / 'run', changed):
     network = stage.denoise.network
     assert {key: getattr(network, key) for key in computed} == computed
+
+
+# What a reader found out that no config says.
+OTHERWISE = {'times': 'karras', 'clip_x': False, 'cond_dropout': 0.1}
+OTHERWISE |= {'class_names': ('cat', 'dog', 'hen'), 'label_counts': (5, 0, 7)}
+WITHOUT_IMAGES = {'dataset__name': 'none', 'methods': ()}
+
+
+def imported(path, **changes):
+  """A workdir without images whose base came from elsewhere; its config, its plan, and the model that was read."""
+  network = dataclasses.replace(UNET, num_classes=3)
+  made = stored(network, provenance={'stage': 'base', 'updates': 7}, **OTHERWISE | changes)
+  config = tiny.config(**WITHOUT_IMAGES)
+  importing.adopt_stored(config, path, made, {'source': 'model', 'folder': 'elsewhere'})
+  return config, workdirs.stored_plan(path, config), made
+
+
+def test_what_a_reader_found_out_is_what_the_base_is_sampled_with(tmp_path):
+  config, (base,), made = imported(tmp_path)
+  loaded = provenance.load_model(tmp_path, base, config)
+  in_later_runs = provenance.to_stored(tmp_path, loaded)
+  loop.fit(None, base, inputs.Inputs(None), tmp_path, config)
+  for found in (model.read(tmp_path / 'base' / 'model'), in_later_runs):
+    assert {name: getattr(found, name) for name in OTHERWISE} == OTHERWISE
+    assert (found.sampler, found.num_steps, found.digest) == (made.sampler, 4, digest(made.params))
+
+
+@pytest.mark.parametrize('dropout', [0.1, 0.0])
+def test_an_imported_base_is_sampled_as_its_files_say(tmp_path, monkeypatch, dropout):
+  _, _, made = imported(tmp_path / 'run', cond_dropout=dropout)
+  drawn = []
+
+  def draw(self, params, grid, num_samples, seed, chosen=None):
+    drawn.append((self.clip_x, grid.tolist(), chosen))
+    return np.zeros((num_samples, 8, 8, 1), np.uint8)
+
+  monkeypatch.setattr(sampling.Drawer, 'draw', draw)
+  flags = ('--mode=sample', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "x.npz"}')
+  code, _, err = tiny.run_cli(*flags, '--num_samples=2', '--classes=none')
+  if not dropout:
+    assert code == 2 and 'trained without label dropout' in err and not drawn
+    return
+  assert code == 0, err
+  grid = times.make_grid('karras', 4, made.schedule).tolist()
+  assert drawn == [(False, grid, {'label': [Classes.NONE]})]

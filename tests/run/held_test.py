@@ -21,6 +21,7 @@ from diffusion_distillation.stages.trained import Model
 from diffusion_distillation.system.checkpoints import digest
 from tests import tiny
 from tests.disasters import CONFIG, PLAN
+from tests.interop.importing_test import imported
 
 BASE = PLAN['base']
 METHODS = {'methods': ('progressive', 'dmd'), 'distill__start_steps': 4, 'distill__from_weights': 'last'}
@@ -130,6 +131,18 @@ def test_a_finished_stage_whose_folder_is_damaged_has_it_written_again(workdir, 
   weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
   loop.fit(None, BASE, inputs.Inputs(None), workdir, CONFIG)
   assert weights.read_bytes() == whole and 'the last checkpoint is used' in caplog.text
+
+
+def test_an_imported_base_whose_folder_is_damaged_keeps_all_that_it_said(tmp_path, caplog):
+  config, _, _ = imported(tmp_path)
+  weights, description = (
+    tmp_path / 'base' / 'model' / name for name in ('weights.safetensors', 'model.json')
+  )
+  whole, said = weights.read_bytes(), json.loads(description.read_text())
+  weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+  run_module.run(config, tmp_path)
+  assert weights.read_bytes() == whole and 'the last checkpoint is used' in caplog.text
+  assert json.loads(description.read_text()) == said and said['provenance']['imported']
 
 
 def test_a_stage_that_an_older_version_finished_has_the_same_weights(workdir):
