@@ -229,7 +229,7 @@ def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config)
   for name in [options.stage] if options.stage else reversed(planned):
     model = provenance.load_model(directory, planned[name], config, (options.weights,))
     if model is not None:
-      return provenance.to_stored(directory, model.use(options.weights))
+      return provenance.to_stored(directory, model.use(options.weights), config)
   raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
 
 

@@ -78,7 +78,7 @@ def from_workdir(config: Config, default: Config, path: pathlib.Path, into: path
   if model is None or not found_in.get('finished'):
     raise UserError(f'--checkpoint={path} is not finished; train it to its end first')
   origin = {'source': 'workdir', 'file': str(path), 'sha256': model.digest}
-  made = provenance.to_stored(path.parent, model).provenance
+  made = provenance.to_stored(path.parent, model, stored).provenance
   return _adopt(config, into, stage, jax.device_get(model.params), origin, made=made)
 
 

@@ -34,8 +34,8 @@ class Origin:
     image_shape: (H, W, C).
     num_steps: that it is sampled in.
     sampler: that it is sampled by.
-    times: how its steps are spaced, a name in `times.GRIDS`.
-    clip_x: whether x is clipped while sampling.
+    times: how its steps are spaced, a name in `times.GRIDS`; None: as in the evaluation.
+    clip_x: whether x is clipped while sampling; None: as in the evaluation.
     cond_dropout: the share of examples whose conditions were withheld in its training.
   """
 
@@ -45,8 +45,8 @@ class Origin:
   image_shape: tuple[int, ...]
   num_steps: int
   sampler: str
-  times: str
-  clip_x: bool
+  times: str | None
+  clip_x: bool | None
   cond_dropout: float
 
 
@@ -165,7 +165,7 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
     schedule = parts.make_schedule(config, data.image_shape)
     denoise = parts.make_denoiser(config, config.model, data, schedule)
     space, num_steps = parts.make_space(config.model), config.distill.start_steps
-    sampling = ('ddim', config.evaluation.grid, config.evaluation.clip_x, config.dataset.label_dropout)
+    sampling = ('ddim', None, None, config.dataset.label_dropout)
     origin = Origin(denoise, schedule, space, data.image_shape, num_steps, *sampling)
   else:
     origin = dataclasses.replace(origin, denoise=parts.as_computed(config, origin.denoise))
@@ -237,8 +237,8 @@ def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage
     pairs=parts.make_pairs(config) if 'pairs' in method.needs else None,
     distance_weights=section.distance_weights if 'distance_weights' in section else '',
     sampler=sampling.sampler,
-    times='uniform',
-    clip_x=config.evaluation.clip_x,
+    times=None,
+    clip_x=None,
     measured_steps=sampling.measured_steps,
   )
 
@@ -296,8 +296,8 @@ def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
         num_steps=num_steps,
         num_updates=num_updates,
         sampler='ddim',
-        times='uniform',
-        clip_x=config.evaluation.clip_x,
+        times=None,
+        clip_x=None,
         measured_steps=(num_steps,),
       )
     )

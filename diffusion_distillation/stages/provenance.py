@@ -120,8 +120,10 @@ def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: C
     write_json(path, expected | {'finished': False})
 
 
-def to_stored(workdir: pathlib.Path, model: Model, parents: Parents | None = None) -> StoredModel:
-  """A stage's model as its folder holds it."""
+def to_stored(
+  workdir: pathlib.Path, model: Model, config: Config, parents: Parents | None = None
+) -> StoredModel:
+  """A stage's model as its folder holds it; a base that was trained here is sampled as it is measured."""
   stage = model.stage
   return StoredModel(
     denoise=stage.denoise,
@@ -132,8 +134,8 @@ def to_stored(workdir: pathlib.Path, model: Model, parents: Parents | None = Non
     image_shape=stage.image_shape,
     sampler=stage.sampler,
     num_steps=stage.num_steps,
-    times=stage.times,
-    clip_x=stage.clip_x,
+    times=stage.times or ('uniform' if stage.parent else config.evaluation.grid),
+    clip_x=config.evaluation.clip_x if stage.clip_x is None else stage.clip_x,
     cond_dropout=stage.recipe.cond_dropout,
     class_names=tuple(class_names(workdir)),
     label_counts=label_counts(workdir),
@@ -168,7 +170,7 @@ def finish_stage(
 
   `anew`: whether the model's folder, if there is one, is not whole, or was not read.
   """
-  path, stored = workdir / model.stage.name / 'stage.json', to_stored(workdir, model, parents)
+  path, stored = workdir / model.stage.name / 'stage.json', to_stored(workdir, model, config, parents)
   folder = path.parent / 'model'
   if read_json(path).get('imported'):
     stored = with_history(folder, stored)
@@ -333,7 +335,7 @@ def adopt(
   model = to_model(stage, state, 0.0)
   outcome = {'finished': True, 'digest': model.digest, 'seconds': 0.0, 'imported': dict(origin)}
   stage_dir.mkdir()
-  stored = to_stored(workdir, model)
+  stored = to_stored(workdir, model, config)
   imported = {**origin, 'provenance': dict(made or {})}
   history = {**stored.provenance, 'updates': 0, 'imported': imported}
   stored = dataclasses.replace(

@@ -59,8 +59,8 @@ class Stage:
     pairs: of its parent, that it learns from, or None.
     distance_weights: file of the weights of its method's distance; '' for none.
     sampler: that its model is made for.
-    times: how the steps of its model are spaced, a name in `times.GRIDS`.
-    clip_x: whether its model's x is clipped while sampling.
+    times: how the steps of an imported model are spaced, a name in `times.GRIDS`; None: as in the evaluation.
+    clip_x: whether an imported model's x is clipped while sampling; None: as in the evaluation.
     measured_steps: step counts that its model is measured at.
     teacher_dtype: that the frozen teacher is kept in, 'float32' or 'bfloat16'.
     attempts: the updates that training went back to because those after it were not finite; from each of them on,
@@ -80,8 +80,8 @@ class Stage:
   pairs: Pairs | None = None
   distance_weights: str = ''
   sampler: str = 'ddim'
-  times: str = 'uniform'
-  clip_x: bool = True
+  times: str | None = None
+  clip_x: bool | None = None
   measured_steps: tuple[int, ...] = ()
   teacher_dtype: str = 'float32'
   attempts: tuple[int, ...] = ()

@@ -57,7 +57,7 @@ def test_a_stage_of_another_run_is_imported_with_the_same_digest(finished, name,
   # What was done, not what this config would do; what is sampled from it says so, too.
   assert found['num_updates'] == theirs['num_updates'] != first.num_updates or name != 'base'
   loaded = provenance.load_model(tmp_path / 'run', first, of_run)
-  shown = provenance.to_stored(tmp_path / 'run', loaded).provenance
+  shown = provenance.to_stored(tmp_path / 'run', loaded, of_run).provenance
   assert shown['updates'] == theirs['num_updates']
 
 
@@ -151,7 +151,7 @@ def imported(path, **changes):
 def test_what_a_reader_found_out_is_what_the_base_is_sampled_with(tmp_path):
   config, (base,), made = imported(tmp_path)
   loaded = provenance.load_model(tmp_path, base, config)
-  in_later_runs = provenance.to_stored(tmp_path, loaded)
+  in_later_runs = provenance.to_stored(tmp_path, loaded, config)
   loop.fit(None, base, inputs.Inputs(None), tmp_path, config)
   for found in (model.read(tmp_path / 'base' / 'model'), in_later_runs):
     assert {name: getattr(found, name) for name in OTHERWISE} == OTHERWISE

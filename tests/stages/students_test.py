@@ -225,7 +225,7 @@ BAD = [
   ('consistency.solver', {'consistency__solver': 'ancestral'}, 'is not one of'),
   ('consistency.target_decay', {'consistency__target_decay': 1.0}, r'in \[0, 1\)'),
   ('consistency.distance', {'consistency__distance': 'huber'}, "did you mean 'pseudo_huber'"),
-  ('consistency.sample_steps', {'consistency__sample_steps': ()}, 'at least'),
+  ('consistency.sample_steps', {'consistency__sample_steps': ()}, 'must not be empty'),
   ('consistency.sample_steps', {'consistency__sample_steps': (1, 0)}, 'positive'),
   ('consistency.sample_steps', {'consistency__sample_steps': (2, 2)}, 'twice'),
   ('consistency.clip_norm', {'consistency__clip_norm': 0.0}, 'positive'),
