@@ -8,7 +8,6 @@ import logging
 import math
 import pathlib
 import re
-import reprlib
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from flax import traverse_util
 from diffusion_distillation.diffusion.discrete import BETAS, Discrete
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import diffusers_config
+from diffusion_distillation.interop.brief import brief
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.networks.unet2d import UNet2D
@@ -98,15 +98,13 @@ def _size(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, int]:
   size = config.get('sample_size')
   sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
   if not all(type(side) is int and 0 < side <= 10_000 for side in sides):
-    raise UserError(
-      f'{path}: sample_size={reprlib.repr(size)} must be the size of the images, such as 32'
-    )
+    raise UserError(f'{path}: sample_size={brief(size)} must be the size of the images, such as 32')
   return sides[0], sides[1]
 
 
 def _refuse(path: pathlib.Path, key: str, value: Any, known: Any) -> UserError:
   names = ', '.join(map(str, known))
-  return UserError(f'{path}: {key}={reprlib.repr(value)} is not supported; supported: {names}')
+  return UserError(f'{path}: {key}={brief(value)} is not supported; supported: {names}')
 
 
 def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete, str]:
@@ -115,9 +113,9 @@ def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete
   prediction = settings.get('prediction_type', 'epsilon')
   if prediction not in _OUTPUTS:
     raise _refuse(path, 'prediction_type', prediction, _OUTPUTS)
-  if reprlib.repr(settings.get('variance_type')).startswith("'learned"):
+  if brief(settings.get('variance_type')).startswith("'learned"):
     raise UserError(
-      f'{path}: variance_type={reprlib.repr(settings["variance_type"])}: a network that predicts a variance is not supported'
+      f'{path}: variance_type={brief(settings["variance_type"])}: a network that predicts a variance is not supported'
     )
   betas = settings.get('beta_schedule', 'linear')
   if betas not in BETAS:

@@ -2,11 +2,11 @@
 
 import json
 import pathlib
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.interop.brief import brief
 
 _MOST = 100_000  # of every whole number
 
@@ -88,7 +88,7 @@ def check(path: pathlib.Path, found: Mapping[str, Any], kinds: Mapping[str, Kind
   """Raises UserError, naming file and key, for the first value that is not of its kind."""
   for key, kind in kinds.items():
     if key in found and not kind.holds(found[key]):
-      raise UserError(f'{path}: {key}={reprlib.repr(found[key])} must be {kind.says}')
+      raise UserError(f'{path}: {key}={brief(found[key])} must be {kind.says}')
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def find(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 def _check_pipeline(path: pathlib.Path) -> None:
   index = read_json(path)
-  name = reprlib.repr(index.get('_class_name'))
+  name = brief(index.get('_class_name'))
   parts = [  # a part is [library, class]; an absent one has nulls
     key
     for key, value in index.items()

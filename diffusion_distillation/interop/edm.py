@@ -9,7 +9,6 @@ import io
 import json
 import math
 import pathlib
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from diffusion_distillation.config import choose
 from diffusion_distillation.diffusion.process import SIGMA_DATA
 from diffusion_distillation.diffusion.schedules import Karras, LinearBeta, Schedule
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.interop.brief import brief
 from diffusion_distillation.interop.pickles import TENSORS, Inert, Machine, mapping
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.dhariwal_unet import DhariwalUNet
@@ -217,7 +217,7 @@ def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
 
 def _word(value: Any) -> str:
   """A short string as it is; anything else as a short text for messages."""
-  return value if isinstance(value, str) and len(value) <= 80 else reprlib.repr(value)
+  return value if isinstance(value, str) and len(value) <= 80 else brief(value)
 
 
 def _check_widths(given: Mapping[str, Any], arrays: Arrays) -> None:
@@ -252,7 +252,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     right = whole(value) and (value > 0 or default == 0)
   if value is None or not right:
     raise Unsupported(
-      f'{name} is missing' if value is None else f'{name}={reprlib.repr(value)} is not supported'
+      f'{name} is missing' if value is None else f'{name}={brief(value)} is not supported'
     )
   return tuple(value) if isinstance(default, list) else value
 

@@ -56,7 +56,7 @@ def test_heads_divide_the_widths_where_there_is_attention_and_no_others():
     levels | {'down_block_types': ('AttnDownBlock2D', 'DownBlock2D')},
     levels | {'up_block_types': ('UpBlock2D', 'AttnUpBlock2D')},
   ):
-    with pytest.raises(ValueError, match='attention_head_dim=. does not divide'):
+    with pytest.raises(ValueError, match=r'attention_head_dim=. does not divide'):
       network(**wrong).check((8, 8, 1))
 
 
