@@ -95,7 +95,7 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
 
 def _size(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, int]:
   """Height and width of the images."""
-  size = config.get('sample_size')
+  size: Any = config.get('sample_size')
   sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
   if not all(type(side) is int and 0 < side <= 10_000 for side in sides):
     raise UserError(f'{path}: sample_size={brief(size)} must be the size of the images, such as 32')
