@@ -2,6 +2,8 @@
 
 import decimal
 import importlib
+import logging
+import os
 import pathlib
 import re
 import types
@@ -13,6 +15,7 @@ from absl import flags
 from diffusion_distillation import config, paths
 from diffusion_distillation.errors import UserError
 
+_log = logging.getLogger(__name__)
 _CONFIG = re.compile(r'--?config(?:\.([\w.]+))?(?:=(.*))?', re.DOTALL)
 _NUMBER = re.compile(r'(?<![\w.])[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])')
 _LARGEST = decimal.Decimal(10) ** 18
@@ -50,22 +53,34 @@ def find_config(given: str) -> str:
       )
     path = ours[path.stem]
   elif path.absolute().parent.name == 'configs':
-    _prefer(path.absolute().parent)
+    _prefer(path.absolute())
   return f'{path}{colon}{variant}'
 
 
-def _prefer(folder: pathlib.Path) -> None:
-  """`from configs import ...` in a config of one's own finds what lies beside it, before what comes with the program."""
-  search = importlib.import_module('configs').__path__
-  if str(folder) not in search:
-    search.insert(0, str(folder))
+def _prefer(config_file: pathlib.Path) -> None:
+  """`from configs import ...` in a config of one's own finds what lies beside it, before what comes with the program.
+
+  But for what is imported already, such as `default`: a warning names a file that is therefore not read.
+  """
+  package, folder = importlib.import_module('configs'), config_file.parent
+  if str(folder) not in package.__path__:
+    package.__path__.insert(0, str(folder))
+  for path in sorted(set(folder.glob('*.py')) - {config_file, folder / '__init__.py'}):
+    used = getattr(getattr(package, path.stem, None), '__file__', None)
+    if used and os.path.isfile(used) and path.read_bytes() != pathlib.Path(used).read_bytes():
+      _log.warning('%s is not read: configs.%s is %s; give it another name', path, path.stem, used)
 
 
 def whole(text: str) -> str:
   """`text` with each whole number in it, such as 1e3 or 1000.0, as Python writes integers; the rest as it is."""
 
   def rewrite(match: re.Match[str]) -> str:
-    number = decimal.Decimal(match[0].replace('_', ''))
+    try:
+      number = decimal.Decimal(match[0].replace('_', ''))
+    except (
+      decimal.InvalidOperation
+    ):  # an exponent beyond what it can hold: the parser refuses the number
+      return match[0]
     fits = abs(number) < _LARGEST and number == number.to_integral_value()
     return str(int(number)) if fits else match[0]
 

@@ -102,6 +102,31 @@ def test_configs_of_ones_own_find_what_lies_beside_them(tmp_path, monkeypatch):
   sys.modules.pop('configs.mine_base')
 
 
+def test_a_file_beside_a_config_of_ones_own_that_is_not_read_is_named(tmp_path, monkeypatch, caplog):
+  import configs
+
+  monkeypatch.setattr(configs, '__path__', list(configs.__path__))
+  (tmp_path / 'configs').mkdir()
+  copies = {'default.py': '# mine', 'digits.py': (tiny.ROOT / 'configs' / 'digits.py').read_text()}
+  for name, text in (copies | {'mine.py': ''}).items():
+    (tmp_path / 'configs' / name).write_text(text)
+  arguments.find_config(str(tmp_path / 'configs' / 'mine.py'))
+  (message,) = caplog.messages
+  assert message.startswith(f'{tmp_path}/configs/default.py is not read: configs.default is ')
+  caplog.clear()
+  arguments.find_config(str(tmp_path / 'configs' / 'default.py'))  # this one is
+  assert not caplog.messages
+
+
+@pytest.mark.parametrize('number', ['1e99999999999999999999', '-1e-99999999999999999999'])
+def test_a_number_that_nothing_can_hold_is_named_by_its_key(number):
+  assert arguments.whole(number) == number
+  code, _, err = tiny.run_cli(*tiny.flags(train__num_updates=number), '--mode=plan')
+  assert code == 2 and f'train.num_updates={number} must be an integer' in err
+  code, _, err = tiny.run_cli(*tiny.flags(), '--mode=plan', f'--steps={number}')
+  assert code == 2 and '--steps' in err and len(err.splitlines()) == 1
+
+
 def test_every_key_of_a_type_is_known_to_the_reader_of_arguments():
   tiny.config()
   assert set(config.types()) == set(config.all_keys())

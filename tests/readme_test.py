@@ -14,6 +14,8 @@ from absl.testing import flagsaver
 
 from configs import default
 from diffusion_distillation import cli, command, config, datasets, errors
+from diffusion_distillation.arguments import config_names
+from diffusion_distillation.diffusion import samplers, schedules, times
 from diffusion_distillation.evaluation.metrics import METRICS
 from diffusion_distillation.interop import importing
 from diffusion_distillation.methods import METHODS
@@ -133,6 +135,41 @@ def test_every_key_in_a_table_of_options_exists():
       key for key in keys if key.partition('.')[0] in sections and not key.endswith(('.py', '.json'))
     ]
     assert all(key in known for key in keys), (name, [key for key in keys if key not in known])
+
+
+def cell(page, first):
+  """The row of a table in docs/ that begins with this cell."""
+  (row,) = [line for line in DOCS[page].splitlines() if line.startswith(f'| {first} |')]
+  return row
+
+
+def test_tables_have_every_sampler_grid_network_and_schedule():
+  for row, table in (
+    (cell('sample.md', '`--sampler`'), samplers.SAMPLERS),
+    (cell('sample.md', '`--grid`'), times.GRIDS),
+    (cell('train.md', 'network'), NETWORKS),
+    (cell('train.md', 'noise schedule'), schedules.SCHEDULES),
+  ):
+    assert [name for name in table if f'`{name}`' not in row] == [], row
+
+
+def test_every_config_is_in_the_table_of_configs():
+  listed = re.findall(r'\]\(\.\./configs/(\w+)\.py\)', DOCS['train.md'])
+  assert set(config_names()) == set(listed)
+
+
+def test_what_is_new_comes_first():
+  """Sections in docs/upgrading.md are newest first, as it says: those of this version before those of the last one."""
+  titles = re.findall(r'^## (.*)$', DOCS['upgrading.md'], re.MULTILINE)
+  assert titles[-2:] == ['Speed', 'Four seams'] and 'Models of diffusers' in titles[:2]
+
+
+def test_extras_that_are_installed_exist():
+  setup = (tiny.ROOT / 'setup.py').read_text()
+  for text in PAGES.values():
+    for extra in re.findall(r"pip install (?:-e )?'\.\[(\w+)\]'", text):
+      assert re.search(rf"^    '{extra}': \[", setup, re.MULTILINE), extra
+  assert {'cuda', 'tpu'} <= set(re.findall(r"'\.\[(\w+)\]'", README))
 
 
 def test_every_folder_and_file_at_the_top_of_the_package_is_in_the_layout():

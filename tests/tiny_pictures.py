@@ -185,6 +185,20 @@ class Unreadable(Numbers):
     raise OSError('the disk is gone')
 
 
+class TwoPartError(Exception):
+  """An error that is pickled, but cannot be read again: it needs two arguments, and keeps one."""
+
+  def __init__(self, path, reason):
+    super().__init__(f'{path}: {reason}')
+
+
+class Peculiar(Numbers):
+  """Fails in a way that does not arrive as it is."""
+
+  def batch(self, indices):
+    raise TwoPartError('x.png', 'the disk is gone')
+
+
 def numbers(size, broken=(), classes=('without', 'with'), **given):
   """A set of numbers."""
   return Numbers('numbers', (1, 1, 1), classes, 'numbers', size, frozenset(broken), **given)

@@ -11,7 +11,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from diffusion_distillation.datasets import colours
 from diffusion_distillation.datasets.image_set import BrokenImage
 
-_BLOCK = 2**20  # pixels that `area` has in float64 at a time
+_BLOCK = 2**20  # pixels that are in a wider type at a time
+MOST_PIXELS = (
+  100_000_000  # of an image; larger ones are not used, since decoding them may take all memory
+)
 
 # About odd metadata, and about images that are merely large.
 warnings.filterwarnings('ignore', module=r'PIL\.')
@@ -90,11 +93,17 @@ class Decoder:
   resize: str
 
   def __call__(self, data: bytes) -> np.ndarray:
-    """Raises BrokenImage: this is no image, or not a whole one, or its short side is below `size`."""
+    """Raises BrokenImage: this is no image, or not a whole one, its short side is below `size`, or it is too large."""
     if not data:
       raise BrokenImage('is empty')
     try:
       with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if (
+          image.width * image.height > MOST_PIXELS
+        ):  # before they are decoded: a small file may have very many
+          raise BrokenImage(
+            f'is {image.width}x{image.height}, larger than {MOST_PIXELS // 10**6} megapixels'
+          )
         if min(image.size) < self.size:
           raise BrokenImage(
             f'is {image.width}x{image.height}, smaller than dataset.image_size={self.size}'
@@ -145,12 +154,15 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-  values = np.asarray(image).astype(np.int64)
+  values = np.asarray(image)
   if values.min() < 0 or values.max() > 65535:
     raise ValueError('integer pixels beyond 16 bits have no known range')
-  grey = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+  scaled = np.empty(values.shape, np.uint8)
+  rows = max(1, _BLOCK // values.shape[1])
+  for j in range(0, len(values), rows):
+    scaled[j : j + rows] = np.round(values[j : j + rows] / 257.0)
+  grey = Image.fromarray(scaled)
   if 'transparency' in image.info:
-    grey.putalpha(
-      Image.fromarray(np.where(values == image.info['transparency'], 0, 255).astype(np.uint8))
-    )
+    opaque = values != image.info['transparency']
+    grey.putalpha(Image.fromarray(np.where(opaque, np.uint8(255), np.uint8(0))))
   return grey

@@ -117,8 +117,6 @@ class Folder(ImageSet):
       return self.decoder(self._bytes(path)), label
     except BrokenImage as error:
       raise BrokenImage(f'{path} {error}') from error
-    except listing.UNPACKING as error:
-      raise BrokenImage(f'{path} cannot be unpacked: {error}') from error
 
   def label(self, k: int) -> int:
     return self.files[k][1]
@@ -130,9 +128,9 @@ class Folder(ImageSet):
       try:
         data: bytes = self.system.cat_file(path)
         return data
-      except listing.UNPACKING:
-        raise
       except Exception as error:  # whatever a file system raises for one file
+        if listing.is_damage(error):
+          raise BrokenImage(f'cannot be unpacked: {error}') from error
         lasting = isinstance(error, FileNotFoundError | PermissionError | RuntimeError)
         if lasting or attempt == len(_WAITS):
           raise UserError(

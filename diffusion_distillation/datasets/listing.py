@@ -1,10 +1,12 @@
 """The images below a directory, in a zip, or wherever fsspec reaches; and what else lies there, by reason."""
 
 import dataclasses
+import lzma
 import os
 import pathlib
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -45,7 +47,7 @@ _ARCHIVES = (
   '.gz',
 )
 _UNPACKED = (0, 8, 12, 14, getattr(zipfile, 'ZIP_ZSTANDARD', 0))  # compressions of a zip's members
-UNPACKING = (zipfile.BadZipFile, zlib.error, EOFError)  # errors of one member of a zip
+_UNPACKING = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError)
 _AT_ONCE = 1000  # files whose first bytes are asked for together
 
 Entry = tuple[str, str, int]  # name below the root with slashes, path in the file system, size in bytes
@@ -101,6 +103,13 @@ def is_zip(path: str) -> bool:
   return path.lower().endswith('.zip') or (os.path.isfile(path) and zipfile.is_zipfile(path))
 
 
+def is_damage(error: Exception) -> bool:
+  """Whether an error says that a member of a zip is damaged: bz2 raises an OSError, which is not the system's, for it."""
+  return isinstance(error, _UNPACKING) or (
+    type(error) is OSError and str(error) == 'Invalid data stream'
+  )
+
+
 def check_kind(path: str) -> None:
   """Raises UserError, naming the config's key, for a file, and for an archive, that is no zip."""
   if is_zip(path) or os.path.isdir(path):
@@ -115,11 +124,14 @@ def check_kind(path: str) -> None:
 
 
 def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
-  """Files below a local directory; follows links, each directory once."""
+  """Files below a local directory; follows links, each directory once. Hidden directories count as one file each."""
   seen: set[str] = set()
 
   def refuse(error: OSError) -> None:
-    raise error
+    if not isinstance(error, PermissionError) or error.filename == root:
+      raise error
+    below_root = os.path.relpath(error.filename, root)
+    left_out.add('directories that are not to be opened', f'{below_root}/')
 
   for directory, below, files in os.walk(root, followlinks=True, onerror=refuse):
     below.sort()
@@ -131,6 +143,10 @@ def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
       below.clear()
       continue
     seen.add(real)
+    for name in list(below):
+      if reason := _clutter(name):
+        below.remove(name)
+        left_out.add(reason, f'{inside}{name}/')
     for file in files:
       path = os.path.join(directory, file)
       size, reason = _size(path)
@@ -245,6 +261,6 @@ def _heads(
   ends = [min(size, decoding.HEAD) for _, _, size in entries]
   heads = system.cat_ranges(paths, [0] * len(paths), ends, on_error='return')
   for entry, head in zip(entries, heads, strict=True):
-    if isinstance(head, Exception) and not isinstance(head, (*UNPACKING, PermissionError)):
+    if isinstance(head, Exception) and not (is_damage(head) or isinstance(head, PermissionError)):
       raise head
     yield entry, head

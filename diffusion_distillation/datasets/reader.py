@@ -7,6 +7,7 @@ it answers (True, batch) or (False, the error). It imports no jax, and ends when
 import contextlib
 import multiprocessing.spawn
 import os
+import pickle
 import queue
 import resource
 import sys
@@ -33,6 +34,16 @@ def _follow(connection: Connection, asked: queue.SimpleQueue[Any]) -> None:
     os._exit(1)
 
 
+def _arriving(error: Exception) -> Exception:
+  """`error`, or a RuntimeError with its text where the main process could not read it: the connection would be lost."""
+  try:
+    again = pickle.loads(pickle.dumps(error))
+  except Exception:  # of whatever the error is made of
+    return RuntimeError(repr(error))
+  ours = type(error).__module__ in ('__main__', '__mp_main__')  # which is another module there
+  return RuntimeError(repr(error)) if ours or type(again) is not type(error) else error
+
+
 def main(descriptor: int) -> None:
   """Answers until the connection ends."""
   connection = Connection(descriptor)
@@ -48,7 +59,7 @@ def main(descriptor: int) -> None:
     try:
       answer = True, images.batch(indices)
     except Exception as error:  # of whatever the set reads from
-      answer = False, error
+      answer = False, _arriving(error)
     try:
       connection.send(answer)
     except (AttributeError, TypeError, ValueError) as error:  # it cannot be sent as it is

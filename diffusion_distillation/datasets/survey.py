@@ -92,7 +92,9 @@ def _problem(images: ImageSet, k: int) -> str:
 
 
 def _kind(reason: str) -> str:
-  for kind, mark in {'too small': ', smaller than dataset.image_size=', 'empty': ' is empty'}.items():
-    if mark in reason:
-      return kind
-  return 'broken'
+  marks = {
+    'too small': ', smaller than dataset.image_size=',
+    'too large': ', larger than ',
+    'empty': ' is empty',
+  }
+  return next((kind for kind, mark in marks.items() if mark in reason), 'broken')

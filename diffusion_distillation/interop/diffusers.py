@@ -4,10 +4,11 @@ FOLDER/model_index.json, FOLDER/unet/, FOLDER/scheduler/scheduler_config.json   
 FOLDER/config.json, FOLDER/*.safetensors, FOLDER/scheduler_config.json          a network, and perhaps its schedule
 """
 
-import json
 import logging
 import math
 import pathlib
+import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from flax import traverse_util
 
 from diffusion_distillation.diffusion.discrete import BETAS, Discrete
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.interop import diffusers_config
+from diffusion_distillation.interop.brief import brief
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.networks.unet2d import UNet2D
@@ -50,6 +53,8 @@ _SCHEDULE = {
   'rescale_betas_zero_snr': 'zero_snr',
   'steps_offset': 'steps_offset',
 }
+# Schedulers that clip x unless they are told otherwise.
+_CLIPS = ('DDPMScheduler', 'DDIMScheduler')
 _OLD_NAMES = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 
@@ -59,37 +64,21 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
   Raises:
     UserError: there is none, or it is one that this program does not have; the message names the key or the weight.
   """
-  if (folder / 'model_index.json').is_file():
-    index = _json(folder / 'model_index.json')
-    if 'unet' not in index:
-      raise UserError(
-        f'{folder / "model_index.json"}: the pipeline {index.get("_class_name")} has no unet'
-      )
-    unet, scheduler = folder / 'unet', folder / 'scheduler' / 'scheduler_config.json'
-  else:
-    unet, scheduler = folder, folder / 'scheduler_config.json'
-    if (folder.parent / 'model_index.json').is_file() and not scheduler.is_file():
-      scheduler = folder.parent / 'scheduler' / 'scheduler_config.json'
-  config = _json(unet / 'config.json')
+  unet, scheduler = diffusers_config.find(folder)
+  config = diffusers_config.read_json(unet / 'config.json')
   settings: Mapping[str, Any] = {}
   if scheduler.is_file():
-    settings = _json(scheduler)
+    settings = diffusers_config.read_json(scheduler)
   else:
     _log.warning(
       "%s is missing: the schedule and prediction type are DDPMScheduler's defaults", scheduler
     )
   schedule, output = _schedule(scheduler, settings)
   network = _network(unet / 'config.json', config, schedule)
-  size = config.get('sample_size')
-  height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-  if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
-    raise UserError(
-      f'{unet / "config.json"}: sample_size={size} must be the size of the images, such as 32'
-    )
-  shape = (height, width, network.out_ch)
+  shape = (*_size(unet / 'config.json', config), network.out_ch)
   try:
     network.check(shape)
-  except (ArithmeticError, TypeError, ValueError) as error:
+  except ValueError as error:
     raise UserError(f'{unet / "config.json"}: {error}') from error
   denoise = Denoiser(network, output)
   return StoredModel(
@@ -100,35 +89,33 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
     image_shape=shape,
     sampler='ddim',
     num_steps=num_steps,
-    clip_x=bool(settings.get('clip_sample', True)),
+    clip_x=settings.get('clip_sample', settings.get('_class_name', 'DDPMScheduler') in _CLIPS),
   )
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    found = json.loads(path.read_text())
-  except OSError as error:
-    raise UserError(f'{path}: {error.strerror}; a folder that diffusers saved is expected') from error
-  except ValueError as error:
-    raise UserError(f'{path} is not JSON ({error})') from error
-  if not isinstance(found, dict):
-    raise UserError(f'{path} must hold a JSON object')
-  return found
+def _size(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, int]:
+  """Height and width of the images."""
+  size: Any = config.get('sample_size')
+  sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
+  if not all(type(side) is int and 0 < side <= 10_000 for side in sides):
+    raise UserError(f'{path}: sample_size={brief(size)} must be the size of the images, such as 32')
+  return sides[0], sides[1]
 
 
 def _refuse(path: pathlib.Path, key: str, value: Any, known: Any) -> UserError:
   names = ', '.join(map(str, known))
-  return UserError(f'{path}: {key}={value!r} is not supported; supported: {names}')
+  return UserError(f'{path}: {key}={brief(value)} is not supported; supported: {names}')
 
 
 def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete, str]:
   """The schedule, and what the network predicts."""
+  diffusers_config.check(path, settings, diffusers_config.SCHEDULE)
   prediction = settings.get('prediction_type', 'epsilon')
   if prediction not in _OUTPUTS:
     raise _refuse(path, 'prediction_type', prediction, _OUTPUTS)
-  if str(settings.get('variance_type')).startswith('learned'):
+  if brief(settings.get('variance_type')).startswith("'learned"):
     raise UserError(
-      f'{path}: variance_type={settings["variance_type"]!r}: a network that predicts a variance is not supported'
+      f'{path}: variance_type={brief(settings["variance_type"])}: a network that predicts a variance is not supported'
     )
   betas = settings.get('beta_schedule', 'linear')
   if betas not in BETAS:
@@ -154,6 +141,7 @@ def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) 
   for key, known in _ONLY.items():
     if config.get(key, known[0]) not in known:
       raise _refuse(path, key, config[key], known)
+  diffusers_config.check(path, config, diffusers_config.NETWORK)
   channels, outputs = config.get('in_channels', 3), config.get('out_channels', 3)
   if outputs == 2 * channels:
     raise UserError(
@@ -164,17 +152,14 @@ def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) 
   given: dict[str, Any] = {
     field: tuple(value) if isinstance(value, list) else value
     for field, value in {**_NETWORK, **config}.items()
-    if field in UNet2D.__dataclass_fields__ and field not in ('name', 'parent', 'dtype', 'schedule')
+    if field in diffusers_config.FIELDS
   }
-  try:
-    return UNet2D(
-      **given,
-      out_ch=outputs,
-      num_classes=config.get('num_class_embeds') or 0,
-      schedule=schedule,
-    )
-  except (TypeError, ValueError) as error:
-    raise UserError(f'{path}: {error}') from error
+  return UNet2D(
+    **given,
+    out_ch=outputs,
+    num_classes=config.get('num_class_embeds') or 0,
+    schedule=schedule,
+  )
 
 
 def _weights(folder: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...]) -> Params:
@@ -186,28 +171,61 @@ def _weights(folder: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...]) ->
     }
   except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
     raise UserError(f'{path} is damaged or not a safetensors file ({error})') from error
-  return convert(found, jax.eval_shape(lambda rng: denoise.init(rng, shape), jax.random.key(0)), path)
+  _check_widths(denoise.network, found, path)
+  try:
+    expected = jax.eval_shape(lambda rng: denoise.init(rng, shape), jax.random.key(0))
+  except (ArithmeticError, TypeError, ValueError) as error:
+    text = ' '.join(str(error).split())[:200]
+    raise UserError(f'{folder / "config.json"} describes no network ({text})') from error
+  return convert(found, expected, path)
+
+
+def _check_widths(network: UNet2D, found: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
+  """Raises UserError for a network that is deeper or wider than the weights: it is not traced, which may take long."""
+  widest = max((size for value in found.values() if value.size for size in value.shape), default=0)
+  counts = {'layers_per_block': network.layers_per_block * len(network.block_out_channels)}
+  sizes = {
+    'block_out_channels': max(network.block_out_channels),
+    'time_embedding_dim': network.time_embedding_dim or 0,
+    'num_class_embeds': network.num_classes,
+    'out_channels': network.out_ch,
+  }
+  for key, value, most in (
+    *((key, value, len(found)) for key, value in counts.items()),
+    *((key, value, widest) for key, value in sizes.items()),
+  ):
+    if value > most:
+      raise UserError(f'{path}: {key} ({value}) asks for more than the weights have ({most})')
 
 
 def _weights_file(folder: pathlib.Path) -> pathlib.Path:
   if (folder / WEIGHTS).is_file():
     return folder / WEIGHTS
-  pickled = sorted(folder.glob('*.bin')) + sorted(folder.glob('*.pt')) + sorted(folder.glob('*.pth'))
-  if pickled:
-    raise UserError(
-      f'{pickled[0]} is a pickle, which could run any code and is not opened; convert it where torch is installed: '
-      f"python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{pickled[0].name}', "
-      f"map_location='cpu', weights_only=True), '{WEIGHTS}')\""
-    )
   if (folder / f'{WEIGHTS}.index.json').is_file():
     raise UserError(
       f'{folder / WEIGHTS}.index.json: weights in several files are not supported; save them in one'
     )
   found = sorted(folder.glob('*.safetensors'))
-  if len(found) != 1:
-    names = ', '.join(path.name for path in found) or 'none'
-    raise UserError(f'{folder}: there is no {WEIGHTS}, but {names}; rename the one to read')
-  return found[0]
+  if len(found) == 1:
+    return found[0]
+  pickled = sorted(folder.glob('*.bin')) + sorted(folder.glob('*.pt')) + sorted(folder.glob('*.pth'))
+  if pickled and not found:
+    raise UserError(
+      f'{pickled[0]} is a pickle, which could run any code and is not opened; {_conversion(pickled[0])}'
+    )
+  names = ', '.join(path.name for path in found) or 'none'
+  raise UserError(f'{folder}: there is no {WEIGHTS}, but {names}; rename the one to read')
+
+
+def _conversion(path: pathlib.Path) -> str:
+  """How to convert a pickle; a command only where its name has nothing that a shell or Python could take for more."""
+  if not re.fullmatch(r'[\w.-]+', path.name, re.ASCII):
+    return f'save its state dict as {WEIGHTS} with safetensors.torch.save_file, where torch is installed'
+  return (
+    f'convert it where torch is installed: cd {shlex.quote(str(path.parent))} && '
+    f"python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path.name}', "
+    f"map_location='cpu', weights_only=True), '{WEIGHTS}')\""
+  )
 
 
 def convert(found: Mapping[str, np.ndarray], expected: Params, path: pathlib.Path) -> Params:

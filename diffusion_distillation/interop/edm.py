@@ -21,7 +21,8 @@ from diffusion_distillation.config import choose
 from diffusion_distillation.diffusion.process import SIGMA_DATA
 from diffusion_distillation.diffusion.schedules import Karras, LinearBeta, Schedule
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.interop.pickles import TENSORS, Inert, Machine
+from diffusion_distillation.interop.brief import brief
+from diffusion_distillation.interop.pickles import TENSORS, Inert, Machine, mapping
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.dhariwal_unet import DhariwalUNet
 from diffusion_distillation.networks.edm_blocks import EdmUNet
@@ -74,6 +75,7 @@ _NETWORKS: dict[str, tuple[type[EdmUNet], dict[str, Any]]] = {
   ),
 }
 _MOST = 100_000  # of every whole number
+_MOST_BYTES = 2  # of all tensors, for each byte of the file
 
 
 def read(path: pathlib.Path) -> StoredModel:
@@ -123,7 +125,9 @@ _MODULES = tuple(
 
 def _persistent(meta: Mapping[str, Any]) -> Inert:
   """An object of `torch_utils.persistence`; the source code in it stays text."""
-  return Inert(meta['class_name'], meta['state'])
+  if not isinstance(meta['class_name'], str) or not isinstance(meta['state'], dict):
+    raise ValueError('an object has no class or no state')
+  return Inert(meta['class_name'][:80], meta['state'])
 
 
 def _inert(name: str) -> Any:
@@ -133,7 +137,7 @@ def _inert(name: str) -> Any:
 _CALLS = {
   **TENSORS,
   'torch_utils.persistence._reconstruct_persistent_obj': _persistent,
-  'dnnlib.util.EasyDict': lambda *items: dict(*items),
+  'dnnlib.util.EasyDict': lambda items=(): mapping(items),
   **{name: _inert(name.rpartition('.')[-1]) for name in _MODULES},
 }
 
@@ -146,7 +150,11 @@ def _read_pickle(path: pathlib.Path) -> tuple[dict[str, Any], Arrays]:
   given, arguments = network.state.get('_init_args'), network.state.get('_init_kwargs')
   if given or not isinstance(arguments, dict):
     raise ValueError(f'{network.name} does not have the arguments of its constructor by name')
-  return {'class': network.name, **arguments}, dict(_state_dict(network, '', set()))
+  arrays = _state_dict(network, '', set())
+  size = sum(value.nbytes for value in arrays.values() if isinstance(value, np.ndarray))
+  if size > _MOST_BYTES * path.stat().st_size:  # views of one storage, of which each becomes an array
+    raise ValueError(f'its tensors would take {size} bytes, far more than the file has')
+  return {'class': network.name, **arguments}, arrays
 
 
 def _state_dict(module: Inert, prefix: str, seen: set[int]) -> Arrays:
@@ -155,13 +163,14 @@ def _state_dict(module: Inert, prefix: str, seen: set[int]) -> Arrays:
     raise ValueError(f'{prefix or "the network"!r} is not a module, or is one a second time')
   seen.add(id(module))
   found: Arrays = {}
-  for part in ('_parameters', '_buffers'):
+  for part in ('_parameters', '_buffers', '_modules'):
     for name, value in module.state.get(part, {}).items():
-      if value is not None:
+      if not isinstance(name, str) or len(name) > 80:
+        raise ValueError(f'{prefix or "the network"!r} has a part without a proper name')
+      if value is not None and part == '_modules':
+        found |= _state_dict(value, f'{prefix}{name}.', seen)
+      elif value is not None:
         found[f'{prefix}{name}'] = value
-  for name, child in module.state.get('_modules', {}).items():
-    if child is not None:
-      found |= _state_dict(child, f'{prefix}{name}.', seen)
   return found
 
 
@@ -170,19 +179,18 @@ def _state_dict(module: Inert, prefix: str, seen: set[int]) -> Arrays:
 
 def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
   """A model of the constructor's arguments (and `class`) and the state dict."""
-  kind = str(arguments.pop('class', None))
+  kind = _word(arguments.pop('class', None))
   of_class = choose('class', kind, _CLASSES)
-  model_type = str(arguments.get('model_type', of_class['model_type']))
+  model_type = _word(arguments.get('model_type', of_class['model_type']))
   _, of_network = choose('model_type', model_type, _NETWORKS)
   known = {**_OF_ALL, **of_class, **_OF_NETWORKS, **of_network}
   for name in arguments:
     if name not in known:
-      raise Unsupported(f'{name} is an argument that is not supported')
+      raise Unsupported(f'{_word(name)} is an argument that is not supported')
   given = {
     name: _checked(name, arguments.get(name, default), default) for name, default in known.items()
   }
-  if given['num_blocks'] * len(given['channel_mult']) > len(arrays):
-    raise Unsupported(f'num_blocks={given["num_blocks"]} are more blocks than there are tensors')
+  _check_widths(given, arrays)
   shape = (given['img_resolution'],) * 2 + (given['img_channels'],)
   network = _network(kind, given, arrays)
   schedule = _schedule(kind, given)
@@ -207,6 +215,27 @@ def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
   )
 
 
+def _word(value: Any) -> str:
+  """A short string as it is; anything else as a short text for messages."""
+  return value if isinstance(value, str) and len(value) <= 80 else brief(value)
+
+
+def _check_widths(given: Mapping[str, Any], arrays: Arrays) -> None:
+  """Raises Unsupported for a network that is deeper or wider than its tensors: it is not traced, which may take long."""
+  if given['num_blocks'] * max(1, len(given['channel_mult'])) > len(arrays):
+    raise Unsupported(f'num_blocks={given["num_blocks"]} are more blocks than there are tensors')
+  found = [value for value in arrays.values() if isinstance(value, np.ndarray) and value.size]
+  widest = max((size for value in found for size in value.shape), default=0)
+  for name in ('channel_mult', 'channel_mult_emb', 'channel_mult_noise'):
+    factor = given.get(name, 1)
+    width = given['model_channels'] * max(factor if isinstance(factor, tuple) else (factor,), default=0)
+    if width > widest:
+      raise Unsupported(f'{name} asks for {width} channels, but no tensor has more than {widest}')
+  for name in ('label_dim', 'img_channels'):
+    if given[name] > widest:
+      raise Unsupported(f'{name}={given[name]} is more than any tensor has ({widest})')
+
+
 def _checked(name: str, value: Any, default: Any) -> Any:
   """`value` if it is of its default's type, whole numbers for None; ValueError, naming it, if not."""
 
@@ -216,14 +245,14 @@ def _checked(name: str, value: Any, default: Any) -> Any:
   if isinstance(default, bool | str):
     right = isinstance(value, type(default))
   elif isinstance(default, float):
-    right = isinstance(value, int | float) and not isinstance(value, bool)
+    right = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
   elif isinstance(default, list):
     right = isinstance(value, list | tuple) and len(value) <= 64 and all(map(whole, value))
   else:
     right = whole(value) and (value > 0 or default == 0)
   if value is None or not right:
     raise Unsupported(
-      f'{name} is missing' if value is None else f'{name}={value!r:.80} is not supported'
+      f'{name} is missing' if value is None else f'{name}={brief(value)} is not supported'
     )
   return tuple(value) if isinstance(default, list) else value
 

@@ -72,6 +72,7 @@ class Machine:
     self._calls, self._persistent = calls, persistent
     self._stack: list[Any] = []
     self._memo: dict[int, Any] = {}
+    self._copied, self._most = 0, 0  # items given to functions so far, and how many there may be
 
   def run(self, stream: io.BytesIO) -> Any:
     """The object that the pickle at the stream's position describes; leaves the stream behind it.
@@ -80,6 +81,9 @@ class Machine:
       ValueError: it names something that is not in `calls`, or has an opcode that only serves to call things.
       Exception: it is not a pickle; whatever its content leads to.
     """
+    here = stream.tell()
+    self._most = 2 * stream.seek(0, io.SEEK_END)
+    stream.seek(here)
     for opcode, argument, _ in pickletools.genops(stream):
       name = opcode.name
       if name == 'STOP':
@@ -149,7 +153,7 @@ class Machine:
 
   def _dict(self, _: None) -> None:
     items = self._marked()
-    self._push(dict(zip(items[::2], items[1::2], strict=True)))
+    self._push(mapping(zip(items[::2], items[1::2], strict=True)))
 
   def _setitem(self, _: None) -> None:
     value, key = self._stack.pop(), self._stack.pop()
@@ -161,16 +165,16 @@ class Machine:
   def _update(self, items: list[Any]) -> None:
     if not isinstance(self._stack[-1], dict):
       raise ValueError('it sets items of what is not a dict')
-    self._stack[-1].update(zip(items[::2], items[1::2], strict=True))
+    self._stack[-1].update(mapping(zip(items[::2], items[1::2], strict=True)))
 
   def _additems(self, _: None) -> None:
     items = self._marked()
     if not isinstance(self._stack[-1], set):
       raise ValueError('it adds to what is not a set')
-    self._stack[-1].update(items)
+    self._stack[-1].update(map(_key, items))
 
   def _frozenset(self, _: None) -> None:
-    self._push(frozenset(self._marked()))
+    self._push(frozenset(map(_key, self._marked())))
 
   # What was there before.
 
@@ -196,7 +200,9 @@ class Machine:
     self._name(module, name)
 
   def _name(self, module: str, name: str) -> None:
-    found = Name(module, name)
+    if not isinstance(module, str) or not isinstance(name, str):
+      raise ValueError('the name of a function is not a string')
+    found = Name(module[:80], name[:80])
     if str(found) not in self._calls:
       raise ValueError(f'it names {str(found)[:80]!r}, which is refused')
     self._push(found)
@@ -205,6 +211,9 @@ class Machine:
     arguments, found = self._stack.pop(), self._stack.pop()
     if not isinstance(found, Name) or not isinstance(arguments, tuple):
       raise ValueError('it calls what is not a name')
+    self._copied += sum(len(a) for a in arguments if isinstance(a, str | list | tuple | dict | set))
+    if self._copied > self._most:
+      raise ValueError('it copies its own content again and again')
     self._push(self._calls[str(found)](*arguments))
 
   _newobj = _reduce
@@ -220,6 +229,20 @@ class Machine:
     if self._persistent is None:
       raise ValueError('it refers to something outside of it')
     self._push(self._persistent(self._stack.pop()))
+
+
+def _key(value: Any) -> Any:
+  """A key or a member of a set; ValueError for what takes long to hash, as a container of shared containers does."""
+  if not isinstance(value, str | bytes | int | float | None):
+    raise ValueError('a key or a member of a set is a container')
+  if isinstance(value, int) and value.bit_length() > 64:
+    raise ValueError('a key or a member of a set is a huge number')
+  return value
+
+
+def mapping(items: Any = ()) -> dict[Any, Any]:
+  """A dict of a dict or of pairs."""
+  return {_key(k): value for k, value in (items.items() if isinstance(items, dict) else items)}
 
 
 # Tensors as torch pickles them.
@@ -262,10 +285,12 @@ def storage(content: bytes) -> np.ndarray:
   Machine(_STORAGE_NAMES, persistent).run(stream)
   keys = Machine({}).run(stream)
   ((kind, name, key, _, count, *_),) = declared
-  dtype = np.dtype(_STORAGES[name.name.removesuffix('Storage')]).newbyteorder('<')
   (stored,) = struct.unpack('<q', stream.read(8))
+  if not isinstance(name, Name) or not isinstance(key, str):
+    raise ValueError('a storage has no type or no key')
   if kind != 'storage' or keys != [key] or stored != count or stored < 0:
     raise ValueError('a storage is not what it is declared to be')
+  dtype = np.dtype(_STORAGES[name.name.removesuffix('Storage')]).newbyteorder('<')
   return np.frombuffer(content, dtype, count, stream.tell())
 
 
@@ -273,7 +298,10 @@ def tensor(
   numbers: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
 ) -> np.ndarray:
   """A view of a storage, whose offset and strides count numbers; ValueError if it leaves the storage."""
-  if not isinstance(numbers, np.ndarray) or min(offset, *shape, *strides, 0) < 0:
+  sizes = (offset, *shape, *strides)
+  if len(sizes) > 17 or not all(isinstance(size, int) and 0 <= size < 2**48 for size in sizes):
+    raise ValueError('a tensor is not a view of a storage')
+  if not isinstance(numbers, np.ndarray):
     raise ValueError('a tensor is not a view of a storage')
   last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
   if math.prod(shape) and (last >= numbers.size or math.prod(shape) > numbers.size):
@@ -289,6 +317,8 @@ def scalar(dtype: np.dtype, content: bytes) -> Any:
 
 def dtype(name: str, *_: Any) -> np.dtype:
   """A type of NumPy's numbers."""
+  if not isinstance(name, str) or len(name) > 8:
+    raise ValueError('the name of a type of numbers is not a short string')
   found = np.dtype(name)
   if found.kind not in 'fiub':
     raise ValueError(f'it has the type {name!r}, which is refused')
@@ -297,15 +327,15 @@ def dtype(name: str, *_: Any) -> np.dtype:
 
 def octets(text: str, encoding: str) -> bytes:
   """Bytes as protocols before 3 have them."""
-  if encoding != 'latin1':
-    raise ValueError(f'bytes are encoded as {encoding!r:.20}')
+  if not isinstance(text, str) or encoding != 'latin1':
+    raise ValueError('bytes are not encoded as latin1')
   return text.encode('latin1')
 
 
 TENSORS: Calls = {
-  'collections.OrderedDict': lambda *items: dict(*items),
-  'builtins.set': lambda *items: set(*items),
-  '__builtin__.set': lambda *items: set(*items),
+  'collections.OrderedDict': lambda items=(): mapping(items),
+  'builtins.set': lambda items=(): set(map(_key, items)),
+  '__builtin__.set': lambda items=(): set(map(_key, items)),
   '_codecs.encode': octets,
   'torch._utils._rebuild_tensor_v2': tensor,
   'torch._utils._rebuild_parameter': lambda data, *_: data,

@@ -19,6 +19,8 @@ from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, G
 from diffusion_distillation.networks.unet import DTYPES, downsample, upsample
 
 PRECONDITIONINGS = ('edm', 'vp', 've')
+MOST_CHANNELS = 2**16  # of embeddings
+MOST_BLOCKS = 1024  # on the way down
 uniform = nn.initializers.variance_scaling
 
 
@@ -265,8 +267,14 @@ class EdmUNet(nn.Module):
         raise ValueError(f'{name}={value!r} is not one of {list(table)}')
     if min(self.beta_d, self.beta_min) <= 0.0 or self.timesteps < 2:
       raise ValueError(
-        f'beta_d={self.beta_d} and beta_min={self.beta_min} must be positive, timesteps={self.timesteps} 2 at least'
+        f'beta_d={self.beta_d} and beta_min={self.beta_min} must be positive, and timesteps={self.timesteps} at least 2'
       )
+    if not 0 < len(self.ch_mult) * max(self.num_res_blocks, 1) <= MOST_BLOCKS:
+      raise ValueError(
+        f'num_res_blocks={self.num_res_blocks} at {len(self.ch_mult)} levels (ch_mult) must give 1 to {MOST_BLOCKS} blocks'
+      )
+    if self.emb_ch > MOST_CHANNELS:
+      raise ValueError(f'emb_ch={self.emb_ch} must be at most {MOST_CHANNELS}')
     height, width = image_shape[:2]
     factor = 2 ** (len(self.ch_mult) - 1)
     if height % factor or width % factor:
@@ -282,7 +290,9 @@ class EdmUNet(nn.Module):
           raise ValueError(
             f'a width of {ch} channels does not divide into {num_groups(ch)} groups of a group norm; change ch or ch_mult'
           )
-      if layer.out_ch % (self.STYLE.num_heads(layer.out_ch) or 1):
+      at = height >> layer.level
+      attends = layer.name == 'in0' or (layer.name.startswith('block') and at in self.attn_resolutions)
+      if attends and layer.out_ch % (self.STYLE.num_heads(layer.out_ch) or 1):
         raise ValueError(f'attention heads do not divide a width of {layer.out_ch} channels')
 
   def noise_input(self, logsnr: jax.Array) -> jax.Array:

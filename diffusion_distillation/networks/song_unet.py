@@ -13,6 +13,7 @@ from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.edm_blocks import (
+  MOST_CHANNELS,
   EdmSection,
   EdmUNet,
   Style,
@@ -28,6 +29,7 @@ from diffusion_distillation.networks.unet import DTYPES
 EMBEDDINGS = ('positional', 'fourier')
 ENCODERS = ('standard', 'skip', 'residual')
 DECODERS = ('standard', 'skip')
+MOST_TAPS = 64
 SCALE = 16.0  # standard deviation of random frequencies
 
 
@@ -116,6 +118,14 @@ class SongUNet(EdmUNet):
     if len(self.resample_filter) % 2 or not sum(self.resample_filter):
       raise ValueError(
         f'resample_filter={self.resample_filter} must have an even number of taps, with a sum other than 0'
+      )
+    if len(self.resample_filter) > MOST_TAPS:
+      raise ValueError(
+        f'resample_filter has {len(self.resample_filter)} taps, but at most {MOST_TAPS} are supported'
+      )
+    if not 0 < self.ch * self.noise_mult <= MOST_CHANNELS:
+      raise ValueError(
+        f'ch={self.ch} times noise_mult={self.noise_mult} must be from 1 to {MOST_CHANNELS}, the width of the embedding of time'
       )
     super().check(image_shape)
 

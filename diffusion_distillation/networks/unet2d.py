@@ -142,7 +142,7 @@ class UNet2D(nn.Module):
     attention_head_dim: channels of an attention head; None for one head.
     norm_num_groups: groups of every GroupNorm.
     norm_eps: is added to the variance of every GroupNorm.
-    act_fn: the activation function, a name in ACTIVATIONS.
+    act_fn: the activation function of the residual blocks, a name in ACTIVATIONS; that of embedding and output is SiLU.
     resnet_time_scale_shift: how residual blocks are told the time: 'default' adds a shift, 'scale_shift' scales, too.
     downsample_padding: of the convolutions that halve the resolution: 1 on all sides, or 0, which pads right and bottom only.
     downsample_type, upsample_type: 'conv' or 'resnet'; of blocks with attention.
@@ -231,8 +231,20 @@ class UNet2D(nn.Module):
     for ch in self.block_out_channels:
       if ch % self.norm_num_groups:
         raise ValueError(f'norm_num_groups={self.norm_num_groups} does not divide {ch} channels')
+    for ch in self._attending():
       if ch % (self.attention_head_dim or ch):
         raise ValueError(f'attention_head_dim={self.attention_head_dim} does not divide {ch} channels')
+    if self.add_attention and self.block_out_channels[-1] % (self.attn_norm_num_groups or 1):
+      raise ValueError(
+        f'attn_norm_num_groups={self.attn_norm_num_groups} does not divide {self.block_out_channels[-1]} channels'
+      )
+
+  def _attending(self) -> list[int]:
+    """The widths at which there is attention."""
+    widths = self.block_out_channels
+    down = [ch for ch, block in zip(widths, self.down_block_types, strict=True) if DOWN_BLOCKS[block][0]]
+    up = [ch for ch, block in zip(widths[::-1], self.up_block_types, strict=True) if UP_BLOCKS[block][0]]
+    return down + up + [widths[-1]] * self.add_attention
 
   def _style(self) -> Style:
     return Style(
@@ -321,5 +333,5 @@ class UNet2D(nn.Module):
         else:
           h = nn.Conv(ch, (3, 3), dtype=dtype, name=f'{name}.conv')(upsample(h))
 
-    h = style.act(style.norm('conv_norm_out')(h)).astype(z.dtype)
+    h = nn.silu(style.norm('conv_norm_out')(h)).astype(z.dtype)  # whatever act_fn is
     return nn.Conv(self.out_ch, (3, 3), name='conv_out')(h)

@@ -101,6 +101,11 @@ def make_denoiser(
     'schedule': schedule,
   }
   fields = [f.name for f in dataclasses.fields(cls) if f.name in given and f.name != 'name']
+  needed = [f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING]
+  if missing := [name for name in needed if name not in given]:
+    raise UserError(
+      f'model.name={section["name"]} is only for imported models (--mode=import), whose files give its {", ".join(missing)}'
+    )
   network = build('model', cls, **{name: given[name] for name in fields})
   try:
     network.check(shape)

@@ -35,6 +35,7 @@ _ENVIRONMENTS = {
 _PATIENCE = 60  # seconds that the others are given at least
 _MARGIN = 30  # seconds after which jax would end the process in its own way
 _LATE = 5.0  # seconds after which a process other than the first says whom it waits for
+_KNOWN: dict[str, int | None] = {}  # 'index': which process this is, where it was told
 _GRACE = 3.0  # seconds that the first process leaves the others, whom its end ends, for their last words
 
 
@@ -68,8 +69,9 @@ def start(
   if not any(told) and any(os.environ.get(name) == value for name, value in _ALONE.items()):
     return
   limit = max(timeout, _PATIENCE)
+  source, count, index = given if all(told) else _peers()
   try:
-    with _waiting(*(given if all(told) else _peers()), limit):
+    with _waiting(source, count, index, limit):
       jax.distributed.initialize(
         *given,
         initialization_timeout=limit + _MARGIN,
@@ -83,6 +85,7 @@ def start(
     raise UserError(
       f'process {process_id} of {num_processes}, --coordinator={coordinator}: {text}'
     ) from error
+  _KNOWN['index'] = index
   interrupts.synchronize(multihost_utils.reached_preemption_sync_point)
 
 
@@ -156,7 +159,17 @@ def leave(code: int) -> None:
   They end by themselves: when this was the first, at once, else when its heartbeats are missed.
   """
   if jax.distributed.is_initialized():  # which starts no devices; it may be these that failed
-    time.sleep(_GRACE * files.writes())
+    time.sleep(_GRACE * _is_first())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _is_first() -> bool:
+  """Whether this is the first process. Starts no devices where its number was told; where they cannot start, True."""
+  if (index := _KNOWN.get('index')) is not None:
+    return index == 0
+  try:
+    return files.writes()
+  except RuntimeError:
+    return True

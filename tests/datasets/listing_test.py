@@ -7,6 +7,7 @@ import struct
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -89,7 +90,10 @@ def test_every_other_file_is_counted_with_its_reason_and_an_example(tmp_path, ki
   found = listed(folder_or_zip(write(tmp_path / 'pictures', files), kind))
   assert set(found.found) == {'a/1.png'}
   assert found.left_out.counts == {reason: len(names) for reason, names in reasons.items()}
-  assert found.left_out.examples == {reason: min(names) for reason, names in reasons.items()}
+  examples = {reason: min(names) for reason, names in reasons.items()}
+  if kind == 'folder':  # whose hidden directories are not walked
+    examples['hidden'] = '.c/'
+  assert found.left_out.examples == examples
   assert found.left_out.lines()[0] == '5 of the operating system, such as Desktop.ini'
 
 
@@ -106,6 +110,51 @@ def test_what_cannot_be_opened_is_counted_too(tmp_path):
     'linked directories that are listed already': 1,
     'not regular files': 1,
   }
+
+
+def test_a_directory_that_may_not_be_listed_is_counted(tmp_path, monkeypatch):
+  root = write(tmp_path / 'pictures', {'a/1.png': PNG, 'lost+found/2.png': PNG})
+  scandir = os.scandir
+
+  def allowed(path):
+    if str(path).endswith(closed):
+      raise PermissionError(13, 'Permission denied', str(path))
+    return scandir(path)
+
+  closed = 'lost+found'
+  monkeypatch.setattr(os, 'scandir', allowed)
+  found = listed(root)
+  assert set(found.found) == {'a/1.png'}
+  assert found.left_out.lines() == ['1 directories that are not to be opened, such as lost+found/']
+  closed = 'pictures'
+  with pytest.raises(UserError, match='cannot be listed'):
+    listed(root)
+
+
+def test_hidden_directories_and_the_system_s_are_not_walked_and_count_once(tmp_path, monkeypatch):
+  files = {f'{d}/{k}.png': PNG for d in ('a', '.git', '@eaDir', 'a/.cache') for k in range(3)}
+  root, walked, scandir = write(tmp_path / 'pictures', files), [], os.scandir
+  monkeypatch.setattr(os, 'scandir', lambda path: walked.append(path) or scandir(path))
+  found = listed(root)
+  assert len(found.found) == 3 and walked == [str(root), str(root / 'a')]
+  assert found.left_out.counts == {'hidden': 2, 'of the operating system': 1}
+
+
+@pytest.mark.parametrize('way', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_of_a_zip_is_a_broken_image_however_it_is_packed(tmp_path, way):
+  path = tmp_path / 'x.zip'
+  with zipfile.ZipFile(path, 'w', way) as file:
+    for k in range(8):
+      file.writestr(f'{k}.png', tiny_pictures.png(k))
+  data = bytearray(path.read_bytes())
+  place = data.index(b'5.png') + len('5.png')
+  data[place : place + 24] = b'\xff' * 24
+  path.write_bytes(data)
+  images = datasets.open_split(tiny_pictures.settings('folder', path=path, split='train'), 'train')
+  whole = {files[0]: images.is_whole(k) for k, files in enumerate(images.files)}
+  assert len(whole) == 8 and [name for name, ok in whole.items() if not ok] == ['5.png']
+  (reason,) = images.batch(np.arange(8))['skipped']
+  assert '5.png cannot be unpacked: ' in reason[1]
 
 
 def test_files_of_a_zip_that_are_damaged_or_links_are_no_images(tmp_path):

@@ -65,3 +65,11 @@ def test_what_a_set_raises_in_a_process_arrives_and_the_process_goes_on():
     with pytest.raises(OSError, match='the disk is gone'):
       next(stream)
     assert len(tiny_pictures.workers()) == 1  # it goes on
+
+
+def test_an_error_that_cannot_be_read_again_arrives_as_its_text():
+  images = tiny_pictures.Peculiar('numbers', (1, 1, 1), (), '', 8)
+  with contextlib.closing(Loader(images, workers=1)) as loader:
+    with pytest.raises(RuntimeError, match=r'TwoPartError.*x\.png: the disk is gone'):
+      next(loader.in_order(4))
+    assert len(tiny_pictures.workers()) == 1  # it goes on

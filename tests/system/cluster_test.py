@@ -164,3 +164,22 @@ def test_one_process_looks_for_no_others(initialize, monkeypatch):
     monkeypatch.setenv(name, value)
   cluster.start(None, 1, None, timeout=100)
   assert not initialize.calls
+
+
+@pytest.mark.parametrize(('index', 'seconds'), [(0, cluster._GRACE), (1, 0.0), (None, cluster._GRACE)])
+def test_a_process_whose_devices_cannot_start_ends_with_its_exit_code(
+  initialize, monkeypatch, index, seconds
+):
+  def fail():
+    raise RuntimeError("Unable to initialize backend 'cuda'")
+
+  ended, waited = [], []
+  monkeypatch.setattr(cluster, '_KNOWN', {})
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(jax, 'process_index', fail)
+  monkeypatch.setattr(os, '_exit', ended.append)
+  monkeypatch.setattr(cluster.time, 'sleep', waited.append)
+  given = (None, None, None) if index is None else ('10.0.0.1:1234', 2, index)
+  cluster.start(*given, timeout=100)
+  cluster.leave(2)
+  assert ended == [2] and waited == [seconds]

@@ -1,0 +1,140 @@
+"""The JSON files of diffusers: where they lie, and whether what they say has the types that diffusers expects."""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.interop.brief import brief
+
+_MOST = 100_000  # of every whole number
+
+
+class Kind(NamedTuple):
+  """What a value may be.
+
+  Attributes:
+    says: in words, what follows 'must be'.
+    holds: whether a value is one.
+  """
+
+  says: str
+  holds: Callable[[Any], bool]
+
+
+def _is_int(value: Any, least: int = 0) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+  return lambda value: isinstance(value, list) and 1 <= len(value) <= 16 and all(map(holds, value))
+
+
+_INT = Kind('zero or a positive integer', _is_int)
+_COUNT = Kind('a positive integer', lambda value: _is_int(value, 1))
+_OPTIONAL = Kind('a positive integer or null', lambda value: value is None or _is_int(value, 1))
+_CLASSES = Kind('zero, a positive integer or null', lambda value: value is None or _is_int(value))
+_NUMBER = Kind('a number', _is_number)
+_POSITIVE = Kind('a positive number', lambda value: _is_number(value) and value > 0)
+_RATE = Kind('a number in [0, 1)', lambda value: _is_number(value) and 0 <= value < 1)
+_BOOL = Kind('true or false', lambda value: isinstance(value, bool))
+_WORD = Kind('a string', lambda value: isinstance(value, str))
+_COUNTS = Kind('a list of positive integers', _list_of(lambda value: _is_int(value, 1)))
+_WORDS = Kind('a list of strings', _list_of(lambda value: isinstance(value, str)))
+
+# Keys of a network's config.json that are fields of `UNet2D`, too.
+FIELDS = {
+  'block_out_channels': _COUNTS,
+  'down_block_types': _WORDS,
+  'up_block_types': _WORDS,
+  'layers_per_block': _COUNT,
+  'attention_head_dim': _OPTIONAL,
+  'norm_num_groups': _COUNT,
+  'norm_eps': _POSITIVE,
+  'act_fn': _WORD,
+  'resnet_time_scale_shift': _WORD,
+  'downsample_padding': _INT,
+  'downsample_type': _WORD,
+  'upsample_type': _WORD,
+  'flip_sin_to_cos': _BOOL,
+  'freq_shift': _NUMBER,
+  'time_embedding_dim': _OPTIONAL,
+  'mid_block_scale_factor': _POSITIVE,
+  'add_attention': _BOOL,
+  'attn_norm_num_groups': _OPTIONAL,
+  'center_input_sample': _BOOL,
+  'dropout': _RATE,
+}
+NETWORK = FIELDS | {'in_channels': _COUNT, 'out_channels': _COUNT, 'num_class_embeds': _CLASSES}
+SCHEDULE = {
+  '_class_name': _WORD,
+  'prediction_type': _WORD,
+  'beta_schedule': _WORD,
+  'beta_start': _POSITIVE,
+  'beta_end': _POSITIVE,
+  'num_train_timesteps': _COUNT,
+  'rescale_betas_zero_snr': _BOOL,
+  'steps_offset': _INT,
+  'clip_sample': _BOOL,
+}
+
+
+def check(path: pathlib.Path, found: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+  """Raises UserError, naming file and key, for the first value that is not of its kind."""
+  for key, kind in kinds.items():
+    if key in found and not kind.holds(found[key]):
+      raise UserError(f'{path}: {key}={brief(found[key])} must be {kind.says}')
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object; raises UserError where there is none."""
+  try:
+    found = json.loads(path.read_text())
+  except OSError as error:
+    raise UserError(f'{path}: {error.strerror}; a folder that diffusers saved is expected') from error
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path} is not JSON ({error})') from error
+  if not isinstance(found, dict):
+    raise UserError(f'{path} must hold a JSON object')
+  return found
+
+
+def find(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """The folder of the network and the file of the schedule, which need not be there.
+
+  Raises:
+    UserError: the folder is a pipeline that has no network of images, or parts besides network and schedule, such as
+      the autoencoder of a latent model.
+  """
+  if (folder / 'model_index.json').is_file():
+    _check_pipeline(folder / 'model_index.json')
+    return folder / 'unet', folder / 'scheduler' / 'scheduler_config.json'
+  beside = folder.parent / 'model_index.json'
+  if beside.is_file():
+    _check_pipeline(beside)
+    if not (folder / 'scheduler_config.json').is_file():
+      return folder, folder.parent / 'scheduler' / 'scheduler_config.json'
+  return folder, folder / 'scheduler_config.json'
+
+
+def _check_pipeline(path: pathlib.Path) -> None:
+  index = read_json(path)
+  name = brief(index.get('_class_name'))
+  parts = [  # a part is [library, class]; an absent one has nulls
+    key
+    for key, value in index.items()
+    if not key.startswith('_') and isinstance(value, list) and any(value)
+  ]
+  if 'unet' not in parts:
+    raise UserError(f'{path}: the pipeline {name} has no unet')
+  others = [part for part in parts if part not in ('unet', 'scheduler')]
+  if others:
+    raise UserError(
+      f'{path}: the pipeline {name} has a part {others[0][:80]!r}, which is not supported: only models of pixels, with unet '
+      'and scheduler alone, can be imported'
+    )
