@@ -118,9 +118,7 @@ def _read_pair(path: pathlib.Path) -> tuple[dict[str, Any], Arrays]:
   return arguments, safetensors.numpy.load(path.read_bytes())
 
 
-_MODULES = tuple(
-  f'torch.nn.modules.container.{name}' for name in ('ModuleDict', 'ModuleList', 'Sequential')
-)
+_MODULES = [f'torch.nn.modules.container.{name}' for name in ('ModuleDict', 'ModuleList', 'Sequential')]
 
 
 def _persistent(meta: Mapping[str, Any]) -> Inert:
