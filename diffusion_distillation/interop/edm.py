@@ -181,8 +181,9 @@ def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
   """A model of the constructor's arguments (and `class`) and the state dict."""
   kind = _word(arguments.pop('class', None))
   of_class = choose('class', kind, _CLASSES)
-  model_type = _word(arguments.get('model_type', of_class['model_type']))
-  _, of_network = choose('model_type', model_type, _NETWORKS)
+  _, of_network = choose(
+    'model_type', _word(arguments.get('model_type', of_class['model_type'])), _NETWORKS
+  )
   known = {**_OF_ALL, **of_class, **_OF_NETWORKS, **of_network}
   for name in arguments:
     if name not in known:
@@ -231,9 +232,8 @@ def _check_widths(given: Mapping[str, Any], arrays: Arrays) -> None:
     width = given['model_channels'] * max(factor if isinstance(factor, tuple) else (factor,), default=0)
     if width > widest:
       raise Unsupported(f'{name} asks for {width} channels, but no tensor has more than {widest}')
-  for name in ('label_dim', 'img_channels'):
-    if given[name] > widest:
-      raise Unsupported(f'{name}={given[name]} is more than any tensor has ({widest})')
+  if given['label_dim'] > widest:
+    raise Unsupported(f'label_dim={given["label_dim"]} is more than any tensor has ({widest})')
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
