@@ -1,8 +1,7 @@
 """NVIDIA's EDM models (Karras et al. 2022), as the public .pkl files or as a state dict with its constructor's arguments.
 
 `NAME.pkl` is a pickle that carries the source code of its classes: `pickles.Machine` reads it, and nothing in it is executed.
-`NAME.safetensors` holds the state dict alone, and `NAME.json` beside it the class and the arguments:
-{"class": "EDMPrecond", "img_resolution": 32, ...}.
+`NAME.safetensors` holds the state dict alone, and `NAME.json` the arguments: {"class": "EDMPrecond", "img_resolution": 32, ...}.
 """
 
 import io
@@ -151,7 +150,7 @@ def _read_pickle(path: pathlib.Path) -> tuple[dict[str, Any], Arrays]:
   if given or not isinstance(arguments, dict):
     raise ValueError(f'{network.name} does not have the arguments of its constructor by name')
   arrays = _state_dict(network, '', set())
-  size = sum(value.nbytes for value in arrays.values() if isinstance(value, np.ndarray))
+  size = sum(getattr(value, 'nbytes', 0) for value in arrays.values())
   if size > _MOST_BYTES * path.stat().st_size:  # views of one storage, of which each becomes an array
     raise ValueError(f'its tensors would take {size} bytes, far more than the file has')
   return {'class': network.name, **arguments}, arrays
@@ -181,9 +180,8 @@ def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
   """A model of the constructor's arguments (and `class`) and the state dict."""
   kind = _word(arguments.pop('class', None))
   of_class = choose('class', kind, _CLASSES)
-  _, of_network = choose(
-    'model_type', _word(arguments.get('model_type', of_class['model_type'])), _NETWORKS
-  )
+  model_type = _word(arguments.get('model_type', of_class['model_type']))
+  _, of_network = choose('model_type', model_type, _NETWORKS)
   known = {**_OF_ALL, **of_class, **_OF_NETWORKS, **of_network}
   for name in arguments:
     if name not in known:
