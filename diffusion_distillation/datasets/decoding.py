@@ -12,9 +12,8 @@ from diffusion_distillation.datasets import colours
 from diffusion_distillation.datasets.image_set import BrokenImage
 
 _BLOCK = 2**20  # pixels that are in a wider type at a time
-MOST_PIXELS = (
-  100_000_000  # of an image; larger ones are not used, since decoding them may take all memory
-)
+# Of an image; larger ones are not used, since decoding them may take all memory.
+MOST_PIXELS = 100_000_000
 
 # About odd metadata, and about images that are merely large.
 warnings.filterwarnings('ignore', module=r'PIL\.')
@@ -98,9 +97,8 @@ class Decoder:
       raise BrokenImage('is empty')
     try:
       with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if (
-          image.width * image.height > MOST_PIXELS
-        ):  # before they are decoded: a small file may have very many
+        # Before they are decoded: a small file may have very many.
+        if image.width * image.height > MOST_PIXELS:
           raise BrokenImage(
             f'is {image.width}x{image.height}, larger than {MOST_PIXELS // 10**6} megapixels'
           )

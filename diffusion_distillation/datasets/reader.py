@@ -7,12 +7,12 @@ it answers (True, batch) or (False, the error). It imports no jax, and ends when
 import contextlib
 import multiprocessing.spawn
 import os
-import pickle
 import queue
 import resource
 import sys
 import threading
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import threadpoolctl
@@ -37,7 +37,7 @@ def _follow(connection: Connection, asked: queue.SimpleQueue[Any]) -> None:
 def _arriving(error: Exception) -> Exception:
   """`error`, or a RuntimeError with its text where the main process could not read it: the connection would be lost."""
   try:
-    again = pickle.loads(pickle.dumps(error))
+    again = ForkingPickler.loads(ForkingPickler.dumps(error))
   except Exception:  # of whatever the error is made of
     return RuntimeError(repr(error))
   ours = type(error).__module__ in ('__main__', '__mp_main__')  # which is another module there

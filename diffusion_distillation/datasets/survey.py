@@ -29,7 +29,7 @@ def lines(settings: Settings) -> Iterator[str]:
   """
   known = settings.name in tfds.KNOWN and not settings.prepared
   if known and tfds.find(settings.name, settings.path) is None:
-    yield f'images of {settings.name}: not at hand'
+    yield f'images of {settings.name}: not prepared on this machine'
     return
   sets = {role: open_split(settings, role) for role in ROLES}
   size = 'x'.join(map(str, sets['train'].image_shape))

@@ -1,8 +1,7 @@
 """NVIDIA's EDM models (Karras et al. 2022), as the public .pkl files or as a state dict with its constructor's arguments.
 
 `NAME.pkl` is a pickle that carries the source code of its classes: `pickles.Machine` reads it, and nothing in it is executed.
-`NAME.safetensors` holds the state dict alone, and `NAME.json` beside it the class and the arguments:
-{"class": "EDMPrecond", "img_resolution": 32, ...}.
+`NAME.safetensors` holds the state dict alone, and `NAME.json` the arguments: {"class": "EDMPrecond", "img_resolution": 32, ...}.
 """
 
 import io
@@ -149,7 +148,7 @@ def _read_pickle(path: pathlib.Path) -> tuple[dict[str, Any], Arrays]:
   if given or not isinstance(arguments, dict):
     raise ValueError(f'{network.name} does not have the arguments of its constructor by name')
   arrays = _state_dict(network, '', set())
-  size = sum(value.nbytes for value in arrays.values() if isinstance(value, np.ndarray))
+  size = sum(getattr(value, 'nbytes', 0) for value in arrays.values())
   if size > _MOST_BYTES * path.stat().st_size:  # views of one storage, of which each becomes an array
     raise ValueError(f'its tensors would take {size} bytes, far more than the file has')
   return {'class': network.name, **arguments}, arrays
@@ -229,9 +228,8 @@ def _check_widths(given: Mapping[str, Any], arrays: Arrays) -> None:
     width = given['model_channels'] * max(factor if isinstance(factor, tuple) else (factor,), default=0)
     if width > widest:
       raise Unsupported(f'{name} asks for {width} channels, but no tensor has more than {widest}')
-  for name in ('label_dim', 'img_channels'):
-    if given[name] > widest:
-      raise Unsupported(f'{name}={given[name]} is more than any tensor has ({widest})')
+  if given['label_dim'] > widest:
+    raise Unsupported(f'label_dim={given["label_dim"]} is more than any tensor has ({widest})')
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
