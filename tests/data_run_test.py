@@ -126,7 +126,7 @@ def workers_of(pid):
   for process in pathlib.Path('/proc').glob('[0-9]*'):
     try:
       parent = int((process / 'stat').read_text().rpartition(')')[2].split()[1])
-      if parent == pid and 'spawn_main' in (process / 'cmdline').read_text():
+      if parent == pid and 'datasets.reader' in (process / 'cmdline').read_text():
         found[process.name] = (process / 'maps').read_text()
     except OSError:
       pass  # it has ended meanwhile

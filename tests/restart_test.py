@@ -96,6 +96,7 @@ def test_sigterm_saves_first_and_says_so(finished, tmp_path):
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_and_trained_again(finished, tmp_path):
   workdir = shutil.copytree(finished, tmp_path / 'workdir')
+  shutil.rmtree(workdir / 'progressive_0002' / 'model')  # from which a finished stage is read otherwise
   newest = workdir / 'progressive_0002' / 'checkpoints' / '8'
   victim = max(
     (path for path in newest.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size
