@@ -214,6 +214,7 @@ def test_the_loop_over_all_steps(monkeypatch):
   ('kind', 'method', 'learning_rate'),
   [('base', Denoising, 2e-4), ('distill', functools.partial(Progressive, 4), 5e-5)],
 )
+@pytest.mark.slow
 def test_three_updates_in_a_row(kind, method, learning_rate, monkeypatch):
   """Both start from the student; the learning rates are those of the released configs for CIFAR-10."""
   loss = method(SCHEDULE, SnrTrunc())

@@ -18,7 +18,15 @@ from diffusion_distillation.datasets import decoding
 from diffusion_distillation.datasets.left_out import LeftOut, shown
 from diffusion_distillation.errors import UserError
 
-_CLUTTER = ('__macosx', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', '@eadir', '$recycle.bin')
+_CLUTTER = (
+  '__macosx',
+  'thumbs.db',
+  'ehthumbs.db',
+  'desktop.ini',
+  '@eadir',
+  '$recycle.bin',
+  'lost+found',
+)
 _TEXTS = (
   '.txt',
   '.json',
@@ -128,10 +136,7 @@ def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
   seen: set[str] = set()
 
   def refuse(error: OSError) -> None:
-    if not isinstance(error, PermissionError) or error.filename == root:
-      raise error
-    below_root = os.path.relpath(error.filename, root)
-    left_out.add('directories that are not to be opened', f'{below_root}/')
+    raise error  # a class that is missing would show nowhere
 
   for directory, below, files in os.walk(root, followlinks=True, onerror=refuse):
     below.sort()

@@ -67,7 +67,8 @@ def test_recomputed_activations_give_the_same_gradient(computed):
   np.testing.assert_allclose(flat(grads_again), flat(grads), atol=1e-6 * np.abs(flat(grads)).max())
 
 
-@pytest.mark.parametrize('remat', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', [False, True])
 def test_bfloat16_is_float32_to_its_precision(computed, remat):
   x, grads = computed()
   coarse, coarse_grads = computed(dtype='bfloat16', remat=remat)
