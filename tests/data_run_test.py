@@ -19,6 +19,8 @@ from diffusion_distillation.run import run as run_module
 from tests import tiny
 from tests.cli_test import options, written
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ('cat', 'dog')
 CHANGES = {
   'dataset__name': 'folder',
@@ -167,7 +169,6 @@ def resumed(animals, whole, tmp_path_factory):
   return workdir, copy, [''.join(texts) for texts in (*told, last)], mapped
 
 
-@pytest.mark.slow
 def test_streamed_stopped_and_resumed_from_a_copy_it_ends_like_the_run_in_memory(whole, resumed):
   one, other = whole[0], resumed[0]
   assert read(one / 'base' / 'stage.json')['digest'] == read(other / 'base' / 'stage.json')['digest']
@@ -184,7 +185,6 @@ def test_streamed_stopped_and_resumed_from_a_copy_it_ends_like_the_run_in_memory
   ]
 
 
-@pytest.mark.slow
 def test_a_copy_tells_of_the_broken_file_what_the_folder_does(animals, resumed):
   _, copy, (first, last), _ = resumed
   info = prepared.read_info(copy)
@@ -194,7 +194,6 @@ def test_a_copy_tells_of_the_broken_file_what_the_folder_does(animals, resumed):
   assert first.count('skipped an image') <= 1 and 'Traceback' not in first + last
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks at /proc')
 def test_a_process_that_reads_images_loads_numpy_and_no_jax(resumed):
   """Of each worker jax would take some 200 MB, and seconds at the start."""
@@ -248,7 +247,6 @@ def test_a_conditional_model_is_sampled_by_name_or_without_a_class(whole, tmp_pa
     assert (one != other).any(axis=(1, 2, 3)).all()
 
 
-@pytest.mark.slow
 def test_a_flat_folder_has_no_classes_and_is_measured_by_quarter_turns(tmp_path, monkeypatch):
   """A whole run, but for the updates, which change nothing."""
 

@@ -24,6 +24,8 @@ from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.conditioning import Classes
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 # A network: three convolutions, told time and class by a shift of all channels.
 
 

@@ -12,6 +12,8 @@ from diffusion_distillation.training import step as update
 from tests import peer, tiny
 from tests.processes_test import assert_same_training
 
+pytestmark = pytest.mark.slow
+
 STAGES, IMAGES = peer.stages_of(('base', *peer.METHODS))
 BY_NAME = {stage.name: stage for stage in STAGES}
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4), (1, 8)]
@@ -34,7 +36,6 @@ def on_eight():
   return {stage.name: {'told': peer.train(stage, IMAGES)[1]} for stage in STAGES}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('layout', [(8, 1), (2, 4)], ids=str)
 def test_every_method_trains_the_same_on_any_layout(lay_out, on_eight, layout):
   lay_out(*layout)
@@ -118,7 +119,6 @@ def test_restored_on_other_devices_training_goes_on_as_before(lay_out, tmp_path)
     assert one == pytest.approx(other, rel=2e-5)
 
 
-@pytest.mark.slow
 def test_several_updates_in_one_program_are_those_one_by_one(lay_out):
   """Of a method whose networks take turns, too."""
   lay_out(4, 2)

@@ -20,6 +20,8 @@ from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import digest
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tiny.config(max_skipped=3)
 (BASE, *_), IMAGES = tiny.plan(max_skipped=3)
 INPUTS = inputs.Inputs(IMAGES)

@@ -23,6 +23,8 @@ from tests import tiny
 from tests.disasters import CONFIG, PLAN
 from tests.interop.importing_test import imported
 
+pytestmark = pytest.mark.slow
+
 BASE = PLAN['base']
 METHODS = {'methods': ('progressive', 'dmd'), 'distill__start_steps': 4, 'distill__from_weights': 'last'}
 METHODS |= {

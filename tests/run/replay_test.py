@@ -20,6 +20,8 @@ from diffusion_distillation.system.checkpoints import Checkpoints, digest
 from tests import tiny
 from tests.run.loop_test import BASE, CONFIG, IMAGES, INPUTS, advance, first_state, poisoned
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def diverged(tmp_path_factory, step):

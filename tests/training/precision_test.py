@@ -12,6 +12,8 @@ from diffusion_distillation.networks.unet import UNet
 from diffusion_distillation.stages import provenance
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 NETWORK = UNet(1, 8, 16, (1, 2), 1, attn_resolutions=(4,), num_groups=4, dropout=0.3)
 SHAPE = (8, 8, 1)
 
@@ -58,7 +60,6 @@ def flat(tree):
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
 
 
-@pytest.mark.slow
 def test_recomputed_activations_give_the_same_gradient(computed):
   """With the same dropout masks."""
   x, grads = computed()
@@ -67,7 +68,6 @@ def test_recomputed_activations_give_the_same_gradient(computed):
   np.testing.assert_allclose(flat(grads_again), flat(grads), atol=1e-6 * np.abs(flat(grads)).max())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('remat', [False, True])
 def test_bfloat16_is_float32_to_its_precision(computed, remat):
   x, grads = computed()
