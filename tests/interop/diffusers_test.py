@@ -171,7 +171,7 @@ REFUSED = {
     "resnet_time_scale_shift='ada_group'",
   ),
   'activation': ('unet/config.json', {'act_fn': 'snake'}, "act_fn='snake'"),
-  'variance': ('unet/config.json', {'out_channels': 6}, 'out_channels=6'),
+  'variance': ('unet/config.json', {'out_channels': 6}, 'predicts a variance'),
   'levels': ('unet/config.json', {'block_out_channels': [32]}, 'down_block_types has 2 entries'),
   'heads': ('unet/config.json', {'attention_head_dim': 48}, 'attention_head_dim=48 does not divide'),
   'size': ('unet/config.json', {'sample_size': None}, 'sample_size=None'),
