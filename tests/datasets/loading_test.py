@@ -1,8 +1,6 @@
 import contextlib
 import dataclasses
 import logging
-import os
-import signal
 import threading
 import time
 import weakref
@@ -293,54 +291,6 @@ def test_a_stream_closed_early_reads_no_more_and_the_loader_goes_on(monkeypatch)
     assert [batch['image'][0, 0, 0, 0] for batch in loader.in_order(4)] == [*range(0, 40, 4)]
   begun = [0, 1, 2, 3], [*range(8)]  # the second batch may have been begun; the third was not
   assert images.reads in [[*some, *range(40)] for some in begun]
-
-
-def test_workers_know_no_jax_and_do_not_heed_the_signals_of_the_main_process():
-  with contextlib.closing(Loader(tiny_pictures.numbers(400), workers=1)) as loader:
-    stream = loader.in_order(4)
-    found = [next(stream)]
-    (pid,) = tiny_pictures.workers()
-    for number in (signal.SIGINT, signal.SIGTERM):
-      os.kill(pid, number)
-    found += stream
-    assert tiny_pictures.workers() == {pid}
-  assert [int(batch['image'][0, 0, 0, 0]) for batch in found] == [k % 256 for k in range(0, 400, 4)]
-  assert not any(batch['cond']['label'].any() for batch in found)
-  assert not tiny_pictures.workers()
-
-
-def test_a_worker_that_is_killed_is_an_error_at_once_though_another_is_stuck_in_a_read(tmp_path):
-  body = """
-loader = Loader(tiny_pictures.numbers(1000, stuck=sys.argv[1]), workers=2)
-stream = loader.in_order(4)
-next(stream)
-while len(list(pathlib.Path(sys.argv[1]).iterdir())) < 2:
-  time.sleep(0.01)
-os.kill(min(tiny_pictures.workers()), signal.SIGKILL)
-try:
-  next(stream)
-except Exception as error:
-  print(type(error).__name__, error)
-loader.close()
-print(len(tiny_pictures.workers()))
-print(next(loader.in_order(4))['image'].ravel().tolist())
-os._exit(0)
-"""
-  (tmp_path / 'stuck').mkdir()
-  done = tiny_pictures.run_script(tmp_path / 'main.py', body, tmp_path / 'stuck')
-  message, left, first = done.stdout.splitlines()
-  assert message.startswith('UserError a process that reads numbers ended: ')
-  assert 'dataset.workers below 2' in message
-  assert (left, first) == ('0', '[0, 1, 2, 3]')
-
-
-def test_workers_end_with_the_main_process_however_it_ends(tmp_path):
-  body = """
-next(Loader(tiny_pictures.numbers(100), workers=1).in_order(4))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-  done = tiny_pictures.run_script(tmp_path / 'main.py', body)
-  assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_labels_are_counted_without_decoding_an_image(images, monkeypatch):
