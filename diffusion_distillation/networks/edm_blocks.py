@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation.config import key
+from diffusion_distillation.networks.checks import check_choices, check_sides
 from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
 from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
 from diffusion_distillation.networks.unet import DTYPES, downsample, upsample
@@ -258,13 +259,13 @@ class EdmUNet(nn.Module):
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
-    for name, value, table in (
-      ('dtype', self.dtype, list(DTYPES)),
-      ('preconditioning', self.preconditioning, PRECONDITIONINGS),
-      ('attention', self.attention, ATTENTION_KERNELS),
-    ):
-      if value not in table:
-        raise ValueError(f'{name}={value!r} is not one of {list(table)}')
+    check_choices(
+      {
+        'dtype': (self.dtype, DTYPES),
+        'preconditioning': (self.preconditioning, PRECONDITIONINGS),
+        'attention': (self.attention, ATTENTION_KERNELS),
+      }
+    )
     if min(self.beta_d, self.beta_min) <= 0.0 or self.timesteps < 2:
       raise ValueError(
         f'beta_d={self.beta_d} and beta_min={self.beta_min} must be positive, and timesteps={self.timesteps} at least 2'
@@ -275,13 +276,7 @@ class EdmUNet(nn.Module):
       )
     if self.emb_ch > MOST_CHANNELS:
       raise ValueError(f'emb_ch={self.emb_ch} must be at most {MOST_CHANNELS}')
-    height, width = image_shape[:2]
-    factor = 2 ** (len(self.ch_mult) - 1)
-    if height % factor or width % factor:
-      raise ValueError(
-        f'{len(self.ch_mult)} levels (ch_mult) need images whose sides divide by {factor}; '
-        f'these are {height}x{width}'
-      )
+    check_sides(image_shape, len(self.ch_mult), 'ch_mult')
     if self.ch % 2 or self.ch < 4:
       raise ValueError(f'ch={self.ch} must be even and at least 4: half sines, half cosines')
     for layer in (layer for way in self.layers() for layer in way):
@@ -290,7 +285,7 @@ class EdmUNet(nn.Module):
           raise ValueError(
             f'a width of {ch} channels does not divide into {num_groups(ch)} groups of a group norm; change ch or ch_mult'
           )
-      at = height >> layer.level
+      at = image_shape[0] >> layer.level
       attends = layer.name == 'in0' or (layer.name.startswith('block') and at in self.attn_resolutions)
       if attends and layer.out_ch % (self.STYLE.num_heads(layer.out_ch) or 1):
         raise ValueError(f'attention heads do not divide a width of {layer.out_ch} channels')

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation.config import POSITIVE, key
+from diffusion_distillation.networks.checks import check_choices
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.edm_blocks import (
@@ -108,13 +109,13 @@ class SongUNet(EdmUNet):
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """See `denoiser.Network`."""
-    for name, value, table in (
-      ('embedding', self.embedding, EMBEDDINGS),
-      ('encoder', self.encoder, ENCODERS),
-      ('decoder', self.decoder, DECODERS),
-    ):
-      if value not in table:
-        raise ValueError(f'{name}={value!r} is not one of {list(table)}')
+    check_choices(
+      {
+        'embedding': (self.embedding, EMBEDDINGS),
+        'encoder': (self.encoder, ENCODERS),
+        'decoder': (self.decoder, DECODERS),
+      }
+    )
     if len(self.resample_filter) % 2 or not sum(self.resample_filter):
       raise ValueError(
         f'resample_filter={self.resample_filter} must have an even number of taps, with a sum other than 0'

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from diffusion_distillation.config import FRACTION, POSITIVE, key
 from diffusion_distillation.diffusion.schedules import Schedule
+from diffusion_distillation.networks.checks import check_choices, check_sides
 from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
@@ -236,21 +237,16 @@ class UNet(nn.Module):
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
-    if self.dtype not in DTYPES:
-      raise ValueError(f'dtype={self.dtype!r} is not one of {list(DTYPES)}')
-    if self.time_input not in TIME_INPUTS:
-      raise ValueError(f'time_input={self.time_input!r} is not one of {list(TIME_INPUTS)}')
+    check_choices(
+      {
+        'dtype': (self.dtype, DTYPES),
+        'time_input': (self.time_input, TIME_INPUTS),
+        'attention': (self.attention, ATTENTION_KERNELS),
+      }
+    )
+    check_sides(image_shape, len(self.ch_mult), 'ch_mult')
     if self.time_input == 't' and self.schedule is None:
       raise ValueError("time_input='t' needs the schedule of the network")
-    if self.attention not in ATTENTION_KERNELS:
-      raise ValueError(f'attention={self.attention!r} is not one of {list(ATTENTION_KERNELS)}')
-    height, width = image_shape[:2]
-    factor = 2 ** (len(self.ch_mult) - 1)
-    if height % factor or width % factor:
-      raise ValueError(
-        f'{len(self.ch_mult)} levels (ch_mult) need images whose sides divide by {factor}; '
-        f'these are {height}x{width}'
-      )
     for ch in (self.ch * mult for mult in self.ch_mult):
       if ch % self.num_groups:
         raise ValueError(f'num_groups={self.num_groups} does not divide a width of {ch} channels')

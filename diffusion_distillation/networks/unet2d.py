@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.diffusion.schedules import Schedule
+from diffusion_distillation.networks.checks import check_choices, check_sides
 from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
@@ -199,18 +200,17 @@ class UNet2D(nn.Module):
     """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
     if not isinstance(self.schedule, Discrete):
       raise ValueError('a UNet2DModel is told the timestep, and needs a schedule in discrete time')
-    choices = {
-      'dtype': (self.dtype, DTYPES),
-      'attention': (self.attention, ATTENTION_KERNELS),
-      'act_fn': (self.act_fn, ACTIVATIONS),
-      'resnet_time_scale_shift': (self.resnet_time_scale_shift, ('default', 'scale_shift')),
-      'downsample_type': (self.downsample_type, RESAMPLING),
-      'upsample_type': (self.upsample_type, RESAMPLING),
-      'downsample_padding': (self.downsample_padding, (0, 1)),
-    }
-    for name, (value, known) in choices.items():
-      if value not in known:
-        raise ValueError(f'{name}={value!r} is not one of {", ".join(map(str, known))}')
+    check_choices(
+      {
+        'dtype': (self.dtype, DTYPES),
+        'attention': (self.attention, ATTENTION_KERNELS),
+        'act_fn': (self.act_fn, ACTIVATIONS),
+        'resnet_time_scale_shift': (self.resnet_time_scale_shift, ('default', 'scale_shift')),
+        'downsample_type': (self.downsample_type, RESAMPLING),
+        'upsample_type': (self.upsample_type, RESAMPLING),
+        'downsample_padding': (self.downsample_padding, (0, 1)),
+      }
+    )
     levels = len(self.block_out_channels)
     for name, types, known in (
       ('down_block_types', self.down_block_types, DOWN_BLOCKS),
@@ -220,12 +220,7 @@ class UNet2D(nn.Module):
         raise ValueError(f'{name} has {len(types)} entries, but block_out_channels has {levels}')
       if unknown := [block for block in types if block not in known]:
         raise ValueError(f'{name}: {unknown[0]!r} is not one of {", ".join(known)}')
-    height, width = image_shape[:2]
-    factor = 2 ** (levels - 1)
-    if height % factor or width % factor:
-      raise ValueError(
-        f'{levels} levels (block_out_channels) need images whose sides divide by {factor}; these are {height}x{width}'
-      )
+    check_sides(image_shape, levels, 'block_out_channels')
     if not self.norm_num_groups or self.norm_num_groups < 1:
       raise ValueError(f'norm_num_groups={self.norm_num_groups} must be positive')
     for ch in self.block_out_channels:
