@@ -51,11 +51,11 @@ CASES = {
   ),
   'archive that is no zip': (
     [*FOLDER, '--config.dataset.path={tar}'],
-    ['dataset.path={tar} is an archive of a kind that is not read', 'unpack it', '.zip'],
+    ['dataset.path={tar} is an archive of an unsupported kind', 'unpack it', '.zip'],
   ),
   'zip that leads out of itself': (
     [*FOLDER, '--config.dataset.path={hostile}'],
-    ['dataset.path={hostile}', "'../1.png', a name that leads out of it"],
+    ['dataset.path={hostile}', "'../1.png', a path outside the archive"],
   ),
   'classes of a flat folder': (
     [*FOLDER, '--config.dataset.path={flat}', '--config.model.conditional=True'],

@@ -1,4 +1,4 @@
-"""From the colours of an embedded ICC profile to sRGB, which pictures without a profile are taken to have."""
+"""Converts images with an embedded ICC profile to sRGB, which images without a profile are assumed to be in."""
 
 import functools
 import io
@@ -41,14 +41,12 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
 
 @functools.cache
 def _warn() -> None:
-  """Says, once a process, that there are such profiles."""
-  _log.warning(
-    'some images have a colour profile that is damaged, or of an unknown kind; they are read as if they had none'
-  )
+  """Warns once per process."""
+  _log.warning('some images have a damaged or unsupported colour profile, which is ignored')
 
 
 def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-  """Whether it leaves a grid of colours where they are, but for one level."""
+  """Whether the transform moves no colour of a grid by more than one level."""
   if mode == 'CMYK':
     return False
   grid = np.stack(np.meshgrid(*[_LEVELS] * 3), -1) if mode == 'RGB' else np.arange(256, dtype=np.uint8)

@@ -1,11 +1,11 @@
-"""What is not used of a place that images are read from, by reason."""
+"""Files in a dataset's directory or zip that are not used, counted by reason."""
 
 import dataclasses
 
 
 @dataclasses.dataclass
 class LeftOut:
-  """Files by the reason why they are not used.
+  """Counts unused files by the reason why they are not used.
 
   Attributes:
     counts: how many.

@@ -1,4 +1,4 @@
-"""The images below a directory, in a zip, or wherever fsspec reaches; and what else lies there, by reason."""
+"""Lists the images in a directory, a zip or any place that fsspec reads, and counts all other files by reason."""
 
 import dataclasses
 import lzma
@@ -112,19 +112,19 @@ def is_zip(path: str) -> bool:
 
 
 def is_damage(error: Exception) -> bool:
-  """Whether an error says that a member of a zip is damaged: bz2 raises an OSError, which is not the system's, for it."""
+  """Whether an error means that a member of a zip is damaged; bz2 raises a plain OSError for that."""
   return isinstance(error, _UNPACKING) or (
     type(error) is OSError and str(error) == 'Invalid data stream'
   )
 
 
 def check_kind(path: str) -> None:
-  """Raises UserError, naming the config's key, for a file, and for an archive, that is no zip."""
+  """Raises UserError, naming the config key, for a file or archive that is not a zip."""
   if is_zip(path) or os.path.isdir(path):
     return
   if path.lower().endswith(_ARCHIVES) or (os.path.isfile(path) and tarfile.is_tarfile(path)):
     raise UserError(
-      f'dataset.path={path} is an archive of a kind that is not read; unpack it, and name the directory, or pack it as '
+      f'dataset.path={path} is an archive of an unsupported kind; unpack it and name the directory, or repack it as '
       '.zip'
     )
   if os.path.isfile(path):
@@ -162,13 +162,13 @@ def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
 
 
 def _size(path: str) -> tuple[int, str]:
-  """Of a regular file; or 0, and why a path is none."""
+  """The size of a regular file; for anything else 0 and the reason why it is not used."""
   try:
     found = os.stat(path)
   except FileNotFoundError:
     return 0, 'links that lead nowhere'
   except OSError as error:
-    return 0, f'not to be opened ({error.strerror})'
+    return 0, f'that cannot be opened ({error.strerror})'
   return found.st_size, '' if stat.S_ISREG(found.st_mode) else 'not regular files'
 
 
@@ -185,13 +185,13 @@ def _members(path: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -> 
       continue
     name, problem = _normalized(info.filename), ''
     if name is None:
-      problem = f'holds {info.filename!r}, a name that leads out of it; pack it anew'
+      problem = f'holds {info.filename!r}, a path outside the archive; repack it'
     elif name in seen:
-      problem = f'holds {name!r} twice; pack it anew'
+      problem = f'holds {name!r} twice; repack it'
     elif info.flag_bits & 1:
-      problem = f'is encrypted ({name}); unpack it, and name the directory'
+      problem = f'is encrypted ({name}); unpack it and name the directory'
     elif info.compress_type not in _UNPACKED:
-      problem = f'is compressed in a way that is not read ({name}); unpack it, and name the directory'
+      problem = f'uses an unsupported compression ({name}); unpack it and name the directory'
     if problem or name is None:
       raise UserError(f'dataset.path={path} {shown(problem)}')
     seen[name] = info.filename
@@ -241,12 +241,14 @@ def _sort(
       if isinstance(head, bytes) and decoding.is_image(head):
         found[name] = (path, size)
       else:
-        left_out.add(_other(name) if isinstance(head, bytes) else f'not to be opened ({head})', name)
+        left_out.add(
+          _other(name) if isinstance(head, bytes) else f'that cannot be opened ({head})', name
+        )
   return found
 
 
 def _clutter(name: str) -> str:
-  """Why a file is not asked for what it is; '' if it is to be."""
+  """Why a file is left out by its name alone; '' if it is not."""
   parts = name.lower().split('/')
   if any(part in _CLUTTER or part.startswith('._') or part == '.ds_store' for part in parts):
     return 'of the operating system'
@@ -255,13 +257,13 @@ def _clutter(name: str) -> str:
 
 def _other(name: str) -> str:
   suffix = pathlib.PurePosixPath(name).suffix.lower()
-  return f'not in a format that is read ({suffix or "no suffix"})'
+  return f'in an unsupported format ({suffix or "no suffix"})'
 
 
 def _heads(
   system: fsspec.AbstractFileSystem, entries: list[Entry]
 ) -> Iterator[tuple[Entry, bytes | Exception]]:
-  """The first bytes of files, asked for together where the file system can, or why a file can never be opened."""
+  """The first bytes of each file, or the error that opening it raised; read in one request where the file system allows."""
   paths = [path for _, path, _ in entries]
   ends = [min(size, decoding.HEAD) for _, _, size in entries]
   heads = system.cat_ranges(paths, [0] * len(paths), ends, on_error='return')

@@ -1,4 +1,4 @@
-"""What a plan says of a dataset: its images and classes by split, and what is left out of it."""
+"""What a plan shows of a dataset: images and classes per split, and the files that are left out."""
 
 import concurrent.futures
 import os
@@ -20,9 +20,9 @@ _CAPTIONS = {'train': 'to train on', 'eval': 'held out'}
 
 
 def lines(settings: Settings) -> Iterator[str]:
-  """Lines of a plan: number of images and classes of each split, and what is left out, by reason.
+  """Lines of a plan: the number of images and classes of each split, and what is left out, by reason.
 
-  The images of files are looked at for SECONDS a split, so that of a set that is not large every broken one is counted.
+  Image files are decoded for at most SECONDS per split, which is enough to find every broken file of a small dataset.
 
   Raises:
     UserError: see `datasets.open_split`.
@@ -64,7 +64,7 @@ def _classes(images: ImageSet) -> str:
 
 
 def look(images: ImageSet, seconds: float) -> tuple[LeftOut, int]:
-  """Images of a set that cannot be used, by reason, and how many of the set were looked at, from the first on."""
+  """Images that cannot be used, by reason, and how many of the images were decoded, counted from the first."""
   found = LeftOut()
   if isinstance(images, Copy):
     for reason in images.broken.values():

@@ -1,4 +1,4 @@
-"""Features of real images, which samples are compared with; kept in the workdir from one evaluation to the next.
+"""Features of the real images that samples are compared with, cached in the workdir between evaluations.
 
 workdir/features/reference.safetensors  of all training images
 workdir/features/held_out.safetensors   of those that are held out
@@ -77,7 +77,7 @@ def load_or_compute(
 
 
 def _describe(extractor: FeatureExtractor, images: Loader) -> dict[str, Any]:
-  """What features depend on."""
+  """Everything that the features depend on; the cache key."""
   return {
     'format': FORMAT,
     'extractor': extractor.digest,

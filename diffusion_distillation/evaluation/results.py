@@ -1,4 +1,4 @@
-"""What `results.json` holds: of all that is measured but the measuring itself; and rows that were measured before."""
+"""The contents of `results.json` apart from its rows, and rows that an earlier evaluation measured."""
 
 import importlib.metadata
 import logging

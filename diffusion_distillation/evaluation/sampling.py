@@ -88,7 +88,7 @@ class Drawer:
     seed: int,
     chosen: Chosen = None,
   ) -> np.ndarray:
-    """All of `batches` that count, (num_samples, H, W, C) uint8."""
+    """The images of all batches, (num_samples, H, W, C) uint8, without padding."""
     batches = self.batches(params, grid, num_samples, seed, chosen)
     return np.concatenate([sharding.to_host(images)[:count] for images, count in batches])
 
@@ -111,7 +111,7 @@ class Drawer:
     then: Callable[[jax.Array], Any],
     use: Callable[[Any, int], bool | None],
   ) -> float:
-    """Draws `num_samples` images and makes something of each batch, while the next one is being drawn.
+    """Draws `num_samples` images and processes each batch while the next one is being drawn.
 
     Args:
       params: of the network.

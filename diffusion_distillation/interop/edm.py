@@ -183,7 +183,7 @@ def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
   known = {**_OF_ALL, **of_class, **_OF_NETWORKS, **of_network}
   for name in arguments:
     if name not in known:
-      raise Unsupported(f'{_word(name)} is an argument that is not supported')
+      raise Unsupported(f'{_word(name)} is not a supported argument')
   given = {
     name: _checked(name, arguments.get(name, default), default) for name, default in known.items()
   }

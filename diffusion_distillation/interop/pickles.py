@@ -97,7 +97,7 @@ class Machine:
         if step is None:
           raise ValueError(f'the opcode {name} is refused')
         step(argument)
-    raise ValueError('it has no end')
+    raise ValueError('the pickle is cut off')
 
   def _marked(self) -> list[Any]:
     """All above the last mark, which is removed with it."""
@@ -148,7 +148,7 @@ class Machine:
 
   def _extend(self, items: list[Any]) -> None:
     if not isinstance(self._stack[-1], list):
-      raise ValueError('it appends to what is not a list')
+      raise ValueError('the pickle appends an item to something that is not a list')
     self._stack[-1].extend(items)
 
   def _dict(self, _: None) -> None:
@@ -164,13 +164,13 @@ class Machine:
 
   def _update(self, items: list[Any]) -> None:
     if not isinstance(self._stack[-1], dict):
-      raise ValueError('it sets items of what is not a dict')
+      raise ValueError('the pickle sets items of something that is not a dict')
     self._stack[-1].update(mapping(zip(items[::2], items[1::2], strict=True)))
 
   def _additems(self, _: None) -> None:
     items = self._marked()
     if not isinstance(self._stack[-1], set):
-      raise ValueError('it adds to what is not a set')
+      raise ValueError('the pickle adds an item to something that is not a set')
     self._stack[-1].update(map(_key, items))
 
   def _frozenset(self, _: None) -> None:
@@ -204,16 +204,16 @@ class Machine:
       raise ValueError('the name of a function is not a string')
     found = Name(module[:80], name[:80])
     if str(found) not in self._calls:
-      raise ValueError(f'it names {str(found)[:80]!r}, which is refused')
+      raise ValueError(f'the pickle names {str(found)[:80]!r}, which is refused')
     self._push(found)
 
   def _reduce(self, _: None) -> None:
     arguments, found = self._stack.pop(), self._stack.pop()
     if not isinstance(found, Name) or not isinstance(arguments, tuple):
-      raise ValueError('it calls what is not a name')
+      raise ValueError('the pickle calls something that is not a named function')
     self._copied += sum(len(a) for a in arguments if isinstance(a, str | list | tuple | dict | set))
     if self._copied > self._most:
-      raise ValueError('it copies its own content again and again')
+      raise ValueError('the pickle copies its own content too many times')
     self._push(self._calls[str(found)](*arguments))
 
   _newobj = _reduce
@@ -223,20 +223,20 @@ class Machine:
     if isinstance(made, Inert) and isinstance(state, dict):
       made.state.update(state)
     elif not isinstance(made, np.dtype):  # whose state says no more than its byte order
-      raise ValueError('it gives a state to what has none')
+      raise ValueError('the pickle sets the state of something that has none')
 
   def _binpersid(self, _: None) -> None:
     if self._persistent is None:
-      raise ValueError('it refers to something outside of it')
+      raise ValueError('the pickle refers to an object outside the file')
     self._push(self._persistent(self._stack.pop()))
 
 
 def _key(value: Any) -> Any:
   """A key or a member of a set; ValueError for what takes long to hash, as a container of shared containers does."""
   if not isinstance(value, str | bytes | int | float | None):
-    raise ValueError('a key or a member of a set is a container')
+    raise ValueError('a key of a dict or a member of a set is a container')
   if isinstance(value, int) and value.bit_length() > 64:
-    raise ValueError('a key or a member of a set is a huge number')
+    raise ValueError('a key of a dict or a member of a set is a huge number')
   return value
 
 
@@ -263,7 +263,7 @@ _STORAGES: dict[str, Any] = {
 
 
 def _no_call(*arguments: Any) -> Any:
-  raise ValueError('it calls the type of a storage')
+  raise ValueError('the pickle calls the type of a storage as a function')
 
 
 _STORAGE_NAMES: Calls = {f'torch.{name}Storage': _no_call for name in _STORAGES}
@@ -321,7 +321,7 @@ def dtype(name: str, *_: Any) -> np.dtype:
     raise ValueError('the name of a type of numbers is not a short string')
   found = np.dtype(name)
   if found.kind not in 'fiub':
-    raise ValueError(f'it has the type {name!r}, which is refused')
+    raise ValueError(f'a storage has the type {name!r}, which is refused')
   return found
 
 

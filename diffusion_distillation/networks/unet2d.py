@@ -199,7 +199,7 @@ class UNet2D(nn.Module):
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
     if not isinstance(self.schedule, Discrete):
-      raise ValueError('a UNet2DModel is told the timestep, and needs a schedule in discrete time')
+      raise ValueError('a UNet2DModel takes a timestep as input and needs a schedule in discrete time')
     check_choices(
       {
         'dtype': (self.dtype, DTYPES),

@@ -1,4 +1,4 @@
-"""Going back: where a stage began anew from a checkpoint, with other batches and other noise.
+"""Attempts: the checkpoints that a stage went back to, to continue from there with other batches and other noise.
 
 stage_dir/attempts.json   the updates that training went back to, in turn; see `Stage.attempts`
 
@@ -16,7 +16,7 @@ _NAME = 'attempts.json'
 
 
 def of(stage: Stage, directory: pathlib.Path) -> Stage:
-  """The stage with the attempts that are recorded in a directory; none without a file."""
+  """The stage with the attempts recorded in its directory; without a file there were none."""
   path = directory / _NAME
   found = files.read_json(path).get('went_back_to') if path.is_file() else []
   if not isinstance(found, list) or not all(isinstance(update, int) for update in found):
@@ -25,6 +25,6 @@ def of(stage: Stage, directory: pathlib.Path) -> Stage:
 
 
 def record(stage: Stage, directory: pathlib.Path) -> None:
-  """Writes the stage's attempts; all processes have to call it."""
+  """Records the attempts of a stage; every process must call it."""
   files.write_json(directory / _NAME, {'went_back_to': list(stage.attempts)})
   cluster.barrier()

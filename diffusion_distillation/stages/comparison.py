@@ -52,7 +52,7 @@ def of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The keys that a flat config of an older version lacks, as it trained without them; only those that make a difference."""
+  """The values with which an older version trained, for keys that its flat config lacks; only those that differ from the defaults."""
   found: dict[str, Any] = {'distill.weighting': AS_BASE, 'pairs.labels': 'balanced'}
   if 'evaluation.clip_x' in values:
     found['pairs.clip_x'] = values['evaluation.clip_x']

@@ -1,4 +1,4 @@
-"""What is being compiled, told where it takes longer than a moment; a signal meanwhile ends the process at once."""
+"""Announces compilations that take longer than a second; a signal during one ends the process at once."""
 
 import contextlib
 import functools
@@ -11,12 +11,12 @@ import jax
 
 from diffusion_distillation.system import compilation, files, interrupts
 
-_MOMENT = 1.0  # seconds for which nothing is said
-_LOOKED_UP = 0.5  # seconds after which a program that was asked of the cache is not in it
+_MOMENT = 1.0  # seconds before anything is printed
+_LOOKED_UP = 0.5  # seconds after which a lookup without a hit counts as a miss
 
 
 class _Requests:
-  """Programs that were asked of the cache since the start of the process, of all threads."""
+  """Counts the programs that all threads have looked up in the cache since the process started."""
 
   def __init__(self) -> None:
     self.asked, self.found, self.last = 0, 0, 0.0
@@ -33,7 +33,7 @@ class _Requests:
       self.last = 0.0
 
   def is_compiling(self) -> bool:
-    """Whether the last program is not in the cache, and still with the compiler."""
+    """Whether the program that was looked up last was not in the cache and is still being compiled."""
     return bool(self.last) and time.monotonic() - self.last > _LOOKED_UP
 
 
@@ -47,10 +47,10 @@ def _requests() -> _Requests:
 
 @contextlib.contextmanager
 def compiling(what: str) -> Iterator[None]:
-  """Tells on stderr that the body compiles `what`, since when, and whether the cache of compiled programs has it.
+  """Prints on stderr that the body is compiling `what`, since when, and whether the program was in the cache.
 
-  Nothing is told of what takes less than a second. The body must not change anything that a signal may not interrupt; see
-  `interrupts.at_once`.
+  Nothing is printed for a body that takes less than a second. The body must not change anything that a signal could leave
+  half done; see `interrupts.at_once`.
   """
   done = threading.Event()
   teller = threading.Thread(target=_tell, args=(what, _requests(), done), daemon=True)

@@ -17,7 +17,7 @@ _STRIDE = 0x9E3779B1  # odd: no two words of an array are mixed with the same pl
 
 
 def checksum(tree: Any) -> str:
-  """16 hexadecimal digits over the names, types, shapes and values of a tree's leaves; all processes have to ask."""
+  """16 hexadecimal digits over the names, types, shapes and values of a tree's leaves; every process must call it."""
   total = np.zeros(_LANES, np.uint32)
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = f'{jax.tree_util.keystr(path)}{leaf.dtype}{tuple(leaf.shape)}'

@@ -100,7 +100,7 @@ def _peers() -> tuple[str | None, int | None, int | None]:
 
 @contextlib.contextmanager
 def _waiting(source: str | None, count: int | None, index: int | None, limit: float) -> Iterator[None]:
-  """Says whom this process waits for, and ends it with exit code 2 if they do not come.
+  """Prints which processes this one waits for, and ends it with exit code 2 if they do not join.
 
   jax's own limit ends the process from C++, which cannot be caught.
 
@@ -120,7 +120,7 @@ def _waiting(source: str | None, count: int | None, index: int | None, limit: fl
     if not met.wait(_LATE if index or count is None else 0.2):
       print(f'{waits}, for {limit:.0f} s at most; {alone}', file=sys.stderr, flush=True)
     if not met.wait(limit - (time.monotonic() - began)):
-      message = f'error: {waits}: they have not come in {limit:.0f} s; start all of them within that time, or, {alone}'
+      message = f'error: {waits}: they have not joined within {limit:.0f} s; start all of them within that time, or, {alone}'
       print(message, file=sys.stderr, flush=True)
       os._exit(UserError.exit_code)
 
@@ -154,7 +154,7 @@ def from_first(value: Any) -> Any:
 
 
 def leave(code: int) -> None:
-  """Ends a process of several, that cannot go on, with this exit code, without waiting for the others.
+  """Ends one of several processes with this exit code, without waiting for the others, when it cannot go on.
 
   They end by themselves: when this was the first, at once, else when its heartbeats are missed.
   """

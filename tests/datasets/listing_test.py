@@ -79,9 +79,9 @@ def test_every_other_file_is_counted_with_its_reason_and_an_example(tmp_path, ki
       'a/.DS_Store',
       'Desktop.ini',
     ],
-    'not in a format that is read (.txt)': ['a/1.TXT', 'a/2.txt'],
-    'not in a format that is read (.heic)': ['d/1.heic', 'd/2.HEIC', 'd/3.heic'],
-    'not in a format that is read (no suffix)': ['P1', 'BM'],
+    'in an unsupported format (.txt)': ['a/1.TXT', 'a/2.txt'],
+    'in an unsupported format (.heic)': ['d/1.heic', 'd/2.HEIC', 'd/3.heic'],
+    'in an unsupported format (no suffix)': ['P1', 'BM'],
     'empty': ['a/nothing'],
     'larger than 1 MiB': ['a/large.png'],
   }
@@ -174,15 +174,15 @@ def test_a_zip_by_any_way_of_writing_names_is_the_folder(tmp_path, form, separat
 @pytest.mark.parametrize(
   ('names', 'message'),
   [
-    (['a/1.png', '../2.png'], "holds '../2.png', a name that leads out of it"),
-    (['a/1.png', 'a/../../2.txt'], "holds 'a/../../2.txt', a name that leads out of it"),
-    (['a/1.png', '..\\2.png'], 'a name that leads out of it'),
-    (['/etc/1.png'], "holds '/etc/1.png', a name that leads out of it"),
-    (['\\1.png'], 'a name that leads out of it'),
-    (['C:\\x\\1.png'], 'a name that leads out of it'),
-    (['c:/1.png'], 'a name that leads out of it'),
+    (['a/1.png', '../2.png'], "holds '../2.png', a path outside the archive"),
+    (['a/1.png', 'a/../../2.txt'], "holds 'a/../../2.txt', a path outside the archive"),
+    (['a/1.png', '..\\2.png'], 'a path outside the archive'),
+    (['/etc/1.png'], "holds '/etc/1.png', a path outside the archive"),
+    (['\\1.png'], 'a path outside the archive'),
+    (['C:\\x\\1.png'], 'a path outside the archive'),
+    (['c:/1.png'], 'a path outside the archive'),
     (['a/1.png', './a//1.png'], "holds 'a/1.png' twice"),
-    (['..\n/1.png', '../\n2.png'], 'a name that leads out of it'),
+    (['..\n/1.png', '../\n2.png'], 'a path outside the archive'),
   ],
 )
 def test_a_zip_with_hostile_names_is_refused_in_one_line(tmp_path, names, message):
@@ -197,7 +197,7 @@ def test_a_zip_with_hostile_names_is_refused_in_one_line(tmp_path, names, messag
   ('offset', 'value', 'message'),
   [
     (8, 1, r'is encrypted \(1\.png\); unpack it'),
-    (10, 9, r'compressed in a way that is not read \(1\.png\)'),
+    (10, 9, r'uses an unsupported compression \(1\.png\)'),
   ],
 )
 def test_a_zip_that_cannot_be_unpacked_is_refused_before_it_is_read(tmp_path, offset, value, message):
@@ -215,7 +215,7 @@ def test_other_archives_are_refused_with_a_remedy(tmp_path, name):
   if name in ('x.tar', 'x.tar.gz', 'x.bin'):
     with tarfile.open(path, 'w:gz' if name == 'x.tar.gz' else 'w') as file:
       file.addfile(tarfile.TarInfo('1.png'))
-  with pytest.raises(UserError, match=rf'{name} is an archive of a kind that is not read; unpack it'):
+  with pytest.raises(UserError, match=rf'{name} is an archive of an unsupported kind; unpack it'):
     datasets.open_split(tiny_pictures.settings('folder', path=path), 'train')
 
 
@@ -227,7 +227,7 @@ def test_a_zip_is_one_by_its_content_too(tmp_path):
 def test_a_folder_without_images_says_what_there_is_instead(tmp_path):
   write(tmp_path, {'1.heic': b'no picture', '2.heic': b'no picture'})
   with pytest.raises(
-    UserError, match=r'holds no image .*; 2 not in a format that is read \(\.heic\), such as 1'
+    UserError, match=r'holds no image .*; 2 in an unsupported format \(\.heic\), such as 1'
   ):
     datasets.open_split(tiny_pictures.settings('folder', path=tmp_path), 'train')
 
@@ -264,7 +264,7 @@ def test_a_plan_shows_images_and_classes_by_split_and_what_is_left_out(pictures)
     ' 1 too small, such as red/small.png is 9x7, smaller than dataset.image_size=8',
     ' 1 empty, such as red/nothing.png is empty',
     ' 1 broken, such as blue/0.png cannot be decoded: ',
-    ' 2 not in a format that is read (.txt), such as blue/x.txt',
+    ' 2 in an unsupported format (.txt), such as blue/x.txt',
     ' 1 of the operating system, such as .DS_Store',
   ):
     assert text.count(part) == 1, (part, text)

@@ -192,7 +192,7 @@ MISFITS = {
   'a class of another kind': ({'class': 'iDDPMPrecond'}, "class='iDDPMPrecond' is not one of"),
   'no class': ({'class': None}, "class='None' is not one of"),
   'a network of another kind': ({'model_type': 'VDM'}, "model_type='VDM' is not one of"),
-  'an argument too many': ({'learn_sigma': True}, 'learn_sigma is an argument that is not supported'),
+  'an argument too many': ({'learn_sigma': True}, 'learn_sigma is not a supported argument'),
   'an argument too few': ({'drop': ['img_resolution']}, 'img_resolution is missing'),
   'a number for a list': ({'channel_mult': 2}, 'channel_mult=2 is not supported'),
   'no channels': ({'model_channels': 0}, 'model_channels=0 is not supported'),

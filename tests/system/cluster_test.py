@@ -147,7 +147,7 @@ def test_peers_are_named_at_once_and_given_up_with_exit_code_2(waiting, monkeypa
   at_once, at_last = capsys.readouterr().err.splitlines()
   awaited = 'process 0 waits for 3 other process(es) of 4 (SLURM_NTASKS=4)'
   assert at_once == f'{awaited}, for 1 s at most; to run alone: --num_processes=1'
-  assert at_last.startswith(f'error: {awaited}: they have not come in 1 s')
+  assert at_last.startswith(f'error: {awaited}: they have not joined within 1 s')
 
 
 def test_peers_that_come_are_not_talked_about(initialize, monkeypatch, capsys):
