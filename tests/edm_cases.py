@@ -8,8 +8,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import pathlib
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +16,7 @@ import safetensors.numpy
 
 from diffusion_distillation.diffusion.process import alpha_sigma
 from diffusion_distillation.interop import edm
-from tests import parity_peers
-
-DATA = pathlib.Path(__file__).parent / 'parity_peers'
-
-
-def weights(name, shape, kind, crc32):
-  """The parameter of that name, torch's layout; checked against the recorded one."""
-  made = parity_peers.weights.tensor(name, shape, kind)
-  assert zlib.crc32(made.tobytes()) == crc32, name
-  return made
-
-
-def fixed(shape, taps):
-  """The resampling filter as torch's buffer holds it."""
-  return (np.outer(taps, taps) / np.sum(taps) ** 2).astype(np.float32).reshape(shape)
+from tests import peers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +27,18 @@ class Case:
 
   @functools.cached_property
   def says(self):
-    return json.loads((DATA / self.name / 'case.json').read_text())
+    return peers.read(self.name)[0]
 
   @functools.cached_property
   def io(self):
-    with np.load(DATA / self.name / 'io.npz') as arrays:
-      return dict(arrays)
+    return peers.read(self.name)[1]
 
   @property
   def arguments(self):
     return {'class': self.says['class'], **self.says['config']}
 
   def state_dict(self):
-    taps = self.says['config'].get('resample_filter', (1, 1))
-    return {
-      p['name']: fixed(p['shape'], taps) if p['kind'] == 'fixed' else weights(**p)
-      for p in self.says['parameters']
-    }
+    return peers.state_dict(self.says)
 
   def write(self, folder):
     """NAME.safetensors and NAME.json; the path of the former."""

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import zlib
 
 import numpy as np
 import safetensors.numpy
@@ -18,16 +19,19 @@ def read(name):
 
 
 def state_dict(case):
-  """The weights of a case by the peer's names, in the peer's layout."""
-  return {
-    entry['name']: weights.tensor(
-      entry.get('weights_name', entry['name']),
-      entry['shape'],
-      entry['kind'],
-      case.get('weights_gain', 1),
-    )
-    for entry in case['parameters']
-  }
+  """The weights of a case by the peer's names, in the peer's layout; each is checked against its recorded crc32."""
+  return {entry['name']: tensor(case, entry) for entry in case['parameters']}
+
+
+def tensor(case, entry):
+  """One of the weights; of kind `fixed` are the filters of resampling, as torch's buffers hold them."""
+  if entry['kind'] == 'fixed':
+    taps = case['config'].get('resample_filter', (1, 1))
+    return (np.outer(taps, taps) / np.sum(taps) ** 2).astype(np.float32).reshape(entry['shape'])
+  name = entry.get('weights_name', entry['name'])
+  made = weights.tensor(name, entry['shape'], entry['kind'], case.get('weights_gain', 1))
+  assert zlib.crc32(made.tobytes()) == entry['crc32'], name
+  return made
 
 
 def write_pipeline(folder, case):

@@ -1,1 +1,0 @@
-from tests.parity_peers import weights as weights
