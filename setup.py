@@ -23,6 +23,7 @@ setuptools.setup(
     'absl-py>=2.1',
     'array_record>=0.8',
     'clu>=0.0.12',
+    'flatbuffers>=24.3',  # jax.export needs it, and does not say so
     'flax>=0.12',
     'fsspec>=2024.6',
     'importlib_resources>=6',  # tensorflow-datasets needs it, and does not say so

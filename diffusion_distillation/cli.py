@@ -25,7 +25,7 @@ from diffusion_distillation.errors import Preempted, StorageError, UserError
 from diffusion_distillation.evaluation import measure, pictures
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Chosen
-from diffusion_distillation.interop import importing
+from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.options import Options
 from diffusion_distillation.run import replay
@@ -184,6 +184,12 @@ def _import(options: Options) -> None:
   )
 
 
+def _export(options: Options) -> None:
+  directory = _workdir(options)
+  compilation.use()
+  print(exporting.export(directory, options.stage, options.out, options.format))
+
+
 def _sample(options: Options) -> None:
   out, directory = pictures.check_out(options.out, options.num_samples), _workdir(options)
   if options.sampler is not None:
@@ -335,6 +341,7 @@ MODES: dict[str, Callable[[Options], None]] = {
   'plan': _plan,
   'import': _import,
   'sample': _sample,
+  'export': _export,
   'evaluate': _evaluate,
   'replay': _replay,
   'keys': _keys,

@@ -31,7 +31,9 @@ def _integer(
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; prepare and keys do without.')
 _MODE = flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
-_STAGE = flags.DEFINE_string('stage', None, 'sample: the stage; by default the last that is there.')
+_STAGE = flags.DEFINE_string(
+  'stage', None, 'sample, export: the stage; by default the last that is there.'
+)
 _WEIGHTS = flags.DEFINE_string(
   'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last."
 )
@@ -57,8 +59,9 @@ _CLASSES = flags.DEFINE_list(
 _OUT = flags.DEFINE_string(
   'out',
   None,
-  'sample: a .png (a grid), a .npz (the arrays), or a folder, FOLDER/ (a .png for each image).',
+  'sample: a .png (a grid), a .npz (the arrays), or a folder, FOLDER/ (a .png for each image). export: a new folder.',
 )
+_FORMAT = flags.DEFINE_string('format', 'jax', 'export: the format, jax: a program for JAX alone.')
 _SOURCE = flags.DEFINE_string(
   'source',
   None,
@@ -125,6 +128,7 @@ def run(argv: list[str]) -> None:
     times=_TIMES.value,
     classes=_CLASSES.value,
     out=_OUT.value or None,
+    format=_FORMAT.value,
     source=_SOURCE.value,
     checkpoint=_CHECKPOINT.value or None,
     step=_STEP.value,

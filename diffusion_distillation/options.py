@@ -28,6 +28,7 @@ class Options:
   times: Sequence[str] = ()
   classes: Sequence[str] = ()
   out: str | os.PathLike[str] | None = None
+  format: str = 'jax'
   source: str | None = None
   checkpoint: str | os.PathLike[str] | None = None
   coordinator: str | None = None

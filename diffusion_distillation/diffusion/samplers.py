@@ -41,10 +41,12 @@ class Sampler:
   Attributes:
     calls_per_step: network calls that a step costs, unless it is the last and `calls` says otherwise.
     keeps_eps: whether, where x is clipped, eps stays what the network predicted.
+    draws_noise: whether a step adds noise, so that an image also depends on its key.
   """
 
   calls_per_step: ClassVar[int] = 1
   keeps_eps: ClassVar[bool] = False
+  draws_noise: ClassVar[bool] = False
 
   def calls(self, num_steps: int) -> int:
     """Network calls for an image that is sampled in `num_steps` steps, the last of which ends at s = 0."""
@@ -104,6 +106,7 @@ class Ancestral(Sampler):
   returns x^ without noise.
   """
 
+  draws_noise: ClassVar[bool] = True
   gamma: float = 0.0
 
   def __post_init__(self) -> None:
@@ -129,6 +132,8 @@ class MultistepConsistency(Sampler):
 
   z_s = alpha_s x^ + sigma_s eps; DMD2's students of several steps are sampled the same way.
   """
+
+  draws_noise: ClassVar[bool] = True
 
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
     if rng is None:

@@ -150,15 +150,27 @@ def _sample(
   cond: Cond,
 ) -> tuple[jax.Array, jax.Array]:
   """The noise that each image starts from, and the image."""
+  z, step_keys = noise(drawer, seed, index)
+  return z, from_noise(drawer, params, grid, z, step_keys, cond)
+
+
+def noise(drawer: Drawer, seed: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The noise (B, ...) that the images at `index` (B,) start from, and the keys (B,) of that which the sampler adds."""
   keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.key(seed), k))(index)
   noise_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-  z = samplers.normal(noise_keys, drawer.space.shape(drawer.image_shape))
+  return samplers.normal(noise_keys, drawer.space.shape(drawer.image_shape)), step_keys
+
+
+def from_noise(
+  drawer: Drawer, params: Params, grid: jax.Array, z: jax.Array, step_keys: jax.Array, cond: Cond
+) -> jax.Array:
+  """x (B, ...) as the sampler leaves it, from noise z (B, ...), the keys (B,) of its steps, and the times (N + 1,)."""
 
   def denoise(z: jax.Array, logsnr: jax.Array) -> Prediction:
     return drawer.denoise(params, z, logsnr, cond)
 
   clip = drawer.space.clip if drawer.clip_x else None
-  x = samplers.sample(
+  return samplers.sample(
     drawer.sampler,
     samplers.clipped(denoise, clip, drawer.sampler.keeps_eps),
     drawer.schedule,
@@ -166,7 +178,6 @@ def _sample(
     z,
     step_keys,
   )
-  return z, x
 
 
 _run = compilation.jit(_sample, static_argnums=0)

@@ -1,0 +1,163 @@
+"""Models for elsewhere: a finished stage as a folder that others can run without this package."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_distillation import paths
+from diffusion_distillation.config import choose
+from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.errors import StorageError, UserError
+from diffusion_distillation.evaluation import loading, pictures, sampling
+from diffusion_distillation.evaluation.loading import LoadedModel, load
+from diffusion_distillation.evaluation.sampling import Drawer
+from diffusion_distillation.interop import model_card, stablehlo
+from diffusion_distillation.stages import model
+from diffusion_distillation.system import files
+from diffusion_distillation.training.state import Params
+
+SEED = 0  # of the images that are compared and shown
+BATCHES = (16, 3)  # the program is run at two sizes
+TOLERANCE = 1e-3  # the share of values that may differ, and by one level at most: rounding of float32
+
+
+class Format(NamedTuple):
+  """A format that models are exported to.
+
+  Attributes:
+    write: is given what draws, weights, times (N + 1,) and a folder; writes the files, and returns a function that draws
+      with them, see `stablehlo.Draw`.
+    library: for the model card, a name that the Hugging Face hub knows.
+    files: name and meaning of each file.
+    usage: how to run them, Markdown.
+  """
+
+  write: Callable[[Drawer, Params, np.ndarray, pathlib.Path], stablehlo.Draw]
+  library: str
+  files: Mapping[str, str]
+  usage: str
+
+
+FORMATS: dict[str, Format] = {
+  'jax': Format(stablehlo.write, 'jax', stablehlo.FILES, stablehlo.USAGE),
+}
+
+
+def export(
+  workdir: pathlib.Path, stage: str | None, out: str | os.PathLike[str] | None, format: str = 'jax'
+) -> str:
+  """Writes the folder `out` whole or not at all, after its images have been compared with those of the model.
+
+  Args:
+    workdir: a workdir, the directory of a stage, or the folder of a model.
+    stage: of the workdir; by default the last that is finished.
+    out: a folder that is not there yet, or is empty.
+    format: a name in FORMATS.
+
+  Returns:
+    A line that says what was written.
+
+  Raises:
+    UserError: there is no finished stage, no such format, or `out` cannot be written; nothing was written.
+    StorageError: the files do not draw the images that the model draws; nothing was kept.
+  """
+  to, into = choose('--format', format, FORMATS), check_out(out)
+  folder = find(workdir, stage)
+  loaded = load(folder)
+  if unknown := sorted(set(loaded.stored.denoise.conditioning) - {'label'}):
+    raise UserError(
+      f'--format={format} takes class labels only, but the model is conditioned on {unknown[0]!r}'
+    )
+  temporary = into.with_name(f'.{into.name}.tmp')
+  made = [parent for parent in into.parents if not parent.exists()]
+  shutil.rmtree(temporary, ignore_errors=True)
+  try:
+    temporary.mkdir(parents=True)
+    _write(to, loaded, folder, temporary)
+    os.replace(temporary, into)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    for parent in made:
+      with contextlib.suppress(OSError):
+        parent.rmdir()
+    raise
+  stored = loaded.stored
+  calls = samplers.SAMPLERS[stored.sampler]().calls(stored.num_steps)
+  name = stored.provenance.get('stage', folder.name)
+  return f'{into}: {name} exported as {format}, {calls} network calls per image; its images equal those of the model'
+
+
+def check_out(out: str | os.PathLike[str] | None) -> pathlib.Path:
+  """The folder to write, which must not hold anything; UserError otherwise."""
+  if not out:
+    raise UserError('--mode=export needs --out, the folder to write')
+  path = paths.on_disk('--out', out)
+  if path.is_dir() and any(path.iterdir()):
+    raise UserError(f'--out={out} is not empty; name a new folder')
+  if path.exists() and not path.is_dir():
+    raise UserError(f'--out={out} is a file; name a new folder')
+  there = next(parent for parent in path.parents if parent.exists())
+  if not there.is_dir() or not os.access(there, os.W_OK):
+    raise UserError(f'--out={out}: {there} is not a directory that can be written')
+  return path
+
+
+def find(workdir: pathlib.Path, stage: str | None) -> pathlib.Path:
+  """The folder of the model; UserError if the stage that was asked for is not finished."""
+  if stage is None:
+    return loading.find(workdir)
+  folder = workdir / stage / 'model'
+  if not (folder / model.DESCRIPTION).is_file():
+    found = sorted(path.parent.parent.name for path in workdir.glob(f'*/model/{model.DESCRIPTION}'))
+    raise UserError(
+      f'--stage={stage}: --workdir={workdir} has no finished stage of that name; finished are: {", ".join(found) or "none"}'
+    )
+  return folder
+
+
+def _write(to: Format, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.Path) -> None:
+  stored, count = loaded.stored, BATCHES[0]
+  drawer = loaded.drawer(samplers.SAMPLERS[stored.sampler](), stored.clip_x, count)
+  grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
+  draw = to.write(drawer, stored.params, grid, into)
+  images = _compare(draw, drawer, loaded.sample(count, SEED))
+  sheet = pictures.to_pil(pictures.grid(pictures.enlarge(images, 32), 4))
+  sheet.save(into / 'samples.png')
+  description = without_paths(files.read_json(folder / model.DESCRIPTION))
+  files.write_json(into / model.DESCRIPTION, description)
+  config = folder.parent.parent / 'config.json'
+  dataset = files.read_json(config).get('dataset', {}).get('name') if config.is_file() else None
+  (into / 'README.md').write_text(model_card.render(description, to, dataset))
+
+
+def _compare(draw: stablehlo.Draw, drawer: Drawer, expected: np.ndarray) -> np.ndarray:
+  """The images (n, H, W, C) that the files draw at the first size; StorageError if those of any size differ."""
+  index = np.arange(len(expected), dtype=np.int32)
+  z, keys = sampling.noise(drawer, np.int32(SEED), index)  # type: ignore[arg-type]
+  noise, data, cond = np.asarray(z), np.asarray(jax.random.key_data(keys)), drawer.cond(index, SEED)
+  labels = None if cond is None else np.asarray(cond['label'])
+  drawn = [draw(noise[:n], data[:n], None if labels is None else labels[:n]) for n in BATCHES]
+  for images in drawn:
+    off = np.abs(images.astype(int) - expected[: len(images)])
+    if off.max() > 1 or np.mean(off > 0) > TOLERANCE:
+      raise StorageError(
+        f'the exported files draw other images than the model (at a batch size of {len(images)}, {np.mean(off > 0):.2%} of '
+        f'the values differ, by up to {off.max()} of 255); nothing was kept'
+      )
+  return drawn[0]
+
+
+def without_paths(value: Any) -> Any:
+  """JSON with absolute paths cut to their last part, so that it says nothing of the machine."""
+  if isinstance(value, dict):
+    return {key: without_paths(part) for key, part in value.items()}
+  if isinstance(value, list):
+    return [without_paths(part) for part in value]
+  is_path = isinstance(value, str) and pathlib.PurePath(value).is_absolute()
+  return pathlib.PurePath(value).name if is_path else value

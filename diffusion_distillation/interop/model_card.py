@@ -1,0 +1,113 @@
+"""The README of an exported model: a model card with the header that the Hugging Face hub reads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from diffusion_distillation.diffusion import samplers
+
+
+class Described(Protocol):
+  """What a card needs of a format; see `exporting.Format`."""
+
+  @property
+  def library(self) -> str: ...
+  @property
+  def files(self) -> Mapping[str, str]: ...
+  @property
+  def usage(self) -> str: ...
+
+
+_OTHER_FILES = {
+  'model.json': 'description of the model: network, parameterization, schedule, sampler, provenance, measurements',
+  'samples.png': 'images drawn with these files',
+}
+
+
+def render(description: Mapping[str, Any], to: Described, dataset: str | None) -> str:
+  """The card, Markdown.
+
+  Args:
+    description: `model.json` of the model.
+    to: the format of the other files.
+    dataset: name of the dataset that the run was trained on, if it is known.
+  """
+  made, name = description['provenance'], description['sampler']
+  stage, steps = made.get('stage', 'model'), description['num_steps']
+  height, width, channels = description['image_shape']
+  calls = samplers.SAMPLERS[name]().calls(steps)
+  label = description['conditioning'].get('label')
+  kind = f'Class-conditional ({label["count"]} classes)' if label else 'Unconditional'
+  parts = [
+    _header(made, to.library),
+    f'# {stage}\n',
+    '![samples](samples.png)\n',
+    f'{kind} diffusion model of images with {height} x {width} pixels and {channels} '
+    f'channel{"s" if channels > 1 else ""}. '
+    f'An image takes {steps} {name} step{"s" if steps > 1 else ""}: '
+    f'{calls} network evaluation{"s" if calls > 1 else ""}.\n',
+    f'## How to run it\n\n{to.usage}',
+    '## Training\n\n' + _training(made, dataset),
+    '## Measurements\n\n' + _measurements(description['metrics']),
+    '## Files\n\n'
+    + _table(('file', 'content'), [(f'`{k}`', v) for k, v in (to.files | _OTHER_FILES).items()]),  # type: ignore[operator]
+  ]
+  if label and label.get('names'):
+    rows = [(str(k), text) for k, text in enumerate(label['names'])]
+    parts.append('## Classes\n\n' + _table(('label', 'class'), rows))
+  return '\n'.join(parts)
+
+
+def _header(made: Mapping[str, Any], library: str) -> str:
+  tags = ['diffusion', *(['distillation'] if made.get('parent') else []), made.get('method')]
+  lines = ''.join(f'- {tag}\n' for tag in tags if tag)
+  return (
+    f'---\nlibrary_name: {library}\npipeline_tag: unconditional-image-generation\ntags:\n{lines}---\n'
+  )
+
+
+def _training(made: Mapping[str, Any], dataset: str | None) -> str:
+  lines = [f'- Dataset: {dataset or "not recorded with the model"}']
+  for key, text in (('method', 'Method'), ('updates', 'Updates'), ('distance', 'Distance')):
+    if made.get(key) is not None:
+      lines.append(f'- {text}: {made[key]}')
+  for key, text in (('parent', 'Teacher'), ('start', 'Initialized from')):
+    if source := made.get(key):
+      lines.append(
+        f'- {text}: {source["stage"]} (weights {source["weights"]}, digest {source["digest"][:12]})'
+      )
+  if imported := made.get('imported'):
+    lines.append(
+      f'- Imported from: {imported.get("source")}, {imported.get("file") or imported.get("folder")}'
+    )
+  if packages := made.get('versions'):
+    lines.append(f'- Versions: {", ".join(f"{key} {text}" for key, text in packages.items())}')
+  return '\n'.join(lines) + '\n'
+
+
+def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A row for each sampler that the model was measured with."""
+  if not rows:
+    return 'None are recorded with the model.\n'
+  table = [
+    (
+      f'{row.get("num_steps")} {row.get("sampler")} ({row.get("grid")})',
+      *(str(row.get(key)) for key in ('nfe', 'weights', 'num_samples')),
+      ', '.join(f'{key} {value:.4g}' for key, value in row.get('metrics', {}).items()),
+    )
+    for row in rows
+  ]
+  columns = ('steps', 'network evaluations', 'weights', 'samples', 'metrics')
+  names = sorted({str(row.get('metric')) for row in rows})
+  return (
+    _table(columns, table)
+    + f'\n`frechet` is the Fréchet distance {", ".join(names)} between features of generated images and of training images; '
+    'what follows `FD-` names the feature extractor. Smaller is better, and distances are only comparable if extractor and '
+    'number of samples are the same.\n'
+  )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [columns, ['---'] * len(columns), *rows]
+  return ''.join(
+    f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in line)} |\n' for line in lines
+  )

@@ -1,0 +1,235 @@
+"""Export: what is written draws the model's images without this package, and nothing is written otherwise."""
+
+import ast
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from PIL import Image
+
+from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.errors import StorageError, UserError
+from diffusion_distillation.evaluation.loading import LoadedModel, load
+from diffusion_distillation.interop import exporting, stablehlo
+from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.stages import model
+from tests import tiny
+from tests.evaluation.sampling_test import assert_same_images
+from tests.networks.denoiser_test import Small
+from tests.stages import model_test
+from tests.stages.model_test import stored
+
+FILES = ['README.md', 'model.json', 'run.py', 'sampler.stablehlo', 'samples.png', 'weights.safetensors']
+MADE = {
+  'stage': 'student',
+  'method': 'progressive',
+  'updates': 7,
+  'parent': {'stage': 'base', 'weights': 'ema', 'digest': 'abcdef' * 10},
+  'imported': {'source': 'model', 'folder': '/home/somebody/models/teacher'},
+}
+ROW = {'sampler': 'ddim', 'num_steps': 3, 'grid': 'uniform', 'nfe': 3, 'weights': 'ema'}
+ROW |= {'num_samples': 500, 'metric': 'FD-digits', 'metrics': {'frechet': 1.25}}
+MODELS = {
+  'unconditional': stored(Small(1), num_steps=3, provenance=MADE, metrics=(ROW,)),
+  'conditional': stored(
+    Small(1, num_classes=3),
+    sampler='multistep_consistency',
+    num_steps=2,
+    clip_x=False,
+    times='karras',
+    class_names=('cat', 'dog', 'hen'),
+  ),
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _small_is_a_network():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(NETWORKS, 'small', Small)
+    yield
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """With a finished stage of the name of each model."""
+  directory = tmp_path_factory.mktemp('workdir')
+  for name, of in MODELS.items():
+    model.write(directory / name / 'model', of)
+  (directory / 'config.json').write_text(json.dumps({'dataset': {'name': 'digits'}}))
+  return directory
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def exported(request, workdir, tmp_path_factory):
+  """The model, the folder, and what the command says."""
+  out = tmp_path_factory.mktemp('out') / 'new' / 'folder'
+  line = exporting.export(workdir, request.param, out)
+  return load(workdir / request.param), out, line
+
+
+def run_script(out, images, monkeypatch, *args):
+  monkeypatch.setattr(sys, 'argv', ['run.py', f'--out={images}', *args])
+  runpy.run_path(str(out / 'run.py'), run_name='__main__')
+  with np.load(images, allow_pickle=False) as arrays:
+    return dict(arrays)
+
+
+def test_a_folder_is_written_and_nothing_beside_it(exported):
+  _, out, line = exported
+  assert sorted(path.name for path in out.iterdir()) == FILES
+  assert [path.name for path in out.parent.iterdir()] == ['folder']
+  assert line.startswith(f'{out}: ') and 'network calls per image' in line
+  with Image.open(out / 'samples.png') as picture:
+    assert picture.size == (138, 138)  # 4 x 4 images of 32 pixels, and gaps
+
+
+def test_the_script_draws_what_the_model_draws_for_any_number(exported, tmp_path, monkeypatch, capsys):
+  loaded, out, _ = exported
+  for num in (5, 2):
+    arrays = run_script(out, tmp_path / 'x.npz', monkeypatch, f'--num={num}', '--seed=4')
+    assert_same_images(arrays['images'], loaded.sample(num, seed=4))
+  assert capsys.readouterr().out.endswith('x.npz: 2 images\n')
+  if loaded.stored.class_names:
+    arrays = run_script(
+      out, tmp_path / 'x.npz', monkeypatch, '--num=5', '--seed=4', '--classes', '2', '-1'
+    )
+    assert arrays['labels'].tolist() == [2, -1, 2, -1, 2]
+    assert_same_images(arrays['images'], loaded.sample(5, seed=4, labels=[2, -1]))
+
+
+def test_the_script_imports_jax_numpy_and_the_standard_library_alone(exported):
+  _, out, _ = exported
+  imported = set()
+  for node in ast.walk(ast.parse((out / 'run.py').read_text())):
+    if isinstance(node, ast.Import):
+      imported |= {alias.name.partition('.')[0] for alias in node.names}
+    assert not isinstance(node, ast.ImportFrom)
+  assert imported - set(sys.stdlib_module_names) == {'jax', 'numpy'}
+
+
+def test_weights_are_the_models_and_no_constants_of_the_program(exported):
+  loaded, out, _ = exported
+  of = loaded.stored
+  assert load(out).stored.digest == model.digest(of.params)  # checked when it is read
+  program = jax.export.deserialize(bytearray((out / 'sampler.stablehlo').read_bytes()))
+  flat = traverse_util.flatten_dict(of.params, sep='/')
+  (weights, z, *rest), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+  assert {name: value.shape for name, value in weights.items()} == {k: v.shape for k, v in flat.items()}
+  assert program.platforms == ('cpu', 'cuda', 'tpu')
+  assert str(z.shape[0]) == 'b' and z.shape[1:] == (8, 8, 1)
+  assert [str(value.dtype) for value in rest] == (['int32', 'uint32'] if of.class_names else [])
+
+
+def test_the_description_says_nothing_of_the_machine(exported):
+  loaded, out, _ = exported
+  found = json.loads((out / 'model.json').read_text())
+  expected = json.loads(json.dumps(model.describe(loaded.stored)))
+  if 'imported' in expected['provenance']:
+    expected['provenance']['imported']['folder'] = 'teacher'
+  assert found == expected
+  assert '/home' not in (out / 'README.md').read_text()
+
+
+def test_the_card_says_what_it_was_made_from_and_how_it_was_measured(exported):
+  loaded, out, _ = exported
+  card = (out / 'README.md').read_text()
+  assert card.startswith(
+    '---\nlibrary_name: jax\npipeline_tag: unconditional-image-generation\ntags:\n- diffusion\n'
+  )
+  assert '- Dataset: digits\n' in card and '](samples.png)' in card
+  if loaded.stored.class_names:
+    assert 'Class-conditional (3 classes)' in card and '| 1 | dog |' in card
+    assert '2 multistep_consistency steps: 2 network evaluations' in card and 'None are recorded' in card
+  else:
+    assert '- distillation\n- progressive\n---\n' in card
+    assert '- Updates: 7\n- Teacher: base (weights ema, digest abcdefabcdef)\n' in card
+    assert '- Imported from: model, teacher\n' in card
+    assert '| 3 ddim (uniform) | 3 | ema | 500 | frechet 1.25 |' in card and 'distance FD-digits' in card
+
+
+def test_attention_is_lowered_for_all_platforms_without_custom_calls():
+  """Nothing is compiled."""
+  of = model_test.stored(model_test.MODELS['conditional']().denoise.network)
+  drawer = LoadedModel(of).drawer(samplers.DDIM(), True, 4)
+  flat = traverse_util.flatten_dict(of.params, sep='/')
+  text = stablehlo.lower(drawer, flat, times.uniform(2)).mlir_module()
+  calls = set(re.findall(r'custom_call @(\w+)', text))
+  assert calls <= {'shape_assertion'} and 'stablehlo.convolution' in text
+
+
+@pytest.mark.parametrize('change', ['a level', 'many', 'one batch size'])
+def test_files_that_draw_other_images_are_not_kept(workdir, tmp_path, monkeypatch, change):
+  model_images = load(workdir / 'unconditional').sample(16, seed=0)
+
+  def write(drawer, params, grid, folder):
+    (folder / 'half').write_text('')
+
+    def draw(z, keys, labels):
+      images = model_images[: len(z)].copy()
+      if change == 'a level':
+        images[0, 0, 0, 0] ^= 2
+      elif change == 'many':
+        images[0] ^= 1
+      elif len(z) == 3:
+        images = images[::-1]
+      return images
+
+    return draw
+
+  monkeypatch.setitem(exporting.FORMATS, 'wrong', exporting.FORMATS['jax']._replace(write=write))
+  with pytest.raises(StorageError, match='draw other images than the model'):
+    exporting.export(workdir, 'unconditional', tmp_path / 'a' / 'b', 'wrong')
+  assert not list(tmp_path.iterdir())
+
+
+def refused(workdir, *args):
+  code, out, err = tiny.run_cli('--mode=export', f'--workdir={workdir}', *args)
+  assert code == 2 and not out and err.startswith('error: ') and err.count('\n') == 1
+  return err
+
+
+def test_what_cannot_be_exported_is_one_line(workdir, tmp_path, monkeypatch):
+  monkeypatch.delitem(NETWORKS, 'small')  # which has no section of a config
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
+  new, full = tmp_path / 'new', tmp_path / 'full'
+  full.mkdir()
+  (full / 'x').write_text('')
+  assert 'needs --out' in refused(workdir)
+  assert 'is not empty' in refused(workdir, f'--out={full}')
+  assert 'is a file' in refused(workdir, f'--out={full / "x"}')
+  assert 'not a directory that can be written' in refused(workdir, f'--out={full / "x" / "y"}')
+  message = refused(workdir, f'--out={new}', '--format=onnx')
+  assert "'onnx'" in message and 'jax' in message
+  message = refused(workdir, f'--out={new}', '--stage=base')
+  assert 'no finished stage of that name' in message and 'conditional, unconditional' in message
+  assert 'holds no model' in refused(tmp_path, f'--out={new}')
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['full']
+
+
+def test_without_the_package_that_serializes_programs_nothing_is_written(workdir, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'flatbuffers', None)
+  monkeypatch.setattr(stablehlo.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='pip install flatbuffers'):
+    exporting.export(workdir, 'unconditional', tmp_path / 'new')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_script_runs_where_this_package_and_its_libraries_are_missing(exported, tmp_path):
+  loaded, out, _ = exported
+  missing = tmp_path / 'missing'
+  missing.mkdir()
+  for name in ('diffusion_distillation', 'flax', 'safetensors', 'optax', 'orbax', 'absl'):
+    (missing / f'{name}.py').write_text('raise ImportError("not here")\n')
+  path = os.pathsep.join([str(missing), os.environ.get('PYTHONPATH', '')])
+  command = [sys.executable, out / 'run.py', '--num=4', '--seed=1', f'--out={tmp_path / "x.npz"}']
+  subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {'PYTHONPATH': path})
+  with np.load(tmp_path / 'x.npz') as arrays:
+    assert_same_images(arrays['images'], loaded.sample(4, seed=1))
