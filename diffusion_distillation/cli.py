@@ -203,7 +203,7 @@ def _sample(options: Options) -> None:
   step = make_sampler(sampler, gamma)
   draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size)
   grid, chosen = _grid(options, stored), _classes(options, stored)
-  images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen)
+  images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen, 'sample')
   if not files.writes():
     return
   cond = draw.cond(np.arange(options.num_samples), options.seed, chosen)

@@ -19,6 +19,7 @@ from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.system import announcing, compilation, interrupts, sharding
+from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
 
 Chosen = Mapping[str, Sequence[Any]] | None  # values of a condition to draw in turn, by key
@@ -87,10 +88,21 @@ class Drawer:
     num_samples: int,
     seed: int,
     chosen: Chosen = None,
+    name: str | None = None,
   ) -> np.ndarray:
-    """The images of all batches, (num_samples, H, W, C) uint8, without padding."""
-    batches = self.batches(params, grid, num_samples, seed, chosen)
-    return np.concatenate([sharding.to_host(images)[:count] for images, count in batches])
+    """The images of all batches, (num_samples, H, W, C) uint8, without padding.
+
+    With a `name`, the progress is shown under it, if there is more than one batch.
+    """
+    drawn, size = [], sharding.round_up(self.batch_size)
+    shown = name is not None and num_samples > size
+    progress = Progress(name or '', -(-num_samples // size), images_per_step=size) if shown else None
+    with progress or contextlib.nullcontext():
+      for images, count in self.batches(params, grid, num_samples, seed, chosen):
+        drawn.append(sharding.to_host(images)[:count])
+        if progress is not None:
+          progress.advance()
+    return np.concatenate(drawn)
 
   def pairs(
     self, params: Params, grid: np.ndarray, seed: int, index: np.ndarray

@@ -42,6 +42,15 @@ def test_images_depend_on_seed_and_index_alone():
   assert (small.draw(params, grid, 20, seed=6) != twenty).any(axis=(1, 2, 3)).all()
 
 
+def test_progress_is_shown_where_there_are_several_batches(capsys):
+  drawer, params = make(8)
+  drawer.draw(params, times.uniform(3), 20, seed=5, name='sample')
+  assert 'sample: 3/3, ' in capsys.readouterr().err
+  drawer.draw(params, times.uniform(3), 8, seed=5, name='sample')
+  drawer.draw(params, times.uniform(3), 20, seed=5)
+  assert 'sample' not in capsys.readouterr().err
+
+
 def test_one_program_serves_all_grids_of_times():
   drawer, params = make(16)
   traces = []

@@ -1,4 +1,4 @@
-"""The configs that distil NVIDIA's EDM models, against the hyper-parameters of DMD (Yin et al. 2023, appendix)."""
+"""The configs that distill public teachers, against the hyper-parameters of DMD (Yin et al. 2023, appendix)."""
 
 import importlib
 
@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 import diffusion_distillation
-from diffusion_distillation.diffusion.samplers import EdmHeun
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.samplers import DDIM, EdmHeun
 from diffusion_distillation.diffusion.times import Uniform
-from diffusion_distillation.diffusion.weightings import Edm
+from diffusion_distillation.diffusion.weightings import Edm, Snr
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.interop import edm
+from diffusion_distillation.interop import diffusers, edm
 from diffusion_distillation.stages import plan, workdir
-from tests import edm_cases, tiny
+from tests import edm_cases, peers, tiny
+from tests.interop import diffusers_test
 
 CASE = edm_cases.Case('ve_ncsnpp_cond')  # in place of the large ones
 # Learning rate, batch size, updates, pairs, steps of a pair, weight of the regression.
@@ -47,31 +49,48 @@ def test_the_student_is_trained_with_the_paper_s_hyper_parameters(name, variant,
   assert dmd.law == Uniform() and dmd.gan is None and dmd.schedule == stored.schedule
 
 
+def test_the_ddpm_teacher_is_distilled_like_edm_s_but_with_its_own_loss_and_sampler(tmp_path):
+  stored = diffusers.read(
+    peers.write_pipeline(tmp_path / 'ddpm', peers.read('unet2d_cifar_form')[0]), 50
+  )
+  config, edm_config = load('ddpm_cifar10', None), load('edm_cifar10', '')
+  student = plan.plan(config, (8, 8, 3), 0, workdir.origin_of(stored))[1]
+  plan.check_output(student)  # 1 / alpha at t = 1 is far below the limit
+  assert student.denoise == student.teacher == stored.denoise and student.denoise.output == 'eps'
+  assert student.recipe.method.weighting == Snr() and config.dmd == edm_config.dmd
+  pairs = student.pairs
+  assert type(pairs.sampler) is DDIM and (pairs.count, pairs.num_steps) == (500_000, 100)
+  grid = times.make_grid(pairs.grid, pairs.num_steps, stored.schedule)
+  assert grid[-1] == 1.0 and not pairs.clip_x and config.distill.start_steps == 100
+
+
 def test_an_unknown_variant_is_one_clear_line():
   with pytest.raises(UserError, match='variant :vp is not known'):
     load('edm_cifar10', 'vp')
 
 
 @pytest.mark.slow
-def test_a_teacher_is_imported_planned_and_distilled(tmp_path):
-  """A few updates of DMD, with pairs, from a state dict to a student that draws."""
-  flags = [
-    '--config=configs/edm_cifar10.py',
-    '--config.dataset.name=none',
-    f'--workdir={tmp_path / "run"}',
-  ]
-  small = {'pairs.num_pairs': 4, 'pairs.batch_size': 4, 'pairs.num_steps': 2}
+@pytest.mark.parametrize(('source', 'name'), [('edm', 'edm_cifar10'), ('diffusers', 'ddpm_cifar10')])
+def test_a_teacher_is_imported_planned_and_distilled(source, name, tmp_path):
+  """A few updates of DMD, with pairs, from the files of a small teacher to a student that draws."""
+  checkpoint = tmp_path / 'pipeline'
+  if source == 'edm':
+    checkpoint = CASE.write(tmp_path)
+  else:
+    diffusers_test.small_pipeline(checkpoint)
+  small = {'pairs.num_pairs': 4, 'pairs.batch_size': 4, 'pairs.num_steps': 2, 'dataset.name': 'none'}
   small |= {'dmd.num_updates': 2, 'dmd.batch_size': 8, 'log.health_every': 0}
+  flags = [f'--config=configs/{name}.py', f'--workdir={tmp_path / "run"}']
   flags += [f'--config.{key}={value}' for key, value in small.items()]
-  source = ('--mode=import', '--source=edm', f'--checkpoint={CASE.write(tmp_path)}')
-  code, _, err = tiny.run_cli(*flags, *source)
-  assert code == 0, err
-  code, _, err = tiny.run_cli(*flags, '--mode=plan', '--config.log.measured_updates=0')
-  assert code == 0 and 'dmd' in err, err
-  code, _, err = tiny.run_cli(*flags)
-  assert code == 0, err
+  for mode in (
+    ('--mode=import', f'--source={source}', f'--checkpoint={checkpoint}'),
+    ('--mode=plan', '--config.log.measured_updates=0'),
+    (),
+  ):
+    code, _, err = tiny.run_cli(*flags, *mode)
+    assert code == 0 and ('--mode=plan' not in mode or 'dmd' in err), err
   teacher, student = (diffusion_distillation.load(tmp_path / 'run' / name) for name in ('base', 'dmd'))
   assert student.stored.denoise == teacher.stored.denoise and student.stored.num_steps == 1
   trees = [jax.tree.leaves(model.stored.params) for model in (teacher, student)]
   assert any(np.any(a != b) for a, b in zip(*trees, strict=True))
-  assert student.sample(2).shape == (2, 8, 8, 3)
+  assert student.sample(2).shape == (2, *teacher.stored.image_shape)

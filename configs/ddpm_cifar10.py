@@ -1,0 +1,28 @@
+"""CIFAR-10 in one step from the DDPM of Ho et al. (2020), in the form that diffusers has it in, by DMD (Yin et al. 2023).
+
+main.py --mode=import --source=diffusers --checkpoint=ddpm-cifar10-32 --config=configs/ddpm_cifar10.py --workdir=DIR
+main.py --config=configs/ddpm_cifar10.py --workdir=DIR
+"""
+
+import ml_collections
+
+from configs import edm_cifar10
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The paper's hyper-parameters for EDM's unconditional model, except for what depends on the teacher.
+
+  The fake score is trained with the teacher's own loss, the squared error in eps. The pairs are drawn by 100 DDIM steps
+  without clipping, which start at t = 1, where the student is called.
+  """
+  c = edm_cifar10.get_config()
+  c.weighting = 'snr'
+  c.pairs.sampler = 'ddim'
+  c.pairs.grid = 'uniform'
+  c.pairs.num_steps = 100
+  c.distill.start_steps = 100
+
+  c.evaluation.samplers = ('ddim',)
+  c.evaluation.grid = 'uniform'
+  c.evaluation.clip_x = True
+  return c
