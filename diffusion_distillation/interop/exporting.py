@@ -24,7 +24,7 @@ from diffusion_distillation.training.state import Params
 
 SEED = 0  # of the images that are compared and shown
 BATCHES = (16, 3)  # the program is run at two sizes
-TOLERANCE = 1e-3  # the share of values that may differ, and by one level at most: rounding of float32
+TOLERANCE = 1e-3  # the share of values that may differ, one at least, and by one level at most: rounding of float32
 
 
 class Format(NamedTuple):
@@ -90,7 +90,8 @@ def export(
   stored = loaded.stored
   calls = samplers.SAMPLERS[stored.sampler]().calls(stored.num_steps)
   name = stored.provenance.get('stage', folder.name)
-  return f'{into}: {name} exported as {format}, {calls} network calls per image; its images equal those of the model'
+  told = f'{into}: {name} exported as {format}, {calls} network calls per image'
+  return f"{told}; its images agree with the model's"
 
 
 def check_out(out: str | os.PathLike[str] | None) -> pathlib.Path:
@@ -131,9 +132,16 @@ def _write(to: Format, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.
   sheet.save(into / 'samples.png')
   description = without_paths(files.read_json(folder / model.DESCRIPTION))
   files.write_json(into / model.DESCRIPTION, description)
+  (into / 'README.md').write_text(model_card.render(description, to, _dataset(folder)))
+
+
+def _dataset(folder: pathlib.Path) -> str | None:
+  """The name of the dataset of the run that a model belongs to; None for a folder that was taken out of its workdir."""
   config = folder.parent.parent / 'config.json'
-  dataset = files.read_json(config).get('dataset', {}).get('name') if config.is_file() else None
-  (into / 'README.md').write_text(model_card.render(description, to, dataset))
+  if not (folder.parent / 'stage.json').is_file() or not config.is_file():
+    return None
+  name = files.read_json(config).get('dataset', {}).get('name')
+  return None if name in (None, 'none') else str(name)
 
 
 def _compare(draw: stablehlo.Draw, drawer: Drawer, expected: np.ndarray) -> np.ndarray:
@@ -145,10 +153,11 @@ def _compare(draw: stablehlo.Draw, drawer: Drawer, expected: np.ndarray) -> np.n
   drawn = [draw(noise[:n], data[:n], None if labels is None else labels[:n]) for n in BATCHES]
   for images in drawn:
     off = np.abs(images.astype(int) - expected[: len(images)])
-    if off.max() > 1 or np.mean(off > 0) > TOLERANCE:
+    if off.max() > 1 or np.count_nonzero(off) > max(1, TOLERANCE * off.size):
       raise StorageError(
         f'the exported files draw other images than the model (at a batch size of {len(images)}, {np.mean(off > 0):.2%} of '
-        f'the values differ, by up to {off.max()} of 255); nothing was kept'
+        f'the values differ, by up to {off.max()} of 255); nothing was kept. GPUs and TPUs round products: export on the '
+        'CPU, with JAX_PLATFORMS=cpu'
       )
   return drawn[0]
 

@@ -62,6 +62,7 @@ def workdir(tmp_path_factory):
   directory = tmp_path_factory.mktemp('workdir')
   for name, of in MODELS.items():
     model.write(directory / name / 'model', of)
+    (directory / name / 'stage.json').write_text('{}')
   (directory / 'config.json').write_text(json.dumps({'dataset': {'name': 'digits'}}))
   return directory
 
@@ -70,6 +71,8 @@ def workdir(tmp_path_factory):
 def exported(request, workdir, tmp_path_factory):
   """The model, the folder, and what the command says."""
   out = tmp_path_factory.mktemp('out') / 'new' / 'folder'
+  if request.param == 'conditional':
+    out.mkdir(parents=True)  # a folder that is there, but empty
   line = exporting.export(workdir, request.param, out)
   return load(workdir / request.param), out, line
 
@@ -164,7 +167,7 @@ def test_attention_is_lowered_for_all_platforms_without_custom_calls():
   assert calls <= {'shape_assertion'} and 'stablehlo.convolution' in text
 
 
-@pytest.mark.parametrize('change', ['a level', 'many', 'one batch size'])
+@pytest.mark.parametrize('change', ['two levels', 'many', 'one batch size'])
 def test_files_that_draw_other_images_are_not_kept(workdir, tmp_path, monkeypatch, change):
   model_images = load(workdir / 'unconditional').sample(16, seed=0)
 
@@ -173,8 +176,8 @@ def test_files_that_draw_other_images_are_not_kept(workdir, tmp_path, monkeypatc
 
     def draw(z, keys, labels):
       images = model_images[: len(z)].copy()
-      if change == 'a level':
-        images[0, 0, 0, 0] ^= 2
+      if change == 'two levels':
+        images[0, 0, 0, 0] ^= 2  # one value, but by two levels
       elif change == 'many':
         images[0] ^= 1
       elif len(z) == 3:
