@@ -45,6 +45,7 @@ _NETWORK = {
   'up_block_types': ('AttnUpBlock2D', 'AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'),
 }
 _OUTPUTS = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x'}
+PREDICTIONS = {ours: theirs for theirs, ours in _OUTPUTS.items()}
 _SCHEDULE = {
   'beta_schedule': 'betas',
   'num_train_timesteps': 'num_timesteps',

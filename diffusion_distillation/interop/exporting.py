@@ -17,7 +17,7 @@ from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation import loading, pictures, sampling
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
-from diffusion_distillation.interop import model_card, stablehlo
+from diffusion_distillation.interop import diffusers_writer, model_card, stablehlo
 from diffusion_distillation.stages import model
 from diffusion_distillation.system import files
 from diffusion_distillation.training.state import Params
@@ -35,17 +35,20 @@ class Format(NamedTuple):
       with them, see `stablehlo.Draw`.
     library: for the model card, a name that the Hugging Face hub knows.
     files: name and meaning of each file.
-    usage: how to run them, Markdown.
+    usage: is given the description of the model; says how to run the files, Markdown.
   """
 
   write: Callable[[Drawer, Params, np.ndarray, pathlib.Path], stablehlo.Draw]
   library: str
   files: Mapping[str, str]
-  usage: str
+  usage: Callable[[Mapping[str, Any]], str]
 
 
 FORMATS: dict[str, Format] = {
-  'jax': Format(stablehlo.write, 'jax', stablehlo.FILES, stablehlo.USAGE),
+  'jax': Format(stablehlo.write, 'jax', stablehlo.FILES, stablehlo.usage),
+  'diffusers': Format(
+    diffusers_writer.write, 'diffusers', diffusers_writer.FILES, diffusers_writer.usage
+  ),
 }
 
 

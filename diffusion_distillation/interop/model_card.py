@@ -1,6 +1,6 @@
 """The README of an exported model: a model card with the header that the Hugging Face hub reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from diffusion_distillation.diffusion import samplers
@@ -14,7 +14,7 @@ class Described(Protocol):
   @property
   def files(self) -> Mapping[str, str]: ...
   @property
-  def usage(self) -> str: ...
+  def usage(self) -> Callable[[Mapping[str, Any]], str]: ...
 
 
 _OTHER_FILES = {
@@ -45,7 +45,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
     f'channel{"s" if channels > 1 else ""}. '
     f'An image takes {steps} {name} step{"s" if steps > 1 else ""}: '
     f'{calls} network evaluation{"s" if calls > 1 else ""}.\n',
-    f'## How to run it\n\n{to.usage}',
+    f'## How to run it\n\n{to.usage(description)}',
     '## Training\n\n' + _training(made, dataset),
     '## Measurements\n\n' + _measurements(description['metrics']),
     '## Files\n\n'

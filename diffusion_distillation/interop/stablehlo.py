@@ -2,7 +2,7 @@
 
 import importlib.util
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,12 @@ python run.py --num=16 --seed=0 --out=images.npz
 (b, H, W, C), float32; then, for a class-conditional model, the labels (b,), int32; then, for a sampler that adds noise, one
 key per image (b, 2), uint32. It returns images (b, H, W, C), uint8. `run.py` shows all of it.
 """
+
+
+def usage(description: Mapping[str, Any]) -> str:
+  """How to run the files, Markdown; the same for every model."""
+  del description
+  return USAGE
 
 
 def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path) -> Draw:
