@@ -131,7 +131,7 @@ def check_config(
 ) -> None:
   """Raises UserError, with the differing keys, if what `path` belongs to was made with another config.
 
-  Keys that `_is_free` names may differ, and the stage's own number of updates may grow; keys that an older version did not
+  Keys that `_is_free` names may differ, and where nothing else does the stage's number of updates may grow; keys that an older version did not
   have are not compared.
   """
   if not isinstance(made_with, Mapping):
@@ -140,14 +140,16 @@ def check_config(
   given = dict(flatten(json.loads(config.to_json())))
   stored |= implied(stored)
   old, new = _as_made(stage, stored), _as_made(stage, given)
-  differing = [
-    f'{key} was {_shown(key, stored, value)}, is {_shown(key, given, new.get(key, "absent"))}'
+  changed = [
+    key
     for key, value in sorted(old.items())
-    if not _is_free(key, stage)
-    and value != new.get(key, 'absent')
-    and not _is_raised(key, stage, value, new.get(key))
+    if not _is_free(key, stage) and value != new.get(key, 'absent')
   ]
-  if differing:
+  if any(not _is_raised(key, stage, old[key], new.get(key)) for key in changed):
+    differing = [
+      f'{key} was {_shown(key, stored, old[key])}, is {_shown(key, given, new.get(key, "absent"))}'
+      for key in changed
+    ]
     remedy = f'remove {path.parent} to train this stage again' if stage else 'use another workdir'
     if any(key.startswith(f'distill.{name} ') for key in differing for name in PER_ROUND):
       remedy += '; the last entry of a tuple is that of the last round, so that a further round needs an entry of its own'
