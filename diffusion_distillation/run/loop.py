@@ -71,7 +71,7 @@ def fit(
         _compiled_meanwhile(step, stage, inputs, workdir, config),
       ):
         state, seconds = _restore_or_start(checkpoints, stage, inputs)
-      if not int(state.step) and provenance.is_finished(workdir, stage):
+      if not int(state.step) and provenance.was_finished(workdir, stage):
         raise DamagedError(
           f'{workdir / stage.name} was finished, but no whole checkpoint is left; restore one, or remove '
           'the directory to train the stage again'

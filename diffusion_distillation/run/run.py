@@ -13,7 +13,7 @@ from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import forecast, monitor
 from diffusion_distillation.run.inputs import gather, load_distance, needed
 from diffusion_distillation.run.loop import fit
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import extending, provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.plan import check_output
 from diffusion_distillation.stages.provenance import Model
@@ -71,7 +71,7 @@ def _show(
 ) -> None:
   """Checks a plan against the workdir and shows it."""
   workdirs.check_made_with(workdir, config)
-  provenance.check_configs(workdir, stages, config)
+  extending.check_configs(workdir, stages, config)
   forecast.show(stages, done, config, workdir, distances_of)
 
 

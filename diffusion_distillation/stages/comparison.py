@@ -102,12 +102,37 @@ def _shown(key: str, values: Mapping[str, Any], made: Any) -> Any:
   return f'{AS_BASE} ({made})' if key in _FOLLOWS and values.get(key) == AS_BASE else made
 
 
+def _updates_key(stage: str) -> str:
+  """The key of the number of updates of a stage; '': of the base, which all of a workdir comes from."""
+  sections = {'': 'train', 'base': 'train'}
+  return f'{"distill" if _is_round(stage) else sections.get(stage, stage)}.num_updates'
+
+
+def _is_raised(key: str, stage: str, old: Any, new: Any) -> bool:
+  """Whether `key` is the stage's number of updates, which may grow."""
+  numbers = all(isinstance(value, int) for value in (old, new))
+  return key == _updates_key(stage) and numbers and new > old
+
+
+def raised_updates(stage: str, made_with: Mapping[str, Any], config: Config) -> tuple[int, int] | None:
+  """A stage's number of updates in the config that made it, and in `config`, if that is larger; else None."""
+  if not isinstance(made_with, Mapping):
+    return None
+  key, given = _updates_key(stage), dict(flatten(json.loads(config.to_json())))
+  stored = dict(flatten(of_this_version(made_with)))
+  old, new = _as_made(stage, stored).get(key), _as_made(stage, given).get(key)
+  if old is None or new is None or not _is_raised(key, stage, old, new):
+    return None
+  return int(old), int(new)
+
+
 def check_config(
   path: pathlib.Path, made_with: Mapping[str, Any], config: Config, stage: str = ''
 ) -> None:
   """Raises UserError, with the differing keys, if what `path` belongs to was made with another config.
 
-  Keys that `_is_free` names may differ; keys that an older version did not have are not compared.
+  Keys that `_is_free` names may differ, and where nothing else does the stage's number of updates may grow; keys that an older version did not
+  have are not compared.
   """
   if not isinstance(made_with, Mapping):
     raise DamagedError(f'{path} is damaged (no config in it); restore it from a copy')
@@ -115,15 +140,44 @@ def check_config(
   given = dict(flatten(json.loads(config.to_json())))
   stored |= implied(stored)
   old, new = _as_made(stage, stored), _as_made(stage, given)
-  differing = [
-    f'{key} was {_shown(key, stored, value)}, is {_shown(key, given, new.get(key, "absent"))}'
+  changed = [
+    key
     for key, value in sorted(old.items())
     if not _is_free(key, stage) and value != new.get(key, 'absent')
   ]
-  if differing:
+  if any(not _is_raised(key, stage, old[key], new.get(key)) for key in changed):
+    differing = [
+      f'{key} was {_shown(key, stored, old[key])}, is {_shown(key, given, new.get(key, "absent"))}'
+      for key in changed
+    ]
     remedy = f'remove {path.parent} to train this stage again' if stage else 'use another workdir'
     if any(key.startswith(f'distill.{name} ') for key in differing for name in PER_ROUND):
       remedy += '; the last entry of a tuple is that of the last round, so that a further round needs an entry of its own'
     raise UserError(
       f'{path}: made with another config: {"; ".join(differing)}. Use that config, or {remedy}'
     )
+
+
+PARENTS = ('parent', 'start', 'pairs', 'distance')
+_CHECKED = (
+  *PARENTS,
+  *('method', 'output', 'network_name', 'network', 'space', 'schedule', 'sampler', 'num_steps'),
+  'image_shape',
+)
+_BEFORE = {'network_name': 'unet', 'space': 'pixels'}  # of workdirs that do not name them yet
+
+
+def check_lineage(
+  path: pathlib.Path, found: dict[str, Any], expected: dict[str, Any], config: Config
+) -> None:
+  """Raises UserError if a stage's lineage `found` is that of another config, or of another stage than `expected`."""
+  check_config(path, found.get('config') or {}, config, path.parent.name)
+  expected = json.loads(json.dumps(expected))
+  if expected['method'] == 'dmd2' and found.get('method') == 'dmd':  # as it was recorded before
+    found = {**found, 'method': 'dmd2'}
+  for key in _CHECKED:
+    if found.get(key, _BEFORE.get(key)) != expected[key]:
+      raise UserError(
+        f'{path}: {key} is {found.get(key)}, but this run needs {expected[key]}; '
+        f'remove {path.parent} to train this stage again'
+      )

@@ -16,10 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from diffusion_distillation.config import Config
-from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.spaces import SPACES
-from diffusion_distillation.stages.comparison import check_config
+from diffusion_distillation.stages import extending
+from diffusion_distillation.stages.comparison import PARENTS, check_lineage, raised_updates
 from diffusion_distillation.stages.model import (
   DESCRIPTION,
   StoredModel,
@@ -94,16 +95,10 @@ def _lineage(stage: Stage, parents: Parents, config: Config) -> dict[str, Any]:
   }
 
 
-def check_configs(workdir: pathlib.Path, stages: list[Stage], config: Config) -> None:
-  """Raises UserError if a stage that is there was made with another config; see `check_config`."""
-  for stage in stages:
-    path = workdir / stage.name / 'stage.json'
-    if path.is_file():
-      check_config(path, read_json(path).get('config') or {}, config, stage.name)
-
-
 def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: Config) -> None:
   """Writes the stage's lineage before its first update, or checks the one that is there.
+
+  If the config only has more updates, the lineage is that of an unfinished stage again; see `extending`.
 
   Raises:
     UserError: what is there had another parent or config, or was made to be sampled in another way.
@@ -113,7 +108,10 @@ def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: C
   path.parent.mkdir(exist_ok=True)
   expected = _lineage(stage, parents, config)
   if path.exists():
-    _check_lineage(path, read_json(path), expected, config)
+    found = read_json(path)
+    check_lineage(path, found, expected, config)
+    if raised_updates(stage.name, found.get('config') or {}, config):
+      write_json(path, extending.begun(found, expected))
   elif Checkpoints(path.parent).steps():
     raise DamagedError(f'{path} is missing; restore it, or remove {path.parent} to train it again')
   else:
@@ -172,21 +170,30 @@ def finish_stage(
   """
   path, stored = workdir / model.stage.name / 'stage.json', to_stored(workdir, model, config, parents)
   folder = path.parent / 'model'
-  if read_json(path).get('imported'):
+  found = read_json(path)
+  if found.get('imported'):
     stored = with_history(folder, stored)
   cluster.barrier()  # nobody reads the folder while the first process replaces it
   write(folder, stored, anew)
   cluster.barrier()
-  if read_json(path).get('digest') != model.digest:
+  if found.get('digest') != model.digest:
     outcome = {'finished': True, 'digest': model.digest, 'seconds': model.seconds}
     outcome['digests'] = dict(model.digests)
-    write_json(path, _lineage(model.stage, parents, config) | outcome)
+    lineage = _lineage(model.stage, parents, config) | extending.history(found)
+    write_json(path, lineage | outcome)
 
 
 def is_finished(workdir: pathlib.Path, stage: Stage) -> bool:
-  """Whether the lineage says that the stage was trained to its end."""
+  """Whether the lineage says that the stage was trained to its end, as many updates as it has now."""
   path = workdir / stage.name / 'stage.json'
-  return path.is_file() and bool(read_json(path).get('finished'))
+  return path.is_file() and extending.is_trained(read_json(path), stage)
+
+
+def was_finished(workdir: pathlib.Path, stage: Stage) -> bool:
+  """Whether the lineage says that the stage was trained to its end, now or before it was extended."""
+  path = workdir / stage.name / 'stage.json'
+  found = read_json(path) if path.is_file() else {}
+  return bool(found.get('finished') or extending.history(found))
 
 
 def check_digest(workdir: pathlib.Path, model: Model) -> None:
@@ -198,30 +205,6 @@ def check_digest(workdir: pathlib.Path, model: Model) -> None:
       f'{path} names parameters with digest {str(found.get("digest"))[:12]}, but its checkpoint holds '
       f'{model.digest[:12]}; one of them was replaced: restore it, or remove {path.parent}'
     )
-
-
-_PARENTS = ('parent', 'start', 'pairs', 'distance')
-_CHECKED = (
-  *_PARENTS,
-  *('method', 'output', 'network_name', 'network', 'space', 'schedule', 'sampler', 'num_steps'),
-  'image_shape',
-)
-_BEFORE = {'network_name': 'unet', 'space': 'pixels'}  # of workdirs that do not name them yet
-
-
-def _check_lineage(
-  path: pathlib.Path, found: dict[str, Any], expected: dict[str, Any], config: Config
-) -> None:
-  check_config(path, found.get('config') or {}, config, path.parent.name)
-  expected = json.loads(json.dumps(expected))
-  if expected['method'] == 'dmd2' and found.get('method') == 'dmd':  # as it was recorded before
-    found = {**found, 'method': 'dmd2'}
-  for key in _CHECKED:
-    if found.get(key, _BEFORE.get(key)) != expected[key]:
-      raise UserError(
-        f'{path}: {key} is {found.get(key)}, but this run needs {expected[key]}; '
-        f'remove {path.parent} to train this stage again'
-      )
 
 
 def load_model(
@@ -240,8 +223,8 @@ def load_model(
   if not (stage_dir / 'stage.json').is_file():
     return None
   found = read_json(stage_dir / 'stage.json')
-  expected = _lineage(stage, Parents(), config) | {key: found.get(key) for key in _PARENTS}
-  _check_lineage(stage_dir / 'stage.json', found, expected, config)
+  expected = _lineage(stage, Parents(), config) | {key: found.get(key) for key in PARENTS}
+  check_lineage(stage_dir / 'stage.json', found, expected, config)
   folder = stage_dir / 'model'
   if tuple(weights) == ('ema',) and found.get('finished') and (folder / DESCRIPTION).is_file():
     model = _from_folder(workdir, stage, folder)
@@ -277,9 +260,9 @@ def finished_model(workdir: pathlib.Path, stage: Stage) -> Model | None:
 
 def _from_folder(workdir: pathlib.Path, stage: Stage, folder: pathlib.Path) -> Model:
   """A finished stage's model as its folder holds it, which `read` has checked against its digest."""
-  stored = read(folder)
+  stored, found = read(folder), read_json(folder.parent / 'stage.json')
   seconds, all_ = float(stored.provenance['seconds']), {'ema': stored.params}
-  return Model(stage, 'ema', str(stored.digest), stage.num_updates, seconds, all_)
+  return Model(stage, 'ema', str(stored.digest), extending.updates_of(found, stage), seconds, all_)
 
 
 def release(workdir: pathlib.Path, model: Model, keep: Collection[str]) -> Model:

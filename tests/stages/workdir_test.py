@@ -77,10 +77,10 @@ def test_rounds_may_be_tuned_after_the_base_and_each_knows_its_own_numbers(tmp_p
   """Rounds to 16, 8, 4, 2 and 1 steps; the last entry of a tuple is the last round's."""
   path = tmp_path / 'stage.json'
   old = {'distill__start_steps': 32, 'distill__num_updates': (5, 7), 'distill__factor': (2,)}
-  changed = tiny.config(**old | {'distill__num_updates': (5, 8, 7)})
+  changed = tiny.config(**old | {'distill__num_updates': (5, 4, 7)})
   for stage in ('', 'base', 'dmd', 'progressive_0016', 'progressive_0004', 'progressive_0001'):
     comparison.check_config(path, made_with(**old), changed, stage)
-  with pytest.raises(UserError, match=r'distill\.num_updates was 5, is 8'):
+  with pytest.raises(UserError, match=r'distill\.num_updates was 5, is 4'):
     comparison.check_config(path, made_with(**old), changed, 'progressive_0002')
   with pytest.raises(UserError, match=r'distill\.factor was 2, is 4'):
     quarters = tiny.config(**old | {'distill__factor': (4, 2, 2, 2)})
@@ -90,6 +90,26 @@ def test_rounds_may_be_tuned_after_the_base_and_each_knows_its_own_numbers(tmp_p
     comparison.check_config(path, made_with(**old), other, 'base')
     with pytest.raises(UserError, match=f'distill.{key}'):
       comparison.check_config(path, made_with(**old), other, 'progressive_0016')
+
+
+@pytest.mark.parametrize(
+  ('stage', 'key', 'old', 'new'),
+  [
+    ('', 'train', 12, 13),
+    ('base', 'train', 12, 13),
+    ('dmd', 'dmd', 12, 13),
+    ('progressive_0001', 'distill', (5, 7), (5, 8)),
+  ],
+)
+def test_the_updates_of_a_stage_may_grow_and_not_shrink(tmp_path, stage, key, old, new):
+  path, key = tmp_path / 'stage.json', f'{key}__num_updates'
+  shorter, longer = {key: old}, {key: new}
+  comparison.check_config(path, made_with(**shorter), tiny.config(**longer), stage)
+  with pytest.raises(UserError, match='num_updates was'):
+    comparison.check_config(path, made_with(**longer), tiny.config(**shorter), stage)
+  if stage == 'base':  # of which all others are made
+    with pytest.raises(UserError, match=r'train\.num_updates was 12, is 13'):
+      comparison.check_config(path, made_with(**shorter), tiny.config(**longer), 'dmd')
 
 
 def test_a_run_that_ended_at_several_steps_may_go_on_to_one(tmp_path):
