@@ -97,7 +97,9 @@ def theirs(folder: pathlib.Path, z: np.ndarray, num_steps: int) -> np.ndarray:
 def main() -> None:
   """Prints a row for each stage; the exit code is 1 unless all agree."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--workdir', type=pathlib.Path, required=True, help='a directory that is not there yet')
+  parser.add_argument(
+    '--workdir', type=pathlib.Path, required=True, help='a directory that is not there yet'
+  )
   root = parser.parse_args().workdir.absolute()
   root.mkdir(parents=True)
   make(root / 'pipeline')

@@ -185,12 +185,11 @@ def _import(options: Options) -> None:
 
 
 def _export(options: Options) -> None:
-  directory = _workdir(options)
   for flag in ('sampler', 'steps', 'grid', 'times', 'classes', 'clip_x', 'gamma'):
-    if getattr(options, flag) not in (None, ()) and getattr(options, flag) != []:
+    if getattr(options, flag) not in (None, (), []):
       raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported as it was made')
   compilation.use()
-  print(exporting.export(directory, options.stage, options.out, options.format))
+  print(exporting.export(_workdir(options), options.stage, options.out, options.format))
 
 
 def _sample(options: Options) -> None:

@@ -53,6 +53,7 @@ def test_a_pipeline_folder_is_written_and_read_as_the_same_model(student, tmp_pa
   assert 'num_inference_steps=4, use_clipped_model_output=True' in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('grid', 'sampler', 'output', 'expected'),
   [

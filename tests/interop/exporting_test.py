@@ -224,6 +224,18 @@ def test_without_the_package_that_serializes_programs_nothing_is_written(workdir
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+  'flag', ['--steps=2', '--sampler=ddim', '--times=0,1', '--noclip_x', '--gamma=0']
+)
+def test_flags_of_sampling_are_refused(flag, workdir, tmp_path, monkeypatch):
+  monkeypatch.delitem(NETWORKS, 'small')
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
+  name = flag.strip('-').removeprefix('no').partition('=')[0]
+  err = refused(workdir, f'--out={tmp_path / "out"}', flag)
+  assert f'--{name} only applies to --mode=sample' in err
+  assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.slow
 def test_the_script_runs_where_this_package_and_its_libraries_are_missing(exported, tmp_path):
   loaded, out, _ = exported
