@@ -81,7 +81,9 @@ def test_a_file_goes_before_a_config_of_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize('given', ['digit', 'no/digits.py', 'configs/none.py', 'paper', 'digits.json'])
 def test_an_unknown_config_is_answered_with_what_there_is(given, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match=f'--config={given}: .*there are cifar10, default, digits, '):
+  with pytest.raises(
+    UserError, match=f'--config={given}: .*there are cifar10, ddpm_cifar10, default, digits, '
+  ):
     arguments.find_config(given)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.evaluation import results
-from diffusion_distillation.stages import provenance
+from diffusion_distillation.stages import extending, provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import logs, sharding
 from diffusion_distillation.system.checkpoints import Checkpoints, digest
@@ -131,7 +131,7 @@ def reopened(workdir):
   """What a run reads of a workdir before it trains: digest of the last stage, None if there is none."""
   workdirs.check_made_with(workdir, CONFIG)
   stages, images = workdirs.plan_for(workdir, CONFIG)
-  provenance.check_configs(workdir, stages, CONFIG)
+  extending.check_configs(workdir, stages, CONFIG)
   finished = [provenance.is_finished(workdir, stage) for stage in stages]
   workdirs.claim(workdir, CONFIG)
   workdirs.claim_images(workdir, images.images)

@@ -163,7 +163,7 @@ def test_an_imported_base_is_sampled_as_its_files_say(tmp_path, monkeypatch, dro
   _, _, made = imported(tmp_path / 'run', cond_dropout=dropout)
   drawn = []
 
-  def draw(self, params, grid, num_samples, seed, chosen=None):
+  def draw(self, params, grid, num_samples, seed, chosen=None, name=None):
     drawn.append((self.clip_x, grid.tolist(), chosen))
     return np.zeros((num_samples, 8, 8, 1), np.uint8)
 
