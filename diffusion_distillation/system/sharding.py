@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from diffusion_distillation.config import key
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import compilation
+from diffusion_distillation.system.gathering import Gathered
 
 _AXES = ('data', 'fsdp')
 _in_use: list[Mesh] = []  # the last one counts; without any, all devices are along `data`
@@ -270,39 +271,6 @@ def snapshot(tree: Any) -> Any:
 _copy = jax.jit(functools.partial(jax.tree.map, jax.numpy.copy))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Gathered:
-  """A network of parameters that are split: they are gathered where it is called."""
-
-  network: Any
-  mesh: Mesh
-
-  def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-    return self.network(self._gather(params), *args, **kwargs)
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self.network, name)
-
-  def bottleneck(self, params: Any, *args: Any) -> jax.Array:
-    found: jax.Array = self.network.bottleneck(self._gather(params), *args)
-    return found
-
-  def _gather(self, params: Any) -> Any:
-    whole = NamedSharding(self.mesh, PartitionSpec())
-    parts = jax.tree.map(lambda leaf: _of_shape(self.mesh, leaf.shape), params)
-
-    @jax.custom_vjp
-    def gather(params: Any) -> Any:
-      return jax.lax.with_sharding_constraint(params, whole)
-
-    # Backwards the sum over examples is left split: a reduce-scatter instead of an all-reduce.
-    gather.defvjp(
-      lambda params: (gather(params), None),
-      lambda _, grads: (jax.lax.with_sharding_constraint(grads, parts),),
-    )
-    return gather(params)
-
-
 def compile_step(step: Callable) -> Callable:
   """Jits step(recipe, state, frozen, batch) -> (state, metrics) for the mesh in use, donating the state."""
   mesh = _mesh()
@@ -310,8 +278,10 @@ def compile_step(step: Callable) -> Callable:
   def gathering(recipe: Any) -> Any:
     if isinstance(recipe, tuple):  # of several updates in one program
       return tuple(map(gathering, recipe))
-    split_up = mesh.shape['fsdp'] > 1
-    return recipe.map_networks(lambda network: _Gathered(network, mesh)) if split_up else recipe
+    if mesh.shape['fsdp'] == 1:
+      return recipe
+    whole, part = NamedSharding(mesh, PartitionSpec()), functools.partial(_of_shape, mesh)
+    return recipe.map_networks(lambda network: Gathered(network, whole, part))
 
   def compiled(recipe: Any, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
     state, metrics = step(gathering(recipe), state, frozen, batch)
