@@ -49,10 +49,15 @@ class Gathered:
       return function(self._gather(params, types), x, *args, **kwargs)
 
     # The barrier keeps the compiler from sharing what one call has gathered with the next, which would hold it in between.
-    return jax.checkpoint(call, policy=_is_kept)(*jax.lax.optimization_barrier((params, x)))
+    params, x = jax.lax.optimization_barrier((params, x))
+    params = jax.lax.with_sharding_constraint(params, self._parts(params))  # for the backward pass, too
+    return jax.checkpoint(call, policy=_is_kept)(params, x)
+
+  def _parts(self, params: Params) -> Any:
+    return jax.tree.map(lambda leaf: self.part(leaf.shape), params)
 
   def _gather(self, params: Params, types: Any) -> Params:
-    parts = jax.tree.map(lambda leaf: self.part(leaf.shape), params)
+    parts = self._parts(params)
 
     @jax.custom_vjp
     def gather(params: Params) -> Params:
