@@ -36,6 +36,7 @@ class Options:
   process_id: int | None = None
   peer_timeout: int = 100
   step: int | None = None
+  port: int = 7860
   rest: Sequence[str] = ()
 
   def on_disk(self) -> 'Options':

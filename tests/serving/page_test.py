@@ -1,0 +1,166 @@
+"""The page: bad luck is one line; and, in its own process, its server and what a browser makes of it."""
+
+import json
+import re
+import signal
+import socket
+import sys
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+
+from diffusion_distillation.errors import Preempted, UserError
+from diffusion_distillation.serving import page
+from diffusion_distillation.serving.desk import Desk, Done
+from diffusion_distillation.stages import model
+from diffusion_distillation.system import interrupts
+from tests import browser, tiny
+from tests.stages.model_test import UNET, stored
+
+INPUTS = ('student', 2, 'ddim', '', 0, 4)
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """With a teacher and a student."""
+  directory = tmp_path_factory.mktemp('workdir')
+  model.write(directory / 'base' / 'model', stored(UNET, num_steps=4))
+  model.write(directory / 'student' / 'model', stored(UNET, num_steps=1, seed=1))
+  return directory
+
+
+@pytest.mark.parametrize('missing', ['uvicorn', 'gradio'])
+def test_without_gradio_one_line_says_what_to_install(workdir, monkeypatch, missing):
+  monkeypatch.setitem(sys.modules, 'uvicorn', object())
+  monkeypatch.setitem(sys.modules, missing, None)
+  monkeypatch.setattr(page, '_listen', lambda port: socket.socket())
+  load = page._import if missing == 'gradio' else None
+  with pytest.raises(UserError, match=r"needs gradio: pip install 'diffusion_distillation\[serve\]'"):
+    page.serve(workdir, 0) if load is None else load('gradio')
+
+
+def test_only_this_machine_is_listened_to_and_a_busy_port_is_one_line():
+  with page._listen(0) as listener:
+    host, port = listener.getsockname()
+    assert host == '127.0.0.1'
+    with pytest.raises(UserError, match=f'--port={port} cannot be had'):
+      page._listen(port)
+
+
+def test_work_is_done_in_turn_in_the_main_thread_until_a_signal_comes():
+  desk, heard = Desk(), []
+
+  def visit():
+    heard.extend(desk.ask(lambda tell: tell('begun') or threading.current_thread()))
+    try:
+      list(desk.ask(lambda tell: 1 / 0))
+    except ZeroDivisionError:
+      heard.append('failed')
+    interrupts.request('SIGINT')
+
+  visitor = threading.Thread(target=visit)
+  visitor.start()
+  try:
+    with pytest.raises(Preempted, match='SIGINT'):
+      desk.work()
+  finally:
+    visitor.join()
+    interrupts.uninstall()
+  assert heard == ['begun', Done(threading.main_thread()), 'failed']
+
+
+def test_whatever_is_wrong_is_one_line_on_the_page():
+  class Broken:
+    def draw(self, *asked):
+      raise RuntimeError('out of\nmemory <script>')
+
+  class Now:
+    def ask(self, work):
+      yield Done(work(print))
+
+  *_, (said, shown) = page._show(Broken(), Now(), *INPUTS)
+  assert said == '<div class="said wrong">error: out of memory &lt;script&gt;</div>' and shown == ''
+
+
+@pytest.fixture
+def served(workdir):
+  """The process of a server, and its address."""
+  pytest.importorskip('gradio')
+  process = tiny.start_main('--mode=serve', f'--workdir={workdir}', '--port=0')
+  try:
+    line = process.stdout.readline()
+    yield process, re.match(r'http://127\.0\.0\.1:\d+', line)[0]
+  finally:
+    process.kill()
+    process.communicate()
+
+
+def ask(address, *inputs):
+  """What the page's own interface answers: (status, figures)."""
+  data = json.dumps({'data': inputs}).encode()
+  request = urllib.request.Request(
+    f'{address}/gradio_api/call/draw', data, {'Content-Type': 'application/json'}
+  )
+  with urllib.request.urlopen(request) as answer:
+    event = json.load(answer)['event_id']
+  with urllib.request.urlopen(f'{address}/gradio_api/call/draw/{event}') as stream:
+    *_, last = re.findall(r'^data: (\[.*)$', stream.read().decode(), re.MULTILINE)
+  return json.loads(last)
+
+
+def listeners(port):
+  """The addresses, as /proc has them, at which somebody listens to the port."""
+  found = []
+  for name in ('tcp', 'tcp6'):
+    with open(f'/proc/net/{name}') as table:
+      rows = [row.split() for row in table.readlines()[1:]]
+    found += [row[1] for row in rows if row[3] == '0A' and row[1].endswith(f':{port:04X}')]
+  return found
+
+
+@pytest.mark.slow
+def test_the_server_draws_listens_to_this_machine_alone_and_ends_as_all_modes_do(served):
+  process, address = served
+  assert listeners(int(address.rpartition(':')[2])) == [
+    f'0100007F:{int(address.rpartition(":")[2]):04X}'
+  ]
+  said, shown = ask(address, *INPUTS)
+  assert 'from the same noise' in said and shown.count('data:image/png;base64,') == 2
+  assert '4 ddim steps' in shown and '2 ddim steps' in shown
+  for wrong in (('nobody', *INPUTS[1:]), ('student', 0, *INPUTS[2:]), ('student', 'x', *INPUTS[2:])):
+    said, shown = ask(address, *wrong)
+    assert 'said wrong' in said and 'error: ' in said and shown == ''
+  with pytest.raises(urllib.error.HTTPError, match='400'):  # a name of elsewhere that leads here
+    urllib.request.urlopen(urllib.request.Request(address, headers={'Host': 'example.org'}))
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == Preempted.exit_code and 'Traceback' not in out + err
+  assert err.splitlines()[-1].startswith('error: stopped by SIGINT while serving the page; ')
+
+
+@pytest.mark.slow
+def test_a_browser_shows_pictures_and_asks_nobody_else(served, tmp_path):
+  if browser.find() is None:
+    pytest.skip('there is no chromium')
+  _, address = served
+  shown = browser.Browser(tmp_path)
+  try:
+    shown.call('Page.navigate', url=address)
+    shown.wait("[...document.querySelectorAll('input')].some(i => i.value === 'student')")
+    shown.evaluate(
+      "[...document.querySelectorAll('button')].find(b => b.textContent.trim() === 'Draw').click()"
+    )
+    shown.wait(
+      "[...document.querySelectorAll('.drawn img')].filter(i => i.naturalWidth > 0).length == 2"
+    )
+    for width in (1280, 390):
+      shown.resize(width, 844)
+      assert shown.wait('document.documentElement.scrollWidth') <= width  # nothing is cut off
+      shown.screenshot(tmp_path / f'{width}.png')
+    assert shown.errors == []
+    elsewhere = [a for a in shown.addresses if not a.startswith((address, 'data:', 'blob:', 'about:'))]
+    assert elsewhere == []
+  finally:
+    shown.close()
