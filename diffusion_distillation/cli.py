@@ -184,9 +184,8 @@ def _import(options: Options) -> None:
 
 
 def _export(options: Options) -> None:
-  for flag in ('sampler', 'steps', 'grid', 'times', 'classes', 'clip_x', 'gamma'):
-    if getattr(options, flag) not in (None, (), []):
-      raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported as it was made')
+  if flag := options.given(_OF_SAMPLING):
+    raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported as it was made')
   compilation.use()
   print(exporting.export(_workdir(options), options.stage, options.out, options.format))
 
@@ -297,6 +296,8 @@ def _evaluate(options: Options) -> None:
 
 def _serve(options: Options) -> None:
   directory = _workdir(options)
+  if flag := options.given(('stage', *_OF_SAMPLING)):
+    raise UserError(f'--{flag} does not apply to --mode=serve: choose what is drawn on the page')
   if (directory / 'config.json').is_file():
     _stored_config(options, directory)
   else:
@@ -321,6 +322,7 @@ This page is the output of `python main.py --mode=keys`.
 """
 
 
+_OF_SAMPLING = ('sampler', 'steps', 'grid', 'times', 'classes', 'clip_x', 'gamma')
 _WITHOUT_DEVICES = ('prepare', 'keys')
 
 MODES: dict[str, Callable[[Options], None]] = {

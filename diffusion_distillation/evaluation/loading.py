@@ -132,12 +132,12 @@ def find(path: pathlib.Path) -> pathlib.Path:
 
 
 def chosen_classes(stored: StoredModel, given: Sequence[str], name: str = '--classes=') -> Chosen:
-  """The classes to draw in turn, see `conditioning.labels_by_name`, or 'none'; None, for a balanced draw, if none is given.
+  """The classes to draw in turn, as a drawer takes them; None, for a balanced draw of all classes, if none is given.
 
   Args:
     stored: the model.
-    given: the classes as a user calls them.
-    name: of the flag, for messages, with its =.
+    given: names or numbers of classes, see `conditioning.labels_by_name`, or 'none' for images without a class.
+    name: the start of the error messages, such as the flag.
 
   Raises:
     UserError: the model is unconditional, or has no such class.

@@ -1,1 +1,1 @@
-"""A page, local to the machine, on which the finished stages of a workdir draw images."""
+"""A local page on which the finished stages of a workdir draw images."""

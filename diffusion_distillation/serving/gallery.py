@@ -1,9 +1,9 @@
-"""What the page of `--mode=serve` shows, without the page: the finished stages, and images of teacher and student with their cost."""
+"""Images of teacher and student from the same noise, with their cost: what the page of `--mode=serve` shows."""
 
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,24 +16,23 @@ from diffusion_distillation.evaluation import loading
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.serving.worker import Report
 from diffusion_distillation.stages import model
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training.state import Params
 
-TEACHER = 'base'  # the stage that is drawn beside the chosen one
-NUMS = (1, 4, 16, 64)  # images at a time: each number is a program of its own
+TEACHER = 'base'  # the stage that is drawn beside the selected one
+NUM_IMAGES = (1, 4, 16, 64)  # each number needs a compiled program of its own
 MAX_STEPS = 8192
 MAX_SEED = 2**31 - 1
 
-Tell = Callable[[str], None]
-
 
 class Drawn(NamedTuple):
-  """Images of a stage, and what they cost.
+  """Images of a stage and their cost.
 
   Attributes:
-    stage: its name.
+    stage: the name of the stage.
     images: (n, H, W, C) uint8.
     steps: sampling steps.
     sampler: a name in SAMPLERS.
@@ -50,8 +49,8 @@ class Drawn(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Order:
-  """What is drawn of one stage, checked."""
+class _Request:
+  """What is to be drawn from one stage, after all checks."""
 
   stage: str
   stored: StoredModel
@@ -62,9 +61,9 @@ class _Order:
 
 
 class Gallery:
-  """Draws from the finished stages of a workdir, or from the model of a folder; used by one thread at a time.
+  """Draws from the finished stages of a workdir, or from a single model; `draw` is called by one thread at a time.
 
-  The weights of a stage are read once, and stay on the devices.
+  The weights of a stage are read once and stay on the devices.
   """
 
   def __init__(self, directory: pathlib.Path):
@@ -73,10 +72,10 @@ class Gallery:
     self._compiled: set[Drawer] = set()
 
   def stages(self) -> dict[str, pathlib.Path]:
-    """The folders of the models by stage, the teacher first, then method by method, most steps first.
+    """The folder of each stage's model: the teacher first, then by method, with the most steps first.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no model.
     """
     newest = loading.find(self._directory)
     if newest.parent.parent != self._directory:  # a stage, or the folder of a model
@@ -95,12 +94,12 @@ class Gallery:
     return {name: found[name] for name in sorted(found, key=place)}
 
   def newest(self) -> str:
-    """The name of the stage that was finished last."""
+    """The name of the stage that finished last."""
     folder = loading.find(self._directory)
     return next(name for name, other in self.stages().items() if other == folder)
 
   def describe(self, stage: Any) -> StoredModel:
-    """The model of a stage without its weights; UserError if there is none of that name."""
+    """The model of a stage without its weights; raises UserError if there is no such stage."""
     folder: pathlib.Path = choose('stage', str(stage), self.stages())
     return model.read(folder, weights=False)
 
@@ -112,38 +111,45 @@ class Gallery:
     label: Any,
     seed: Any,
     num: Any,
-    tell: Tell = lambda text: None,
+    report: Report = lambda line: None,
   ) -> list[Drawn]:
-    """Draws images of the teacher, if there is one, with its own sampler and steps, and of a stage from the same noise.
+    """Draws a stage, and the teacher with its own sampler and steps if there is one, from the same noise.
 
     Args:
-      stage: its name.
-      steps: sampling steps, 1 to MAX_STEPS.
+      stage: the name of the stage.
+      steps: number of sampling steps of the stage, 1 to MAX_STEPS.
       sampler: a name in SAMPLERS.
-      label: a class by name or number, or 'none'; empty for all classes in turn.
-      seed: of the noise, 0 to MAX_SEED.
-      num: images, one of NUMS.
-      tell: is given a line when something begins that takes time.
+      label: a class by name or number, or 'none' for images without a class; '' for all classes in turn.
+      seed: seed of the noise, 0 to MAX_SEED.
+      num: number of images, one of NUM_IMAGES.
+      report: is given a line before each step that takes time.
+
+    Returns:
+      The teacher's images, if there is a teacher, and those of the stage.
 
     Raises:
-      UserError: one of these is out of range; nothing has been drawn.
-      DamagedError: a model is not what was written.
+      UserError: an argument is out of range; nothing has been drawn.
+      DamagedError: the files of a model are damaged.
     """
-    seed, num = whole('seed', seed, 0, MAX_SEED), whole('images', num, 1, NUMS[-1])
-    if num not in NUMS:
-      raise UserError(f'images={num} is not one of {", ".join(map(str, NUMS))}')
+    seed, num = check_integer('seed', seed, 0, MAX_SEED), check_integer('images', num, 1, NUM_IMAGES[-1])
+    if num not in NUM_IMAGES:
+      raise UserError(f'images={num} is not one of {", ".join(map(str, NUM_IMAGES))}')
     stored = self.describe(stage)
-    orders = [self._order(str(stage), stored, whole('steps', steps, 1, MAX_STEPS), sampler, label, num)]
+    requests = [
+      self._request(str(stage), stored, check_integer('steps', steps, 1, MAX_STEPS), sampler, label, num)
+    ]
     if TEACHER in self.stages():
       teacher = self.describe(TEACHER)
       known = conditioning.classes(teacher.denoise.conditioning) is not None
-      its_label = label if known else None
-      orders.insert(0, self._order(TEACHER, teacher, teacher.num_steps, teacher.sampler, its_label, num))
-    return [self._draw(order, seed, num, tell) for order in orders]
+      teacher_label = label if known else None
+      requests.insert(
+        0, self._request(TEACHER, teacher, teacher.num_steps, teacher.sampler, teacher_label, num)
+      )
+    return [self._draw(request, seed, num, report) for request in requests]
 
-  def _order(
+  def _request(
     self, stage: str, stored: StoredModel, steps: int, sampler: Any, label: Any, num: int
-  ) -> _Order:
+  ) -> _Request:
     step = choose('sampler', str(sampler), samplers.SAMPLERS)()
     text = '' if label is None else str(label)
     chosen = loading.chosen_classes(stored, [text] if text else [], 'class=')
@@ -152,30 +158,30 @@ class Gallery:
     except ValueError as error:
       raise UserError(f'steps={steps}, times={stored.times}: {error}') from error
     drawer = LoadedModel(stored).drawer(step, stored.clip_x, num)
-    return _Order(stage, stored, grid, str(sampler), chosen, drawer)
+    return _Request(stage, stored, grid, str(sampler), chosen, drawer)
 
-  def _draw(self, order: _Order, seed: int, num: int, tell: Tell) -> Drawn:
-    params, draw = self._load(order, tell), order.drawer
+  def _draw(self, request: _Request, seed: int, num: int, report: Report) -> Drawn:
+    params, draw = self._load(request, report), request.drawer
     if draw not in self._compiled:
-      tell(
-        f'{order.stage}: compiling {order.sampler} for {num} image{"s" * (num > 1)}, which is done once'
+      report(
+        f'{request.stage}: compiling {request.sampler} for {num} image{"s" * (num > 1)}, which is done once'
       )
       jax.block_until_ready(next(draw.batches(params, times.uniform(1), 1, seed))[0])
       self._compiled.add(draw)
-    steps = len(order.grid) - 1
-    tell(f'{order.stage}: drawing in {steps} step{"s" * (steps > 1)}')
+    steps = len(request.grid) - 1
+    report(f'{request.stage}: drawing in {steps} step{"s" * (steps > 1)}')
     began = time.monotonic()
-    images = draw.draw(params, order.grid, num, seed, order.chosen)
+    images = draw.draw(params, request.grid, num, seed, request.chosen)
     seconds = time.monotonic() - began
     calls = draw.sampler.calls(steps)
-    return Drawn(order.stage, images, steps, order.sampler, calls, 1e3 * seconds / num)
+    return Drawn(request.stage, images, steps, request.sampler, calls, 1e3 * seconds / num)
 
-  def _load(self, order: _Order, tell: Tell) -> Params:
-    """The weights on the devices, read again only if the stage was trained again since."""
-    folder = self.stages()[order.stage]
-    known, params = self._params.get(folder, (None, None))
-    if known is None or known != order.stored.digest:
-      tell(f'{order.stage}: reading the weights')
+  def _load(self, request: _Request, report: Report) -> Params:
+    """The weights on the devices; they are read again only if the stage has been trained again."""
+    folder = self.stages()[request.stage]
+    digest, params = self._params.get(folder, (None, None))
+    if digest is None or digest != request.stored.digest:
+      report(f'{request.stage}: reading the weights')
       read = model.read(folder)
       params = sharding.replicate(read.params)
       self._params[folder] = read.digest, params
@@ -183,16 +189,16 @@ class Gallery:
 
 
 def classes(stored: StoredModel) -> list[str]:
-  """What a user may call the classes of a model, by label, and 'none' if it draws without; empty if it has none."""
-  told = conditioning.classes(stored.denoise.conditioning)
-  if told is None:
+  """The names of a model's classes, or else their numbers, and 'none' if it can draw without a class; [] if unconditional."""
+  known = conditioning.classes(stored.denoise.conditioning)
+  if known is None:
     return []
-  names = list(stored.class_names) or [str(label) for label in range(told.count)]
+  names = list(stored.class_names) or [str(label) for label in range(known.count)]
   return names + (['none'] if stored.cond_dropout and 'none' not in names else [])
 
 
-def whole(name: str, value: Any, least: int, most: int) -> int:
-  """`value`, whatever a page or a program sent, as an integer; UserError if it is none, or out of range."""
+def check_integer(name: str, value: Any, least: int, most: int) -> int:
+  """`value`, which may be of any type, as an integer; raises UserError if it is not one, or out of range."""
   try:
     number = int(value)
     if number == float(value) and least <= number <= most:
@@ -204,10 +210,10 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
 
 
 def figures(drawn: Drawn) -> Mapping[str, str]:
-  """What drawing cost, in words."""
+  """The cost of the images, as the page shows it."""
   plural = 's' if drawn.steps > 1 else ''
   return {
     'sampler': f'{drawn.steps} {drawn.sampler} step{plural}',
     'network calls per image': str(drawn.calls),
-    'time per image': f'{drawn.milliseconds:.3g} ms',
+    'ms per image': f'{drawn.milliseconds:.3g}',
   }

@@ -1,4 +1,4 @@
-"""The page of `--mode=serve`: a layout in gradio over `gallery.py`, and its server on this machine alone."""
+"""The page of `--mode=serve`: a gradio layout for `gallery.py`, and a server that only this machine can reach."""
 
 import base64
 import functools
@@ -18,13 +18,13 @@ from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import pictures
 from diffusion_distillation.serving import gallery as galleries
-from diffusion_distillation.serving.desk import Desk, Done
 from diffusion_distillation.serving.gallery import Drawn, Gallery
+from diffusion_distillation.serving.worker import Done, MainThreadWorker
 from diffusion_distillation.system import interrupts
 
 HOST = '127.0.0.1'
 TITLE = 'diffusion_distillation'
-# The browser itself refuses whatever is not on this machine.
+# The browser itself refuses to load anything from another machine.
 _POLICY = (
   "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
   "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'"
@@ -37,45 +37,45 @@ _STYLE = """
 .drawn table { width: 100%; margin-top: 6px; border: 0 !important; border-collapse: collapse; font-size: 0.9em; }
 .drawn tr, .drawn td { padding: 3px 0; vertical-align: top; border: 0 !important; }
 .drawn td:last-child { text-align: right; font-variant-numeric: tabular-nums; padding-left: 8px; }
-.said { min-height: 1.5em; overflow-wrap: anywhere; }
-.said.wrong { color: #c81e1e; font-weight: 600; }
-.dark .said.wrong { color: #f98080; }
+.draw-status { min-height: 1.5em; overflow-wrap: anywhere; }
+.draw-status.wrong { color: #c81e1e; font-weight: 600; }
+.dark .draw-status.wrong { color: #f98080; }
 """
 
 
 def serve(directory: pathlib.Path, port: int) -> None:
-  """Serves the page until a signal comes.
+  """Serves the page until a signal arrives.
 
   Args:
     directory: a workdir, the directory of a stage, or the folder of a model.
-    port: of 127.0.0.1; 0 for any that is free.
+    port: the port on 127.0.0.1; 0 for any free one.
 
   Raises:
-    UserError: there is no model, gradio is not installed, or the port is taken.
-    Preempted: a signal came.
+    UserError: there is no model, gradio is not installed, or the port is in use.
+    Preempted: a signal arrived.
   """
-  gallery, desk = Gallery(directory), Desk()
+  gallery, worker = Gallery(directory), MainThreadWorker()
   gallery.stages()
   uvicorn = _import('uvicorn')
   with _listen(port) as listener:
-    config = uvicorn.Config(_application(gallery, desk), log_level='warning')
-    server = uvicorn.Server(config)
+    application = _application(gallery, worker)
+    server = uvicorn.Server(uvicorn.Config(application, log_level='warning'))
     thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]}, daemon=True)
     thread.start()
     try:
       while not server.started:
         if not thread.is_alive():
-          raise UserError('the server of the page did not start; see its output above')
+          raise UserError('the server of the page did not start; its output above says why')
         time.sleep(0.02)
       print(f'http://{HOST}:{listener.getsockname()[1]} shows the page; Ctrl-C ends it', flush=True)
       with interrupts.at_once('serving the page'):
-        desk.work()
+        worker.run()
     finally:
       server.should_exit = True
 
 
 def _import(name: str) -> Any:
-  """A module of the extra; nothing else imports it, and nothing of it is reported to anybody."""
+  """Imports a module of the extra `serve`, with telemetry off."""
   os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
   os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
   try:
@@ -96,17 +96,18 @@ def _listen(port: int) -> socket.socket:
   except OSError as error:
     listener.close()
     raise UserError(
-      f'--port={port} cannot be had ({error.strerror}); name another, or 0 for any that is free'
+      f'--port={port} cannot be used ({error.strerror}); choose another port, or 0 for any free one'
     ) from error
   return listener
 
 
-def _application(gallery: Gallery, desk: Desk) -> Any:
-  """The page in an application that answers this machine alone, and keeps the browser from the internet."""
+def _application(gallery: Gallery, worker: MainThreadWorker) -> Any:
+  """The page as an application that only answers requests to this machine and keeps the browser off the internet."""
   gr, fastapi = _import('gradio'), _import('fastapi')
   app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
   hosts = _import('starlette.middleware.trustedhost').TrustedHostMiddleware
-  app.add_middleware(hosts, allowed_hosts=[HOST, 'localhost'])  # no name of elsewhere that leads here
+  # Other names are refused, even if they resolve to this address (DNS rebinding).
+  app.add_middleware(hosts, allowed_hosts=[HOST, 'localhost'])
 
   @app.middleware('http')
   async def with_policy(request: Any, call_next: Callable[[Any], Any]) -> Any:
@@ -115,10 +116,10 @@ def _application(gallery: Gallery, desk: Desk) -> Any:
     return response
 
   plain = ['system-ui', 'sans-serif']
-  theme = gr.themes.Default(font=plain, font_mono=['ui-monospace', 'monospace'])  # none to be fetched
+  theme = gr.themes.Default(font=plain, font_mono=['ui-monospace', 'monospace'])  # no web fonts
   return gr.mount_gradio_app(
     app,
-    _layout(gr, gallery, desk),
+    _layout(gr, gallery, worker),
     path='/',
     server_name=HOST,
     footer_links=[],
@@ -129,7 +130,7 @@ def _application(gallery: Gallery, desk: Desk) -> Any:
   )
 
 
-def _layout(gr: Any, gallery: Gallery, desk: Desk) -> Any:
+def _layout(gr: Any, gallery: Gallery, worker: MainThreadWorker) -> Any:
   with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
     gr.Markdown(f'## {TITLE}')
     with gr.Row():
@@ -139,27 +140,29 @@ def _layout(gr: Any, gallery: Gallery, desk: Desk) -> Any:
         sampler = gr.Dropdown(list(samplers.SAMPLERS), label='sampler', allow_custom_value=True)
         label = gr.Dropdown([], label='class', allow_custom_value=True, visible=False)
         seed = gr.Number(0, label='seed')
-        num = gr.Radio(list(galleries.NUMS), value=16, label='images')
+        num = gr.Radio(list(galleries.NUM_IMAGES), value=16, label='images')
         button = gr.Button('Draw', variant='primary')
       with gr.Column(scale=5, min_width=300):
-        said = gr.HTML(_say('Choose a stage and draw.'))
-        shown = gr.HTML()
-    own = [stage, steps, sampler, label]
+        status = gr.HTML(_status('Choose a stage and press Draw.'))
+        images = gr.HTML()
+    settings = [stage, steps, sampler, label]
     choices = functools.partial(_choices, gr, gallery)
-    blocks.load(lambda: choices(None), None, own, api_name='stages', show_progress='hidden')
-    stage.input(choices, stage, own, api_name='choose', show_progress='hidden')
-    inputs, show = [*own, seed, num], functools.partial(_show, gallery, desk)
-    button.click(show, inputs, [said, shown], api_name='draw', show_progress='hidden')
+    blocks.load(lambda: choices(None), None, settings, api_name='stages', show_progress='hidden')
+    stage.input(choices, stage, settings, api_name='choose', show_progress='hidden')
+    inputs, draw = [*settings, seed, num], functools.partial(_draw, gallery, worker)
+    # No limit on the visitors who wait: the worker draws for one at a time, and the others are told that they wait.
+    shown = [status, images]
+    button.click(draw, inputs, shown, api_name='draw', show_progress='hidden', concurrency_limit=None)
   return blocks
 
 
 def _choices(gr: Any, gallery: Gallery, stage: Any) -> list[Any]:
-  """The finished stages, of which there may be more by now, and the settings of one, by default the newest."""
+  """The finished stages, read anew, and the default settings of one of them: the newest unless `stage` is known."""
   try:
     names = list(gallery.stages())
     stage = stage if stage in names else gallery.newest()
     stored = gallery.describe(stage)
-  except (UserError, OSError):  # drawing says so
+  except (UserError, OSError):  # drawing reports it
     return [gr.skip()] * 4
   known = [('all in turn', ''), *((name, name) for name in galleries.classes(stored))]
   return [
@@ -170,28 +173,26 @@ def _choices(gr: Any, gallery: Gallery, stage: Any) -> list[Any]:
   ]
 
 
-def _show(
-  gallery: Gallery, desk: Desk, stage: Any, steps: Any, sampler: Any, label: Any, seed: Any, num: Any
-) -> Iterator[tuple[str, str]]:
-  """What the page says, and shows, while it is drawn and when it is there. Whatever is wrong is one line."""
-  yield _say('waiting for its turn'), ''
+def _draw(gallery: Gallery, worker: MainThreadWorker, *inputs: Any) -> Iterator[tuple[str, str]]:
+  """Yields status and images, both HTML, while `gallery.draw(*inputs)` runs; any error becomes a status of one line."""
+  yield _status('waiting for the images before these'), ''
   try:
-    for answer in desk.ask(lambda tell: gallery.draw(stage, steps, sampler, label, seed, num, tell)):
+    for answer in worker.submit(functools.partial(gallery.draw, *inputs)):
       if isinstance(answer, Done):
-        yield _say('from the same noise:' if len(answer.result) > 1 else ''), _figures(answer.result)
+        yield _status('from the same noise:' if len(answer.result) > 1 else ''), _figures(answer.result)
       else:
-        yield _say(f'{answer} ...'), ''
+        yield _status(f'{answer} ...'), ''
   except Exception as error:
     line = ' '.join(str(error).split()) or type(error).__name__
-    yield _say(f'error: {line}'[:400], wrong=True), ''
+    yield _status(f'error: {line}'[:400], wrong=True), ''
 
 
-def _say(text: str, wrong: bool = False) -> str:
-  return f'<div class="said{" wrong" if wrong else ""}">{html.escape(text)}</div>'
+def _status(text: str, wrong: bool = False) -> str:
+  return f'<div class="draw-status{" wrong" if wrong else ""}">{html.escape(text)}</div>'
 
 
 def _figures(drawn: list[Drawn]) -> str:
-  """A sheet of each stage's images, with what they cost below."""
+  """The images of each stage as one picture, with their cost below it, as HTML."""
   parts = []
   for one in drawn:
     sheet = pictures.grid(pictures.enlarge(one.images, 32), math.ceil(math.sqrt(len(one.images))))

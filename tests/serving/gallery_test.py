@@ -60,10 +60,10 @@ def weights_read(monkeypatch):
   return found
 
 
-def draw(gallery, *, tell=None, **changes):
+def draw(gallery, *, lines=None, **changes):
   usual = {'stage': 'halved_0002', 'steps': 2, 'sampler': 'ddim', 'label': '', 'seed': 5, 'num': 4}
-  lines = [] if tell is None else tell
-  return gallery.draw(*(usual | changes).values(), lines.append)
+  report = [].append if lines is None else lines.append
+  return gallery.draw(*(usual | changes).values(), report)
 
 
 def test_finished_stages_come_with_the_teacher_first_and_most_steps_first(workdir):
@@ -130,7 +130,7 @@ def test_compilation_is_announced_once_and_is_no_part_of_the_time(workdir, monke
   batches, clock = Drawer.batches, lambda: events.append('time') or time.monotonic()
   monkeypatch.setattr(Drawer, 'batches', lambda *args: events.append('drawn') or batches(*args))
   monkeypatch.setattr(galleries, 'time', types.SimpleNamespace(monotonic=clock))
-  draw(gallery, tell=lines)
+  draw(gallery, lines=lines)
   assert events == ['drawn', 'time', 'drawn', 'time']
   told = ['reading the weights', 'compiling ddim for 4 images, which is done once', 'drawing in 2 steps']
   assert lines == [f'halved_0002: {line}' for line in told]
@@ -140,7 +140,7 @@ def test_compilation_is_announced_once_and_is_no_part_of_the_time(workdir, monke
     ({'sampler': 'euler'}, True),
   ):
     lines.clear()
-    draw(gallery, tell=lines, **changes)
+    draw(gallery, lines=lines, **changes)
     assert any('compiling' in line for line in lines) == compiled
 
 

@@ -1,11 +1,11 @@
-"""The page: bad luck is one line; and, in its own process, its server and what a browser makes of it."""
+"""The page: errors are one line; and its server in a process of its own, over HTTP and in a browser."""
 
 import json
 import re
 import signal
-import socket
 import sys
 import threading
+import types
 import urllib.error
 import urllib.request
 
@@ -13,7 +13,7 @@ import pytest
 
 from diffusion_distillation.errors import Preempted, UserError
 from diffusion_distillation.serving import page
-from diffusion_distillation.serving.desk import Desk, Done
+from diffusion_distillation.serving.worker import Done, MainThreadWorker
 from diffusion_distillation.stages import model
 from diffusion_distillation.system import interrupts
 from tests import browser, tiny
@@ -33,29 +33,34 @@ def workdir(tmp_path_factory):
 
 @pytest.mark.parametrize('missing', ['uvicorn', 'gradio'])
 def test_without_gradio_one_line_says_what_to_install(workdir, monkeypatch, missing):
-  monkeypatch.setitem(sys.modules, 'uvicorn', object())
+  monkeypatch.setitem(sys.modules, 'uvicorn', types.ModuleType('uvicorn'))
   monkeypatch.setitem(sys.modules, missing, None)
-  monkeypatch.setattr(page, '_listen', lambda port: socket.socket())
-  load = page._import if missing == 'gradio' else None
   with pytest.raises(UserError, match=r"needs gradio: pip install 'diffusion_distillation\[serve\]'"):
-    page.serve(workdir, 0) if load is None else load('gradio')
+    page.serve(workdir, 0)
+
+
+def test_flags_of_sampling_are_refused(workdir):
+  for flag in ('--stage=base', '--steps=2', '--noclip_x'):
+    code, out, err = tiny.run_cli('--mode=serve', f'--workdir={workdir}', flag)
+    assert (code, out) == (UserError.exit_code, '')
+    assert re.fullmatch(r'error: --(stage|steps|clip_x) does not apply to --mode=serve: .*\n', err)
 
 
 def test_only_this_machine_is_listened_to_and_a_busy_port_is_one_line():
   with page._listen(0) as listener:
     host, port = listener.getsockname()
     assert host == '127.0.0.1'
-    with pytest.raises(UserError, match=f'--port={port} cannot be had'):
+    with pytest.raises(UserError, match=f'--port={port} cannot be used'):
       page._listen(port)
 
 
 def test_work_is_done_in_turn_in_the_main_thread_until_a_signal_comes():
-  desk, heard = Desk(), []
+  worker, heard = MainThreadWorker(), []
 
   def visit():
-    heard.extend(desk.ask(lambda tell: tell('begun') or threading.current_thread()))
+    heard.extend(worker.submit(lambda report: report('begun') or threading.current_thread()))
     try:
-      list(desk.ask(lambda tell: 1 / 0))
+      list(worker.submit(lambda report: 1 / 0))
     except ZeroDivisionError:
       heard.append('failed')
     interrupts.request('SIGINT')
@@ -64,7 +69,7 @@ def test_work_is_done_in_turn_in_the_main_thread_until_a_signal_comes():
   visitor.start()
   try:
     with pytest.raises(Preempted, match='SIGINT'):
-      desk.work()
+      worker.run()
   finally:
     visitor.join()
     interrupts.uninstall()
@@ -77,11 +82,12 @@ def test_whatever_is_wrong_is_one_line_on_the_page():
       raise RuntimeError('out of\nmemory <script>')
 
   class Now:
-    def ask(self, work):
+    def submit(self, work):
       yield Done(work(print))
 
-  *_, (said, shown) = page._show(Broken(), Now(), *INPUTS)
-  assert said == '<div class="said wrong">error: out of memory &lt;script&gt;</div>' and shown == ''
+  *_, (status, images) = page._draw(Broken(), Now(), *INPUTS)
+  assert status == '<div class="draw-status wrong">error: out of memory &lt;script&gt;</div>'
+  assert images == ''
 
 
 @pytest.fixture
@@ -98,7 +104,7 @@ def served(workdir):
 
 
 def ask(address, *inputs):
-  """What the page's own interface answers: (status, figures)."""
+  """What the API of the page answers: (status, images), both HTML."""
   data = json.dumps({'data': inputs}).encode()
   request = urllib.request.Request(
     f'{address}/gradio_api/call/draw', data, {'Content-Type': 'application/json'}
@@ -111,7 +117,7 @@ def ask(address, *inputs):
 
 
 def listeners(port):
-  """The addresses, as /proc has them, at which somebody listens to the port."""
+  """The addresses, as in /proc, on which something listens on the port."""
   found = []
   for name in ('tcp', 'tcp6'):
     with open(f'/proc/net/{name}') as table:
@@ -126,12 +132,12 @@ def test_the_server_draws_listens_to_this_machine_alone_and_ends_as_all_modes_do
   assert listeners(int(address.rpartition(':')[2])) == [
     f'0100007F:{int(address.rpartition(":")[2]):04X}'
   ]
-  said, shown = ask(address, *INPUTS)
-  assert 'from the same noise' in said and shown.count('data:image/png;base64,') == 2
-  assert '4 ddim steps' in shown and '2 ddim steps' in shown
+  status, images = ask(address, *INPUTS)
+  assert 'from the same noise' in status and images.count('data:image/png;base64,') == 2
+  assert '4 ddim steps' in images and '2 ddim steps' in images
   for wrong in (('nobody', *INPUTS[1:]), ('student', 0, *INPUTS[2:]), ('student', 'x', *INPUTS[2:])):
-    said, shown = ask(address, *wrong)
-    assert 'said wrong' in said and 'error: ' in said and shown == ''
+    status, images = ask(address, *wrong)
+    assert 'draw-status wrong' in status and 'error: ' in status and images == ''
   with pytest.raises(urllib.error.HTTPError, match='400'):  # a name of elsewhere that leads here
     urllib.request.urlopen(urllib.request.Request(address, headers={'Host': 'example.org'}))
   process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Work that the threads of a server hand in, and the main thread carries out, one at a time."""
+"""Runs what the threads of a server submit in the main thread, one piece of work at a time."""
 
 import logging
 import queue
@@ -9,29 +9,30 @@ from diffusion_distillation.errors import Preempted
 from diffusion_distillation.system import interrupts
 
 T = TypeVar('T')
+Report = Callable[[str], None]  # is given a line about the progress of the work
 _log = logging.getLogger(__name__)
 
 
 class Done(NamedTuple, Generic[T]):
-  """The end of a piece of work."""
+  """What a piece of work returned."""
 
   result: T
 
 
-class Desk:
-  """Where work waits. It is done in the main thread, which signals come to: there one ends a compilation, too."""
+class MainThreadWorker:
+  """A queue of work for the main thread, which is the one that receives signals: there they even end a compilation."""
 
   def __init__(self) -> None:
-    self._waiting: queue.Queue[tuple[Callable[..., Any], queue.SimpleQueue[Any]]] = queue.Queue()
+    self._queue: queue.Queue[tuple[Callable[..., Any], queue.SimpleQueue[Any]]] = queue.Queue()
 
-  def ask(self, work: Callable[[Callable[[str], None]], T]) -> Iterator[str | Done[T]]:
-    """Yields the lines that `work` tells while it is done, then its result; raises what it raises.
+  def submit(self, work: Callable[[Report], T]) -> Iterator[str | Done[T]]:
+    """Yields the lines that `work` reports while it runs, then its result; raises what it raises.
 
     Args:
       work: is given a function that takes a line.
     """
     answers: queue.SimpleQueue[str | Done[T] | Exception] = queue.SimpleQueue()
-    self._waiting.put((work, answers))
+    self._queue.put((work, answers))
     while True:
       answer = answers.get()
       if isinstance(answer, Exception):
@@ -40,12 +41,12 @@ class Desk:
       if isinstance(answer, Done):
         return
 
-  def work(self) -> NoReturn:
-    """Does what comes, until a signal does; raises Preempted then."""
+  def run(self) -> NoReturn:
+    """Runs what is submitted until a signal arrives; then raises Preempted."""
     while True:
       interrupts.check()
       try:
-        work, answers = self._waiting.get(timeout=0.5)
+        work, answers = self._queue.get(timeout=0.5)
       except queue.Empty:
         continue
       try:
@@ -53,6 +54,6 @@ class Desk:
       except Preempted as error:
         answers.put(error)
         raise
-      except Exception as error:  # whatever it is, the page goes on
+      except Exception as error:  # the page shows it, and the server goes on
         answers.put(error)
-        _log.debug('work has failed', exc_info=True)
+        _log.debug('work failed', exc_info=True)
