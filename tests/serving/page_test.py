@@ -65,13 +65,13 @@ def test_work_is_done_in_turn_in_the_main_thread_until_a_signal_comes():
       heard.append('failed')
     interrupts.request('SIGINT')
 
-  visitor = threading.Thread(target=visit)
+  visitor = threading.Thread(target=visit, daemon=True)
   visitor.start()
   try:
     with pytest.raises(Preempted, match='SIGINT'):
       worker.run()
   finally:
-    visitor.join()
+    visitor.join(timeout=10)
     interrupts.uninstall()
   assert heard == ['begun', Done(threading.main_thread()), 'failed']
 
