@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over pipes in its own protocol, without further packages."""
+"""A headless Chromium that is controlled over pipes by the DevTools protocol, without further packages."""
 
 import base64
 import contextlib
@@ -13,30 +13,27 @@ import time
 
 
 def find():
-  """The program; None where there is none."""
+  """The path of the program; None if it is not installed."""
   return shutil.which('chromium') or shutil.which('chromium-browser')
 
 
 class Browser:
-  """One page; what it logs as an error, and every address that it asks for, is collected."""
+  """One page. `errors` collects what it logs as an error, and `addresses` every address that it requests."""
 
   def __init__(self, profile, width=1280, height=900):
     ours_to_theirs, theirs_to_ours = os.pipe(), os.pipe()
     self._read, self._write = theirs_to_ours[0], ours_to_theirs[1]
     ends = [
-      fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (ours_to_theirs[0], theirs_to_ours[1])
+      fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in (ours_to_theirs[0], theirs_to_ours[1])
     ]
-
-    def descriptors():  # those that --remote-debugging-pipe means
-      for number, end in zip((3, 4), ends, strict=True):
-        os.dup2(end, number)
-
+    shell = f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}'  # --remote-debugging-pipe reads 3 and writes 4
     arguments = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage']
     quiet = ['--no-first-run', '--disable-background-networking', '--remote-debugging-pipe']
+    command = ['bash', '-c', shell, 'bash', find(), *arguments, *quiet]
+    command += [f'--user-data-dir={profile}', 'about:blank']
     self._process = subprocess.Popen(
-      [find(), *arguments, *quiet, f'--user-data-dir={profile}', 'about:blank'],
-      preexec_fn=descriptors,
-      close_fds=False,
+      command,
+      pass_fds=ends,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
@@ -99,7 +96,7 @@ class Browser:
     return found['result'].get('value')
 
   def wait(self, expression, seconds=120):
-    """Until the expression is true; returns its value."""
+    """Waits until the expression is true; returns its value."""
     deadline = time.monotonic() + seconds
     while not (value := self.evaluate(expression)):
       assert time.monotonic() < deadline, f'{expression} is not true: {self.errors}'

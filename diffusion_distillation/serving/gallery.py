@@ -211,9 +211,9 @@ def check_integer(name: str, value: Any, least: int, most: int) -> int:
 
 def figures(drawn: Drawn) -> Mapping[str, str]:
   """The cost of the images, as the page shows it."""
-  plural = 's' if drawn.steps > 1 else ''
   return {
-    'sampler': f'{drawn.steps} {drawn.sampler} step{plural}',
-    'network calls per image': str(drawn.calls),
+    'sampler': drawn.sampler,
+    'steps': str(drawn.steps),
+    'network calls': str(drawn.calls),
     'ms per image': f'{drawn.milliseconds:.3g}',
   }

@@ -31,12 +31,13 @@ _POLICY = (
 )
 _STYLE = """
 .drawn { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 16px; }
-.drawn figure { margin: 0; min-width: 0; max-width: 560px; }
+.drawn figure { margin: 0; min-width: 0; max-width: 560px; row-gap: 6px; }
+.drawn figure { display: grid; grid-row: span 3; grid-template-rows: subgrid; } /* aligned across figures */
 .drawn img { width: 100%; image-rendering: pixelated; border-radius: 4px; }
-.drawn h3 { margin: 0 0 6px; overflow-wrap: anywhere; }
-.drawn table { width: 100%; margin-top: 6px; border: 0 !important; border-collapse: collapse; font-size: 0.9em; }
+.drawn h3 { margin: 0; align-self: end; overflow-wrap: anywhere; }
+.drawn table { width: 100%; margin: 0; align-self: start; border: 0 !important; border-collapse: collapse; font-size: 0.85em; }
 .drawn tr, .drawn td { padding: 3px 0; vertical-align: top; border: 0 !important; }
-.drawn td:last-child { text-align: right; font-variant-numeric: tabular-nums; padding-left: 8px; }
+.drawn td:last-child { text-align: right; font-variant-numeric: tabular-nums; padding-left: 4px; overflow-wrap: anywhere; }
 .draw-status { min-height: 1.5em; overflow-wrap: anywhere; }
 .draw-status.wrong { color: #c81e1e; font-weight: 600; }
 .dark .draw-status.wrong { color: #f98080; }
@@ -199,12 +200,16 @@ def _figures(drawn: list[Drawn]) -> str:
     file = io.BytesIO()
     pictures.to_pil(sheet).save(file, format='png')
     data = base64.b64encode(file.getvalue()).decode()
-    name = html.escape(one.stage)
-    title = f'{name} (teacher)' if one is drawn[0] and len(drawn) > 1 else name
+    title = _breakable(one.stage + ' (teacher)' * (one is drawn[0] and len(drawn) > 1))
     rows = ''.join(
-      f'<tr><td>{key}</td><td>{html.escape(value)}</td></tr>'
+      f'<tr><td>{key}</td><td>{_breakable(value)}</td></tr>'
       for key, value in galleries.figures(one).items()
     )
-    picture = f'<img src="data:image/png;base64,{data}" alt="{len(one.images)} images of {name}">'
+    picture = f'<img src="data:image/png;base64,{data}" alt="{len(one.images)} images of {html.escape(one.stage)}">'
     parts.append(f'<figure><h3>{title}</h3>{picture}<table>{rows}</table></figure>')
   return f'<div class="drawn">{"".join(parts)}</div>'
+
+
+def _breakable(text: str) -> str:
+  """Text as HTML that may be broken after each underscore, so that long names fit on a phone."""
+  return html.escape(text).replace('_', '_<wbr>')

@@ -19,7 +19,8 @@ from diffusion_distillation.system import interrupts
 from tests import browser, tiny
 from tests.stages.model_test import UNET, stored
 
-INPUTS = ('student', 2, 'ddim', '', 0, 4)
+STUDENT = 'distilled_with_a_long_name'
+INPUTS = (STUDENT, 2, 'ddim', '', 0, 4)
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +28,8 @@ def workdir(tmp_path_factory):
   """With a teacher and a student."""
   directory = tmp_path_factory.mktemp('workdir')
   model.write(directory / 'base' / 'model', stored(UNET, num_steps=4))
-  model.write(directory / 'student' / 'model', stored(UNET, num_steps=1, seed=1))
+  student = stored(UNET, num_steps=1, seed=1, sampler='multistep_consistency')
+  model.write(directory / STUDENT / 'model', student)
   return directory
 
 
@@ -134,8 +136,8 @@ def test_the_server_draws_listens_to_this_machine_alone_and_ends_as_all_modes_do
   ]
   status, images = ask(address, *INPUTS)
   assert 'from the same noise' in status and images.count('data:image/png;base64,') == 2
-  assert '4 ddim steps' in images and '2 ddim steps' in images
-  for wrong in (('nobody', *INPUTS[1:]), ('student', 0, *INPUTS[2:]), ('student', 'x', *INPUTS[2:])):
+  assert re.findall(r'<td>steps</td><td>(\d+)</td>', images) == ['4', '2']
+  for wrong in (('nobody', *INPUTS[1:]), (STUDENT, 0, *INPUTS[2:]), (STUDENT, 'x', *INPUTS[2:])):
     status, images = ask(address, *wrong)
     assert 'draw-status wrong' in status and 'error: ' in status and images == ''
   with pytest.raises(urllib.error.HTTPError, match='400'):  # a name of elsewhere that leads here
@@ -154,7 +156,7 @@ def test_a_browser_shows_pictures_and_asks_nobody_else(served, tmp_path):
   shown = browser.Browser(tmp_path)
   try:
     shown.call('Page.navigate', url=address)
-    shown.wait("[...document.querySelectorAll('input')].some(i => i.value === 'student')")
+    shown.wait("[...document.querySelectorAll('input')].some(i => i.value === '" + STUDENT + "')")
     shown.evaluate(
       "[...document.querySelectorAll('button')].find(b => b.textContent.trim() === 'Draw').click()"
     )
@@ -163,7 +165,10 @@ def test_a_browser_shows_pictures_and_asks_nobody_else(served, tmp_path):
     )
     for width in (1280, 390):
       shown.resize(width, 844)
-      assert shown.wait('document.documentElement.scrollWidth') <= width  # nothing is cut off
+      right = (
+        "Math.max(...[...document.querySelectorAll('*')].map(e => e.getBoundingClientRect().right))"
+      )
+      assert shown.wait(right) <= width  # nothing is cut off
       shown.screenshot(tmp_path / f'{width}.png')
     assert shown.errors == []
     elsewhere = [a for a in shown.addresses if not a.startswith((address, 'data:', 'blob:', 'about:'))]
