@@ -165,10 +165,11 @@ def test_a_browser_shows_pictures_and_asks_nobody_else(served, tmp_path):
     )
     for width in (1280, 390):
       shown.resize(width, 844)
-      right = (
-        "Math.max(...[...document.querySelectorAll('*')].map(e => e.getBoundingClientRect().right))"
+      inside = (
+        "[...document.querySelectorAll('.drawn *')].every(e => right(e) <= right(e.closest('.drawn')))"
       )
-      assert shown.wait(right) <= width  # nothing is cut off
+      assert shown.evaluate(f'{{const right = e => e.getBoundingClientRect().right; {inside}}}')
+      assert shown.evaluate('document.documentElement.scrollWidth') <= width
       shown.screenshot(tmp_path / f'{width}.png')
     assert shown.errors == []
     elsewhere = [a for a in shown.addresses if not a.startswith((address, 'data:', 'blob:', 'about:'))]
