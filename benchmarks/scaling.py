@@ -5,11 +5,11 @@ prints tables for base training and for a round of progressive distillation, wit
 with a fixed number of images per device (weak scaling):
 
   collectives  bytes per update and device, compared with theory: gradients are reduced once, and sharded parameters
-               are gathered once per network
+               are gathered once per forward and backward pass
   FLOPs        of all devices together, relative to those of one device
   memory       the estimate of `preflight`, compared with what the compiler allocates
 
---options prints the memory of one layout with each option that saves memory. --project prints the memory of the paper's
+--options prints the memory of one layout with each option that saves memory, of programs that are scheduled for it. --project prints the memory of the paper's
 ImageNet 64x64 network, and the time that its training would take on accelerators according to vendors' specifications;
 see projection.py.
 """
@@ -42,6 +42,12 @@ STAGES = {'base': 0, 'round': 1}
 LAYOUTS = '1x1,2x1,4x1,8x1,4x2,2x4,1x8'
 # The code never runs, so it need not be fast; everything that is counted is decided before LLVM.
 _FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+# As compilers for accelerators do: the order of operations that takes least memory, and each gradient reduced by itself,
+# of which every device keeps its part at once (fusion would keep all of it until the optimizer's update).
+_FOR_MEMORY = (
+  '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED '
+  '--xla_disable_hlo_passes=cpu-all-reduce-combiner,fusion'
+)
 _SLACK = 1.05  # ratio of measured to theory above which operations are listed
 OPTIONS: dict[str, dict[str, Any]] = {
   'default': {},
@@ -69,6 +75,15 @@ def _tiny() -> ml_collections.ConfigDict:
   return config
 
 
+def _wide() -> ml_collections.ConfigDict:
+  """A network whose parameters take more memory than its activations."""
+  config = digits.get_config()
+  config.model.ch, config.model.emb_ch, config.model.num_groups = 32, 64, 8
+  config.model.attn_resolutions = (4,)
+  config.train.batch_size = config.distill.batch_size = 8
+  return config
+
+
 def _cifar10() -> ml_collections.ConfigDict:
   config = cifar10.get_config()
   config.train.batch_size = config.distill.batch_size = 8
@@ -77,6 +92,7 @@ def _cifar10() -> ml_collections.ConfigDict:
 
 NETWORKS = {  # configs, with the shape of their images and the number of their classes
   'tiny': (_tiny, (8, 8, 1), 10),
+  'wide': (_wide, (8, 8, 1), 10),
   'digits': (digits.get_config, (8, 8, 1), 10),
   'cifar10': (_cifar10, (32, 32, 3), 10),
 }
@@ -164,7 +180,8 @@ def theory(stage: Stage, data: int, fsdp: int) -> dict[str, int]:
 
   Gradients are summed over all devices, once per micro-batch: those of replicated parameters by one all-reduce; those
   of sharded parameters by a reduce-scatter along fsdp, which XLA's CPU backend expresses as an all-reduce and a slice,
-  and an all-reduce of the shards along data. Sharded parameters are gathered once per network.
+  and an all-reduce of the shards along data. Sharded parameters are gathered for each call of the teacher, and for the
+  student's forward and backward pass (whose first layer does not need them).
   """
   params = stage.abstract_params()
   leaves = jax.tree.leaves(params)
@@ -176,11 +193,12 @@ def theory(stage: Stage, data: int, fsdp: int) -> dict[str, int]:
   whole = sum(map(_bytes, leaves)) - split
   parts = split // fsdp * (data > 1)
   reduced = stage.recipe.micro_batches * ((whole + split + parts) if data * fsdp > 1 else 0)
-  gathered = 0
+  gathered = 2 * split
   if stage.parent:
     teacher = jax.eval_shape(lambda params: stage.frozen(params, None), params)['teacher']
-    gathered = split * jax.tree.leaves(teacher)[0].dtype.itemsize // 4
-  return {'all-reduce': reduced, 'all-gather': split + gathered}
+    calls = round(stage.recipe.method.calls) - 1
+    gathered += calls * split * jax.tree.leaves(teacher)[0].dtype.itemsize // 4
+  return {'all-reduce': reduced, 'all-gather': gathered}
 
 
 def _bytes(leaf: Any) -> int:
@@ -222,10 +240,10 @@ def _begin(devices: int) -> None:
   jax.config.update('jax_num_cpu_devices', devices)
 
 
-def measure_all(cases: Iterable[Case]) -> Iterator[tuple[Case, Found]]:
+def measure_all(cases: Iterable[Case], flags: str = _FLAGS) -> Iterator[tuple[Case, Found]]:
   """Compiles the cases for each number of devices in a process of its own, one after the other."""
   cases = list(cases)
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAGS}'
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
   context = multiprocessing.get_context('spawn')
   for devices in dict.fromkeys(case.devices for case in cases):
     with concurrent.futures.ProcessPoolExecutor(
@@ -305,7 +323,7 @@ def options(network: str, names: list[str]) -> None:
       cases[Case(network, name, 8 // fsdp, fsdp, changes=rest)] = caption
   print(f'\n{network} on 8 devices, bytes per device\n')
   table('update', 'option', *MEMORY)
-  for case, found in measure_all(cases):
+  for case, found in measure_all(cases, f'{_FLAGS} {_FOR_MEMORY}'):
     row(case.stage, cases[case], *of_memory(found))
 
 

@@ -23,13 +23,12 @@ from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.errors import Preempted, StorageError, UserError
 from diffusion_distillation.evaluation import measure, pictures
-from diffusion_distillation.evaluation.loading import LoadedModel, load
-from diffusion_distillation.evaluation.sampling import Chosen
+from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
 from diffusion_distillation.interop import exporting, importing
-from diffusion_distillation.networks import conditioning
 from diffusion_distillation.options import Options
 from diffusion_distillation.run import replay
 from diffusion_distillation.run import run as run_module
+from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
@@ -185,9 +184,8 @@ def _import(options: Options) -> None:
 
 
 def _export(options: Options) -> None:
-  for flag in ('sampler', 'steps', 'grid', 'times', 'classes', 'clip_x', 'gamma'):
-    if getattr(options, flag) not in (None, (), []):
-      raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported as it was made')
+  if flag := options.given(_OF_SAMPLING):
+    raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported as it was made')
   compilation.use()
   print(exporting.export(_workdir(options), options.stage, options.out, options.format))
 
@@ -204,7 +202,7 @@ def _sample(options: Options) -> None:
   gamma = settings.gamma if options.gamma is None else options.gamma
   step = make_sampler(sampler, gamma)
   draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size)
-  grid, chosen = _grid(options, stored), _classes(options, stored)
+  grid, chosen = _grid(options, stored), chosen_classes(stored, options.classes)
   images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen, 'sample')
   if not files.writes():
     return
@@ -257,28 +255,6 @@ def _grid(options: Options, stored: StoredModel) -> np.ndarray:
     raise UserError(f'--grid={name}: {error}') from error
 
 
-def _classes(options: Options, stored: StoredModel) -> Chosen:
-  """The classes to draw in turn, see `conditioning.labels_by_name`, or 'none'; None for a balanced draw of all."""
-  classes, given = conditioning.classes(stored.denoise.conditioning), list(options.classes)
-  if not given:
-    return None
-  text = ','.join(given)
-  if classes is None:
-    name = stored.provenance.get('stage', 'the model')
-    raise UserError(f'--classes={text}: {name} is unconditional')
-  if given == ['none'] and 'none' not in stored.class_names:
-    if not stored.cond_dropout:
-      raise UserError(
-        '--classes=none: this model was trained without label dropout (dataset.label_dropout=0), so it cannot draw '
-        'images without a class'
-      )
-    return {'label': [classes.NONE]}
-  known = conditioning.labels_by_name(classes.count, stored.class_names)
-  if not all(c in known for c in given):
-    raise UserError(f'--classes={text}: {conditioning.choices(classes.count, stored.class_names)}')
-  return {'label': [known[c] for c in given]}
-
-
 def _replay(options: Options) -> None:
   directory = _workdir(options)
   if options.stage is None or options.step is None:
@@ -318,6 +294,17 @@ def _evaluate(options: Options) -> None:
     print(directory / 'results.json')
 
 
+def _serve(options: Options) -> None:
+  directory = _workdir(options)
+  if flag := options.given(('stage', *_OF_SAMPLING)):
+    raise UserError(f'--{flag} does not apply to --mode=serve: choose what is drawn on the page')
+  if (directory / 'config.json').is_file():
+    _stored_config(options, directory)
+  else:
+    compilation.use()
+  page.serve(directory, options.port)
+
+
 def _keys(options: Options) -> None:
   """docs/configuration.md is what this prints."""
   del options
@@ -335,6 +322,7 @@ This page is the output of `python main.py --mode=keys`.
 """
 
 
+_OF_SAMPLING = ('sampler', 'steps', 'grid', 'times', 'classes', 'clip_x', 'gamma')
 _WITHOUT_DEVICES = ('prepare', 'keys')
 
 MODES: dict[str, Callable[[Options], None]] = {
@@ -346,5 +334,6 @@ MODES: dict[str, Callable[[Options], None]] = {
   'export': _export,
   'evaluate': _evaluate,
   'replay': _replay,
+  'serve': _serve,
   'keys': _keys,
 }

@@ -123,10 +123,11 @@ def test_data_parallel_adds_the_gradients_up_once_and_moves_nothing_else(found):
 
 
 @pytest.mark.slow
-def test_split_parameters_are_gathered_once_a_network_and_gradients_reduced_once(found):
+def test_sharded_parameters_are_gathered_for_each_pass_and_gradients_reduced_once(found):
   of_round = found['round', 4, 2]
   assert set(of_round.moved) == {'all-gather', 'all-reduce'}
-  assert of_round.moved['all-gather'] == of_round.expected['all-gather'] > 0
+  first = of_round.expected['all-gather'] - of_round.moved['all-gather']
+  assert 0 < first < 0.01 * of_round.expected['all-gather']  # the way back does not need the first layer's
   scalars = of_round.moved['all-reduce'] - of_round.expected['all-reduce']
   assert 0 < scalars < 1000  # norms, array by array
 
