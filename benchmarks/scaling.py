@@ -52,6 +52,7 @@ _SLACK = 1.05  # ratio of measured to theory above which operations are listed
 OPTIONS: dict[str, dict[str, Any]] = {
   'default': {},
   'mesh.fsdp=8': {'fsdp': 8},
+  'mesh.fsdp=8, compute.dtype=bfloat16': {'fsdp': 8, 'compute.dtype': 'bfloat16'},
   'compute.dtype=bfloat16': {'compute.dtype': 'bfloat16'},
   'compute.teacher_dtype=bfloat16': {'compute.teacher_dtype': 'bfloat16'},
   'compute.remat=True': {'compute.remat': True},
@@ -305,7 +306,8 @@ MEMORY = (
 
 def of_memory(found: Found) -> tuple[str, ...]:
   """The cells of the memory table; arguments exclude the batch."""
-  arguments, temporary = found.memory.arguments, found.memory.total - found.memory.arguments
+  arguments = found.memory.arguments
+  temporary = found.memory.total - arguments - found.memory.snapshot  # which is no part of an update
   given = found.arguments - found.batch
   return (
     *(f'{arguments:,}', f'{given:,}', f'{arguments / given:.4f}'),
