@@ -49,7 +49,9 @@ setuptools.setup(
     'gcs': ['gcsfs'],  # folders at gs://
     's3': ['s3fs'],  # folders at s3://
     'dev': [
+      'ipykernel>=6.29',  # for notebooks/
       'mypy>=1.15',
+      'nbclient>=0.10',
       'pytest>=8.3',
       'pytest-cov>=6.0',
       'pytest-timeout>=2.3',
