@@ -40,7 +40,8 @@ def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
 def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """Trains, distills and measures, as `--mode=train` does; resumes what was interrupted, and keeps what is finished.
 
-  Plan and progress are printed on stderr. SIGINT (Ctrl-C, or interrupting a notebook's kernel) saves a checkpoint first.
+  It runs in one process. Plan and progress are printed on stderr. The first SIGINT (Ctrl-C, or interrupting a notebook's kernel)
+  saves a checkpoint before it raises; a second one ends the process at once.
 
   Args:
     config: of the run, for example from `get_config`; it is not changed.
@@ -62,7 +63,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   platforms.start()
   interrupts.install()
   try:
-    with sharding.laid_out(**config.mesh):
+    with interrupts.unsaved(), sharding.laid_out(**config.mesh):  # what the caller holds is not saved
       run(config, directory)
   finally:
     interrupts.uninstall()

@@ -1,12 +1,16 @@
 """From Python: configs by name with overrides, and a run that returns its results."""
 
 import json
+import os
 import signal
+import time
 
 import pytest
 
 import diffusion_distillation
-from diffusion_distillation.errors import UserError
+from diffusion_distillation import api
+from diffusion_distillation.errors import Preempted, UserError
+from diffusion_distillation.system import interrupts
 from tests import tiny
 
 
@@ -62,3 +66,23 @@ def test_a_workdir_that_does_not_fit_is_refused(finished):
     diffusion_distillation.train(tiny.config(seed=5), finished)
   with pytest.raises(UserError, match='is a URL'):
     diffusion_distillation.train(tiny.config(), 'gs://bucket/run')
+
+
+def test_an_interrupt_while_something_compiles_raises_instead_of_ending_the_process(
+  monkeypatch, tmp_path
+):
+  """A notebook's kernel holds what only it has."""
+  ended = []
+  monkeypatch.setattr('diffusion_distillation.system.interrupts.os._exit', ended.append)
+
+  def compiling(config, directory):
+    with interrupts.at_once('compiling'):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(0.2)
+    interrupts.check()
+
+  monkeypatch.setattr(api, 'run', compiling)
+  config, handler = tiny.config(), signal.getsignal(signal.SIGINT)
+  with pytest.raises(Preempted, match='SIGINT'):
+    diffusion_distillation.train(config, tmp_path / 'run')
+  assert not ended and signal.getsignal(signal.SIGINT) is handler

@@ -7,6 +7,8 @@ What a run prints on stderr, its plan and progress, is left out of the stored ou
 """
 
 import argparse
+import hashlib
+import json
 import os
 import pathlib
 import re
@@ -35,9 +37,10 @@ def execute(path, folder):
   environment |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'IPYTHONDIR': str(folder / 'ipython')}
   client = nbclient.NotebookClient(
     notebook,
-    timeout=900,
-    km=AsyncKernelManager(kernel_name='python3', transport='ipc'),
+    timeout=1800,
+    km=AsyncKernelManager(kernel_name='python3', transport='ipc', ip=str(folder / 'kernel')),  # sockets
     record_timing=False,
+    coalesce_streams=True,
     resources={'metadata': {'path': str(folder)}},
   )
   client.execute(env=environment, cleanup_kc=True)
@@ -50,11 +53,23 @@ def stderr(notebook):
   return ''.join(output['text'] for output in outputs if output.get('name') == 'stderr')
 
 
+def warnings(notebook):
+  """The lines on stderr that are warnings or errors."""
+  return [line for line in stderr(notebook).splitlines() if WARNING.search(line)]
+
+
+def digest(notebook):
+  """Of the code cells: stored with the outputs, it says which code they are from."""
+  code = [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
+  return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
+
+
 def store(notebook, path):
   """Writes the notebook without stderr and without traces of this machine."""
   import nbformat
 
-  notebook.metadata = nbformat.from_dict(METADATA)
+  path = pathlib.Path(path)
+  notebook.metadata = nbformat.from_dict(METADATA | {'executed': digest(notebook)})
   for cell in notebook.cells:
     cell.metadata = nbformat.from_dict({})
     if cell.cell_type == 'code':
@@ -73,8 +88,8 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
       notebook = execute(path, pathlib.Path(folder))
     print(f'{path.relative_to(ROOT)}: executed in {time.monotonic() - began:.0f} s')
-    if lines := [line for line in stderr(notebook).splitlines() if WARNING.search(line)]:
-      print(*lines, sep='\n')
+    if found := warnings(notebook):
+      print(*found, sep='\n')
       return 1
     if write:
       store(notebook, path)
