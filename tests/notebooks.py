@@ -7,6 +7,7 @@ What a run prints on stderr, its plan and progress, is left out of the stored ou
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -68,7 +69,7 @@ def store(notebook, path):
   """Writes the notebook without stderr and without traces of this machine."""
   import nbformat
 
-  path = pathlib.Path(path)
+  notebook, path = copy.deepcopy(notebook), pathlib.Path(path)
   notebook.metadata = nbformat.from_dict(METADATA | {'executed': digest(notebook)})
   for cell in notebook.cells:
     cell.metadata = nbformat.from_dict({})
