@@ -14,7 +14,8 @@ PACKAGE = ROOT / 'diffusion_distillation'
 # The floors, top to bottom: a file imports from its own folder and from the floors below it.
 FLOORS = [
   ['command'],
-  ['cli', 'arguments'],
+  ['cli', 'api'],
+  ['arguments'],
   ['options'],
   ['run'],
   ['interop'],

@@ -164,6 +164,7 @@ def test_what_is_new_comes_first():
   assert titles[-2:] == ['Speed', 'Four seams']
   newest_first = (
     'A page to look at models',
+    'Runs from Python',
     'Export',
     'Models of diffusers',
     'The command line',
