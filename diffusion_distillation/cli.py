@@ -20,13 +20,11 @@ from diffusion_distillation.config import (
   to_markdown,
 )
 from diffusion_distillation.datasets import preparing
-from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import Preempted, StorageError, UserError
-from diffusion_distillation.evaluation import measure, pictures
+from diffusion_distillation.evaluation import asked, measure, pictures
 from diffusion_distillation.evaluation.loading import LoadedModel, load
-from diffusion_distillation.evaluation.sampling import Chosen
 from diffusion_distillation.interop import exporting, importing
-from diffusion_distillation.networks import conditioning
 from diffusion_distillation.options import Options
 from diffusion_distillation.run import replay
 from diffusion_distillation.run import run as run_module
@@ -185,7 +183,18 @@ def _import(options: Options) -> None:
 
 
 def _export(options: Options) -> None:
-  for flag in ('sampler', 'steps', 'grid', 'times', 'classes', 'clip_x', 'gamma'):
+  sampling = (
+    'sampler',
+    'steps',
+    'grid',
+    'times',
+    'classes',
+    'guidance',
+    'guidance_interval',
+    'clip_x',
+    'gamma',
+  )
+  for flag in sampling:
     if getattr(options, flag) not in (None, (), []):
       raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported as it was made')
   compilation.use()
@@ -203,18 +212,20 @@ def _sample(options: Options) -> None:
   clip_x = stored.clip_x if options.clip_x is None else options.clip_x
   gamma = settings.gamma if options.gamma is None else options.gamma
   step = make_sampler(sampler, gamma)
-  draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size)
-  grid, chosen = _grid(options, stored), _classes(options, stored)
+  grid = asked.grid(stored, options.times, options.steps, options.grid)
+  chosen = asked.classes(stored, options.classes)
+  guidance = asked.guidance(stored, options.guidance or 0.0, options.guidance_interval, chosen)
+  draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size, guidance)
   images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen, 'sample')
   if not files.writes():
     return
   cond = draw.cond(np.arange(options.num_samples), options.seed, chosen)
   pictures.save(out, images, None if cond is None else cond.get('label'))
-  steps, made = len(grid) - 1, stored.provenance
+  steps, calls, made = len(grid) - 1, guidance.calls(step, grid, stored.schedule), stored.provenance
   updates = 'an unknown number of' if made.get('updates') is None else made['updates']
   print(
     f'{out.path}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} steps, '
-    f'{step.calls(steps)} network calls each ({updates} updates)'
+    f'{calls} network calls each ({updates} updates)'
   )
 
 
@@ -239,44 +250,6 @@ def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config)
     if model is not None:
       return provenance.to_stored(directory, model.use(options.weights), config)
   raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
-
-
-def _grid(options: Options, stored: StoredModel) -> np.ndarray:
-  """The times to sample at: those given, or equal steps."""
-  if options.times and options.steps:
-    raise UserError('give --steps or --times, not both')
-  if options.times:
-    try:
-      return times.grid([float(t) for t in options.times])
-    except ValueError as error:
-      raise UserError(f'--times={",".join(options.times)}: {error}, such as 0,0.25,1') from error
-  name = options.grid or stored.times
-  try:
-    return times.make_grid(name, options.steps or stored.num_steps, stored.schedule)
-  except ValueError as error:
-    raise UserError(f'--grid={name}: {error}') from error
-
-
-def _classes(options: Options, stored: StoredModel) -> Chosen:
-  """The classes to draw in turn, see `conditioning.labels_by_name`, or 'none'; None for a balanced draw of all."""
-  classes, given = conditioning.classes(stored.denoise.conditioning), list(options.classes)
-  if not given:
-    return None
-  text = ','.join(given)
-  if classes is None:
-    name = stored.provenance.get('stage', 'the model')
-    raise UserError(f'--classes={text}: {name} is unconditional')
-  if given == ['none'] and 'none' not in stored.class_names:
-    if not stored.cond_dropout:
-      raise UserError(
-        '--classes=none: this model was trained without label dropout (dataset.label_dropout=0), so it cannot draw '
-        'images without a class'
-      )
-    return {'label': [classes.NONE]}
-  known = conditioning.labels_by_name(classes.count, stored.class_names)
-  if not all(c in known for c in given):
-    raise UserError(f'--classes={text}: {conditioning.choices(classes.count, stored.class_names)}')
-  return {'label': [known[c] for c in given]}
 
 
 def _replay(options: Options) -> None:

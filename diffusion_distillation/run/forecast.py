@@ -146,8 +146,13 @@ def evaluation_calls(stages: list[Stage], config: Config) -> int:
   if config.dataset.name == datasets.NONE:
     return 0
   return config.evaluation.num_samples * sum(
-    measure.make(config, sampler).calls(num_steps)
-    for _, _, sampler, num_steps in measure.rows(stages, config)
+    guidance.calls(
+      measure.make(config, sampler),
+      measure.grid(config, stages[place], num_steps),
+      stages[place].schedule,
+    )
+    for place, _, sampler, num_steps in measure.rows(stages, config)
+    for guidance in measure.guidances(config, place)
   )
 
 

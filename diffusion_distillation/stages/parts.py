@@ -1,7 +1,7 @@
 """From the sections of a config to the parts of a stage. Pure."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 from diffusion_distillation.config import Config, build, choose, keys
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.discrete import BETAS
+from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
 from diffusion_distillation.diffusion.process import OUTPUTS, output_channels
 from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS
@@ -17,6 +18,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Context, Method
 from diffusion_distillation.networks import NETWORKS, conditioning
 from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.guidance import check
 from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.stages.stage import Pairs, Stage
 from diffusion_distillation.system import sharding
@@ -133,6 +135,20 @@ def make_context(config: Config, base: Stage) -> Context:
     teacher=base.denoise,
     shape=base.recipe.shape[1:],
   )
+
+
+def guidance_of(section: str, weight: float, base: Stage, interval: Sequence[float] = ()) -> Guidance:
+  """The guidance of the base that a section of the config asks for.
+
+  Raises:
+    UserError: the base was, or will be, trained in a way that it cannot be guided, or the interval is none.
+  """
+  try:
+    found = make_guidance(weight, interval)
+  except ValueError as error:
+    raise UserError(f'{section}.guidance_interval={tuple(interval)}: {error}') from error
+  check(f'{section}.guidance', found, base.denoise.conditioning, base.recipe.cond_dropout)
+  return found
 
 
 def make_recipe(

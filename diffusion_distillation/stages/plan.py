@@ -109,6 +109,8 @@ def plan(
     choose('methods', name, _students())
   choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
   base = _base(config, data, origin)
+  for weight in config.evaluation.guidance:
+    parts.guidance_of('evaluation', weight, base, config.evaluation.guidance_interval)
   student = _student_network(config, base, data)
   stages = [base]
   for name in config.methods:
