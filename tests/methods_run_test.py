@@ -267,7 +267,7 @@ def test_students_start_from_the_stage_that_is_named_and_the_fake_score_from_the
 
 CHANGED = {
   'pairs': ({'pairs__num_steps': 5}, 'num_steps was 4, is 5'),
-  'section': ({'dmd__num_updates': 8}, 'dmd.num_updates was 6, is 8'),
+  'section': ({'dmd__num_updates': 5}, 'dmd.num_updates was 6, is 5'),
   'start': ({'dmd__start': 'base'}, 'dmd.start was progressive_0001, is base'),
   'seed': ({'seed': 1}, 'seed was 0, is 1'),
 }
@@ -293,7 +293,7 @@ def test_a_config_that_is_refused_is_not_kept(ran, tmp_path, monkeypatch, capsys
   """Or else the next --mode=sample would be refused with the same words."""
   workdir = shutil.copytree(ran[0], tmp_path / 'workdir')
   before = content(workdir)
-  config = tiny.config(**OVERRIDES | {'dmd__num_updates': 8})
+  config = tiny.config(**OVERRIDES | {'dmd__num_updates': 5})
   assert in_process('train', workdir, monkeypatch, capsys, config=config)[0] == 2
   asked = {'stage': 'dmd', 'num_samples': 8, 'out': tmp_path / 'x.npz'}
   assert in_process('sample', workdir, monkeypatch, capsys, **asked)[0] == 0

@@ -17,14 +17,13 @@ from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation import loading, pictures, sampling
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
-from diffusion_distillation.interop import diffusers_writer, model_card, stablehlo
+from diffusion_distillation.interop import diffusers_writer, model_card, onnx_writer, stablehlo
 from diffusion_distillation.stages import model
 from diffusion_distillation.system import files
 from diffusion_distillation.training.state import Params
 
 SEED = 0  # of the images that are compared and shown
 BATCHES = (16, 3)  # the program is run at two sizes
-TOLERANCE = 1e-3  # the share of values that may differ, one at least, and by one level at most: rounding of float32
 
 
 class Format(NamedTuple):
@@ -36,12 +35,14 @@ class Format(NamedTuple):
     library: for the model card, a name that the Hugging Face hub knows.
     files: name and meaning of each file.
     usage: is given the description of the model; says how to run the files, Markdown.
+    tolerance: the share of values that may differ from the model's, by one level at most; one value always may.
   """
 
   write: Callable[[Drawer, Params, np.ndarray, pathlib.Path], stablehlo.Draw]
   library: str
   files: Mapping[str, str]
   usage: Callable[[Mapping[str, Any]], str]
+  tolerance: float = 1e-3  # rounding of float32
 
 
 FORMATS: dict[str, Format] = {
@@ -49,6 +50,7 @@ FORMATS: dict[str, Format] = {
   'diffusers': Format(
     diffusers_writer.write, 'diffusers', diffusers_writer.FILES, diffusers_writer.usage
   ),
+  'onnx': Format(onnx_writer.write, 'onnx', onnx_writer.FILES, onnx_writer.usage, onnx_writer.TOLERANCE),
 }
 
 
@@ -130,7 +132,7 @@ def _write(to: Format, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.
   drawer = loaded.drawer(samplers.SAMPLERS[stored.sampler](), stored.clip_x, count)
   grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
   draw = to.write(drawer, stored.params, grid, into)
-  images = _compare(draw, drawer, loaded.sample(count, SEED))
+  images = _compare(draw, drawer, loaded.sample(count, SEED), to.tolerance)
   sheet = pictures.to_pil(pictures.grid(pictures.enlarge(images, 32), 4))
   sheet.save(into / 'samples.png')
   description = without_paths(files.read_json(folder / model.DESCRIPTION))
@@ -147,7 +149,7 @@ def _dataset(folder: pathlib.Path) -> str | None:
   return None if name in (None, 'none') else str(name)
 
 
-def _compare(draw: stablehlo.Draw, drawer: Drawer, expected: np.ndarray) -> np.ndarray:
+def _compare(draw: stablehlo.Draw, drawer: Drawer, expected: np.ndarray, tolerance: float) -> np.ndarray:
   """The images (n, H, W, C) that the files draw at the first size; StorageError if those of any size differ."""
   index = np.arange(len(expected), dtype=np.int32)
   z, keys = sampling.noise(drawer, np.int32(SEED), index)  # type: ignore[arg-type]
@@ -156,7 +158,7 @@ def _compare(draw: stablehlo.Draw, drawer: Drawer, expected: np.ndarray) -> np.n
   drawn = [draw(noise[:n], data[:n], None if labels is None else labels[:n]) for n in BATCHES]
   for images in drawn:
     off = np.abs(images.astype(int) - expected[: len(images)])
-    if off.max() > 1 or np.count_nonzero(off) > max(1, TOLERANCE * off.size):
+    if off.max() > 1 or np.count_nonzero(off) > max(1, tolerance * off.size):
       raise StorageError(
         f'the exported files draw other images than the model (at a batch size of {len(images)}, {np.mean(off > 0):.2%} of '
         f'the values differ, by up to {off.max()} of 255); nothing was kept. GPUs and TPUs round products: export on the '

@@ -208,8 +208,8 @@ def test_what_cannot_be_exported_is_one_line(workdir, tmp_path, monkeypatch):
   assert 'is not empty' in refused(workdir, f'--out={full}')
   assert 'is a file' in refused(workdir, f'--out={full / "x"}')
   assert 'not a directory that can be written' in refused(workdir, f'--out={full / "x" / "y"}')
-  message = refused(workdir, f'--out={new}', '--format=onnx')
-  assert "'onnx'" in message and 'jax' in message
+  message = refused(workdir, f'--out={new}', '--format=tflite')
+  assert "'tflite'" in message and 'jax' in message
   message = refused(workdir, f'--out={new}', '--stage=base')
   assert 'no finished stage of that name' in message and 'conditional, unconditional' in message
   assert 'holds no model' in refused(tmp_path, f'--out={new}')
