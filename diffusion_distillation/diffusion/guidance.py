@@ -42,10 +42,10 @@ class Guidance:
     return self.weight > 0.0
 
   @property
-  def interval(self) -> list[float] | None:
-    """[low, high], as a row of results has it; None for all noise levels, and without guidance."""
+  def interval(self) -> list[float | None] | None:
+    """[low, high], as a row of results has it, None for no upper end; None for all noise levels, and without guidance."""
     whole = (self.low, self.high) == (0.0, math.inf)
-    return [self.low, self.high] if self and not whole else None
+    return [self.low, None if math.isinf(self.high) else self.high] if self and not whole else None
 
   def holds(self, logsnr: jax.Array) -> jax.Array:
     """Whether noise levels, given as logsnr (any shape), are guided."""

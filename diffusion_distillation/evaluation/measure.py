@@ -160,7 +160,8 @@ def evaluate(
         drawn[_place(setting)] = images
       results['rows'].append(row)
       write_json(partial, results)
-      bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
+      guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
+      bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}{guided}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began

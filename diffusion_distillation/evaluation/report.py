@@ -90,6 +90,7 @@ def write(
     results=results,
     table=comparison(results['rows']),
     metrics=[name for name in results['rows'][0].get('metrics', ()) if name != 'frechet'],
+    guided=any(row.get('guidance') for row in results['rows']),
     config=list(flatten(config)),
     curves=list(curves(results['rows'])),
     base_nfe=max(curves(results['rows']).get('Base, DDIM', {0: 0})),

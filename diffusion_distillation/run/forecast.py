@@ -137,7 +137,9 @@ def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
   """Network calls of one image that the pairs of stages take which are not finished; all have the same pairs."""
   for stage in stages:
     if stage.pairs is not None and stage.name not in finished:
-      return stage.pairs.count * stage.pairs.sampler.calls(stage.pairs.num_steps)
+      pairs = stage.pairs
+      grid = times.make_grid(pairs.grid, pairs.num_steps, stage.schedule)
+      return pairs.count * pairs.guidance.calls(pairs.sampler, grid, stage.schedule)
   return 0
 
 

@@ -201,7 +201,7 @@ def make_recipe(
   )
 
 
-def make_pairs(config: Config) -> Pairs:
+def make_pairs(config: Config, base: Stage) -> Pairs:
   """The stored pairs of the base."""
   section = config.pairs
   choose('pairs.grid', section.grid, dict.fromkeys(times.GRIDS))
@@ -215,6 +215,7 @@ def make_pairs(config: Config) -> Pairs:
     seed=make_seed(config, *b'pairs'),
     batch_size=section.batch_size,
     labels=section.labels,
+    guidance=guidance_of('pairs', section.guidance, base),
   )
 
 

@@ -128,12 +128,12 @@ def test_rows_of_before_had_no_guidance():
   base = tiny.plan(**CONDITIONAL)[0][0]
   model = types.SimpleNamespace(stage=base, weights='ema', digest='d')
   keys = set()
-  for guidance in (NONE, Guidance(1.0), Guidance(2.0), Guidance(2.0, 0.1, 1.0)):
+  for guidance in (NONE, Guidance(1.0), Guidance(2.0), Guidance(2.0, 0.1, 1.0), Guidance(2.0, 0.1)):
     row = measure.describe(tiny.config(), measure.Setting(model, 'ddim', 4, 3, guidance))
-    keys.add(results.key_of(row))
+    keys.add(results.key_of(json.loads(json.dumps(row, allow_nan=False))))
     before = {key: value for key, value in row.items() if not key.startswith('guidance')}
     assert (results.key_of(before) == results.key_of(row)) == (guidance is NONE)
-  assert len(keys) == 4
+  assert len(keys) == 5
 
 
 def test_curves_tell_guidance_apart():
@@ -147,6 +147,7 @@ def test_curves_tell_guidance_apart():
   [
     ({}, r'^evaluation.guidance=1.5: .*unconditional'),
     ({'model__conditional': True}, r'^evaluation.guidance=1.5: .*dataset.label_dropout=0'),
+    ({**CONDITIONAL, 'evaluation__guidance': ()}, r'^evaluation.guidance=\(\) must not be empty'),
     ({**CONDITIONAL, 'evaluation__guidance': (-1.0,)}, r'^evaluation.guidance=\(-1.0,\) must be zero'),
     (
       {**CONDITIONAL, 'evaluation__guidance_interval': (2.0,)},
