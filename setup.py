@@ -48,7 +48,9 @@ setuptools.setup(
     'tf': ['tensorflow-cpu>=2.20'],  # to download and prepare sets; reading them needs none of it
     'gcs': ['gcsfs'],  # folders at gs://
     's3': ['s3fs'],  # folders at s3://
+    'serve': ['gradio>=6.0'],  # the page of --mode=serve
     'dev': [
+      'gradio>=6.0',
       'mypy>=1.15',
       'pytest>=8.3',
       'pytest-cov>=6.0',

@@ -23,11 +23,12 @@ from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import Preempted, StorageError, UserError
 from diffusion_distillation.evaluation import asked, measure, pictures
-from diffusion_distillation.evaluation.loading import LoadedModel, load
+from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
 from diffusion_distillation.run import replay
 from diffusion_distillation.run import run as run_module
+from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
@@ -183,20 +184,8 @@ def _import(options: Options) -> None:
 
 
 def _export(options: Options) -> None:
-  sampling = (
-    'sampler',
-    'steps',
-    'grid',
-    'times',
-    'classes',
-    'guidance',
-    'guidance_interval',
-    'clip_x',
-    'gamma',
-  )
-  for flag in sampling:
-    if getattr(options, flag) not in (None, (), []):
-      raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported as it was made')
+  if flag := options.given(_OF_SAMPLING):
+    raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported as it was made')
   compilation.use()
   print(exporting.export(_workdir(options), options.stage, options.out, options.format))
 
@@ -213,7 +202,7 @@ def _sample(options: Options) -> None:
   gamma = settings.gamma if options.gamma is None else options.gamma
   step = make_sampler(sampler, gamma)
   grid = asked.grid(stored, options.times, options.steps, options.grid)
-  chosen = asked.classes(stored, options.classes)
+  chosen = chosen_classes(stored, options.classes)
   guidance = asked.guidance(stored, options.guidance or 0.0, options.guidance_interval, chosen)
   draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size, guidance)
   images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen, 'sample')
@@ -291,6 +280,17 @@ def _evaluate(options: Options) -> None:
     print(directory / 'results.json')
 
 
+def _serve(options: Options) -> None:
+  directory = _workdir(options)
+  if flag := options.given(('stage', *_OF_SAMPLING)):
+    raise UserError(f'--{flag} does not apply to --mode=serve: choose what is drawn on the page')
+  if (directory / 'config.json').is_file():
+    _stored_config(options, directory)
+  else:
+    compilation.use()
+  page.serve(directory, options.port)
+
+
 def _keys(options: Options) -> None:
   """docs/configuration.md is what this prints."""
   del options
@@ -308,6 +308,8 @@ This page is the output of `python main.py --mode=keys`.
 """
 
 
+_GUIDANCE = ('guidance', 'guidance_interval')
+_OF_SAMPLING = ('sampler', 'steps', 'grid', 'times', 'classes', *_GUIDANCE, 'clip_x', 'gamma')
 _WITHOUT_DEVICES = ('prepare', 'keys')
 
 MODES: dict[str, Callable[[Options], None]] = {
@@ -319,5 +321,6 @@ MODES: dict[str, Callable[[Options], None]] = {
   'export': _export,
   'evaluate': _evaluate,
   'replay': _replay,
+  'serve': _serve,
   'keys': _keys,
 }

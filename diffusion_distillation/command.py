@@ -80,6 +80,7 @@ _SOURCE = flags.DEFINE_string(
   'of a run) or model (the folder of a finished stage).',
 )
 _STEP = _integer('step', None, 'replay: the update to look at.', 0)
+_PORT = _integer('port', 7860, 'serve: the port on 127.0.0.1; 0 for any free one.', 0, 65535)
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'Of several processes: HOST:PORT of the first.')
 _NUM_PROCESSES = _integer('num_processes', None, 'How many they are; 1 alone: look for no others.', 1)
 _PROCESS_ID = _integer('process_id', None, 'Which one this is, from 0.', 0)
@@ -145,6 +146,7 @@ def run(argv: list[str]) -> None:
     source=_SOURCE.value,
     checkpoint=_CHECKPOINT.value or None,
     step=_STEP.value,
+    port=_PORT.value,
     coordinator=_COORDINATOR.value,
     num_processes=_NUM_PROCESSES.value,
     process_id=_PROCESS_ID.value,

@@ -38,6 +38,7 @@ class Options:
   process_id: int | None = None
   peer_timeout: int = 100
   step: int | None = None
+  port: int = 7860
   rest: Sequence[str] = ()
 
   def on_disk(self) -> 'Options':
@@ -45,3 +46,7 @@ class Options:
     workdir = None if self.workdir is None else paths.on_disk('--workdir', self.workdir)
     checkpoint = None if self.checkpoint is None else paths.on_disk('--checkpoint', self.checkpoint)
     return dataclasses.replace(self, workdir=workdir, checkpoint=checkpoint)
+
+  def given(self, names: Sequence[str]) -> str | None:
+    """The first of these options, which have no default, that was given; None if none was."""
+    return next((name for name in names if getattr(self, name) not in (None, (), [])), None)

@@ -1,4 +1,4 @@
-"""The flags of `--mode=sample` that depend on the model: its times, classes and guidance, checked."""
+"""The flags of `--mode=sample` that depend on the model: its times and its guidance, checked."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,6 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Chosen
-from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import check
 from diffusion_distillation.stages.model import StoredModel
 
@@ -31,32 +30,6 @@ def grid(stored: StoredModel, given: Sequence[str], steps: int | None, name: str
     return times.make_grid(name, steps or stored.num_steps, stored.schedule)
   except ValueError as error:
     raise UserError(f'--grid={name}: {error}') from error
-
-
-def classes(stored: StoredModel, given: Sequence[str]) -> Chosen:
-  """The classes to draw in turn, see `conditioning.labels_by_name`, or 'none'; None for a balanced draw of all.
-
-  Raises:
-    UserError: the model is unconditional, has no such class, or cannot draw without one.
-  """
-  told = conditioning.classes(stored.denoise.conditioning)
-  if not given:
-    return None
-  text = ','.join(given)
-  if told is None:
-    name = stored.provenance.get('stage', 'the model')
-    raise UserError(f'--classes={text}: {name} is unconditional')
-  if list(given) == ['none'] and 'none' not in stored.class_names:
-    if not stored.cond_dropout:
-      raise UserError(
-        '--classes=none: this model was trained without label dropout (dataset.label_dropout=0), so it cannot draw '
-        'images without a class'
-      )
-    return {'label': [told.NONE]}
-  known = conditioning.labels_by_name(told.count, stored.class_names)
-  if not all(c in known for c in given):
-    raise UserError(f'--classes={text}: {conditioning.choices(told.count, stored.class_names)}')
-  return {'label': [known[c] for c in given]}
 
 
 def guidance(stored: StoredModel, weight: float, interval: Sequence[str], chosen: Chosen) -> Guidance:

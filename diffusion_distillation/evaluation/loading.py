@@ -145,3 +145,32 @@ def find(path: pathlib.Path) -> pathlib.Path:
       f'{path} holds no model: there is no {model.DESCRIPTION} in it, nor in a stage of it'
     )
   return max(found, key=lambda file: file.stat().st_mtime_ns).parent
+
+
+def chosen_classes(stored: StoredModel, given: Sequence[str], name: str = '--classes=') -> Chosen:
+  """The classes to draw in turn, as a drawer takes them; None, for a balanced draw of all classes, if none is given.
+
+  Args:
+    stored: the model.
+    given: names or numbers of classes, see `conditioning.labels_by_name`, or 'none' for images without a class.
+    name: the start of the error messages, such as the flag.
+
+  Raises:
+    UserError: the model is unconditional, or has no such class.
+  """
+  classes, text = conditioning.classes(stored.denoise.conditioning), ','.join(given)
+  if not given:
+    return None
+  if classes is None:
+    raise UserError(f'{name}{text}: {stored.provenance.get("stage", "the model")} is unconditional')
+  if list(given) == ['none'] and 'none' not in stored.class_names:
+    if not stored.cond_dropout:
+      raise UserError(
+        f'{name}none: this model was trained without label dropout (dataset.label_dropout=0), so it cannot draw '
+        'images without a class'
+      )
+    return {'label': [classes.NONE]}
+  known = conditioning.labels_by_name(classes.count, stored.class_names)
+  if not all(c in known for c in given):
+    raise UserError(f'{name}{text}: {conditioning.choices(classes.count, stored.class_names)}')
+  return {'label': [known[c] for c in given]}

@@ -1,0 +1,219 @@
+"""Images of teacher and student from the same noise, with their cost: what the page of `--mode=serve` shows."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_distillation.config import choose
+from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation import loading
+from diffusion_distillation.evaluation.loading import LoadedModel
+from diffusion_distillation.evaluation.sampling import Chosen, Drawer
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.serving.worker import Report
+from diffusion_distillation.stages import model
+from diffusion_distillation.stages.model import StoredModel
+from diffusion_distillation.system import sharding
+from diffusion_distillation.training.state import Params
+
+TEACHER = 'base'  # the stage that is drawn beside the selected one
+NUM_IMAGES = (1, 4, 16, 64)  # each number needs a compiled program of its own
+MAX_STEPS = 8192
+MAX_SEED = 2**31 - 1
+
+
+class Drawn(NamedTuple):
+  """Images of a stage and their cost.
+
+  Attributes:
+    stage: the name of the stage.
+    images: (n, H, W, C) uint8.
+    steps: sampling steps.
+    sampler: a name in SAMPLERS.
+    calls: network calls per image.
+    milliseconds: per image, without compilation.
+  """
+
+  stage: str
+  images: np.ndarray
+  steps: int
+  sampler: str
+  calls: int
+  milliseconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+  """What is to be drawn from one stage, after all checks."""
+
+  stage: str
+  stored: StoredModel
+  grid: np.ndarray
+  sampler: str
+  chosen: Chosen
+  drawer: Drawer
+
+
+class Gallery:
+  """Draws from the finished stages of a workdir, or from a single model; `draw` is called by one thread at a time.
+
+  The weights of a stage are read once and stay on the devices.
+  """
+
+  def __init__(self, directory: pathlib.Path):
+    self._directory = directory
+    self._params: dict[pathlib.Path, tuple[str | None, Params]] = {}
+    self._compiled: set[Drawer] = set()
+
+  def stages(self) -> dict[str, pathlib.Path]:
+    """The folder of each stage's model: the teacher first, then by method, with the most steps first.
+
+    Raises:
+      UserError: there is no model.
+    """
+    newest = loading.find(self._directory)
+    if newest.parent.parent != self._directory:  # a stage, or the folder of a model
+      name = model.read(newest, weights=False).provenance.get('stage')
+      return {str(name or self._directory.name): newest}
+    found = {
+      path.parent.parent.name: path.parent
+      for path in self._directory.glob(f'*/model/{model.DESCRIPTION}')
+    }
+    described = {name: model.read(folder, weights=False) for name, folder in found.items()}
+
+    def place(name: str) -> tuple[bool, str, int, str]:
+      method = str(described[name].provenance.get('method'))
+      return name != TEACHER, method, -described[name].num_steps, name
+
+    return {name: found[name] for name in sorted(found, key=place)}
+
+  def newest(self) -> str:
+    """The name of the stage that finished last."""
+    folder = loading.find(self._directory)
+    return next(name for name, other in self.stages().items() if other == folder)
+
+  def describe(self, stage: Any) -> StoredModel:
+    """The model of a stage without its weights; raises UserError if there is no such stage."""
+    folder: pathlib.Path = choose('stage', str(stage), self.stages())
+    return model.read(folder, weights=False)
+
+  def draw(
+    self,
+    stage: Any,
+    steps: Any,
+    sampler: Any,
+    label: Any,
+    seed: Any,
+    num: Any,
+    report: Report = lambda line: None,
+  ) -> list[Drawn]:
+    """Draws a stage, and the teacher with its own sampler and steps if there is one, from the same noise.
+
+    Args:
+      stage: the name of the stage.
+      steps: number of sampling steps of the stage, 1 to MAX_STEPS.
+      sampler: a name in SAMPLERS.
+      label: a class by name or number, or 'none' for images without a class; '' for all classes in turn.
+      seed: seed of the noise, 0 to MAX_SEED.
+      num: number of images, one of NUM_IMAGES.
+      report: is given a line before each step that takes time.
+
+    Returns:
+      The teacher's images, if there is a teacher, and those of the stage.
+
+    Raises:
+      UserError: an argument is out of range; nothing has been drawn.
+      DamagedError: the files of a model are damaged.
+    """
+    seed, num = check_integer('seed', seed, 0, MAX_SEED), check_integer('images', num, 1, NUM_IMAGES[-1])
+    if num not in NUM_IMAGES:
+      raise UserError(f'images={num} is not one of {", ".join(map(str, NUM_IMAGES))}')
+    stored = self.describe(stage)
+    requests = [
+      self._request(str(stage), stored, check_integer('steps', steps, 1, MAX_STEPS), sampler, label, num)
+    ]
+    if TEACHER in self.stages():
+      teacher = self.describe(TEACHER)
+      known = conditioning.classes(teacher.denoise.conditioning) is not None
+      teacher_label = label if known else None
+      requests.insert(
+        0, self._request(TEACHER, teacher, teacher.num_steps, teacher.sampler, teacher_label, num)
+      )
+    return [self._draw(request, seed, num, report) for request in requests]
+
+  def _request(
+    self, stage: str, stored: StoredModel, steps: int, sampler: Any, label: Any, num: int
+  ) -> _Request:
+    step = choose('sampler', str(sampler), samplers.SAMPLERS)()
+    text = '' if label is None else str(label)
+    chosen = loading.chosen_classes(stored, [text] if text else [], 'class=')
+    try:
+      grid = times.make_grid(stored.times, steps, stored.schedule)
+    except ValueError as error:
+      raise UserError(f'steps={steps}, times={stored.times}: {error}') from error
+    drawer = LoadedModel(stored).drawer(step, stored.clip_x, num)
+    return _Request(stage, stored, grid, str(sampler), chosen, drawer)
+
+  def _draw(self, request: _Request, seed: int, num: int, report: Report) -> Drawn:
+    params, draw = self._load(request, report), request.drawer
+    if draw not in self._compiled:
+      report(
+        f'{request.stage}: compiling {request.sampler} for {num} image{"s" * (num > 1)}, which is done once'
+      )
+      jax.block_until_ready(next(draw.batches(params, times.uniform(1), 1, seed))[0])
+      self._compiled.add(draw)
+    steps = len(request.grid) - 1
+    report(f'{request.stage}: drawing in {steps} step{"s" * (steps > 1)}')
+    began = time.monotonic()
+    images = draw.draw(params, request.grid, num, seed, request.chosen)
+    seconds = time.monotonic() - began
+    calls = draw.sampler.calls(steps)
+    return Drawn(request.stage, images, steps, request.sampler, calls, 1e3 * seconds / num)
+
+  def _load(self, request: _Request, report: Report) -> Params:
+    """The weights on the devices; they are read again only if the stage has been trained again."""
+    folder = self.stages()[request.stage]
+    digest, params = self._params.get(folder, (None, None))
+    if digest is None or digest != request.stored.digest:
+      report(f'{request.stage}: reading the weights')
+      read = model.read(folder)
+      params = sharding.replicate(read.params)
+      self._params[folder] = read.digest, params
+    return params
+
+
+def classes(stored: StoredModel) -> list[str]:
+  """The names of a model's classes, or else their numbers, and 'none' if it can draw without a class; [] if unconditional."""
+  known = conditioning.classes(stored.denoise.conditioning)
+  if known is None:
+    return []
+  names = list(stored.class_names) or [str(label) for label in range(known.count)]
+  return names + (['none'] if stored.cond_dropout and 'none' not in names else [])
+
+
+def check_integer(name: str, value: Any, least: int, most: int) -> int:
+  """`value`, which may be of any type, as an integer; raises UserError if it is not one, or out of range."""
+  try:
+    number = int(value)
+    if number == float(value) and least <= number <= most:
+      return number
+  except (TypeError, ValueError, OverflowError):
+    pass
+  shown = '' if value is None else str(value)[:40]
+  raise UserError(f'{name}={shown} must be a whole number, {least} to {most}')
+
+
+def figures(drawn: Drawn) -> Mapping[str, str]:
+  """The cost of the images, as the page shows it."""
+  return {
+    'sampler': drawn.sampler,
+    'steps': str(drawn.steps),
+    'network calls': str(drawn.calls),
+    'ms per image': f'{drawn.milliseconds:.3g}',
+  }
