@@ -1,4 +1,4 @@
-"""Command-line arguments as their parsers take them: configs by name, `~` in paths, whole numbers such as 1e3."""
+"""Prepares command-line arguments for absl: configs by name, `~` in paths, whole numbers such as 1e3."""
 
 import decimal
 import importlib
@@ -22,7 +22,7 @@ _LARGEST = decimal.Decimal(10) ** 18
 
 
 def configs() -> types.ModuleType:
-  """The package of configs: installed within this one, or beside it in a clone."""
+  """Returns the package of configs, which is installed within this one, or next to it in a clone."""
   try:
     return importlib.import_module('diffusion_distillation.configs')
   except ModuleNotFoundError:
@@ -30,16 +30,16 @@ def configs() -> types.ModuleType:
 
 
 def config_names() -> dict[str, pathlib.Path]:
-  """The configs that come with the program: their files by name."""
+  """Returns the files of the configs that come with the program, by name."""
   found = pathlib.Path(next(iter(configs().__path__))).glob('*.py')
   return {path.stem: path for path in sorted(found) if 'def get_config' in path.read_text()}
 
 
 def find_config(given: str) -> str:
-  """The file of `--config=given`, a path or the name of a config that comes with the program; a `:VARIANT` stays.
+  """Returns the file of `--config=given`, a path or the name of a config that comes with the program; keeps a `:VARIANT`.
 
   Raises:
-    UserError: there is no such file, and no config of this name.
+    UserError: there is no such file, and no config with this name.
   """
   name, colon, variant = given.partition(':')
   path = pathlib.Path(paths.expand('--config', name))
@@ -48,7 +48,7 @@ def find_config(given: str) -> str:
     by_name = path.suffix in ('', '.py') and str(path.parent) in ('.', 'configs')
     if not by_name or path.stem not in ours:
       raise UserError(
-        f'--config={given}: there is no such file, and no config of this name; there are {", ".join(ours)}'
+        f'--config={given}: there is no such file, and no config with this name; the configs are {", ".join(ours)}'
         + config.nearest(path.stem, ours)
       )
     path = ours[path.stem]
@@ -58,9 +58,9 @@ def find_config(given: str) -> str:
 
 
 def _prefer(config_file: pathlib.Path) -> None:
-  """`from configs import ...` in a config of one's own finds what lies beside it, before what comes with the program.
+  """Makes `from configs import ...` in a user's config find the files next to it before the program's own configs.
 
-  But for what is imported already, such as `default`: a warning names a file that is therefore not read.
+  Modules that are already imported, such as `default`, are not replaced; a warning names each file that is therefore ignored.
   """
   package, folder = importlib.import_module('configs'), config_file.parent
   if str(folder) not in package.__path__:
@@ -68,18 +68,16 @@ def _prefer(config_file: pathlib.Path) -> None:
   for path in sorted(set(folder.glob('*.py')) - {config_file, folder / '__init__.py'}):
     used = getattr(getattr(package, path.stem, None), '__file__', None)
     if used and os.path.isfile(used) and path.read_bytes() != pathlib.Path(used).read_bytes():
-      _log.warning('%s is not read: configs.%s is %s; give it another name', path, path.stem, used)
+      _log.warning('%s is ignored: configs.%s is %s; rename the file', path, path.stem, used)
 
 
 def whole(text: str) -> str:
-  """`text` with each whole number in it, such as 1e3 or 1000.0, as Python writes integers; the rest as it is."""
+  """Rewrites each whole number in `text`, such as 1e3 or 1000.0, as an integer; leaves the rest unchanged."""
 
   def rewrite(match: re.Match[str]) -> str:
     try:
       number = decimal.Decimal(match[0].replace('_', ''))
-    except (
-      decimal.InvalidOperation
-    ):  # an exponent beyond what it can hold: the parser refuses the number
+    except decimal.InvalidOperation:  # the exponent is too large; the parser will reject the number
       return match[0]
     fits = abs(number) < _LARGEST and number == number.to_integral_value()
     return str(int(number)) if fits else match[0]
@@ -88,17 +86,17 @@ def whole(text: str) -> str:
 
 
 class WholeParser(flags.IntegerParser):
-  """absl's parser of integers, which also takes 1e3."""
+  """absl's parser of integers, extended to accept 1e3."""
 
   def convert(self, argument: int | str) -> int:
     return super().convert(whole(argument) if isinstance(argument, str) else argument)
 
 
 def prepare(argv: list[str]) -> list[str]:
-  """The arguments after the program's name, ready for absl; `config.SECTIONS` must be filled.
+  """Rewrites the arguments after the program's name for absl; `config.SECTIONS` must be filled.
 
   Raises:
-    UserError: there is no such config, or a key that takes integers is given another number.
+    UserError: there is no such config, or the value of an integer key is another number.
   """
   given = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
   kinds = config.types()
@@ -107,7 +105,7 @@ def prepare(argv: list[str]) -> list[str]:
 
 
 def _joined(argv: list[str], kinds: dict[str, typing.Any]) -> Iterator[str]:
-  """Each `--config VALUE` and `--config.KEY VALUE` as one argument with `=`."""
+  """Joins each `--config VALUE` and `--config.KEY VALUE` to one argument with `=`."""
   waiting = iter(argv)
   for argument in waiting:
     match = _CONFIG.fullmatch(argument)

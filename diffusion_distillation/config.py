@@ -1,7 +1,7 @@
-"""What a config is made of: keys, declared beside the code that they configure, and their ranges.
+"""The building blocks of configs: keys and their ranges, declared next to the code that they configure.
 
-A section is a frozen dataclass whose fields are made by `key`. A subclass that gives a field another plain default
-keeps the key's meaning and range.
+A section is a frozen dataclass whose fields are created by `key`. A subclass that only gives a field another default keeps
+the key's meaning and range.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from diffusion_distillation.errors import UserError
 
 
 class Range(NamedTuple):
-  """Numbers that a key may have.
+  """The range of a number.
 
   Attributes:
-    says: the range in words; what follows 'must be'.
-    holds: whether a number is in the range.
+    says: the range in words, which follow 'must be'.
+    holds: tells whether a number is in the range.
   """
 
   says: str
@@ -39,15 +39,15 @@ AT_LEAST_TWO = Range('at least 2', lambda v: v >= 2)
 
 
 class Key(NamedTuple):
-  """What is known of a key besides its type and its default.
+  """The description of a key, apart from its type and its default.
 
   Attributes:
     meaning: one or two sentences for the user.
-    valid: the range of the number, or of each number of a tuple; None if the code that reads it decides.
-    choices: all values that there are, or those of each entry of a tuple; empty if there is no such list. For the
-      user to read: the code that reads the key refuses other values.
-    distinct: whether no two entries of the tuple may be the same.
-    path: 'disk' for a path of this machine, 'any' for one that may also be a URL, '' for what is no path.
+    valid: the range of the number, or of each number of a tuple; None if the code that reads it checks the value.
+    choices: all possible values, or those of each entry of a tuple; empty if there is no such list. This list is only
+      shown to the user; the code that reads the key rejects other values.
+    distinct: whether all entries of the tuple must be different.
+    path: 'disk' for a path on this machine, 'any' for a path that may also be a URL, '' for other values.
   """
 
   meaning: str
@@ -66,18 +66,18 @@ def key(
   distinct: bool = False,
   path: str = '',
 ) -> Any:
-  """A field of a section; see `Key` for the arguments."""
+  """Declares a field of a section; see `Key` for the arguments."""
   metadata = {'key': Key(meaning, valid, tuple(choices), distinct, path)}
   return dataclasses.field(default=default, metadata=metadata)
 
 
 def keys(section: type) -> dict[str, Key]:
-  """The keys of a section, by name."""
+  """Returns the keys of a section, by name."""
   return {field.name: _find(section, field.name) for field in dataclasses.fields(section)}
 
 
 def _find(section: type, name: str) -> Key:
-  """The key as the section declares it, or the nearest class above it that does."""
+  """Returns a key as the section declares it, or else its nearest base class."""
   for cls in section.__mro__:
     field = getattr(cls, '__dataclass_fields__', {}).get(name)
     if field is not None and 'key' in field.metadata:
@@ -87,7 +87,7 @@ def _find(section: type, name: str) -> Key:
 
 
 def section(cls: type) -> Config:
-  """The defaults of a section; a key without one (None) takes values of its type."""
+  """Returns the defaults of a section; a key whose default is None accepts values of its type."""
   made, defaults = Config(), cls()
   for field in dataclasses.fields(cls):
     value = getattr(defaults, field.name)
@@ -99,7 +99,7 @@ def section(cls: type) -> Config:
 
 
 def joined(*sections: type) -> type:
-  """One section of the keys of several; of keys that have the same name, the first one's."""
+  """Joins sections to one; if several have a key of the same name, the first one's is used."""
   fields: dict[str, tuple[str, Any, Any]] = {}
   for cls in sections:
     declared = keys(cls)
@@ -111,7 +111,7 @@ def joined(*sections: type) -> type:
 
 
 def optional(cls: type, meaning: str) -> type:
-  """A section of the same keys, none of which needs to be given; `meaning` is what they are for."""
+  """Returns a section with the same keys, all of them optional; `meaning` becomes its docstring."""
   fields = []
   for field in dataclasses.fields(cls):
     made = dataclasses.field(default=None, metadata={'key': keys(cls)[field.name]})
@@ -123,7 +123,7 @@ SECTIONS: dict[str, type] = {}  # by name, '' for keys at the top level; configs
 
 
 def default_config() -> Config:
-  """The defaults of all SECTIONS; locked, so that a mistyped key is an error."""
+  """Returns the defaults of all SECTIONS, locked so that a mistyped key is an error."""
   made = section(SECTIONS[''])
   for name, cls in SECTIONS.items():
     if name:
@@ -132,7 +132,7 @@ def default_config() -> Config:
 
 
 def all_keys() -> dict[str, Key]:
-  """The keys of all SECTIONS by their full names, such as 'train.batch_size'."""
+  """Returns the keys of all SECTIONS by their full names, such as 'train.batch_size'."""
   return {_full(name, k): found for name, cls in SECTIONS.items() for k, found in keys(cls).items()}
 
 
@@ -152,7 +152,7 @@ _TYPES: dict[Any, str] = {
 
 
 def to_markdown() -> str:
-  """A table for each of SECTIONS: every key with its meaning, default and possible values."""
+  """Formats a table for each of SECTIONS: every key with its meaning, default and possible values."""
   return '\n\n'.join(_table(name, cls) for name, cls in SECTIONS.items())
 
 
@@ -168,7 +168,7 @@ def _table(name: str, cls: type) -> str:
 
 
 def _values(of_type: Any, declared: Key) -> str:
-  """What the key may be, in words."""
+  """Describes the possible values of a key in words."""
   of_type, optional = _not_optional(of_type)
   words = ', '.join(f'`{choice}`' for choice in declared.choices) or _TYPES[of_type]
   words += ' or `None`' if optional else ''
@@ -178,13 +178,13 @@ def _values(of_type: Any, declared: Key) -> str:
 
 
 def _not_optional(of_type: Any) -> tuple[Any, bool]:
-  """A type without None, and whether that was part of it."""
+  """Returns a type without None, and whether None was part of it."""
   parts = typing.get_args(of_type)
   return (parts[0], True) if type(None) in parts else (of_type, False)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
-  """('train.batch_size', 64) and so on, in the config's order; sequences as tuples."""
+  """Yields ('train.batch_size', 64) and so on, in the config's order; sequences become tuples."""
   for key, value in config.items():
     if isinstance(value, Mapping | Config):
       yield from flatten(value, f'{prefix}{key}.')
@@ -193,10 +193,10 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, 
 
 
 def check_keys(config: Mapping[str, Any], default: Mapping[str, Any]) -> None:
-  """Raises UserError unless `config` has exactly the keys of `default`, and tuples of the same types.
+  """Raises UserError unless `config` has exactly the keys of `default`, and tuples of the right types.
 
-  A key that is not known is answered with the nearest one. (Types that are not in tuples are checked where the
-  flags are read.)
+  For an unknown key, the message suggests the nearest known one. (Types outside of tuples are checked when the flags are
+  parsed.)
   """
   known = [key for key, _ in flatten(default)]
   given = [key for key, _ in flatten(config)]
@@ -215,7 +215,7 @@ def check_keys(config: Mapping[str, Any], default: Mapping[str, Any]) -> None:
 
 
 def types() -> dict[str, Any]:
-  """The types of the keys of all SECTIONS, by their full names; where None may be given, that of other values."""
+  """Returns the types of the keys of all SECTIONS, by their full names; None is left out of optional types."""
   return {
     _full(name, field.name): _not_optional(field.type)[0]
     for name, cls in SECTIONS.items()
@@ -224,7 +224,7 @@ def types() -> dict[str, Any]:
 
 
 def expand_paths(config: Config) -> None:
-  """Expands `~` in all keys that are paths; raises UserError for a URL where there must be a disk."""
+  """Expands `~` in all keys that are paths; raises UserError for a URL in a key that needs a path on disk."""
   for name, declared in all_keys().items():
     value = config
     *sections, last = name.split('.')
@@ -236,27 +236,27 @@ def expand_paths(config: Config) -> None:
 
 
 def check_known(given: list[str], known: list[str]) -> None:
-  """Raises UserError for the first key in `given` that is not known; names the nearest one."""
+  """Raises UserError for the first key in `given` that is not known, and suggests the nearest one."""
   for key in given:
     if key not in known:
       raise UserError(f'config has no key {key!r}{nearest(key, known)}')
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-  """'; did you mean ...?' if something near is known, else ''."""
+  """Returns '; did you mean ...?' if a known word is similar, else ''."""
   close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
   return f'; did you mean {close[0]!r}?' if close else ''
 
 
 def choose(key: str, value: str, table: Mapping[str, Any]) -> Any:
-  """`table[value]`; raises UserError, naming the key and the nearest choice, where there is none."""
+  """Returns `table[value]`; raises UserError, naming the key and the nearest choice, if it does not exist."""
   if value not in table:
     raise UserError(f'{key}={value!r} is not one of {list(table)}{nearest(value, table)}')
   return table[value]
 
 
 def build(key: str, cls: type, **fields: Any) -> Any:
-  """`cls` of these fields; a UserError, naming the config's `key`, in place of what it raises."""
+  """Returns `cls(**fields)`; turns its TypeError or ValueError into a UserError that names the config's `key`."""
   try:
     return cls(**fields)
   except (TypeError, ValueError) as error:
@@ -264,7 +264,7 @@ def build(key: str, cls: type, **fields: Any) -> Any:
 
 
 def check_numbers(config: Config) -> None:
-  """Raises UserError for numbers that no stage could use; None stands for 'not given'."""
+  """Raises UserError for numbers outside of their keys' ranges; None means that a number is not given."""
   declared = all_keys()
   for name, value in flatten(config):
     _check(name, value, declared[name])

@@ -82,7 +82,7 @@ def test_a_file_goes_before_a_config_of_its_name(tmp_path, monkeypatch):
 def test_an_unknown_config_is_answered_with_what_there_is(given, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(
-    UserError, match=f'--config={given}: .*there are cifar10, ddpm_cifar10, default, digits, '
+    UserError, match=f'--config={given}: .*the configs are cifar10, ddpm_cifar10, default, digits, '
   ):
     arguments.find_config(given)
 
@@ -114,7 +114,7 @@ def test_a_file_beside_a_config_of_ones_own_that_is_not_read_is_named(tmp_path, 
     (tmp_path / 'configs' / name).write_text(text)
   arguments.find_config(str(tmp_path / 'configs' / 'mine.py'))
   (message,) = caplog.messages
-  assert message.startswith(f'{tmp_path}/configs/default.py is not read: configs.default is ')
+  assert message.startswith(f'{tmp_path}/configs/default.py is ignored: configs.default is ')
   caplog.clear()
   arguments.find_config(str(tmp_path / 'configs' / 'default.py'))  # this one is
   assert not caplog.messages

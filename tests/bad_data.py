@@ -39,7 +39,7 @@ CASES = {
   ),
   'folder with images beside folders': (
     [*FOLDER, '--config.dataset.path={mixed}'],
-    ['dataset.path={mixed}', 'in folders (cat/1.png)', 'beside them (2.png)'],
+    ['dataset.path={mixed}', 'in folders (cat/1.png)', 'next to them (2.png)'],
   ),
   'folder with one image': (
     [*FOLDER, '--config.dataset.path={mixed}/cat'],

@@ -108,7 +108,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(finished, small, tmp_p
   filler = fill(small)
   code, err = end_of(process)
   assert code == 5, err
-  disasters.assert_told(err, str(workdir), 'make room', ADVICE)
+  disasters.assert_told(err, str(workdir), 'free up space', ADVICE)
   if moment != 'measured':
     assert disasters.load(workdir).step == 5
   filler.unlink()
@@ -122,7 +122,7 @@ def test_a_disk_that_is_made_larger_is_enough(finished, small):
   fill(small)
   code, _, err = tiny.run_main(*COMMAND, f'--workdir={workdir}')
   assert code in (2, 5)
-  disasters.assert_told(err, str(workdir), 'make room')
+  disasters.assert_told(err, str(workdir), 'free up space')
   mount('-o', 'remount,size=64m', small)
   assert_goes_on(workdir, finished)
 
@@ -208,7 +208,7 @@ def test_a_save_on_a_full_disk_leaves_the_one_before_whole(small):
     saver.save(step, state_at(step), 0.0)
   saver.wait()
   filler = fill(small)
-  with pytest.raises(StorageError, match=r'checkpoint 3 .* of step 2; make room'):
+  with pytest.raises(StorageError, match=r'checkpoint 3 .* from step 2; free up space'):
     saver.save(3, state_at(3), 0.0)
     saver.wait()
   saver.close()

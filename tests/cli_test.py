@@ -101,7 +101,7 @@ CASES = {
   ),
   'images of another size': (
     [*TRAIN, '--config.dataset.image_size=16'],
-    ['dataset.image_size=16', 'digits', 'have 8'],
+    ['dataset.image_size=16', 'digits', 'size 8'],
   ),
   'plan without config': (['--mode=plan', '--workdir={workdir}'], ['--mode=plan', '--config']),
   'plan of a bad config': (

@@ -145,7 +145,7 @@ def test_several_updates_in_one_program_are_those_one_by_one(lay_out):
 @pytest.mark.parametrize(('data', 'fsdp'), [(-1, 3), (3, 2), (8, 2), (-1, 0), (-1, 16), (0, 8)])
 def test_a_mesh_that_is_not_the_devices_is_refused(data, fsdp):
   with pytest.raises(
-    UserError, match=rf'mesh\.data={data} times mesh\.fsdp={fsdp} is not the 8 devices'
+    UserError, match=rf'mesh\.data={data} times mesh\.fsdp={fsdp} is not 8, the number of devices'
   ):
     sharding.laid_out(data, fsdp).__enter__()
 

@@ -35,7 +35,7 @@ def test_splits_without_two_whole_images_are_refused_before_anything_is_written(
   write(root, *(f'{split}/{k}.png' for split in ('train', 'test') for k in range(6)))
   write(root / role, *(f'{k}.png' for k in range(whole, 6)), side=5)
   key = 'dataset.split' if role == 'train' else 'dataset.eval_split'
-  message = rf'^{key}: of 6 images of \'images\' {whole} can be used, 2 are needed.*5x5, smaller than'
+  message = rf'^{key}: of 6 images of \'images\', only {whole} can be used; at least 2 are needed.*5x5, smaller than'
   with pytest.raises(UserError, match=message):
     plan_for(tmp_path / 'workdir', root)
   assert not (tmp_path / 'workdir').exists()
@@ -54,20 +54,20 @@ def test_a_set_is_given_up_after_many_broken_images_in_a_row(monkeypatch):
   monkeypatch.setattr(image_set, '_IN_A_ROW', 4)
   images = tiny_pictures.numbers(20, broken=range(10))
   assert images.batch(np.array([7]))['skipped'] == tuple((k, f'number {k} is odd') for k in range(7, 10))
-  with pytest.raises(UserError, match='none of 4 images in a row can be used, of 20'):
+  with pytest.raises(UserError, match='4 images in a row, of 20, cannot be used'):
     images.batch(np.array([6]))
 
 
 @pytest.mark.parametrize('name', ['digits', 'shapes'])
 def test_a_path_to_what_is_not_read_is_refused(name):
-  with pytest.raises(UserError, match=rf'dataset\.path=photos, but dataset\.name={name} reads nothing'):
+  with pytest.raises(UserError, match=rf'dataset\.path=photos, but dataset\.name={name} reads no files'):
     tiny_pictures.settings(name, path='photos')
 
 
 def test_a_split_to_train_on_alone_does_not_say_what_is_held_out(tmp_path):
   write(tmp_path, *(f'{k}.png' for k in range(6)))
   given = tiny_pictures.settings('folder', path=tmp_path, split='train')
-  with pytest.raises(UserError, match=r'dataset\.split=train is given: give dataset\.eval_split, too'):
+  with pytest.raises(UserError, match=r'dataset\.split=train is given without dataset\.eval_split'):
     datasets.open_split(given, 'eval')
   both = tiny_pictures.settings('folder', path=tmp_path, split='train[:4]', eval_split='train[4:]')
   assert [len(datasets.open_split(both, role)) for role in datasets.ROLES] == [4, 2]

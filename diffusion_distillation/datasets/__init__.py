@@ -1,4 +1,4 @@
-"""Sets of images by name: digits, drawn shapes, a folder or zip, all of tensorflow-datasets; or a copy of one."""
+"""Datasets of images by name: digits, drawn shapes, a folder or zip, tensorflow-datasets; or a prepared copy of one."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from diffusion_distillation.datasets import digits, folder, prepared, shapes, tf
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
 from diffusion_distillation.datasets.settings import NONE, ROLES, Settings
 
-# Any other name is a set of tensorflow-datasets.
+# Any other name is a dataset of tensorflow-datasets.
 SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
   'digits': digits.open_split,
   'shapes': shapes.open_split,
@@ -15,21 +15,21 @@ SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
 
 
 def open_original(settings: Settings, role: str) -> ImageSet:
-  """A split for 'train' or 'eval', from where it comes; see `open_split`."""
+  """Opens the split for 'train' or 'eval' from its original source, not from a prepared copy; see `open_split`."""
   return SOURCES.get(settings.name, tfds.open_split)(settings, role)
 
 
 def open_split(settings: Settings, role: str) -> ImageSet:
-  """A split for 'train' or 'eval': listed, not read. From the prepared copy if the config names one.
+  """Opens the split for 'train' or 'eval', without reading images; from the prepared copy if the config names one.
 
   Raises:
-    UserError: there is no such set or split, or it is not where it should be; the message says what to do.
+    UserError: the dataset or split does not exist or cannot be found; the message says what to do.
   """
   return (prepared.open_split if settings.prepared else open_original)(settings, role)
 
 
 def describe(settings: Settings) -> tuple[tuple[int, int, int], int]:
-  """Shape (H, W, C) of the images, and number of classes; of known sets without their being at hand.
+  """Returns the shape (H, W, C) of the images and the number of classes; known datasets need not be present.
 
   Raises:
     UserError: see `open_split`.

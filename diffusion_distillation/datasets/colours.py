@@ -9,7 +9,7 @@ from PIL import Image, ImageCms
 
 _log = logging.getLogger(__name__)
 
-_MODES = {'RGB': 'RGB', 'GRAY': 'L', 'CMYK': 'CMYK'}  # Pillow's, by the colour space of a profile
+_MODES = {'RGB': 'RGB', 'GRAY': 'L', 'CMYK': 'CMYK'}  # Pillow's mode for each colour space of a profile
 _LEVELS = np.linspace(0, 255, 9).round().astype(np.uint8)
 
 
@@ -20,10 +20,11 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-  """The mode of the pixels that a profile describes, and the transform of such to sRGB; None where nothing is to be done.
+  """Returns the mode of pixels with this profile and their transform to sRGB, or None if no conversion is needed.
 
-  Relative colorimetric with black point compensation: white stays white, black becomes black, colours outside sRGB go to
-  its edge. A profile that moves no colour by more than one level is sRGB, and such pictures stay as they are.
+  The transform is relative colorimetric with black point compensation: white stays white, black becomes black, and colours
+  outside sRGB are clipped to its gamut. A profile that changes no colour by more than one level counts as sRGB, and such
+  images are not converted.
   """
   try:
     read = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -46,7 +47,7 @@ def _warn() -> None:
 
 
 def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-  """Whether the transform moves no colour of a grid by more than one level."""
+  """Whether the transform changes no colour of a grid by more than one level."""
   if mode == 'CMYK':
     return False
   grid = np.stack(np.meshgrid(*[_LEVELS] * 3), -1) if mode == 'RGB' else np.arange(256, dtype=np.uint8)
@@ -56,17 +57,17 @@ def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-  """The colours that the profile says, in sRGB; transparency is kept.
+  """Converts an image from the colour space of its profile to sRGB, and keeps its transparency.
 
-  A grey picture may have a profile of grey or of RGB, others one of their own space only; as in browsers, a profile that does
-  not fit is left aside, and so is a damaged one.
+  Grey images may have a grey or an RGB profile, other images only a profile of their own colour space; as in browsers, other
+  profiles are ignored, and so are damaged ones.
 
   Args:
-    image: of any mode, 8 bits a channel.
-    profile: as it is embedded.
+    image: an image of any mode, with 8 bits per channel.
+    profile: the embedded profile.
 
   Returns:
-    An image in RGB or RGBA where it is changed; otherwise as it was.
+    The converted image in RGB or RGBA, or the original image if no conversion is needed.
   """
   found = _transform(profile)
   if found is None:

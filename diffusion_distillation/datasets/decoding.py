@@ -1,4 +1,4 @@
-"""From an image file's bytes to the pixels that a person is shown, cropped and resized."""
+"""Decodes image files to pixels as an image viewer shows them, and crops and resizes them."""
 
 import dataclasses
 import functools
@@ -11,26 +11,26 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from diffusion_distillation.datasets import colours
 from diffusion_distillation.datasets.image_set import BrokenImage
 
-_BLOCK = 2**20  # pixels that are in a wider type at a time
-# Of an image; larger ones are not used, since decoding them may take all memory.
+_BLOCK = 2**20  # pixels that are converted to a wider type at a time
+# Larger images are not used, because decoding them may take all memory.
 MOST_PIXELS = 100_000_000
 
-# About odd metadata, and about images that are merely large.
+# These warnings are about unusual metadata and about large images.
 warnings.filterwarnings('ignore', module=r'PIL\.')
 
-# What is read, whatever a file is called. (Pillow reads more; EPS, for one, by running a program.)
+# Formats that are read, regardless of file names. (Pillow supports more, but for example runs a program to read EPS.)
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'QOI')
-# Files with these are taken for images without a look at them; others are told by their first bytes.
+# Files with these suffixes are assumed to be images; other files are recognized by their first bytes.
 SUFFIXES = (
   *('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'),
   *('.ppm', '.pgm', '.pbm', '.pnm', '.avif', '.jfif', '.jpe', '.apng', '.jp2', '.j2k', '.qoi'),
 )
-HEAD = 256  # bytes by which a format is told
-_BY_HEADER = ('BMP', 'PPM')  # 'BM' and 'P1' begin texts, too
+HEAD = 256  # number of bytes by which a format is recognized
+_BY_HEADER = ('BMP', 'PPM')  # text files may begin with 'BM' or 'P1', too
 
 
 def is_image(head: bytes) -> bool:
-  """Whether a file whose first HEAD bytes are these is in one of FORMATS."""
+  """Whether a file that begins with these HEAD bytes has one of FORMATS."""
   Image.init()
   found = [f for f in FORMATS if f in Image.OPEN and (Image.OPEN[f][1] or bool)(head[:16]) is True]
   if not set(found) <= set(_BY_HEADER):
@@ -38,13 +38,13 @@ def is_image(head: bytes) -> bool:
   try:
     with Image.open(io.BytesIO(head), formats=found):
       return bool(found)
-  except Exception:  # Pillow raises whatever the bytes made it raise
+  except Exception:  # with unknown bytes, Pillow may raise anything
     return False
 
 
 @functools.lru_cache(maxsize=256)
 def _overlap(length: int, size: int) -> np.ndarray:
-  """(size, length): the share of new pixel j that old pixel i covers, of `length` old ones in a row."""
+  """Returns (size, length): the fraction of new pixel j that old pixel i covers, in a row of `length` old pixels."""
   edges, old = np.linspace(0.0, length, size + 1), np.arange(length)
   upper = np.minimum(old[None, :] + 1, edges[1:, None])
   lower = np.maximum(old[None, :], edges[:-1, None])
@@ -52,9 +52,9 @@ def _overlap(length: int, size: int) -> np.ndarray:
 
 
 def area(image: np.ndarray, size: int) -> np.ndarray:
-  """(H, W, C) to (size, size, C): the mean of the image over each new pixel's rectangle, in float64.
+  """Resizes (H, W, C) to (size, size, C): the float64 mean of the image over each new pixel's rectangle.
 
-  A few rows at a time, since a photo in float64 takes eight times its memory.
+  Works on a few rows at a time, because a photo in float64 takes eight times its memory.
   """
   height, width, channels = image.shape
   across, resized = _overlap(width, size), np.empty((size, size, channels))
@@ -68,7 +68,7 @@ def area(image: np.ndarray, size: int) -> np.ndarray:
   return resized
 
 
-# Pillow's filters are scaled to the new pixel, hence antialiased.
+# Pillow scales its filters to the size of the new pixels, so they are antialiased.
 FILTERS = {
   'bilinear': Image.Resampling.BILINEAR,
   'bicubic': Image.Resampling.BICUBIC,
@@ -79,10 +79,10 @@ RESIZE = ('area', *FILTERS)
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-  """Bytes of a file to (size, size, channels) uint8: its central square, resized.
+  """Decodes the bytes of a file to (size, size, channels) uint8: its central square, resized.
 
   Attributes:
-    size: pixels a side.
+    size: height and width in pixels.
     channels: 1 (grey) or 3.
     resize: one of RESIZE.
   """
@@ -92,12 +92,12 @@ class Decoder:
   resize: str
 
   def __call__(self, data: bytes) -> np.ndarray:
-    """Raises BrokenImage: this is no image, or not a whole one, its short side is below `size`, or it is too large."""
+    """Decodes an image; raises BrokenImage if it is not a complete image, or too large, or its short side is below `size`."""
     if not data:
       raise BrokenImage('is empty')
     try:
       with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        # Before they are decoded: a small file may have very many.
+        # Checked before decoding, because a small file may have very many pixels.
         if image.width * image.height > MOST_PIXELS:
           raise BrokenImage(
             f'is {image.width}x{image.height}, larger than {MOST_PIXELS // 10**6} megapixels'
@@ -111,11 +111,11 @@ class Decoder:
       raise
     except UnidentifiedImageError as error:
       raise BrokenImage(f'is none of {", ".join(FORMATS)}') from error
-    except Exception as error:  # Pillow raises whatever the damaged file made it raise
+    except Exception as error:  # with a damaged file, Pillow may raise anything
       raise BrokenImage(f'cannot be decoded: {error}') from error
 
   def fit(self, image: Image.Image) -> np.ndarray:
-    """Crops to the central square along the long edge, and resizes."""
+    """Crops an image to its central square, and resizes it."""
     width, height = image.size
     side = min(width, height)
     left, top = width // 2 - side // 2, height // 2 - side // 2
@@ -124,16 +124,18 @@ class Decoder:
       image = image.resize((self.size, self.size), FILTERS[self.resize])
     pixels = np.asarray(image).reshape(*image.size[::-1], self.channels)
     if side != self.size and self.resize == 'area':
-      halves_up = 0.5 + 1e-6  # on any machine, whatever the last bit
+      halves_up = 0.5 + 1e-6  # rounds the same on all machines, regardless of the last bit
       pixels = np.floor(area(pixels, self.size) + halves_up).astype(np.uint8)
     return pixels
 
 
 def as_seen(image: Image.Image, channels: int) -> Image.Image:
-  """Mode L (1 channel) or RGB (3): upright, the first frame, in sRGB, transparency over white, 16 bits scaled to 8.
+  """Converts an image to mode L (1 channel) or RGB (3) as a viewer shows it.
+
+  This is the first frame, upright, in sRGB, with transparency over white and 16 bits scaled to 8.
 
   Raises:
-    ValueError: its pixels have no known range.
+    ValueError: the range of its pixels is unknown.
   """
   profile = image.info.get('icc_profile')
   image.load()

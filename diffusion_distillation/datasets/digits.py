@@ -1,4 +1,4 @@
-"""scikit-learn's 1797 handwritten digits (8x8 grey, 17 levels), 360 of them held out as 'test'."""
+"""scikit-learn's 1797 handwritten digits (8x8 grey, 17 levels), of which 360 are held out as 'test'."""
 
 import hashlib
 
@@ -17,7 +17,7 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   if settings.image_size != 8 or settings.channels not in (None, 1):
     raise UserError(
       f'dataset.image_size={settings.image_size}, dataset.channels={settings.channels}: '
-      "the images of 'digits' have 8 and 1"
+      "'digits' only has images of size 8 with 1 channel"
     )
   bunch = load_digits()
   order = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(bunch.images))

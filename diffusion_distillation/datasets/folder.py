@@ -1,4 +1,4 @@
-"""A folder of images, flat or one folder a class, or a zip of such; on disk or wherever fsspec reaches."""
+"""A folder or zip of images, flat or with one folder per class, on disk or at any URL that fsspec supports."""
 
 import dataclasses
 import functools
@@ -20,22 +20,20 @@ from diffusion_distillation.errors import UserError
 
 SPLIT_FOLDERS = ('train', 'test', 'val', 'valid', 'validation')
 _LIKE_SPLITS = {'training', 'testing', 'eval', 'evaluation', *SPLIT_FOLDERS[1:]}
-_WAITS = (0.1, 1.0, 5.0)  # seconds, before a read is tried again
-MAX_BYTES = 2**29  # of one file; larger ones are not images, or not for this
-SMALL = (
-  1000  # images of a set; the held-out ones of a larger one are not looked at before they are chosen
-)
+_WAITS = (0.1, 1.0, 5.0)  # seconds to wait before reading is tried again
+MAX_BYTES = 2**29  # maximum size of a file; larger files are ignored
+SMALL = 1000  # maximum number of images for which held-out images are decoded before they are chosen
 
-Parts = dict[str, tuple[str, ...]]  # of the path of each image, by its name
+Parts = dict[str, tuple[str, ...]]  # parts of the path of each image, by its name
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-  """What was found.
+  """The splits and classes of a folder.
 
   Attributes:
     files: (name, label) of each split's images.
-    classes: names by label; empty if the images are not in folders by class.
+    classes: class names by label; empty if the images are not in folders by class.
   """
 
   files: dict[str, list[tuple[str, int]]]
@@ -43,14 +41,15 @@ class Tree:
 
 
 def arrange(names: Iterable[str]) -> Tree:
-  """Reads splits and classes off the names of image files ('train/cat/1.png').
+  """Infers splits and classes from the names of image files ('train/cat/1.png').
 
-  Folders that hold everything are passed over. Folders called train, test, validation and so on, and nothing beside
-  them, are splits; without them all is 'train'. Below, images lie flat, or in one folder a class (and in whatever
-  folders below that). Within a split they are ordered by a hash of their names, so that any slice is a fair sample.
+  Outer folders that contain everything are ignored. If all top folders are called train, test, validation and so on, they
+  are splits; otherwise all images are in 'train'. Within a split, images are either not in folders, or in one folder per
+  class (with any folders below). The images of a split are ordered by a hash of their names, so that any slice is a random
+  sample.
 
   Raises:
-    ValueError: some images are in folders, and some beside these, or folders are called almost like splits.
+    ValueError: only some images are in folders, or some folders have names similar to those of splits.
   """
   inside = passed_over({name: tuple(name.split('/')) for name in names})
   split_of = dict.fromkeys(inside, 'train')
@@ -60,13 +59,13 @@ def arrange(names: Iterable[str]) -> Tree:
     inside = passed_over({name: parts[1:] for name, parts in inside.items()})
   elif alike := sorted(top for top in tops if top.lower() in _LIKE_SPLITS):
     raise ValueError(
-      f'has a folder {alike[0]!r}, but splits are folders {", ".join(SPLIT_FOLDERS)}, train among them, and '
-      'nothing beside'
+      f'has a folder {alike[0]!r}; folders of splits must be called {", ".join(SPLIT_FOLDERS)}, must include train, '
+      'and must contain all images'
     )
   flat = [name for name, parts in inside.items() if len(parts) == 1]
   deep = [name for name, parts in inside.items() if len(parts) > 1]
   if flat and deep:
-    raise ValueError(f'has images in folders ({min(deep)}) and beside them ({min(flat)})')
+    raise ValueError(f'has images in folders ({min(deep)}) and next to them ({min(flat)})')
   classes = tuple(sorted({inside[name][0] for name in deep}))
   label = {name: k for k, name in enumerate(classes)}
   files: dict[str, list[tuple[str, int]]] = {}
@@ -76,7 +75,7 @@ def arrange(names: Iterable[str]) -> Tree:
 
 
 def passed_over(parts: Parts) -> Parts:
-  """The same without the folders that hold all of them."""
+  """Removes the outer folders that contain all images."""
   while parts and all(len(p) > 1 for p in parts.values()) and len({p[0] for p in parts.values()}) == 1:
     parts = {name: p[1:] for name, p in parts.items()}
   return parts
@@ -88,13 +87,13 @@ def _hash(parts: tuple[str, ...]) -> bytes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folder(ImageSet):
-  """Files of a file system.
+  """The image files of a split.
 
   Attributes:
-    files: (path, label).
-    system: that reads them.
-    decoder: of their bytes.
-    left_out: files beside them that are not images.
+    files: (path, label) of each image.
+    system: the file system that reads the files.
+    decoder: decodes the bytes of a file.
+    left_out: other files of the folder that are not used.
   """
 
   files: list[tuple[str, int]]
@@ -122,19 +121,19 @@ class Folder(ImageSet):
     return self.files[k][1]
 
   def _bytes(self, path: str) -> bytes:
-    """Of a file; tries again before it gives up, since what is skipped must not depend on a network's mood."""
+    """Reads a file; retries after errors, so that temporary network failures do not change which images are skipped."""
     attempt = 0
     while True:
       try:
         data: bytes = self.system.cat_file(path)
         return data
-      except Exception as error:  # whatever a file system raises for one file
+      except Exception as error:  # file systems may raise anything
         if listing.is_damage(error):
           raise BrokenImage(f'cannot be unpacked: {error}') from error
         lasting = isinstance(error, FileNotFoundError | PermissionError | RuntimeError)
         if lasting or attempt == len(_WAITS):
           raise UserError(
-            f'{path} cannot be read: {error}; mend it, or remove it from the set'
+            f'{path} cannot be read: {error}; repair it, or remove it from the dataset'
           ) from error
       time.sleep(_WAITS[attempt])
       attempt += 1
@@ -142,16 +141,16 @@ class Folder(ImageSet):
 
 @functools.lru_cache(maxsize=2)
 def _listing(path: str) -> listing.Listing:
-  """What is at an absolute path or URL; kept, since both splits of a run ask for it."""
+  """Lists the images at an absolute path or URL; cached, because both splits of a run need it."""
   return listing.list_images(path, MAX_BYTES)
 
 
 @functools.lru_cache(maxsize=4)
 def _held_out(there: listing.Listing, decoder: decoding.Decoder) -> frozenset[str]:
-  """Names of those images of a small set without splits that are held out: the last ones that can be read.
+  """Returns the names of the held-out images of a small dataset without splits: its last readable images.
 
-  Otherwise broken files might be all that is held out. None where `splits.held_out` is to choose without a look: of large
-  sets, whose held-out images are many, and where there are not enough that can be read.
+  Without this check, all held-out images might be broken. Returns an empty set if `splits.held_out` shall choose without
+  decoding: for large datasets, which have many held-out images, or if too few images are readable.
   """
   names = [name for name, _ in arrange(there.found).files['train']]
   size = splits.held_out_size(len(names))
@@ -165,7 +164,7 @@ def _held_out(there: listing.Listing, decoder: decoding.Decoder) -> frozenset[st
 
 
 def _there(settings: Settings) -> listing.Listing:
-  """What is at the path of the config; raises UserError unless there are images."""
+  """Lists the images at the path in the config; raises UserError if there are none."""
   if not settings.path:
     raise UserError('dataset.name=folder needs dataset.path, a directory or a .zip of images')
   path = settings.path
@@ -184,10 +183,10 @@ def _there(settings: Settings) -> listing.Listing:
 
 
 def open_split(settings: Settings, role: str) -> ImageSet:
-  """See `datasets.open_split`. Only lists; each file is opened when its image is asked for.
+  """See `datasets.open_split`. Only lists the files; each file is opened when its image is read.
 
   Raises:
-    UserError: there is nothing at the path, or no image, or no way to tell the classes.
+    UserError: the path does not exist or has no images, or the classes cannot be inferred.
   """
   there = _there(settings)
   found = there.found
@@ -198,10 +197,10 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   others = [name for name in SPLIT_FOLDERS[1:] if name in tree.files]
   ours = not others and not settings.spec(role, ('', ''))
   if len(found) < 4 and ours:
-    raise UserError(f'dataset.path={settings.path} holds {len(found)} images; 4 are needed at least')
+    raise UserError(f'dataset.path={settings.path} holds {len(found)} images; at least 4 are needed')
   if role == 'eval' and settings.split and not settings.eval_split and not others:
     raise UserError(
-      f'dataset.split={settings.split} is given: give dataset.eval_split, too, what is held out'
+      f'dataset.split={settings.split} is given without dataset.eval_split; set it to the held-out split'
     )
   size, channels = settings.image_size, settings.channels or 3
   decoder = settings.decoder(channels)

@@ -1,4 +1,4 @@
-"""What a set of images is: a length, and image k. No jax here: worker processes import this."""
+"""The interface of a dataset: a length, and image k. Must not import jax, because worker processes import this module."""
 
 import abc
 import dataclasses
@@ -12,22 +12,22 @@ from diffusion_distillation.errors import DamagedError, UserError
 Example = tuple[np.ndarray, int]
 Batch = dict[str, Any]
 
-_IN_A_ROW = 1000  # broken images after which a set is given up
+_IN_A_ROW = 1000  # maximum number of broken images in a row
 
 
 class BrokenImage(Exception):
-  """An image that cannot be used; the message says which and why."""
+  """An image cannot be used; the message says which and why."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet(abc.ABC):
-  """Images of one shape, by index. Picklable, so that worker processes can read from it.
+  """Images of one shape, by index. An image set must be picklable, so that worker processes can read from it.
 
   Attributes:
-    name: for reports.
+    name: name of the dataset for reports.
     image_shape: (H, W, C).
     classes: names of the classes, by label; empty without labels.
-    identity: sha256 of what it is made of (of files: names and sizes); equal for equal images in equal order.
+    identity: sha256 of the contents (for files, of names and sizes); equal for equal images in equal order.
   """
 
   name: str
@@ -40,18 +40,18 @@ class ImageSet(abc.ABC):
 
   @abc.abstractmethod
   def read(self, k: int) -> Example:
-    """Image k, (H, W, C) uint8, and its label, 0 without labels; raises BrokenImage."""
+    """Reads image k, (H, W, C) uint8, and its label, 0 without labels; raises BrokenImage."""
 
   def known_labels(self) -> np.ndarray | None:
-    """(N,) int: the label of each image, where that is known without reading them; else None."""
+    """Returns the label of each image, (N,) int, if it is known without reading the images; else None."""
     return None
 
   def beside(self) -> LeftOut:
-    """Files where the images are that are not images."""
+    """Returns the other files that are stored with the images and not used."""
     return LeftOut()
 
   def is_whole(self, k: int) -> bool:
-    """Whether image k can be used; reads it."""
+    """Whether image k can be used; reads the image."""
     try:
       self.read(k)
     except BrokenImage:
@@ -59,18 +59,18 @@ class ImageSet(abc.ABC):
     return True
 
   def label(self, k: int) -> int:
-    """The label of image k, 0 without labels, decoded or not; raises BrokenImage where only a whole image has one."""
+    """Returns the label of image k, 0 without labels; raises BrokenImage if the label cannot be known without the image."""
     return self.read(k)[1]
 
   def batch(self, indices: np.ndarray) -> Batch:
-    """The images at `indices` (B,); for a broken one stands the next that is whole.
+    """Reads the images at `indices` (B,); each broken image is replaced by the next intact one.
 
     Returns:
-      `image` (B, H, W, C) uint8; `cond`, arrays by key such as `label` (B,) int32, or None; `whole` (B,) bool, False where another image
-      stands in; `skipped`: (index, reason) of the broken ones that were met.
+      `image` (B, H, W, C) uint8; `cond`, arrays by key such as `label` (B,) int32, or None; `whole` (B,) bool, False for
+      replaced images; `skipped`: (index, reason) of the broken images.
 
     Raises:
-      UserError: no image of the set is whole.
+      UserError: too many images in a row are broken.
     """
     image = np.empty((len(indices), *self.image_shape), np.uint8)
     label = np.empty(len(indices), np.int32)
@@ -88,7 +88,7 @@ class ImageSet(abc.ABC):
     }
 
   def _next_whole(self, k: int) -> tuple[Example, dict[int, str]]:
-    """The first example from k on (around the end) that is whole, and what was skipped on the way."""
+    """Returns the first intact example from k on, wrapping around at the end, and the examples skipped before it."""
     skipped: dict[int, str] = {}
     for j in range(k, k + min(len(self), _IN_A_ROW)):
       try:
@@ -96,12 +96,12 @@ class ImageSet(abc.ABC):
       except BrokenImage as error:
         skipped[j % len(self)] = str(error)
     raise UserError(
-      f'dataset {self.name!r}: none of {len(skipped)} images in a row can be used, of {len(self)}; the first: '
+      f'dataset {self.name!r}: {len(skipped)} images in a row, of {len(self)}, cannot be used; the first: '
       f'{next(iter(skipped.values()))}'
     )
 
   def check(self, key: str) -> None:
-    """Raises UserError, naming the config's key, unless two images are whole among the first ones."""
+    """Raises UserError, naming the config's key, unless at least two of the first images are intact."""
     broken, whole = [], 0
     for k in range(min(len(self), _IN_A_ROW)):
       try:
@@ -111,9 +111,9 @@ class ImageSet(abc.ABC):
         broken.append(str(error))
       if whole == 2:
         return
-    first = f'; the first that cannot: {broken[0]}' if broken else ''
+    first = f'; the first broken image: {broken[0]}' if broken else ''
     raise UserError(
-      f'{key}: of {whole + len(broken)} images of {self.name!r} {whole} can be used, 2 are needed at least{first}'
+      f'{key}: of {whole + len(broken)} images of {self.name!r}, only {whole} can be used; at least 2 are needed{first}'
     )
 
 
@@ -124,7 +124,7 @@ class InMemory(ImageSet):
   Attributes:
     images: (N, H, W, C) uint8.
     labels: (N,) int32; zeros without labels.
-    broken: reasons, by index, of those that could not be decoded.
+    broken: by index, the reason why an image could not be decoded.
   """
 
   images: np.ndarray
@@ -154,8 +154,8 @@ class InMemory(ImageSet):
 
 
 def reading_error(what: str, error: RuntimeError, again: str) -> UserError:
-  """What ArrayRecord's error means: a damaged file, to be made `again`, or one that cannot be read now."""
+  """Translates an error of ArrayRecord: the file is damaged, with the advice `again`, or it cannot be read now."""
   text = str(error).splitlines()[0]
-  if ' failed: ' in text and 'No such file' not in text:  # a system call's
+  if ' failed: ' in text and 'No such file' not in text:  # from a system call
     return UserError(f'{what} cannot be read: {text}')
   return DamagedError(f'{what} is damaged ({text}); {again}')

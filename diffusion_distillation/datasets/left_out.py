@@ -8,8 +8,8 @@ class LeftOut:
   """Counts unused files by the reason why they are not used.
 
   Attributes:
-    counts: how many.
-    examples: the first of them in the alphabet, whatever order they were found in.
+    counts: number of files by reason.
+    examples: the alphabetically first file by reason, regardless of the order in which they were found.
   """
 
   counts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -21,7 +21,7 @@ class LeftOut:
     self.examples[reason] = min(example, self.examples.get(reason, example))
 
   def lines(self) -> list[str]:
-    """One a reason, the most frequent first: '12 hidden, such as a/.b.png'."""
+    """Returns one line per reason, the most frequent first: '12 hidden, such as a/.b.png'."""
     most = sorted(self.counts, key=lambda reason: (-self.counts[reason], reason))
     return [
       f'{self.counts[reason]:,} {reason}, such as {shown(self.examples[reason])}' for reason in most
@@ -29,6 +29,6 @@ class LeftOut:
 
 
 def shown(name: str) -> str:
-  """A name or message on one line, in characters that can be printed."""
+  """Escapes characters of a name or message that are not printable, including line breaks."""
   text = name.encode(errors='backslashreplace').decode()
   return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)

@@ -54,21 +54,21 @@ _ARCHIVES = (
   '.rar',
   '.gz',
 )
-_UNPACKED = (0, 8, 12, 14, getattr(zipfile, 'ZIP_ZSTANDARD', 0))  # compressions of a zip's members
+_UNPACKED = (0, 8, 12, 14, getattr(zipfile, 'ZIP_ZSTANDARD', 0))  # supported compressions of zip members
 _UNPACKING = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError)
-_AT_ONCE = 1000  # files whose first bytes are asked for together
+_AT_ONCE = 1000  # number of files whose first bytes are read in one request
 
 Entry = tuple[str, str, int]  # name below the root with slashes, path in the file system, size in bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Listing:
-  """What is at a path.
+  """The files at a path.
 
   Attributes:
-    system: that reads the files.
+    system: the file system that reads the files.
     found: path and size of each image, by its name below the root.
-    left_out: the other files.
+    left_out: all other files.
   """
 
   system: fsspec.AbstractFileSystem
@@ -77,16 +77,17 @@ class Listing:
 
 
 def list_images(path: str, max_bytes: int) -> Listing:
-  """The images at an absolute path or URL.
+  """Lists the images at an absolute path or URL.
 
-  An image is a file with one of `decoding.SUFFIXES`, in any case, or one whose first bytes are those of an image.
+  An image is a file with one of `decoding.SUFFIXES`, in upper or lower case, or a file whose first bytes are those of an
+  image.
 
   Args:
     path: a directory, a zip, or a URL of either.
-    max_bytes: of a file; larger ones are left out.
+    max_bytes: maximum size of a file; larger files are left out.
 
   Raises:
-    UserError: it cannot be listed, is an archive of another kind, or a zip that would reach beyond itself.
+    UserError: the path cannot be listed, or is an unsupported archive, or a zip with paths outside of it.
   """
   left_out = LeftOut()
   try:
@@ -101,13 +102,15 @@ def list_images(path: str, max_bytes: int) -> Listing:
     found = _sort(system, entries, left_out, max_bytes)
   except UserError:
     raise
-  except Exception as error:  # of any file system: no such bucket, not a zip, not allowed, not installed
+  except (
+    Exception
+  ) as error:  # from any file system: no such bucket, not a zip, not allowed, not installed
     raise UserError(f'dataset.path={path} cannot be listed: {error}') from error
   return Listing(system, found, left_out)
 
 
 def is_zip(path: str) -> bool:
-  """Whether a path is to be read as a zip: by its suffix, or by what is in it."""
+  """Whether a path is read as a zip, judged by its suffix or its contents."""
   return path.lower().endswith('.zip') or (os.path.isfile(path) and zipfile.is_zipfile(path))
 
 
@@ -132,11 +135,11 @@ def check_kind(path: str) -> None:
 
 
 def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
-  """Files below a local directory; follows links, each directory once. Hidden directories count as one file each."""
+  """Yields the files below a local directory; follows links, but each directory once. A hidden directory counts as one file."""
   seen: set[str] = set()
 
   def refuse(error: OSError) -> None:
-    raise error  # a class that is missing would show nowhere
+    raise error  # otherwise a class could be missing without notice
 
   for directory, below, files in os.walk(root, followlinks=True, onerror=refuse):
     below.sort()
@@ -144,7 +147,7 @@ def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
     inside = '' if inside == '.' else f'{inside}/'
     real = os.path.realpath(directory)
     if real in seen:
-      left_out.add('linked directories that are listed already', inside)
+      left_out.add('linked directories that are already listed', inside)
       below.clear()
       continue
     seen.add(real)
@@ -162,7 +165,7 @@ def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
 
 
 def _size(path: str) -> tuple[int, str]:
-  """The size of a regular file; for anything else 0 and the reason why it is not used."""
+  """Returns the size of a regular file, or 0 and the reason why a file is not used."""
   try:
     found = os.stat(path)
   except FileNotFoundError:
@@ -178,7 +181,7 @@ def _remote(system: fsspec.AbstractFileSystem, root: str) -> Iterator[Entry]:
 
 
 def _members(path: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -> Iterator[Entry]:
-  """Files of a zip, by normalized names; raises UserError where one is not safe to read, or cannot be read at all."""
+  """Yields the files of a zip, with normalized names; raises UserError if a file is unsafe to read or not readable."""
   seen: dict[str, str] = {}
   for info in infos:
     if info.is_dir() or info.filename.endswith('\\'):
@@ -202,7 +205,7 @@ def _members(path: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -> 
 
 
 def _normalized(name: str) -> str | None:
-  """A name in an archive with slashes, and without '.' and '..'; None if it is absolute or leads out of the archive."""
+  """Normalizes a name in an archive: with slashes, without '.' and '..'; returns None if it is outside the archive."""
   name = name.replace('\\', '/')
   if name.startswith('/') or re.match('[A-Za-z]:/', name):
     return None
@@ -220,7 +223,7 @@ def _normalized(name: str) -> str | None:
 def _sort(
   system: fsspec.AbstractFileSystem, entries: Iterable[Entry], left_out: LeftOut, max_bytes: int
 ) -> dict[str, tuple[str, int]]:
-  """The images among the entries; counts the others."""
+  """Returns the images among the entries, and counts all other files."""
   found, unknown = {}, []
   for name, path, size in entries:
     reason = _clutter(name)
@@ -248,7 +251,7 @@ def _sort(
 
 
 def _clutter(name: str) -> str:
-  """Why a file is left out by its name alone; '' if it is not."""
+  """Returns the reason why a file is left out because of its name, or ''."""
   parts = name.lower().split('/')
   if any(part in _CLUTTER or part.startswith('._') or part == '.ds_store' for part in parts):
     return 'of the operating system'
@@ -263,7 +266,7 @@ def _other(name: str) -> str:
 def _heads(
   system: fsspec.AbstractFileSystem, entries: list[Entry]
 ) -> Iterator[tuple[Entry, bytes | Exception]]:
-  """The first bytes of each file, or the error that opening it raised; read in one request where the file system allows."""
+  """Yields the first bytes of each file, or the error when it was opened; uses one request if the file system allows it."""
   paths = [path for _, path, _ in entries]
   ends = [min(size, decoding.HEAD) for _, _, size in entries]
   heads = system.cat_ranges(paths, [0] * len(paths), ends, on_error='return')

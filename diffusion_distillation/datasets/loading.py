@@ -1,4 +1,4 @@
-"""Batches of an image set, read in parallel, ahead of their use; each process of several reads its part of each."""
+"""Loads batches of an image set in parallel and ahead of time; each process of a run reads its own part of a batch."""
 
 import collections
 import concurrent.futures
@@ -22,18 +22,18 @@ from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
 
-_NAMED = 20  # broken images that are named, each once; further ones are only counted
-_CHUNK = 256  # images a batch where a whole set is decoded into memory
+_NAMED = 20  # maximum number of broken images that are reported one by one
+_CHUNK = 256  # batch size when a whole dataset is decoded into memory
 
 
 class Loader:
-  """Reads batches of a set, and remembers which images it had to skip.
+  """Reads batches of a dataset, and records which images it had to skip.
 
   Args:
-    images: the set.
-    in_memory_gb: a set that takes no more is decoded at its first use, and kept.
-    workers: processes that read, each whole batches; 0 for threads of this one. Of no use to a set in memory.
-    part: (this process, of how many): every batch is cut into as many equal parts.
+    images: the dataset.
+    in_memory_gb: maximum size in gigabytes of a dataset that is decoded at its first use and kept in memory.
+    workers: number of processes, each of which reads whole batches; 0 for threads. Not used for a dataset in memory.
+    part: (index of this process, number of processes): every batch is split into as many equal parts.
   """
 
   def __init__(
@@ -53,11 +53,11 @@ class Loader:
     return len(self.images)
 
   def shuffled(self, seed: int, batch_size: int, start: int, stop: int) -> Generator[Batch]:
-    """Batches `start` to `stop` of the endless stream; see `Shuffled` and `stream`."""
+    """Yields batches `start` to `stop` of the endless stream; see `Shuffled` and `stream`."""
     return self.stream(Shuffled(len(self), seed, batch_size), range(start, stop))
 
   def unparted(self) -> 'Loader':
-    """The same images, of which this process reads all: for work that each process does by itself."""
+    """Returns a loader that reads whole batches in this process, for work that every process does by itself."""
     self._hold()
     loader = copy.copy(self)
     loader.part, loader._executor = (0, 1), None
@@ -66,19 +66,19 @@ class Loader:
   def in_order(
     self, batch_size: int, indices: Sequence[int] | np.ndarray | None = None
   ) -> Generator[Batch]:
-    """All images, or those at `indices`, none left out and none twice where `mask` holds; see `stream`."""
+    """Yields all images, or those at `indices`; where `mask` is True, each intact image appears exactly once; see `stream`."""
     order = InOrder(range(len(self)) if indices is None else indices, batch_size)
     return self.stream(order, range(len(order)))
 
   def stream(self, order: Order, steps: range) -> Generator[Batch]:
-    """This process's part of batches, read ahead while the last one is in use.
+    """Yields this process's part of each batch, read ahead of time.
 
     Yields:
-      `image` (b, H, W, C) uint8; `cond`, arrays by key such as `label` (b,) int32, or None; `mask` (b,) bool: False where another image
-      stands in for a broken one, and where there is none, but zeros, for want of more.
+      `image` (b, H, W, C) uint8; `cond`, arrays by key such as `label` (b,) int32, or None; `mask` (b,) bool: False for an
+      image that replaces a broken one, and for zeros that pad the last batch.
 
     Raises:
-      UserError: the batches do not divide by the number of processes, or no image is whole, or a worker died.
+      UserError: batches are not divisible by the number of processes, or too many images are broken, or a worker died.
     """
     self._hold()
     return self._stream(order, steps)
@@ -101,7 +101,7 @@ class Loader:
         indices, counted = order(i)
         size, rest = divmod(len(indices), count)
         if rest:
-          raise UserError(f'batches of {len(indices)} images do not divide by {count} processes')
+          raise UserError(f'batches of {len(indices)} images are not divisible by {count} processes')
         mine = slice(index * size, (index + 1) * size)
         future = executor.submit(read, indices[mine][counted[mine]])
         waiting.append((future, counted[mine]))
@@ -111,7 +111,7 @@ class Loader:
         yield take()
     except concurrent.futures.BrokenExecutor as error:
       raise UserError(
-        f'a process that reads {self.images.name} ended: {error}; it may have run out of memory: set '
+        f'a process that reads {self.images.name} ended: {error}; it may have run out of memory; set '
         f'dataset.workers below {self._workers}'
       ) from error
     finally:
@@ -123,7 +123,7 @@ class Loader:
     return isinstance(self.images, InMemory)
 
   def _start(self) -> tuple[concurrent.futures.Executor, int]:
-    """Threads or processes, kept from stream to stream, and their number."""
+    """Returns the pool of threads or processes, which all streams share, and its size."""
     allow_files()
     in_processes = self._workers > 0 and not self._in_memory
     parallel = self._workers if in_processes else 1 if self._in_memory else _cores()
@@ -134,7 +134,7 @@ class Loader:
     return self._executor, parallel
 
   def _hold(self) -> None:
-    """Decodes the set into memory, if it fits there and is not there yet."""
+    """Decodes the dataset into memory, if it fits and has not been decoded yet."""
     images = self.images
     if self._in_memory or not self._fits:
       return
@@ -155,7 +155,7 @@ class Loader:
     )
 
   def close(self) -> None:
-    """Ends its threads or processes; a later stream starts new ones."""
+    """Stops the threads or processes; a later stream starts new ones."""
     if self._executor is not None:
       self._executor.shutdown(cancel_futures=True)
       self._executor = None
@@ -168,13 +168,13 @@ class Loader:
         if len(self.skipped) <= _NAMED:
           _log.warning('skipped an image of %s: %s', self.images.name, reason)
         if len(self.skipped) == _NAMED:
-          _log.warning('further images of %s that are skipped are only counted', self.images.name)
+          _log.warning('further skipped images of %s are only counted', self.images.name)
 
 
 def count_labels(images: ImageSet) -> list[int]:
-  """How many images each class has, those without a known label left out.
+  """Counts the images of each class, without those whose label is unknown.
 
-  No image is decoded whose label is known without that.
+  Images are only decoded if their label is not known otherwise.
   """
   counts = [0] * len(images.classes)
   with Progress(f'labels of {images.name}', len(images)) as progress:
@@ -187,7 +187,7 @@ def count_labels(images: ImageSet) -> list[int]:
 
 
 def _spread(values: Any, counted: np.ndarray) -> Any:
-  """Lays the values (n, ...), arrays or dicts of such, out where `counted` (b,) holds; zeros elsewhere."""
+  """Places values (n, ...), an array or a dict of arrays, where `counted` (b,) is True, and zeros elsewhere."""
   if isinstance(values, dict):
     return {key: _spread(value, counted) for key, value in values.items()}
   if values is None or len(values) == len(counted):

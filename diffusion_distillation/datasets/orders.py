@@ -1,4 +1,4 @@
-"""Which images make batch i: a function of (seed, i) alone, so that there is nothing to save but i."""
+"""The order of images: which images are in batch i is a function of (seed, i), so only i has to be saved."""
 
 import dataclasses
 import functools
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class Order(Protocol):
-  """Which images make batch i."""
+  """Chooses the images of batch i."""
 
   def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (B,), and (B,) bool: False for what only fills the batch up."""
+    """Returns indices (B,), and (B,) bool: False for padding."""
     ...
 
 
@@ -23,12 +23,12 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
-  """An endless stream of shuffled epochs: each visits every example once.
+  """An endless stream of shuffled epochs; each epoch visits every example once.
 
   Attributes:
-    size: of the set.
-    seed: of the order.
-    batch_size: the stream itself does not depend on it.
+    size: number of images.
+    seed: seed of the order.
+    batch_size: images per batch; the order of the stream does not depend on it.
   """
 
   size: int
@@ -47,7 +47,7 @@ class Shuffled:
 
 @dataclasses.dataclass(frozen=True)
 class InOrder:
-  """Given images one after the other; the last batch is filled up with nothing."""
+  """The given images in order; the last batch is padded."""
 
   indices: Sequence[int] | np.ndarray
   batch_size: int

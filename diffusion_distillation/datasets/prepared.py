@@ -1,11 +1,11 @@
-"""A decoded, resized copy of a set as ArrayRecord, as `preparing.py` writes it; read by index.
+"""Reads a decoded, resized copy of a dataset in ArrayRecord format, which `preparing.py` writes.
 
 A record is the label, four bytes, little-endian, and the pixels, H * W * C bytes; or BROKEN and the reason in UTF-8.
-ArrayRecord keeps a hash of each record, and refuses one that has changed.
+ArrayRecord stores a hash of each record, and detects records that have changed.
 
-    info.json                              what the images are, how many, and the size of each file
-    train-00000-of-00078.array_record ...  those to train on
-    eval-00000-of-00001.array_record ...   those held out
+    info.json                              description and number of the images, and the size of each file
+    train-00000-of-00078.array_record ...  training images
+    eval-00000-of-00001.array_record ...   held-out images
 """
 
 import dataclasses
@@ -26,33 +26,33 @@ from diffusion_distillation.system.files import read_json
 
 BROKEN = -(2**31)
 INFO = 'info.json'
-FORMAT = 1  # of the records
-COLOURS = 2  # of what is decoded from files: 2 is sRGB; 1, of before, took no notice of colour profiles
+FORMAT = 1  # version of the records
+COLOURS = 2  # version of the colours of decoded files: 2 is sRGB; 1 ignored colour profiles
 AGAIN = 'remove it and run --mode=prepare again'
 
 
 def shard_count(split: dict[str, Any]) -> int:
-  """Of how many files a split consists."""
+  """Returns the number of files of a split."""
   return math.ceil(split['num_images'] / split['images_per_file'])
 
 
 def is_whole(path: pathlib.Path, split: dict[str, Any]) -> bool:
-  """Whether a file is there and has the size that it was written with."""
+  """Whether a file exists and has the size with which it was written."""
   return path.is_file() and path.stat().st_size == split['bytes'].get(path.name)
 
 
 def pack(image: np.ndarray, label: int) -> bytes:
-  """An example to a record."""
+  """Converts an example to a record."""
   return struct.pack('<i', label) + image.tobytes()
 
 
 def pack_broken(reason: str) -> bytes:
-  """A record in the place of a broken image."""
+  """Returns the record of a broken image."""
   return struct.pack('<i', BROKEN) + reason.encode(errors='backslashreplace')
 
 
 def unpack(record: bytes, image_shape: tuple[int, int, int]) -> Example:
-  """The example of a record; raises BrokenImage where there was none."""
+  """Converts a record to an example; raises BrokenImage for the record of a broken image."""
   (label,) = struct.unpack_from('<i', record)
   if label == BROKEN:
     raise BrokenImage(record[4:].decode())
@@ -60,7 +60,7 @@ def unpack(record: bytes, image_shape: tuple[int, int, int]) -> Example:
 
 
 def fields(settings: Settings) -> dict[str, Any]:
-  """What a copy depends on; of where the original lies, the folder's name."""
+  """Returns the settings that a copy depends on; of the path of the original, only the folder's name."""
   kept = dataclasses.asdict(settings)
   del kept['prepared']
   path = pathlib.PurePath(settings.path).stem if settings.name == 'folder' else ''
@@ -69,7 +69,7 @@ def fields(settings: Settings) -> dict[str, Any]:
 
 
 def shard_paths(directory: pathlib.Path, role: str, count: int) -> list[pathlib.Path]:
-  """Names of a split's files."""
+  """Returns the paths of a split's files."""
   return [directory / f'{role}-{k:05d}-of-{count:05d}.array_record' for k in range(count)]
 
 
@@ -79,10 +79,10 @@ class Copy(ImageSet):
 
   Attributes:
     source: reads the records.
-    paths: of its files.
-    per_file: images in each, but for the last one.
-    left_out: files beside the original's images that are not images.
-    broken: reasons, by index, of the images that could not be read.
+    paths: paths of the files.
+    per_file: number of images in each file except the last one.
+    left_out: files of the original dataset that were not used.
+    broken: by index, the reason why an image could not be read.
   """
 
   source: Any
@@ -106,12 +106,12 @@ class Copy(ImageSet):
 
 
 def directory_of(settings: Settings) -> pathlib.Path:
-  """Where the copy is, or is to be."""
+  """Returns the directory of the copy, which need not exist."""
   return pathlib.Path(os.path.abspath(os.path.expanduser(settings.prepared)))
 
 
 def read_info(directory: pathlib.Path) -> dict[str, Any] | None:
-  """What `info.json` holds, or None without one; raises DamagedError unless it is what `preparing` writes."""
+  """Reads `info.json`, or returns None if it does not exist; raises DamagedError if its contents are not valid."""
   if not (directory / INFO).is_file():
     return None
   try:
@@ -125,7 +125,7 @@ def read_info(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 def check_fields(directory: pathlib.Path, info: dict[str, Any], settings: Settings) -> None:
-  """Raises UserError, with the differences, if a copy is of other images than the config asks for."""
+  """Raises UserError, listing the differences, if the settings of the copy differ from the config."""
   wanted = json.loads(json.dumps(fields(settings)))
   differing = [
     f'dataset.{key} was {info["dataset"].get(key)}, is {value}'
@@ -133,7 +133,7 @@ def check_fields(directory: pathlib.Path, info: dict[str, Any], settings: Settin
     if info['dataset'].get(key) != value and key != 'colours' and (key != 'path' or value)
   ]
   if differing:
-    raise UserError(f'dataset.prepared={directory} is of other images: {"; ".join(differing)}')
+    raise UserError(f'dataset.prepared={directory} was made from other images: {"; ".join(differing)}')
   if info['dataset'].get('colours') != wanted.get('colours'):
     raise UserError(
       f'dataset.prepared={directory} was made before colour profiles were converted to sRGB; {AGAIN}'
@@ -141,11 +141,11 @@ def check_fields(directory: pathlib.Path, info: dict[str, Any], settings: Settin
 
 
 def open_split(settings: Settings, role: str) -> ImageSet:
-  """A split for 'train' or 'eval' of the finished copy in `settings.prepared`.
+  """Opens the split for 'train' or 'eval' of the finished copy in `settings.prepared`.
 
   Raises:
-    UserError: there is no finished copy, or it is of other images.
-    DamagedError: a file of it is missing or has another size.
+    UserError: there is no finished copy, or it was made from other images.
+    DamagedError: a file is missing or has the wrong size.
   """
   directory = directory_of(settings)
   info = read_info(directory)

@@ -1,4 +1,4 @@
-"""Writes a decoded, resized copy of a set (see `prepared.py`), so that a large set is decoded once."""
+"""Writes a decoded, resized copy of a dataset (see `prepared.py`), so that a large dataset is decoded only once."""
 
 import contextlib
 import dataclasses
@@ -25,21 +25,21 @@ _BATCH = 256
 
 
 def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
-  """Copies both splits to `settings.prepared`; files that are there already are kept.
+  """Copies both splits to `settings.prepared`; keeps files that already exist.
 
-  A file appears under its name when it is whole; what an interruption leaves is written again.
+  Files are written atomically; after an interruption, only the missing files are written.
 
   Args:
-    settings: what to copy, and where to.
-    workers: processes that decode.
-    shard_bytes: of a file, about; one can be lost to an interruption.
+    settings: the dataset to copy, and the directory of the copy.
+    workers: number of processes that decode images.
+    shard_bytes: approximate size of a file; an interruption can lose the progress on one file.
 
   Returns:
-    Broken images of each split.
+    The number of broken images in each split.
 
   Raises:
-    UserError: the directory is used for something else, or too small, or the set cannot be read.
-    Preempted: a signal came; the same command goes on.
+    UserError: the directory contains other files, or its disk is too small, or the dataset cannot be read.
+    Preempted: a signal was received; running the same command again continues.
   """
   if not settings.prepared:
     raise UserError('--mode=prepare needs dataset.prepared, the directory to write to')
@@ -47,7 +47,7 @@ def prepare(settings: Settings, workers: int, shard_bytes: int = SHARD_BYTES) ->
   names = {path.name for path in directory.iterdir()} - {files.LOCK} if directory.is_dir() else set()
   if names and prepared.INFO not in names:
     raise UserError(
-      f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another'
+      f'dataset.prepared={settings.prepared} is not empty, and holds no copy; name another directory'
     )
   with files.lock(directory, 'dataset.prepared'):
     return _prepare(settings, directory, workers, shard_bytes)
@@ -90,7 +90,7 @@ def _prepare(
 def _write(
   directory: pathlib.Path, sets: Mapping[str, ImageSet], info: dict[str, Any], workers: int
 ) -> None:
-  """Writes what is missing of both splits."""
+  """Writes the missing files of both splits."""
   for role, images in sets.items():
     images.check(Settings.key(role))
   files.write_json(directory / prepared.INFO, info)
@@ -100,14 +100,14 @@ def _write(
 
 
 def _go_on(directory: pathlib.Path, settings: Settings, info: dict[str, Any]) -> None:
-  """Takes over what is known of the files that are there; raises UserError unless all goes on as it began."""
+  """Copies the sizes and broken images of existing files to `info`; raises UserError if they were made from other images."""
   found = prepared.read_info(directory)
   if found is None:
     size = math.prod(info['image_shape']) + 4
     needed = size * sum(split['num_images'] for split in info['splits'].values())
     free = shutil.disk_usage(directory).free
     if needed > free:
-      raise UserError(f'{directory} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there')
+      raise UserError(f'{directory} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free')
     return
   prepared.check_fields(directory, found, settings)
   for role in ROLES:
@@ -119,13 +119,13 @@ def _go_on(directory: pathlib.Path, settings: Settings, info: dict[str, Any]) ->
     ]
     if differing:
       raise UserError(
-        f'{directory} was begun with other images ({role}: {", ".join(differing)}); remove it, or name another'
+        f'{directory} was begun with other images ({role}: {", ".join(differing)}); remove it, or name another directory'
       )
     split |= {'bytes': begun['bytes'], 'broken': begun.get('broken', {})}
 
 
 def _write_split(loader: Loader, directory: pathlib.Path, role: str, info: dict[str, Any]) -> None:
-  """Writes those files of a split that are not there; broken images come into `info`, and `info` to disk."""
+  """Writes the missing files of a split; records sizes and broken images in `info` and `info.json`."""
   split, size = info['splits'][role], len(loader)
   per_shard = split['images_per_file']
   paths = prepared.shard_paths(directory, role, prepared.shard_count(split))
@@ -146,7 +146,7 @@ def _write_split(loader: Loader, directory: pathlib.Path, role: str, info: dict[
 
 
 def _records(loader: Loader, indices: Sequence[int]) -> Iterator[bytes]:
-  """The records of the images at `indices`, in order."""
+  """Yields the records of the images at `indices`, in order."""
   if not indices:
     return
   with contextlib.closing(loader.in_order(_BATCH, indices)) as batches:
@@ -160,7 +160,7 @@ def _records(loader: Loader, indices: Sequence[int]) -> Iterator[bytes]:
 
 
 def _write_shard(path: pathlib.Path, records: Iterator[bytes], progress: Progress) -> pathlib.Path:
-  """Writes records beside `path`, and returns where."""
+  """Writes records to a temporary file next to `path`, and returns its path."""
   from array_record.python import array_record_module
 
   temporary = path.with_suffix('.tmp')
@@ -178,5 +178,5 @@ def _written(path: pathlib.Path, write: Callable, *args: bytes) -> None:
     write(*args)
   except RuntimeError as error:
     raise UserError(
-      f'{path} cannot be written: {str(error).splitlines()[0]}; make room, and run the same command to go on'
+      f'{path} cannot be written: {str(error).splitlines()[0]}; free up space, and run the same command to continue'
     ) from error

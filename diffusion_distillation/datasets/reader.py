@@ -1,7 +1,7 @@
-"""One process that reads images: `python -m diffusion_distillation.datasets.reader FD`, as `workers.py` starts it.
+"""A process that reads images; `workers.py` starts it as `python -m diffusion_distillation.datasets.reader FD`.
 
-Over the connection FD it is sent the main module's file or None, the image set, then indices, one array at a time. For each
-it answers (True, batch) or (False, the error). It imports no jax, and ends when the connection does.
+Over the connection FD, it receives the main module's file or None, the image set, and then arrays of indices. It answers each
+array with (True, batch) or (False, error). It does not import jax, and exits when the connection is closed.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ import threadpoolctl
 
 
 def allow_files() -> None:
-  """As many open files as the system lets this process have: ArrayRecord keeps every file of a set open."""
+  """Raises this process's limit of open files as far as possible, because ArrayRecord keeps all files of a dataset open."""
   _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   with contextlib.suppress(ValueError, OSError):
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _follow(connection: Connection, asked: queue.SimpleQueue[Any]) -> None:
-  """Without the main process a worker is of no use, and ends, whatever it is at."""
+  """Receives requests; exits as soon as the main process is gone, even while an image is being read."""
   try:
     while True:
       asked.put(connection.recv())
@@ -35,17 +35,20 @@ def _follow(connection: Connection, asked: queue.SimpleQueue[Any]) -> None:
 
 
 def _arriving(error: Exception) -> Exception:
-  """`error`, or a RuntimeError with its text where the main process could not read it: the connection would be lost."""
+  """Returns `error`, or a RuntimeError with its text if the main process could not unpickle it."""
   try:
     again = ForkingPickler.loads(ForkingPickler.dumps(error))
-  except Exception:  # of whatever the error is made of
+  except Exception:  # pickling may raise anything
     return RuntimeError(repr(error))
-  ours = type(error).__module__ in ('__main__', '__mp_main__')  # which is another module there
+  ours = type(error).__module__ in (
+    '__main__',
+    '__mp_main__',
+  )  # names another module in the main process
   return RuntimeError(repr(error)) if ours or type(again) is not type(error) else error
 
 
 def main(descriptor: int) -> None:
-  """Answers until the connection ends."""
+  """Answers requests until the connection is closed."""
   connection = Connection(descriptor)
   allow_files()
   threadpoolctl.threadpool_limits(1)  # the workers are the parallelism
@@ -58,11 +61,11 @@ def main(descriptor: int) -> None:
     indices = asked.get()
     try:
       answer = True, images.batch(indices)
-    except Exception as error:  # of whatever the set reads from
+    except Exception as error:  # datasets may raise anything
       answer = False, _arriving(error)
     try:
       connection.send(answer)
-    except (AttributeError, TypeError, ValueError) as error:  # it cannot be sent as it is
+    except (AttributeError, TypeError, ValueError) as error:  # the answer cannot be pickled
       connection.send((False, RuntimeError(f'{answer[1]!r} ({error})')))
 
 

@@ -10,13 +10,13 @@ from diffusion_distillation.errors import UserError
 
 ROLES = ('train', 'eval')
 WITHOUT_FILES = ('digits', 'shapes')
-NONE = 'none'  # no images at all, for runs that need none
-OURS = (*WITHOUT_FILES, 'folder')  # named where a name is not known
+NONE = 'none'  # no images, for runs that need none
+OURS = (*WITHOUT_FILES, 'folder')  # suggested for unknown names
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Which images, and how they are decoded: the keys that the datasets themselves read."""
+  """Which images to read, and how to decode them: the keys that the datasets themselves use."""
 
   name: str = config.key(
     'digits',
@@ -24,14 +24,14 @@ class Settings:
   )
   path: str = config.key(
     '',
-    'Where the images are: a directory, .zip or URL for `folder`; `data_dir` of tensorflow-datasets, if empty its own '
-    'default.',
+    'Location of the images: a directory, .zip or URL for `folder`; `data_dir` for tensorflow-datasets, whose default is '
+    'used if this is empty.',
     path='any',
   )
   prepared: str = config.key(
     '',
-    'Directory of the decoded copy that `--mode=prepare` writes and that is read from then on; if empty, the dataset '
-    'itself is read.',
+    'Directory of the decoded copy of the dataset that `--mode=prepare` writes and all other modes read; if empty, the '
+    'dataset itself is read.',
     path='disk',
   )
   split: str = config.key(
@@ -42,7 +42,7 @@ class Settings:
   )
   image_size: int = config.key(
     8,
-    'Height and width, in pixels, that the central square of each image is resized to.',
+    'Height and width, in pixels, to which the central square of each image is resized.',
     config.POSITIVE,
   )
   channels: int | None = config.key(
@@ -55,7 +55,7 @@ class Settings:
 
   @classmethod
   def of(cls, section: Mapping[str, Any]) -> 'Settings':
-    """From the `dataset` section of a config."""
+    """Takes the settings from the `dataset` section of a config."""
     return cls(**{field.name: section[field.name] for field in dataclasses.fields(cls)})
 
   def __post_init__(self) -> None:
@@ -63,27 +63,27 @@ class Settings:
       raise UserError(f'dataset.channels={self.channels} must be 1 (grey) or 3')
     if self.path and self.name in WITHOUT_FILES:
       raise UserError(
-        f'dataset.path={self.path}, but dataset.name={self.name} reads nothing; dataset.name=folder?'
+        f'dataset.path={self.path}, but dataset.name={self.name} reads no files; did you mean dataset.name=folder?'
       )
     if '://' in self.prepared:
       raise UserError(
-        f'dataset.prepared={self.prepared}: ArrayRecord is read from disks only; name a directory'
+        f'dataset.prepared={self.prepared}: ArrayRecord files can only be read from disk; name a directory'
       )
     if self.resize not in decoding.RESIZE:
       raise UserError(f'dataset.resize={self.resize!r} is not one of {list(decoding.RESIZE)}')
 
   @staticmethod
   def key(role: str) -> str:
-    """The config's key of the role's split, for messages."""
+    """Returns the config's key for the role's split, for messages."""
     return 'dataset.split' if role == 'train' else 'dataset.eval_split'
 
   def spec(self, role: str, default: tuple[str, str]) -> str:
-    """The role's split as given, or the set's own (for training, for evaluation)."""
+    """Returns the role's split in the config, or else in `default`, the dataset's own (training, evaluation) splits."""
     given = self.split if role == 'train' else self.eval_split
     return given or default[ROLES.index(role)]
 
   def decoder(self, channels: int) -> decoding.Decoder:
-    """To the config's size; `channels` where the config does not say."""
+    """Returns the decoder for these settings; `channels` is used if the config does not set it."""
     return decoding.Decoder(self.image_size, self.channels or channels, self.resize)
 
 
@@ -93,7 +93,8 @@ class DatasetSection(Settings):
 
   random_flip: bool = config.key(False, 'Whether training images are mirrored left to right at random.')
   dequantize: bool = config.key(
-    False, 'Whether pixels are spread evenly over the values that round to them.'
+    False,
+    'Whether pixels are dequantized: uniform noise is added that does not change their rounded values.',
   )
   label_dropout: float = config.key(
     0.0,

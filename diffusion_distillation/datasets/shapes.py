@@ -1,7 +1,7 @@
-"""Drawn shapes at any resolution: images whose distribution is known, made by index, without a disk.
+"""Drawn shapes at any resolution: images with a known distribution, which are computed from their index without files.
 
 Image k of class c = k mod 6 shows one shape (disc, square, triangle, ring, cross, half disc) on a plain ground. With the
-image as the unit square, independently and uniformly:
+image as the unit square, these are drawn independently and uniformly:
 
     centre       x, y in [0.3, 0.7]
     radius       in [0.15, 0.3]: of the circle that the shape fits into
@@ -9,8 +9,8 @@ image as the unit square, independently and uniformly:
     ground       one brightness in [0.6, 1], the same for all channels
     colour       each channel in [0, 0.5]
 
-A pixel's value is the mean of ground and colour by the share of it that the shape covers (to first order in the
-distance to the edge), so that resolutions agree. Grey images have the mean colour.
+A pixel's value is the mean of ground and colour, weighted by the fraction that the shape covers (to first order in the
+distance to the edge), so that all resolutions show the same image. Grey images have the mean colour.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from diffusion_distillation.datasets.image_set import Example, ImageSet
 from diffusion_distillation.datasets.settings import Settings
 
 CLASSES = ('disc', 'square', 'triangle', 'ring', 'cross', 'half_disc')
-VERSION = 1  # of the drawing: another one, other images
+VERSION = 1  # version of the drawing; images of different versions differ
 SIZES = {'train': 50_000, 'test': 10_000}
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """What is drawn; lengths in units of the image's side."""
+  """The parameters of an image; lengths are in units of the image's side."""
 
   kind: int
   centre: np.ndarray
@@ -41,7 +41,7 @@ class Parameters:
 
 
 def parameters(index: int) -> Parameters:
-  """Those of image `index`; training images count from 0, test images after them."""
+  """Returns the parameters of image `index`; training images begin at 0, and test images follow them."""
   rng = np.random.Generator(np.random.Philox(key=[0x5A9E, index]))
   return Parameters(
     kind=index % len(CLASSES),
@@ -54,7 +54,7 @@ def parameters(index: int) -> Parameters:
 
 
 def distance(kind: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-  """Signed distance to the edge of a shape of radius 1, below 0 inside (near corners: a lower bound)."""
+  """Returns the signed distance to the edge of a shape of radius 1, below 0 inside (near corners, a lower bound)."""
   r = np.hypot(u, v)
   half = np.sqrt(0.5)
   bar = 0.35
@@ -83,7 +83,7 @@ def _pixel_centres(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(p: Parameters, size: int, channels: int) -> np.ndarray:
-  """(size, size, channels) uint8."""
+  """Draws an image, (size, size, channels) uint8."""
   x, y = _pixel_centres(size)
   x, y = (x - np.float32(p.centre[0])) / p.radius, (y - np.float32(p.centre[1])) / p.radius
   cos, sin = np.cos(p.angle), np.sin(p.angle)

@@ -8,17 +8,17 @@ from diffusion_distillation.errors import UserError
 
 
 def select(key: str, spec: str, table: Mapping[str, Sequence[Any]]) -> list[Any]:
-  """The parts of `table` that `spec` names, one after the other.
+  """Selects the parts of `table` that `spec` names, concatenated in this order.
 
   Args:
-    key: of the config, for messages.
-    spec: see the module; slices count examples, or per cent.
+    key: the config's key, for messages.
+    spec: see the module; slices are in examples or percent.
     table: each split's examples, by name.
 
   Raises:
-    UserError: it cannot be parsed, there is no such split, or nothing is in it.
+    UserError: the spec cannot be parsed, names an unknown split, or selects nothing.
   """
-  import tensorflow_datasets as tfds  # not before it is needed: it takes half a second
+  import tensorflow_datasets as tfds  # imported late, because it takes half a second
 
   infos = {
     name: tfds.core.SplitInfo(name=name, shard_lengths=[len(examples)], num_bytes=0)
@@ -35,21 +35,21 @@ def select(key: str, spec: str, table: Mapping[str, Sequence[Any]]) -> list[Any]
 
 
 def bad_spec(key: str, spec: str, names: Sequence[str]) -> UserError:
-  """The error for a split that there is not, or that cannot be read."""
+  """Returns the error for a spec that cannot be parsed or names an unknown split."""
   given = [part.split('[')[0].strip() for part in spec.split('+')]
   hint = next((nearest(name, names) for name in given if name not in names), '')
   return UserError(
-    f'{key}={spec!r}: there are the splits {", ".join(names)}, whole or sliced such as '
+    f'{key}={spec!r}: there is no such split; the splits are {", ".join(names)}, whole or sliced, such as '
     f'{names[0]}[:90%]{hint}'
   )
 
 
 def held_out_size(count: int) -> int:
-  """Of `count` images that came without splits: a twentieth, two at least, 10 000 at most."""
+  """Returns how many of `count` images without splits are held out: a twentieth, at least 2 and at most 10 000."""
   return max(2, min(count // 20, 10_000))
 
 
 def held_out(count: int) -> tuple[str, str]:
-  """Splits for images that came without: the last ones are held out; see `held_out_size`."""
+  """Returns the (training, evaluation) splits of images without splits: the last images are held out; see `held_out_size`."""
   size = held_out_size(count)
   return f'train[:-{size}]', f'train[-{size}:]'

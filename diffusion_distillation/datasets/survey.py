@@ -1,4 +1,4 @@
-"""What a plan shows of a dataset: images and classes per split, and the files that are left out."""
+"""The summary of a dataset in a plan: images and classes per split, and the files that are left out."""
 
 import concurrent.futures
 import os
@@ -14,13 +14,13 @@ from diffusion_distillation.datasets.left_out import LeftOut, shown
 from diffusion_distillation.datasets.prepared import Copy
 from diffusion_distillation.datasets.settings import ROLES, Settings
 
-SECONDS = 2.0  # for a look at the images of a split
+SECONDS = 2.0  # maximum time to check the images of a split
 _AT_ONCE = 64
 _CAPTIONS = {'train': 'to train on', 'eval': 'held out'}
 
 
 def lines(settings: Settings) -> Iterator[str]:
-  """Lines of a plan: the number of images and classes of each split, and what is left out, by reason.
+  """Yields lines for a plan: the number of images and classes of each split, and the files left out, by reason.
 
   Image files are decoded for at most SECONDS per split, which is enough to find every broken file of a small dataset.
 
@@ -40,13 +40,13 @@ def lines(settings: Settings) -> Iterator[str]:
     for line in broken.lines():
       yield f'  {"  of them":<18} {line}'
     if looked < len(images):
-      yield f'  {"  looked at":<18} {looked:,}; the others are looked at when they are read'
+      yield f'  {"  checked":<18} {looked:,}; the others are checked when they are read'
   for line in sets['train'].beside().lines():
     yield f'  {"left out":<18} {line}'
 
 
 def _classes(images: ImageSet) -> str:
-  """'of 3 classes, 10 (cat) to 12 (dog) each', or 'without classes'."""
+  """Describes the classes: 'of 3 classes, 10 (cat) to 12 (dog) each', or 'without classes'."""
   labels, names = images.known_labels(), images.classes
   if not names:
     return 'without classes'
@@ -64,14 +64,14 @@ def _classes(images: ImageSet) -> str:
 
 
 def look(images: ImageSet, seconds: float) -> tuple[LeftOut, int]:
-  """Images that cannot be used, by reason, and how many of the images were decoded, counted from the first."""
+  """Checks images in order; returns those that cannot be used, by reason, and the number of checked images."""
   found = LeftOut()
   if isinstance(images, Copy):
     for reason in images.broken.values():
       found.add(_kind(reason), reason)
     return found, len(images)
   if not isinstance(images, Folder | tfds.Examples):
-    return found, len(images)  # these are made here, and whole
+    return found, len(images)  # images in memory or drawn here are never broken
   deadline, looked = time.monotonic() + seconds, 0
   with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
     while looked < len(images) and time.monotonic() < deadline:

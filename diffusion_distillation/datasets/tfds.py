@@ -1,4 +1,4 @@
-"""Image sets of tensorflow-datasets, prepared as ArrayRecord; reading them needs no TensorFlow."""
+"""Datasets of tensorflow-datasets in ArrayRecord format; reading them does not need TensorFlow."""
 
 import dataclasses
 import hashlib
@@ -19,12 +19,12 @@ from diffusion_distillation.errors import DamagedError, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-  """What is known of a set before it is read.
+  """What is known about a dataset before it is read.
 
   Attributes:
-    channels: of its images.
-    num_classes: 0 without labels.
-    splits: for training, for evaluation.
+    channels: channels of the images.
+    num_classes: number of classes; 0 without labels.
+    splits: splits for training and for evaluation.
   """
 
   channels: int
@@ -44,12 +44,12 @@ KNOWN = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples(ImageSet):
-  """A split of a prepared set.
+  """A split of a prepared dataset.
 
   Attributes:
-    source: its random-access reader; the image as the bytes of its file.
-    image_key, label_key: names of the two features; '' without labels.
-    decoder: of the image's bytes.
+    source: random-access reader of the examples, whose images are the bytes of a file.
+    image_key, label_key: names of the features; `label_key` is '' without labels.
+    decoder: decodes an image's bytes.
   """
 
   source: Any
@@ -63,7 +63,7 @@ class Examples(ImageSet):
   def read(self, k: int) -> Example:
     example = self._example(k)
     if not example[self.image_key]:
-      raise DamagedError(f'dataset {self.name!r}, example {k} is empty; prepare the set again')
+      raise DamagedError(f'dataset {self.name!r}, example {k} is empty; prepare the dataset again')
     try:
       return self.decoder(example[self.image_key]), int(example[self.label_key]) if self.label_key else 0
     except BrokenImage as error:
@@ -75,26 +75,26 @@ class Examples(ImageSet):
   def _example(self, k: int) -> Any:
     try:
       return self.source[k]
-    except RuntimeError as error:  # array_record's, for a file that is not what was written
+    except RuntimeError as error:  # from array_record, for a damaged file
       raise reading_error(
-        f'dataset {self.name!r}, example {k},', error, 'prepare the set again'
+        f'dataset {self.name!r}, example {k},', error, 'prepare the dataset again'
       ) from error
 
 
 def data_dir(path: str) -> pathlib.Path:
-  """Where prepared sets are looked for: `path`, or tensorflow-datasets' own choice; raises UserError for a URL."""
+  """Returns the directory of prepared datasets: `path`, or tensorflow-datasets' default; raises UserError for a URL."""
   if '://' in path:
     raise UserError(
-      f'dataset.path={path}: ArrayRecord is read from disks only; copy the set, or mount the bucket'
+      f'dataset.path={path}: ArrayRecord files can only be read from disk; copy the dataset, or mount the bucket'
     )
   chosen = path or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   return pathlib.Path(os.path.abspath(os.path.expanduser(chosen)))
 
 
 def find(name: str, path: str) -> pathlib.Path | None:
-  """The newest version of a set that is there in some format; None if there is none.
+  """Finds the newest version of a dataset on disk, in any format; returns None if there is none.
 
-  `name` may end in a version: 'cifar10/3.0.2' or 'lsun/bedroom'.
+  `name` may include a config or a version: 'lsun/bedroom' or 'cifar10/3.0.2'.
   """
   root = data_dir(path) / name
   if (root / 'dataset_info.json').is_file():
@@ -106,19 +106,19 @@ def find(name: str, path: str) -> pathlib.Path | None:
 
 
 def _check_name(name: str) -> None:
-  """Raises UserError, naming the nearest, unless tensorflow-datasets knows the set."""
+  """Raises UserError, suggesting the nearest name, unless tensorflow-datasets has a dataset of this name."""
   import tensorflow_datasets as tfds
 
   known = tfds.list_builders(with_community_datasets=False)
   if name.split('/')[0] not in known:
     raise UserError(
-      f'dataset.name={name!r} is not known: {", ".join(OURS)}, or a name of tensorflow-datasets'
+      f'dataset.name={name!r} is not known: use {", ".join(OURS)}, or a dataset of tensorflow-datasets'
       f'{nearest(name.lower(), [*OURS, *KNOWN, *known])}'
     )
 
 
 def _prepare(name: str, path: str) -> pathlib.Path:
-  """Downloads and prepares a set as ArrayRecord, if TensorFlow is at hand; else says how it is done."""
+  """Downloads and prepares a dataset as ArrayRecord; without TensorFlow, raises a UserError with the command to do this."""
   where = data_dir(path)
   program = shlex.quote(
     'import tensorflow_datasets as tfds; '
@@ -127,8 +127,8 @@ def _prepare(name: str, path: str) -> pathlib.Path:
   if importlib.util.find_spec('tensorflow') is None:
     _check_name(name)
     raise UserError(
-      f'dataset {name!r} is not prepared: there is no {where / name}/VERSION/dataset_info.json. Where it '
-      f"can be downloaded and TensorFlow is installed (pip install -e '.[tf]'), run: python -c {program}"
+      f'dataset {name!r} is not prepared: there is no {where / name}/VERSION/dataset_info.json. On a machine with '
+      f"network access and TensorFlow (pip install -e '.[tf]'), run: python -c {program}"
     )
   _check_name(name)
   import tensorflow_datasets as tfds
@@ -143,10 +143,11 @@ def _prepare(name: str, path: str) -> pathlib.Path:
 
 
 def builder_of(name: str, path: str) -> Any:
-  """The builder of a prepared set, prepared now if need be and TensorFlow is there.
+  """Returns the builder of a prepared dataset; prepares it if necessary and TensorFlow is installed.
 
   Raises:
-    UserError: it is not prepared, or in a format that cannot be read by index; the message has the command.
+    UserError: the dataset is not prepared, or has a format that cannot be read by index; the message contains the command
+      that prepares or converts it.
   """
   directory = find(name, path) or _prepare(name, path)
   try:
@@ -154,13 +155,13 @@ def builder_of(name: str, path: str) -> Any:
     if form == 'array_record':
       json.loads((directory / 'features.json').read_text())
   except (ValueError, AttributeError, OSError) as error:
-    raise DamagedError(f'{directory} is damaged ({error}); prepare the set again') from error
+    raise DamagedError(f'{directory} is damaged ({error}); prepare the dataset again') from error
   if form != 'array_record':
     target = data_dir(path) / 'array_record'
     version = directory.relative_to(data_dir(path))
     raise UserError(
-      f'{directory} holds {form}, which cannot be read by index. Convert it, in an '
-      'environment of its own: pip install tensorflow-datasets tensorflow apache-beam mlcroissant && '
+      f'{directory} holds {form}, which cannot be read by index. Convert it, in a separate '
+      'environment: pip install tensorflow-datasets tensorflow apache-beam mlcroissant && '
       f'tfds convert_format --dataset_version_dir={shlex.quote(str(directory))} --out_file_format=array_record '
       f'--out_dir={shlex.quote(str(target / version))}; then set dataset.path={target}'
     )
@@ -170,7 +171,7 @@ def builder_of(name: str, path: str) -> Any:
 
 
 def _features(name: str, builder: Any) -> tuple[str, str, tuple[str, ...], int]:
-  """Key of the image, key of the label ('' without), names of the classes, channels."""
+  """Returns the key of the image, the key of the label ('' if there is none), the class names, and the channels."""
   import tensorflow_datasets as tfds
 
   features = builder.info.features
@@ -178,7 +179,7 @@ def _features(name: str, builder: Any) -> tuple[str, str, tuple[str, ...], int]:
   labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
   if not images or (len(images) > 1 and 'image' not in images):
     raise UserError(
-      f'dataset {name!r} is no set of images: it has the features {", ".join(sorted(features))}'
+      f'dataset {name!r} is not a dataset of images: it has the features {", ".join(sorted(features))}'
     )
   image = 'image' if 'image' in images else images[0]
   label = 'label' if 'label' in labels else labels[0] if len(labels) == 1 else ''

@@ -1,7 +1,7 @@
-"""Processes that read images: without jax, out of reach of the signals, and gone when the main process is.
+"""Processes that read images; they do not import jax, ignore signals, and exit with the main process.
 
-They are programs of their own (`reader.py`), not children of `multiprocessing`, which would import the main module, and with it
-jax, or ask each user to guard it: so that they work from a script, from stdin and in a notebook alike.
+They are separate programs (`reader.py`) and not children of `multiprocessing`, which would import the main module, and with it
+jax, and need a guard in the main module. So they also work in a script without a guard, from stdin and in a notebook.
 """
 
 import concurrent.futures
@@ -29,14 +29,14 @@ class _Process(NamedTuple):
 
 
 class Workers(concurrent.futures.ThreadPoolExecutor):
-  """Threads, each with a process of its own that reads for it; both begin when something is submitted.
+  """A pool of threads, each with its own process that reads images; both are started when work is submitted.
 
   Args:
-    images: what they read.
-    count: of threads, and of processes.
+    images: the dataset to read.
+    count: number of threads and processes.
 
   Raises:
-    UserError: no other process can know the class of the images.
+    UserError: the class of the dataset cannot be imported by another process.
   """
 
   def __init__(self, images: ImageSet, count: int) -> None:
@@ -47,18 +47,17 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
     self._ended = False
 
   def read(self, indices: np.ndarray) -> Batch:
-    """In a thread of this pool: a batch of the set, read by the thread's process; see `ImageSet.batch`.
+    """Reads a batch in the process of the calling thread, which must be in this pool; see `ImageSet.batch`.
 
     Raises:
-      BrokenExecutor: the process, or another one, has ended; then all of them do, so that nobody waits for a batch
-        that does not come.
+      BrokenExecutor: this process or another one has exited; all others are then killed, so that no thread waits forever.
     """
     (program, connection), messages = self._process()
     try:
       for message in (*messages, indices):
         connection.send(message)
       ok, value = connection.recv()
-    except Exception as error:  # whatever it is, the two are not in step any more
+    except Exception as error:  # after any error, requests and answers no longer match
       self._end()
       raise concurrent.futures.BrokenExecutor(f'exit code {program.wait()}, {error!r}') from error
     if not ok:
@@ -67,7 +66,7 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
     return batch
 
   def _process(self) -> tuple[_Process, tuple[Any, ...]]:
-    """This thread's process, and what it is to be told first."""
+    """Returns this thread's process, and the messages to send to it first."""
     with self._lock:
       if self._ended:
         raise concurrent.futures.BrokenExecutor('with the others')
@@ -84,7 +83,7 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
         process.program.kill()
 
   def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-    """Ends the processes, whatever they are at, and the threads."""
+    """Kills the processes, even while they are reading, and ends the threads."""
     super().shutdown(wait=False, cancel_futures=cancel_futures)
     self._end()
     super().shutdown(wait=wait)
@@ -94,7 +93,7 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
 
 
 def _block_signals() -> None:
-  """The thread's process never sees them: a signal to the whole group is the main process's to answer."""
+  """Blocks signals in the thread's process: only the main process handles a signal to the whole process group."""
   signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
 
 
@@ -112,13 +111,13 @@ def _start() -> _Process:
 
 
 def _main_module(images: ImageSet) -> str | None:
-  """The file of the main module where the class of the images is defined there; then the processes import it, too."""
+  """Returns the file of the main module if it defines the class of the images; the processes then import it, too."""
   if type(images).__module__ != '__main__':
     return None
   file: str | None = getattr(sys.modules['__main__'], '__file__', None)
   if file is None or not os.path.exists(file):
     raise UserError(
-      f'{images.name}: its class is defined in the main module, which has no file that other processes could import; put it '
-      'into a module of its own, or set dataset.workers=0'
+      f'{images.name}: its class is defined in the main module, which has no file that other processes could import; move it '
+      'to a separate module, or set dataset.workers=0'
     )
   return os.path.abspath(file)

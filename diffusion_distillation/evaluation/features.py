@@ -1,9 +1,8 @@
-"""Features that images are compared by: those of a small classifier trained on the data set itself.
+"""The features in which images are compared, from a small classifier that is trained on the dataset itself.
 
-Public Inception weights say little about 8x8 digits, so a distance on these features is reported as
-"FD-<data set>", never as FID. The classifier is trained once a workdir and stored with its digest. It tells
-the set's classes apart; for a set without labels, which of four quarter turns an image was given (Gidaris et al.
-2018).
+Public Inception weights are of little use for 8x8 digits, so distances are measured in the features of this classifier and
+reported as "FD-<dataset>", never as FID. The classifier is trained once per workdir and stored with its digest. It predicts
+the class of an image or, for a dataset without labels, by how many quarter turns it was rotated (Gidaris et al. 2018).
 """
 
 import contextlib
@@ -32,7 +31,7 @@ from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
 
-_PIXELS = Pixels()  # what the classifier looks at, whatever the space of a model
+_PIXELS = Pixels()  # the classifier's input, for models in any space
 _UPDATES, _BATCH, _LEARNING_RATE, _SHOWN = 600, 128, 2e-3, 500
 
 
@@ -41,11 +40,11 @@ class FeatureExtractor:
   """A named, fixed map from images to features.
 
   Attributes:
-    name: of the metric's second half, "FD-<name>".
-    digest: sha256 of its parameters.
-    task: what its classifier was trained to tell apart: 'classes' or 'quarter turns'.
-    accuracy: of that on the held-out split, in [0, 1].
-    params: of its Classifier.
+    name: name of the dataset, for the name of the metric, "FD-<name>".
+    digest: sha256 of the parameters.
+    task: what the classifier was trained to predict: 'classes' or 'quarter turns'.
+    accuracy: accuracy of the classifier on the held-out split, in [0, 1].
+    params: parameters of the Classifier.
   """
 
   name: str
@@ -55,7 +54,7 @@ class FeatureExtractor:
   params: Params
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
-    """(n, H, W, C) uint8, the same in every process, to (n, 64) float32, in batches of one shape."""
+    """Maps (n, H, W, C) uint8 images, the same in every process, to (n, 64) float32 features, in batches of one shape."""
     parts, size = [], _shown()
     for start in range(0, len(images), size):
       part = images[start : start + size]
@@ -64,11 +63,11 @@ class FeatureExtractor:
     return np.concatenate(parts)
 
   def of(self, images: jax.Array) -> jax.Array:
-    """(n, H, W, C) uint8 on the devices to (n, 64) float32, which are not waited for."""
+    """Maps (n, H, W, C) uint8 images on the devices to (n, 64) float32 features, without waiting for the result."""
     return _apply(self.params, images)[1]
 
   def summary(self, images: Loader, indices: np.ndarray | None = None) -> Features:
-    """The features of all images, or of those at `indices`; broken ones do not count."""
+    """Computes the features of all images, or of those at `indices`; unreadable images are left out."""
     size, number = _shown(), len(images) if indices is None else len(indices)
     running, count = RunningFeatures(number), math.ceil(number / size)
     batches, name = images.in_order(size, indices), f'features of {images.images.name}'
@@ -83,7 +82,7 @@ class FeatureExtractor:
 
 
 def _shown() -> int:
-  """Images a batch: a multiple of the devices."""
+  """Returns the batch size, a multiple of the number of devices."""
   return sharding.round_up(_SHOWN)
 
 
@@ -93,7 +92,7 @@ def _apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _task(batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-  """Images and what is to be told of them: their classes, or the quarter turns that they are given here."""
+  """Returns images and targets: their classes or, without labels, the number of quarter turns by which they are rotated."""
   if batch['cond'] is not None:
     return batch['image'], batch['cond']['label']
   image, turns = batch['image'].copy(), np.arange(len(batch['image']), dtype=np.int32) % 4
@@ -103,11 +102,11 @@ def _task(batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _train(train: Loader) -> Params:
-  """The classifier's parameters, a function of the training split alone: every process makes them, on one device."""
+  """Trains the classifier, as a function of the training split alone; every process trains it, on one device."""
   model = classifier.Classifier(len(train.images.classes) or 4)
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _UPDATES))
 
-  # Compiled without `compilation.options`: these depend on the number of devices, and the classifier must not.
+  # Compiled without `compilation.options`, which depend on the number of devices; the classifier must not.
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def update(
     params: Params, opt_state: optax.OptState, image: jax.Array, label: jax.Array
@@ -147,10 +146,10 @@ def _accuracy(params: Params, held_out: Loader) -> float:
 
 
 def load_or_train(path: pathlib.Path, train: Loader, held_out: Loader) -> FeatureExtractor:
-  """The extractor stored at `path`, or a new one, stored there.
+  """Loads the extractor at `path`, or trains one and stores it there.
 
   Raises:
-    DamagedError: what is stored is not what was written.
+    DamagedError: the file was changed after it was written.
   """
   if not cluster.from_first(path.exists()):
     params = sharding.to_host(_train(train))
@@ -172,7 +171,7 @@ def load_or_train(path: pathlib.Path, train: Loader, held_out: Loader) -> Featur
     params = traverse_util.unflatten_dict(flat, sep='/')
     extractor = FeatureExtractor(**meta | {'accuracy': float(meta['accuracy'])}, params=params)
   except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-    raise DamagedError(f'{path} is damaged ({error}); remove it to have it made again') from error
+    raise DamagedError(f'{path} is damaged ({error}); remove it to train the extractor again') from error
   if digest(params) != extractor.digest:
-    raise DamagedError(f'{path} is damaged (its digest differs); remove it to have it made again')
+    raise DamagedError(f'{path} is damaged (its digest differs); remove it to train the extractor again')
   return extractor

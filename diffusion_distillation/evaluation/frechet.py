@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of features, by their first two moments."""
+"""The Frechet distance between two sets of features, computed from their first two moments."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ class Moments:
 
 
 class RunningMoments:
-  """Moments of features that arrive in batches: sums in float64 about the first batch's mean."""
+  """Accumulates the moments of batches of features, as float64 sums about the mean of the first batch."""
 
   def __init__(self) -> None:
     self._count = 0
@@ -23,7 +23,7 @@ class RunningMoments:
     self._outer = np.zeros(())
 
   def add(self, features: np.ndarray) -> None:
-    """Takes a batch (n, D)."""
+    """Adds a batch (n, D)."""
     features = np.asarray(features, np.float64)
     if self._count == 0:
       self._shift = features.mean(axis=0)
@@ -33,7 +33,7 @@ class RunningMoments:
     self._outer = self._outer + centred.T @ centred
 
   def result(self) -> Moments:
-    """The moments of all that was added. Raises ValueError with fewer than two examples."""
+    """Returns the moments of all examples; raises ValueError if there are fewer than two."""
     if self._count < 2:
       raise ValueError(f'a covariance needs at least 2 examples, got {self._count}')
     mean = self._sum / self._count
@@ -42,10 +42,10 @@ class RunningMoments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-  """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, Eq. 6).
+  """Returns |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, Eq. 6).
 
-  The trace of the root is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), symmetric and positive: two
-  eigendecompositions, no complex numbers, and singular covariances are welcome.
+  The trace of the root is computed as tr (C_a^(1/2) C_b C_a^(1/2))^(1/2), whose argument is symmetric and positive
+  semidefinite: this takes two eigendecompositions, no complex numbers, and allows singular covariances.
   """
   values, vectors = np.linalg.eigh(a.cov)
   root_a = (vectors * np.sqrt(np.maximum(values, 0.0))[None, :]) @ vectors.T

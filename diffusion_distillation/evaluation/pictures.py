@@ -1,4 +1,4 @@
-"""Images to files: a grid or each of them as PNG, arrays as npz."""
+"""Writes images to files: a grid or single images as PNG, or arrays as npz."""
 
 import functools
 import math
@@ -17,13 +17,13 @@ SUFFIXES = ('.png', '.npz')
 
 
 def enlarge(images: np.ndarray, side: int) -> np.ndarray:
-  """Repeats the pixels of (n, H, W, C) until they are `side` high or more."""
+  """Enlarges (n, H, W, C) images by repeating pixels until their height is at least `side`."""
   factor = max(1, math.ceil(side / images.shape[1]))
   return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
-  """Lays (n, H, W, C) uint8 out row by row on white: (rows (H + gap) + gap, columns (W + gap) + gap, C)."""
+  """Arranges (n, H, W, C) uint8 images row by row on white: (rows (H + gap) + gap, columns (W + gap) + gap, C)."""
   count, height, width, channels = images.shape
   rows = math.ceil(count / columns)
   sheet = np.full((rows * columns, height + gap, width + gap, channels), 255, np.uint8)
@@ -34,16 +34,16 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-  """(H, W, 1) or (H, W, 3) uint8 as Pillow's."""
+  """Converts (H, W, 1) or (H, W, 3) uint8 to a Pillow image."""
   return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 class Output(NamedTuple):
-  """Where drawn images go.
+  """Where samples are written.
 
   Attributes:
-    path: of the file or folder.
-    kind: '.png', a grid; '.npz', arrays; '/', a folder with a .png for each image.
+    path: the file or folder.
+    kind: '.png' for a grid; '.npz' for arrays; '/' for a folder with a .png for each image.
   """
 
   path: pathlib.Path
@@ -51,25 +51,25 @@ class Output(NamedTuple):
 
 
 def check_out(given: str | os.PathLike[str] | None, num_samples: int) -> Output:
-  """What `--out` names, before anything is loaded: a file by its suffix, in any case, or a folder.
+  """Checks `--out` before anything is loaded: it is a file with a known suffix (in upper or lower case), or a folder.
 
-  A folder is what ends with a slash, or is there. It may hold nothing but what is to be written, so that no pictures of
-  before are taken for these.
+  A folder ends with a slash or exists. It must not contain other files than those that will be written, so that older images
+  cannot be mistaken for new ones.
 
   Raises:
-    UserError: it is neither, or cannot be written.
+    UserError: `--out` is neither, or is not writable.
   """
   text = os.fspath(given or '')
   suffix = pathlib.PurePath(text).suffix.lower()
   if not text or (suffix not in SUFFIXES and not text.endswith('/') and not os.path.isdir(text)):
     raise UserError(
-      f'--out={text}: name a file that ends in {" or ".join(SUFFIXES)}, or a folder, which ends in a slash'
+      f'--out={text}: name a file that ends in {" or ".join(SUFFIXES)}, or a folder that ends in a slash'
     )
   path = paths.on_disk('--out', text)
   is_folder = text.endswith('/') or (path.is_dir() and suffix not in SUFFIXES)
   into = path if is_folder and path.is_dir() else path.parent
   if not into.is_dir() or not os.access(into, os.W_OK):
-    raise UserError(f'--out={text}: {into} is not a directory that can be written')
+    raise UserError(f'--out={text}: {into} is not a writable directory')
   if not is_folder and path.is_dir():
     raise UserError(f'--out={text} is a directory; name a file, or end it with a slash')
   if is_folder and path.exists() and not path.is_dir():
@@ -86,15 +86,15 @@ def _visible(folder: pathlib.Path) -> set[str]:
 
 
 def _names(count: int) -> list[str]:
-  """'000000.png' and so on: names that sort by number."""
+  """Returns the file names '000000.png' and so on, which sort by number."""
   digits = max(6, len(str(count - 1)))
   return [f'{k:0{digits}}.png' for k in range(count)]
 
 
 def save(out: Output, images: np.ndarray, labels: np.ndarray | None) -> None:
-  """Writes (n, H, W, C) uint8: a grid, each image, or the arrays `images` and, if given, `labels`.
+  """Writes (n, H, W, C) uint8 images as a grid, as single files, or as the arrays `images` and, if given, `labels`.
 
-  In a .npz the images are `arr_0`, too, the name by which ADM's evaluator (Dhariwal & Nichol 2021) reads them.
+  A .npz also contains the images as `arr_0`, the name that ADM's evaluator (Dhariwal & Nichol 2021) reads.
   """
   if out.kind == '/':
     out.path.mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ def save(out: Output, images: np.ndarray, labels: np.ndarray | None) -> None:
 
 
 def _write(path: pathlib.Path, write: Callable[[BinaryIO], None]) -> None:
-  """Writes a file whole or not at all."""
+  """Writes a file atomically."""
   temporary = path.with_name(f'.{path.name}.tmp')
   with temporary.open('wb') as file:
     write(file)

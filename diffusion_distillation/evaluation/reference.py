@@ -1,8 +1,8 @@
 """Features of the real images that samples are compared with, cached in the workdir between evaluations.
 
-workdir/features/reference.safetensors  of all training images
-workdir/features/held_out.safetensors   of those that are held out
-workdir/features/floor.safetensors      of training images drawn with replacement
+workdir/features/reference.safetensors  features of all training images
+workdir/features/held_out.safetensors   features of the held-out images
+workdir/features/floor.safetensors      features of training images drawn with replacement
 """
 
 import json
@@ -25,17 +25,17 @@ from diffusion_distillation.system.checkpoints import digest
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; to be raised where features are summed up in another way
+FORMAT = 1  # version of the files; increase it when features are summarized in another way
 
 
 class Real(NamedTuple):
   """Features of real images.
 
   Attributes:
-    reference: of all training images, what samples are compared with.
-    held_out: of images that nothing was trained on.
-    floor: of as many training images as there are samples, drawn with replacement: what a sampler that repeats the training
-      images would reach.
+    reference: features of all training images, which samples are compared with.
+    held_out: features of the held-out images, which are not used for training.
+    floor: features of as many training images as there are samples, drawn with replacement, like the samples of a perfect
+      model that repeats the training images.
   """
 
   reference: Features
@@ -51,15 +51,15 @@ def load_or_compute(
   size: int,
   seed: int,
 ) -> Real:
-  """Features of the images, from the files in `directory` where these are of the same images and extractor.
+  """Returns the features of real images; reads files in `directory` that were made from the same images and extractor.
 
   Args:
-    directory: made if need be.
-    extractor: of the features.
+    directory: directory of the files; created if necessary.
+    extractor: the feature extractor.
     train: the training images.
-    held_out: those that are held out.
-    size: number of images that the floor is drawn from the training images.
-    seed: of that draw.
+    held_out: the held-out images.
+    size: number of training images to draw for the floor.
+    seed: seed of this draw.
   """
   if files.writes():
     directory.mkdir(exist_ok=True)
@@ -77,7 +77,7 @@ def load_or_compute(
 
 
 def _describe(extractor: FeatureExtractor, images: Loader) -> dict[str, Any]:
-  """Everything that the features depend on; the cache key."""
+  """Returns the cache key: everything that the features depend on."""
   return {
     'format': FORMAT,
     'extractor': extractor.digest,
@@ -87,7 +87,7 @@ def _describe(extractor: FeatureExtractor, images: Loader) -> dict[str, Any]:
 
 
 def _kept(path: pathlib.Path, described: dict[str, Any], compute: Callable[[], Features]) -> Features:
-  """The features in a file, if they are those described; else those that `compute` returns, which are written there."""
+  """Returns the features in a file if they match the description; otherwise computes them and writes the file."""
   found = _read(path, described)
   everywhere = cluster.agree(found is not None)
   if found is not None and everywhere:
@@ -103,7 +103,7 @@ def _kept(path: pathlib.Path, described: dict[str, Any], compute: Callable[[], F
 
 
 def _read(path: pathlib.Path, described: dict[str, Any]) -> Features | None:
-  """The features in a file; None without one, or where it is of something else, or, with a warning, damaged."""
+  """Reads the features in a file; returns None if it is missing, does not match, or is damaged, which is logged."""
   if not path.is_file():
     return None
   try:
@@ -116,5 +116,5 @@ def _read(path: pathlib.Path, described: dict[str, Any]) -> Features | None:
       raise ValueError('its digest differs')
     return Features(Moments(arrays['mean'], arrays['cov']), arrays['some'], int(meta['count']))
   except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-    _log.warning('%s is damaged (%s): its features are computed again', path, error)
+    _log.warning('%s is damaged (%s); computing its features again', path, error)
     return None

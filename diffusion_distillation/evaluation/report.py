@@ -1,4 +1,4 @@
-"""The report: a figure, a grid of samples, and one self-contained page that shows both."""
+"""The report: figures, a grid of samples, and a self-contained HTML page that shows them."""
 
 import base64
 import dataclasses
@@ -50,7 +50,7 @@ _STYLES = [
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-  """What was seen of a stage while it was trained: lines of its metrics.jsonl, and a picture as PNG or None."""
+  """What was recorded during a stage's training: the lines of its metrics.jsonl, and a picture as PNG or None."""
 
   lines: list[dict[str, float]]
   picture: bytes | None
@@ -65,14 +65,14 @@ def write(
 ) -> None:
   """Writes `index.html`, and its figures `frechet.png`, `samples.png`, `cost.png` and `health.png`.
 
-  The last two only where there are students, and such as were looked at while they were trained.
+  `cost.png` is only written if there are students, and `health.png` if some of them were monitored during training.
 
   Args:
-    config: of the run, to be shown.
-    results: what `results.json` holds.
-    grid_rows: captions and (n, H, W, C) uint8 images, all rows from the same noise.
-    watched: what was seen of each stage in training.
-    directory: made if need be.
+    config: the config of the run, which the report shows.
+    results: the contents of `results.json`.
+    grid_rows: captions and (n, H, W, C) uint8 images; all rows are drawn from the same noise.
+    watched: what was recorded during the training of each stage.
+    directory: directory of the report; created if necessary.
   """
   directory.mkdir(exist_ok=True)
   figures = {'frechet': _png(distance_figure(results)), 'samples': _png(samples_figure(grid_rows))}
@@ -101,7 +101,7 @@ def write(
 
 
 def family(row: dict[str, Any]) -> str:
-  """What a student's curve is called: rounds belong together, all else is a stage of its own."""
+  """Returns the name of a student's curve; all rounds of progressive distillation share one curve."""
   name = 'progressive' if row['method'] == 'progressive' else row['stage']
   return _FAMILIES.get(name, name)
 
@@ -122,9 +122,9 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
 
 
 def comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """A line for each number of network calls, most first: the value of each curve or None.
+  """Returns a line for each number of network calls, in descending order, with the value of each curve or None.
 
-  `ratios` are the students' to the base under DDIM at the most calls that it was measured with.
+  `ratios` divide the students' values by the value of the base with DDIM at its largest number of calls.
   """
   columns = curves(rows)
   calls = sorted({nfe for curve in columns.values() for nfe in curve}, reverse=True)
@@ -142,7 +142,7 @@ def comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def distance_figure(results: dict[str, Any]) -> 'Figure':
-  """Frechet distance by network calls, log-log (as Salimans & Ho 2022, Figure 4)."""
+  """Plots the Frechet distance over network calls, log-log (as Salimans & Ho 2022, Figure 4)."""
   figure, axes = _axes()
   ticks: set[int] = set()
   columns = curves(results['rows'])
@@ -161,7 +161,7 @@ def distance_figure(results: dict[str, Any]) -> 'Figure':
 
 
 def cost_figure(results: dict[str, Any]) -> 'Figure':
-  """Frechet distance by the seconds of training from the base to each student; the number of calls at each point."""
+  """Plots the Frechet distance over the seconds of training from the base to each student, labelled with network calls."""
   figure, axes = _axes()
   base = results['rows'][0]['stage']
   points: dict[str, list[tuple[float, float, int]]] = {}
@@ -176,15 +176,15 @@ def cost_figure(results: dict[str, Any]) -> 'Figure':
       axes.annotate(str(nfe), (cost, value), textcoords='offset points', xytext=(5, 5), fontsize=8)
   _floor(axes, results)
   axes.set_xlim(left=0.0)
-  axes.set_xlabel('seconds of training after the base; the number is of network calls')
+  axes.set_xlabel('seconds of training after the base; points are labelled with network calls')
   axes.legend(frameon=False, fontsize=8)
   return figure
 
 
 def health_figure(watched: dict[str, list[dict[str, float]]]) -> 'Figure':
-  """Curves of the students' training by share of their updates: diversity, lag of the fake score, DM gradient."""
+  """Plots diversity, lag of the fake score and DM gradient of students over the share of their updates."""
   names = {
-    'diversity': 'diversity, as a ratio to the data',
+    'diversity': 'diversity relative to the data',
     'fake_score_lag': 'lag of the fake score',
     'dm_gradient': 'size of the DM gradient',
   }
@@ -205,7 +205,7 @@ def health_figure(watched: dict[str, list[dict[str, float]]]) -> 'Figure':
 
 
 def _figure(width: float, height: float) -> 'Figure':
-  """An empty figure, in inches; matplotlib is imported here because that takes a third of the program's start."""
+  """Returns an empty figure, size in inches; imports matplotlib late because that takes a third of the startup time."""
   from matplotlib.figure import Figure
 
   return Figure(figsize=(width, height), layout='constrained')
@@ -227,7 +227,7 @@ def _floor(axes: 'Axes', results: dict[str, Any]) -> None:
 
 
 def samples_figure(grid_rows: dict[str, np.ndarray]) -> 'Figure':
-  """One row of images a stage; a column starts from one noise."""
+  """Shows one row of images per stage; the images of a column start from the same noise."""
   columns = max((len(images) for images in grid_rows.values()), default=1)
   height = max(len(grid_rows), 1)
   figure = _figure(0.55 * columns + 1.6, 0.55 * height + 0.1)

@@ -1,4 +1,4 @@
-"""The contents of `results.json` apart from its rows, and rows that an earlier evaluation measured."""
+"""The contents of `results.json` apart from its rows, and the reuse of rows from an earlier evaluation."""
 
 import importlib.metadata
 import logging
@@ -24,15 +24,15 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'sci
 def header(
   extractor: FeatureExtractor, real: Real, train: Loader, held_out: Loader, seed: int, labels: str | None
 ) -> dict[str, Any]:
-  """All but the rows.
+  """Returns the contents of `results.json` with an empty list of rows.
 
   Args:
-    extractor: of the features.
+    extractor: the feature extractor.
     real: features of real images.
     train: the training images.
-    held_out: those that are held out.
-    seed: with which the floor was drawn.
-    labels: law of the samples' labels, one of `conditioning.LABELS`; None for unconditional models.
+    held_out: the held-out images.
+    seed: seed of the draw of the floor.
+    labels: distribution of the samples' labels, one of `conditioning.LABELS`; None for unconditional models.
   """
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
   reference, unseen, floor = real
@@ -60,10 +60,10 @@ def header(
 def origins(
   stages: list[Stage], seconds: dict[str, float], workdir: pathlib.Path
 ) -> dict[str, dict[str, Any]]:
-  """What each stage comes from, and the seconds of training from the first one's model to its own.
+  """Returns the method and the parents of each stage, and its cost: the seconds of training after the first stage.
 
-  Those are its own, those of its teacher and of the stage that it starts from, and of drawing the pairs that it
-  learns from; each counted once, the first stage not at all.
+  The cost is the time to train the stage, its teacher and the stage that it starts from, with all of their own parents, and
+  to draw the stored pairs. Each is counted once; the first stage is not counted.
   """
   path = workdir / 'pairs' / 'pairs.json'
   drawing = read_json(path)['seconds'] if path.is_file() else 0.0
@@ -96,7 +96,7 @@ def key_of(row: dict[str, Any]) -> tuple:
 
 
 def known_rows(path: pathlib.Path, extractor: FeatureExtractor) -> dict[tuple, dict[str, Any]]:
-  """Rows measured before with the same extractor, by key; none, with a warning, from a damaged file."""
+  """Returns earlier rows of the same extractor, by key; logs a warning and returns none if the file is damaged."""
   if not path.exists():
     return {}
   try:
@@ -104,18 +104,18 @@ def known_rows(path: pathlib.Path, extractor: FeatureExtractor) -> dict[tuple, d
     same = old['extractor']['digest'] == extractor.digest
     return {key_of(row): row for row in old['rows'] if _is_whole(row)} if same else {}
   except (DamagedError, KeyError, TypeError, AttributeError) as error:
-    _log.warning('%s is damaged (%r): its rows are measured again', path, error)
+    _log.warning('%s is damaged (%r); measuring its rows again', path, error)
     return {}
 
 
 def _is_whole(row: dict[str, Any]) -> bool:
-  """Whether a row has a value of every metric; before there were several it had the Frechet distance alone."""
+  """Whether a row has a value for every metric; rows without `metrics` are older and only have the Frechet distance."""
   known = row.get('metrics', {'frechet': row['value']})
   return bool(row['value'] >= 0.0) and METRICS.keys() <= known.keys()
 
 
 def record(rows: list[dict[str, Any]], models: list[Model], workdir: pathlib.Path) -> None:
-  """Writes the rows of each model into its folder."""
+  """Writes the rows of each model to its folder."""
   for m in models:
     own = [row for row in rows if row['stage'] == m.stage.name and row['digest'] == m.digest]
     add_metrics(workdir / m.stage.name / 'model', own)

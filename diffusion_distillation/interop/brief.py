@@ -1,9 +1,9 @@
-"""What files from elsewhere say, for messages."""
+"""Short representations of values from imported files, for messages."""
 
 import reprlib
 from typing import Any
 
 
 def brief(value: Any) -> str:
-  """`repr(value)`, at most 80 characters, without building all of it: containers that share containers have no end."""
+  """Returns at most 80 characters of `repr(value)`, without building all of it: nested shared containers may be huge."""
   return reprlib.repr(value)[:80]

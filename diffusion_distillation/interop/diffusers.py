@@ -1,4 +1,4 @@
-"""UNet2DModel folders and pipeline folders of diffusers: JSON and safetensors; nothing in them is executed.
+"""Reads UNet2DModel folders and pipeline folders of diffusers: JSON and safetensors, of which nothing is executed.
 
 FOLDER/model_index.json, FOLDER/unet/, FOLDER/scheduler/scheduler_config.json   a pipeline
 FOLDER/config.json, FOLDER/*.safetensors, FOLDER/scheduler_config.json          a network, and perhaps its schedule
@@ -31,14 +31,14 @@ from diffusion_distillation.training.state import Params
 _log = logging.getLogger(__name__)
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
-# The values of these keys that are supported, diffusers' default first.
+# Supported values of these keys, diffusers' default first.
 _ONLY = {
   '_class_name': ('UNet2DModel',),
   'time_embedding_type': ('positional',),
   'class_embed_type': (None,),
   'mid_block_type': ('UNetMidBlock2D',),
 }
-# diffusers' own defaults, for keys that a file does not have.
+# diffusers' defaults for keys that a file lacks.
 _NETWORK = {
   'block_out_channels': (224, 448, 672, 896),
   'down_block_types': ('DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
@@ -54,16 +54,16 @@ _SCHEDULE = {
   'rescale_betas_zero_snr': 'zero_snr',
   'steps_offset': 'steps_offset',
 }
-# Schedulers that clip x unless they are told otherwise.
+# Schedulers that clip x by default.
 _CLIPS = ('DDPMScheduler', 'DDIMScheduler')
 _OLD_NAMES = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 
 def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
-  """The model in a folder, to be sampled by DDIM in `num_steps` steps.
+  """Reads the model in a folder, to be sampled by DDIM in `num_steps` steps.
 
   Raises:
-    UserError: there is none, or it is one that this program does not have; the message names the key or the weight.
+    UserError: there is no model, or it is not supported; the message names the key or the weight.
   """
   unet, scheduler = diffusers_config.find(folder)
   config = diffusers_config.read_json(unet / 'config.json')
@@ -95,7 +95,7 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
 
 
 def _size(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, int]:
-  """Height and width of the images."""
+  """Returns the height and width of the images."""
   size: Any = config.get('sample_size')
   sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
   if not all(type(side) is int and 0 < side <= 10_000 for side in sides):
@@ -109,7 +109,7 @@ def _refuse(path: pathlib.Path, key: str, value: Any, known: Any) -> UserError:
 
 
 def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete, str]:
-  """The schedule, and what the network predicts."""
+  """Returns the schedule, and the output that the network predicts."""
   diffusers_config.check(path, settings, diffusers_config.SCHEDULE)
   prediction = settings.get('prediction_type', 'epsilon')
   if prediction not in _OUTPUTS:
@@ -138,7 +138,7 @@ def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete
 
 
 def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) -> UNet2D:
-  """The network that a config describes."""
+  """Builds the network that a config describes."""
   for key, known in _ONLY.items():
     if config.get(key, known[0]) not in known:
       raise _refuse(path, key, config[key], known)
@@ -164,7 +164,7 @@ def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) 
 
 
 def _weights(folder: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...]) -> Params:
-  """The parameters of the network, float32, from the folder's safetensors."""
+  """Reads the parameters of the network, float32, from the folder's safetensors file."""
   path = _weights_file(folder)
   try:
     found = {
@@ -182,7 +182,7 @@ def _weights(folder: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...]) ->
 
 
 def _check_widths(network: UNet2D, found: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
-  """Raises UserError for a network that is deeper or wider than the weights: it is not traced, which may take long."""
+  """Raises UserError for a network that is deeper or wider than the weights, because tracing it may take very long."""
   widest = max((size for value in found.values() if value.size for size in value.shape), default=0)
   counts = {'layers_per_block': network.layers_per_block * len(network.block_out_channels)}
   sizes = {
@@ -219,7 +219,7 @@ def _weights_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _conversion(path: pathlib.Path) -> str:
-  """How to convert a pickle; a command only where its name has nothing that a shell or Python could take for more."""
+  """Says how to convert a pickle; gives a command only if the file name is safe in a shell and in Python."""
   if not re.fullmatch(r'[\w.-]+', path.name, re.ASCII):
     return f'save its state dict as {WEIGHTS} with safetensors.torch.save_file, where torch is installed'
   return (
@@ -230,15 +230,15 @@ def _conversion(path: pathlib.Path) -> str:
 
 
 def convert(found: Mapping[str, np.ndarray], expected: Params, path: pathlib.Path) -> Params:
-  """The state dict of a UNet2DModel as parameters of `UNet2D`.
+  """Converts the state dict of a UNet2DModel to parameters of `UNet2D`.
 
   Args:
-    found: by the names of the state dict; the attention's older names are known, too.
+    found: the state dict, with the current or the older names of attention layers.
     expected: the network's parameters, or their shapes.
-    path: for messages.
+    path: path of the file, for messages.
 
   Raises:
-    UserError: a weight is missing, too many, of another shape or not finite; the message names it.
+    UserError: a weight is missing, unexpected, of the wrong shape or not finite; the message names it.
   """
   state = {_renamed(name): value for name, value in found.items()}
   wanted = traverse_util.flatten_dict(expected, sep='/')
@@ -262,7 +262,7 @@ def convert(found: Mapping[str, np.ndarray], expected: Params, path: pathlib.Pat
 
 
 def state_dict(params: Params) -> dict[str, np.ndarray]:
-  """The parameters of `UNet2D` by the names and in the layout of a UNet2DModel; the inverse of `convert`."""
+  """Converts parameters of `UNet2D` to the state dict of a UNet2DModel; the inverse of `convert`."""
   flat = traverse_util.flatten_dict(params, sep='/')
   return {
     _their_name(name): np.ascontiguousarray(_turned(name, np.asarray(value)))
@@ -271,14 +271,14 @@ def state_dict(params: Params) -> dict[str, np.ndarray]:
 
 
 def _turned(name: str, value: np.ndarray) -> np.ndarray:
-  """A weight in their order of axes; the inverse of `_arranged`."""
+  """Converts a weight to diffusers' order of axes; the inverse of `_arranged`."""
   if not name.endswith('/kernel') or name.startswith('class_embedding'):
     return value
   return value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
 
 
 def _renamed(name: str) -> str:
-  """The name of a weight in today's diffusers."""
+  """Returns the name of a weight in current versions of diffusers."""
   parts = name.split('.')
   return '.'.join(_OLD_NAMES.get(part, part) for part in parts) if 'attentions' in parts else name
 
@@ -289,10 +289,10 @@ def _their_name(name: str) -> str:
 
 
 def _arranged(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """A weight in our order of axes: (out, in, h, w) becomes (h, w, in, out), (out, in) becomes (in, out)."""
+  """Converts a weight to our order of axes: (out, in, h, w) to (h, w, in, out), (out, in) to (in, out)."""
   if not name.endswith('/kernel') or name.startswith('class_embedding'):
     return value
-  if len(shape) == 2:  # older files have 1x1 convolutions for it
+  if len(shape) == 2:  # a 1x1 convolution in older files
     return (
       value.reshape(value.shape[:2]).T if math.prod(value.shape[2:]) == 1 and value.ndim >= 2 else value
     )

@@ -1,4 +1,4 @@
-"""The JSON files of diffusers: where they lie, and whether what they say has the types that diffusers expects."""
+"""Finds the JSON files of diffusers, and checks the types of their values."""
 
 import json
 import pathlib
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop.brief import brief
 
-_MOST = 100_000  # of every whole number
+_MOST = 100_000  # maximum of every integer
 
 
 class Kind(NamedTuple):
-  """What a value may be.
+  """A kind of value.
 
   Attributes:
-    says: in words, what follows 'must be'.
-    holds: whether a value is one.
+    says: the kind in words, which follow 'must be'.
+    holds: tells whether a value is of this kind.
   """
 
   says: str
@@ -47,7 +47,7 @@ _WORD = Kind('a string', lambda value: isinstance(value, str))
 _COUNTS = Kind('a list of positive integers', _list_of(lambda value: _is_int(value, 1)))
 _WORDS = Kind('a list of strings', _list_of(lambda value: isinstance(value, str)))
 
-# Keys of a network's config.json that are fields of `UNet2D`, too.
+# Keys of a network's config.json that are also fields of `UNet2D`.
 FIELDS = {
   'block_out_channels': _COUNTS,
   'down_block_types': _WORDS,
@@ -92,7 +92,7 @@ def check(path: pathlib.Path, found: Mapping[str, Any], kinds: Mapping[str, Kind
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object; raises UserError where there is none."""
+  """Reads a JSON object; raises UserError if the file has none."""
   try:
     found = json.loads(path.read_text())
   except OSError as error:
@@ -105,11 +105,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def find(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-  """The folder of the network and the file of the schedule, which need not be there.
+  """Returns the folder of the network and the file of the schedule, which need not exist.
 
   Raises:
-    UserError: the folder is a pipeline that has no network of images, or parts besides network and schedule, such as
-      the autoencoder of a latent model.
+    UserError: the folder is a pipeline without a `unet`, or with other parts than network and schedule, such as the
+      autoencoder of a latent model.
   """
   if (folder / 'model_index.json').is_file():
     _check_pipeline(folder / 'model_index.json')

@@ -47,10 +47,10 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
     drawer: the model and its sampler.
     params: weights of the network.
     grid: (N + 1,), the times.
-    folder: where the files are written.
+    folder: the folder to write to.
 
   Returns:
-    A function that draws with the model as it is read again from the folder, on DDIMScheduler's timesteps.
+    A function that draws with the model that was written, on DDIMScheduler's timesteps.
 
   Raises:
     UserError: a part of the model cannot be expressed in diffusers; the message names it.
@@ -75,13 +75,13 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
 
 
 def usage(description: Mapping[str, Any]) -> str:
-  """How to run the pipeline so that it draws the images of the model that `description`, its model.json, is of; Markdown."""
+  """Returns instructions for drawing the model's images, in Markdown; `description` is the contents of model.json."""
   recomputed = description['clip_x'] and not SAMPLERS[description['sampler']].keeps_eps
   return USAGE.replace('STEPS', str(description['num_steps'])).replace('RECOMPUTED', str(recomputed))
 
 
 def _check(drawer: Drawer) -> tuple[Discrete, UNet2D]:
-  """The schedule and the network, if diffusers has them."""
+  """Returns the schedule and the network; raises UserError if diffusers does not have them."""
   network, schedule = drawer.denoise.network, drawer.schedule
   if not isinstance(network, UNet2D):
     raise _refuse(f'the network {type(network).__name__} is not a UNet2DModel')
@@ -101,7 +101,7 @@ def _refuse(what: str) -> UserError:
 
 
 def _network(drawer: Drawer, network: UNet2D) -> dict[str, Any]:
-  """config.json of the network."""
+  """Returns config.json of the network."""
   height, width, channels = drawer.image_shape
   classes = conditioning.classes(drawer.denoise.conditioning)
   given = {field: getattr(network, field) for field in diffusers_config.FIELDS}
@@ -115,9 +115,9 @@ def _network(drawer: Drawer, network: UNet2D) -> dict[str, Any]:
 
 
 def _scheduler(drawer: Drawer, schedule: Discrete, grid: np.ndarray) -> dict[str, Any]:
-  """scheduler_config.json: the schedule, and the spacing of timesteps that is `grid`.
+  """Returns scheduler_config.json: the schedule, and the spacing of timesteps that matches `grid`.
 
-  The last step of DDIMScheduler ends at clean data where set_alpha_to_one holds, as ours does.
+  With set_alpha_to_one, the last step of DDIMScheduler ends at clean data, as ours does.
   """
   count, steps = schedule.num_timesteps, len(grid) - 1
   timesteps = np.float64(grid[1:]) * count - 1.0
@@ -131,8 +131,8 @@ def _scheduler(drawer: Drawer, schedule: Discrete, grid: np.ndarray) -> dict[str
   ]
   if count % steps or not found:
     raise _refuse(
-      f'its {steps} steps are not at timesteps that DDIMScheduler has: their number must divide {count}, and the '
-      'grid must be uniform or leading'
+      f'DDIMScheduler cannot represent its {steps} steps: their number must divide {count}, and the grid must be '
+      'uniform or leading'
     )
   return {
     '_class_name': 'DDIMScheduler',

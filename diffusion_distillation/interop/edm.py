@@ -1,7 +1,7 @@
-"""NVIDIA's EDM models (Karras et al. 2022), as the public .pkl files or as a state dict with its constructor's arguments.
+"""Reads NVIDIA's EDM models (Karras et al. 2022): the public .pkl files, or a state dict with the constructor's arguments.
 
-`NAME.pkl` is a pickle that carries the source code of its classes: `pickles.Machine` reads it, and nothing in it is executed.
-`NAME.safetensors` holds the state dict alone, and `NAME.json` the arguments: {"class": "EDMPrecond", "img_resolution": 32, ...}.
+`NAME.pkl` is a pickle that contains the source code of its classes; `pickles.Machine` reads it without executing anything.
+`NAME.safetensors` contains the state dict, and `NAME.json` the arguments: {"class": "EDMPrecond", "img_resolution": 32, ...}.
 """
 
 import io
@@ -32,7 +32,7 @@ from diffusion_distillation.training.state import Params
 
 Arrays = dict[str, np.ndarray]
 
-# The constructors' arguments with their defaults; None where there is none. A value must be of its default's type.
+# The constructors' arguments with their defaults, or None for no default. A value must have its default's type.
 _OF_ALL: dict[str, Any] = {
   'img_resolution': None,
   'img_channels': None,
@@ -73,17 +73,17 @@ _NETWORKS: dict[str, tuple[type[EdmUNet], dict[str, Any]]] = {
     },
   ),
 }
-_MOST = 100_000  # of every whole number
-_MOST_BYTES = 2  # of all tensors, for each byte of the file
+_MOST = 100_000  # maximum of every integer
+_MOST_BYTES = 2  # maximum bytes of all tensors for each byte of the file
 
 
 def read(path: pathlib.Path) -> StoredModel:
-  """The model in a file, float32; nothing in the file is executed.
+  """Reads the model in a file as float32; nothing in the file is executed.
 
-  It is sampled as published, by EDM's Heun method on EDM's grid: in 18 steps up to 32 pixels, in 40 above.
+  It is sampled as published, by EDM's Heun method on EDM's grid: in 18 steps for up to 32 pixels, otherwise in 40.
 
   Raises:
-    UserError: there is no such file, it is not one of these, or something in it is not supported; the message names it.
+    UserError: the file does not exist, is not an EDM model, or contains something that is not supported, which is named.
   """
   try:
     arguments, arrays = (_read_pair if path.suffix == '.safetensors' else _read_pickle)(path)
@@ -92,15 +92,15 @@ def read(path: pathlib.Path) -> StoredModel:
     raise UserError(f'--checkpoint={path}: {error.filename}: {error.strerror}') from error
   except (Unsupported, UserError) as error:
     raise UserError(f'--checkpoint={path}: {_one_line(error)}') from error
-  except Exception as error:  # pickles raise whatever their content makes them raise
+  except Exception as error:  # unpickling unknown content may raise anything
     raise UserError(
       f'--checkpoint={path} cannot be read as an EDM model, a .pkl file of its release or a .safetensors file with a '
-      f'.json file beside it ({type(error).__name__}: {_one_line(error)})'
+      f'.json file next to it ({type(error).__name__}: {_one_line(error)})'
     ) from error
 
 
 class Unsupported(ValueError):
-  """What a file says is understood, but it is not what it must be, or not supported."""
+  """The file can be read, but its content is not valid or not supported."""
 
 
 def _one_line(error: Exception) -> str:
@@ -121,7 +121,7 @@ _MODULES = [f'torch.nn.modules.container.{name}' for name in ('ModuleDict', 'Mod
 
 
 def _persistent(meta: Mapping[str, Any]) -> Inert:
-  """An object of `torch_utils.persistence`; the source code in it stays text."""
+  """Builds an object of `torch_utils.persistence`; its source code is not executed."""
   if not isinstance(meta['class_name'], str) or not isinstance(meta['state'], dict):
     raise ValueError('an object has no class or no state')
   return Inert(meta['class_name'][:80], meta['state'])
@@ -155,7 +155,7 @@ def _read_pickle(path: pathlib.Path) -> tuple[dict[str, Any], Arrays]:
 
 
 def _state_dict(module: Inert, prefix: str, seen: set[int]) -> Arrays:
-  """Parameters and buffers of a module and of those in it, by torch's names."""
+  """Returns the parameters and buffers of a module and its submodules, by torch's names."""
   if not isinstance(module, Inert) or id(module) in seen:
     raise ValueError(f'{prefix or "the network"!r} is not a module, or is one a second time')
   seen.add(id(module))
@@ -171,11 +171,11 @@ def _state_dict(module: Inert, prefix: str, seen: set[int]) -> Arrays:
   return found
 
 
-# What they say.
+# Contents.
 
 
 def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
-  """A model of the constructor's arguments (and `class`) and the state dict."""
+  """Builds a model from the constructor's arguments (and `class`) and the state dict."""
   kind = _word(arguments.pop('class', None))
   of_class = choose('class', kind, _CLASSES)
   model_type = _word(arguments.get('model_type', of_class['model_type']))
@@ -213,12 +213,12 @@ def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
 
 
 def _word(value: Any) -> str:
-  """A short string as it is; anything else as a short text for messages."""
+  """Returns short strings unchanged, and a short text for any other value."""
   return value if isinstance(value, str) and len(value) <= 80 else brief(value)
 
 
 def _check_widths(given: Mapping[str, Any], arrays: Arrays) -> None:
-  """Raises Unsupported for a network that is deeper or wider than its tensors: it is not traced, which may take long."""
+  """Raises Unsupported for a network that is deeper or wider than its tensors, because tracing it may take very long."""
   if given['num_blocks'] * max(1, len(given['channel_mult'])) > len(arrays):
     raise Unsupported(f'num_blocks={given["num_blocks"]} are more blocks than there are tensors')
   found = [value for value in arrays.values() if isinstance(value, np.ndarray) and value.size]
@@ -233,7 +233,7 @@ def _check_widths(given: Mapping[str, Any], arrays: Arrays) -> None:
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
-  """`value` if it is of its default's type, whole numbers for None; ValueError, naming it, if not."""
+  """Returns `value` if it has its default's type (an integer for None); otherwise raises a ValueError that names it."""
 
   def whole(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= _MOST
@@ -254,7 +254,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
 
 
 def _network(kind: str, given: Mapping[str, Any], arrays: Arrays) -> EdmUNet:
-  """The network; without dropout, as a teacher is."""
+  """Builds the network, without dropout, as for a teacher."""
   cls, _ = _NETWORKS[given['model_type']]
   fields: dict[str, Any] = {
     'out_ch': given['img_channels'],
@@ -279,7 +279,7 @@ def _network(kind: str, given: Mapping[str, Any], arrays: Arrays) -> EdmUNet:
 
 
 def _schedule(kind: str, given: Mapping[str, Any]) -> Schedule:
-  """Noise levels that the network was trained for; of EDM's, which has no bounds, those that it is sampled at."""
+  """Returns the noise levels that the network was trained for; for EDM, which has no bounds, those used in sampling."""
   if given.get('sigma_data', SIGMA_DATA) != SIGMA_DATA:
     raise Unsupported(f'sigma_data={given["sigma_data"]} is not supported, only {SIGMA_DATA}')
   try:
@@ -299,7 +299,7 @@ def _schedule(kind: str, given: Mapping[str, Any]) -> Schedule:
 
 
 def _fit(arrays: Arrays, wanted: Params, given: Mapping[str, Any]) -> Params:
-  """The state dict in the shapes and under the names of our network."""
+  """Converts the state dict to the names and shapes of our network."""
   flat, params, used = traverse_util.flatten_dict(wanted), {}, set()
   for path, leaf in flat.items():
     module, last = '.'.join(path[:-1]), 'bias' if path[-1] == 'bias' else 'weight'
@@ -308,7 +308,7 @@ def _fit(arrays: Arrays, wanted: Params, given: Mapping[str, Any]) -> Params:
     used.add(name)
   if given.get('embedding_type') == 'fourier':
     used.add('model.map_noise.freqs')
-  if given['augment_dim']:  # which is not fed in sampling: as if it were zeros, and there is no bias
+  if given['augment_dim']:  # zero in sampling; the layer has no bias, so it is not needed
     used.add('model.map_augment.weight')
   for name in arrays.keys() - used:
     if not name.endswith('.resample_filter'):
@@ -318,8 +318,8 @@ def _fit(arrays: Arrays, wanted: Params, given: Mapping[str, Any]) -> Params:
 
 
 def _converted(arrays: Arrays, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """A parameter of torch's in the `shape` that flax has: (out, in, ...) as (..., in, out)."""
-  if '.qkv.' in name:  # rows are (head, channel, which of the three)
+  """Converts a parameter of torch to Flax's `shape`: (out, in, ...) to (..., in, out)."""
+  if '.qkv.' in name:  # rows are (head, channel, q/k/v)
     *inputs, _, heads, width = shape
     rows = _taken(arrays, name, (3 * heads * width, *inputs))
     return np.moveaxis(rows.reshape(heads, width, 3, *inputs), (2, 0, 1), (-3, -2, -1)).copy()
@@ -331,7 +331,7 @@ def _converted(arrays: Arrays, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _taken(arrays: Arrays, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """An array of this name and shape, float32; of a matrix, a 1x1 convolution's shape is as good."""
+  """Returns an array of this name and shape as float32; for a matrix, also accepts the shape of a 1x1 convolution."""
   if name not in arrays:
     raise Unsupported(f'{name} is missing')
   values = arrays[name]

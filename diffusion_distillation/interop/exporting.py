@@ -1,4 +1,4 @@
-"""Models for elsewhere: a finished stage as a folder that others can run without this package."""
+"""Exports a finished stage as a folder that can be used without this package."""
 
 import contextlib
 import os
@@ -22,20 +22,20 @@ from diffusion_distillation.stages import model
 from diffusion_distillation.system import files
 from diffusion_distillation.training.state import Params
 
-SEED = 0  # of the images that are compared and shown
-BATCHES = (16, 3)  # the program is run at two sizes
+SEED = 0  # seed of the images that are compared and shown
+BATCHES = (16, 3)  # the two batch sizes at which the exported program is checked
 
 
 class Format(NamedTuple):
   """A format that models are exported to.
 
   Attributes:
-    write: is given what draws, weights, times (N + 1,) and a folder; writes the files, and returns a function that draws
-      with them, see `stablehlo.Draw`.
-    library: for the model card, a name that the Hugging Face hub knows.
+    write: receives a drawer, weights, times (N + 1,) and a folder; writes the files, and returns a function that draws with
+      them, see `stablehlo.Draw`.
+    library: name of the library on the Hugging Face hub, for the model card.
     files: name and meaning of each file.
-    usage: is given the description of the model; says how to run the files, Markdown.
-    tolerance: the share of values that may differ from the model's, by one level at most; one value always may.
+    usage: receives the description of the model; returns instructions for running the files, in Markdown.
+    tolerance: fraction of values that may differ from the model's by at most one level; a single value always may.
   """
 
   write: Callable[[Drawer, Params, np.ndarray, pathlib.Path], stablehlo.Draw]
@@ -57,20 +57,20 @@ FORMATS: dict[str, Format] = {
 def export(
   workdir: pathlib.Path, stage: str | None, out: str | os.PathLike[str] | None, format: str = 'jax'
 ) -> str:
-  """Writes the folder `out` whole or not at all, after its images have been compared with those of the model.
+  """Writes the folder `out` atomically, after checking that the exported files draw the same images as the model.
 
   Args:
     workdir: a workdir, the directory of a stage, or the folder of a model.
-    stage: of the workdir; by default the last that is finished.
-    out: a folder that is not there yet, or is empty.
+    stage: name of a stage of the workdir; by default, the last finished stage.
+    out: a folder that does not exist yet, or is empty.
     format: a name in FORMATS.
 
   Returns:
     A line that says what was written.
 
   Raises:
-    UserError: there is no finished stage, no such format, or `out` cannot be written; nothing was written.
-    StorageError: the files do not draw the images that the model draws; nothing was kept.
+    UserError: there is no finished stage, no such format, or `out` is not writable; nothing was written.
+    StorageError: the files draw other images than the model; nothing was kept.
   """
   to, into = choose('--format', format, FORMATS), check_out(out)
   folder = find(workdir, stage)
@@ -100,7 +100,7 @@ def export(
 
 
 def check_out(out: str | os.PathLike[str] | None) -> pathlib.Path:
-  """The folder to write, which must not hold anything; UserError otherwise."""
+  """Returns the folder to write; raises UserError unless it is empty or does not exist."""
   if not out:
     raise UserError('--mode=export needs --out, the folder to write')
   path = paths.on_disk('--out', out)
@@ -110,12 +110,12 @@ def check_out(out: str | os.PathLike[str] | None) -> pathlib.Path:
     raise UserError(f'--out={out} is a file; name a new folder')
   there = next(parent for parent in path.parents if parent.exists())
   if not there.is_dir() or not os.access(there, os.W_OK):
-    raise UserError(f'--out={out}: {there} is not a directory that can be written')
+    raise UserError(f'--out={out}: {there} is not a writable directory')
   return path
 
 
 def find(workdir: pathlib.Path, stage: str | None) -> pathlib.Path:
-  """The folder of the model; UserError if the stage that was asked for is not finished."""
+  """Returns the folder of the model; raises UserError if the given stage is not finished."""
   if stage is None:
     return loading.find(workdir)
   folder = workdir / stage / 'model'
@@ -141,7 +141,7 @@ def _write(to: Format, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.
 
 
 def _dataset(folder: pathlib.Path) -> str | None:
-  """The name of the dataset of the run that a model belongs to; None for a folder that was taken out of its workdir."""
+  """Returns the name of the dataset of a model's run; None for a folder that was moved out of its workdir."""
   config = folder.parent.parent / 'config.json'
   if not (folder.parent / 'stage.json').is_file() or not config.is_file():
     return None
@@ -150,7 +150,7 @@ def _dataset(folder: pathlib.Path) -> str | None:
 
 
 def _compare(draw: stablehlo.Draw, drawer: Drawer, expected: np.ndarray, tolerance: float) -> np.ndarray:
-  """The images (n, H, W, C) that the files draw at the first size; StorageError if those of any size differ."""
+  """Returns the images (n, H, W, C) that the files draw at the first batch size; raises StorageError if any images differ."""
   index = np.arange(len(expected), dtype=np.int32)
   z, keys = sampling.noise(drawer, np.int32(SEED), index)  # type: ignore[arg-type]
   noise, data, cond = np.asarray(z), np.asarray(jax.random.key_data(keys)), drawer.cond(index, SEED)
@@ -168,7 +168,7 @@ def _compare(draw: stablehlo.Draw, drawer: Drawer, expected: np.ndarray, toleran
 
 
 def without_paths(value: Any) -> Any:
-  """JSON with absolute paths cut to their last part, so that it says nothing of the machine."""
+  """Shortens absolute paths in JSON to their last part, so that it contains no details of the machine."""
   if isinstance(value, dict):
     return {key: without_paths(part) for key, part in value.items()}
   if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Checkpoints of the code released with Salimans & Ho (2022): one flax msgpack file, parameters in `ema_params`."""
+"""Reads checkpoints of the code released with Salimans & Ho (2022): a Flax msgpack file with parameters in `ema_params`."""
 
 import dataclasses
 import hashlib
@@ -14,12 +14,12 @@ from diffusion_distillation.training.state import Params
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """What there is to use in a file.
+  """The contents of a file that are used.
 
   Attributes:
-    ema_params: module to layer to array, float32, as the file has them.
-    num_sample_steps: that the model was distilled to; 0 for a base trained in continuous time.
-    sha256: of the file.
+    ema_params: arrays by module and layer, float32, as they are in the file.
+    num_sample_steps: number of steps that the model was distilled to; 0 for a base trained in continuous time.
+    sha256: sha256 of the file.
   """
 
   ema_params: dict[str, Any]
@@ -31,7 +31,7 @@ def read(path: pathlib.Path) -> Checkpoint:
   """Reads a file; nothing in it is executed.
 
   Raises:
-    UserError: there is no such file, or it is not one of these.
+    UserError: the file does not exist, or is not such a checkpoint.
   """
   try:
     content = path.read_bytes()
@@ -46,7 +46,7 @@ def read(path: pathlib.Path) -> Checkpoint:
       raise ValueError('ema_params is not a tree of arrays')
     if num_sample_steps < 0:
       raise ValueError(f'num_sample_steps is {num_sample_steps}')
-  except Exception as error:  # msgpack raises whatever the content makes it raise
+  except Exception as error:  # with unknown content, msgpack may raise anything
     raise UserError(
       f'--checkpoint={path} is not a checkpoint of the released code, a flax msgpack file with '
       f'ema_params in it ({type(error).__name__}: {str(error)[:100]})'
@@ -55,15 +55,15 @@ def read(path: pathlib.Path) -> Checkpoint:
 
 
 def fit(found: dict[str, Any], expected: Params, path: pathlib.Path) -> Params:
-  """The file's parameters in the shapes that a network expects; (1, 1, 1, C) becomes (C,) where it must.
+  """Converts the file's parameters to the shapes that a network expects, such as (1, 1, 1, C) to (C,).
 
   Args:
     found: `Checkpoint.ema_params`.
     expected: the network's parameters, or their shapes.
-    path: for messages.
+    path: path of the file, for messages.
 
   Raises:
-    UserError: a parameter is missing, too many, of another size or not finite; the message names it.
+    UserError: a parameter is missing, unexpected, of the wrong size or not finite; the message names it.
   """
   wanted = traverse_util.flatten_dict(expected, sep='/')
   have = traverse_util.flatten_dict(found, sep='/')

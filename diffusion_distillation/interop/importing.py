@@ -1,4 +1,4 @@
-"""Models from elsewhere as the first stage of a workdir: sampled, measured and distilled like its own."""
+"""Imports models as the first stage of a workdir, to be sampled, measured and distilled like other stages."""
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +21,13 @@ from diffusion_distillation.system.files import read_json
 
 
 def from_google(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
-  """A checkpoint of the released code; see `interop/google.py`.
+  """Imports a checkpoint of the released code; see `interop/google.py`.
 
-  A base becomes the stage 'base'; a student, the round of the config that has its number of steps. The file
-  says nothing of output, schedule and time input: these are the config's.
+  A base becomes the stage 'base'; a student becomes the config's round with its number of steps. The file does not contain
+  output, schedule and time input; they are taken from the config.
 
   Raises:
-    UserError: the file, or the config that is to describe it, is wrong; nothing was written.
+    UserError: the file is not valid, or the config does not describe it; nothing was written.
   """
   del default
   shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
@@ -41,22 +41,22 @@ def from_google(config: Config, default: Config, path: pathlib.Path, into: pathl
 
 
 def _stage_for(num_steps: int, stages: list[Stage], path: pathlib.Path) -> Stage:
-  """The one of `stages`, all of the checkpoint's method, that has its number of steps; the first for a base."""
+  """Returns the one of `stages` that has the checkpoint's number of steps; for a base (`num_steps` 0), the first stage."""
   for stage in stages:
     if not num_steps or stage.num_steps == num_steps:
       return stage
   raise UserError(
-    f'--checkpoint={path} was distilled to {num_steps} steps, but the stages of this config that are made in the same '
-    f'way have {", ".join(str(stage.num_steps) for stage in stages) or "none"}; see methods and '
+    f'--checkpoint={path} was distilled to {num_steps} steps, but the stages of this config with the same method '
+    f'have {", ".join(str(stage.num_steps) for stage in stages) or "none"}; see methods and '
     f'distill.start_steps={num_steps}'
   )
 
 
 def from_workdir(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
-  """A stage of another run, `path` = WORKDIR/STAGE: the same network and schedule; a student, for as many steps.
+  """Imports a stage of another run, `path` = WORKDIR/STAGE, with the same network, schedule and, for a student, steps.
 
   Raises:
-    UserError: there is no finished stage, or it does not fit the config; nothing was written.
+    UserError: there is no finished stage, or it does not match the config; nothing was written.
   """
   if not (path / 'stage.json').is_file():
     raise UserError(f'--checkpoint={path} is not a stage of a run: there is no stage.json in it')
@@ -83,23 +83,23 @@ def from_workdir(config: Config, default: Config, path: pathlib.Path, into: path
 
 
 def from_model(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
-  """A model's folder, as every finished stage has one: it becomes the stage 'base', whatever the config's network.
+  """Imports the model folder of a finished stage as the stage 'base', regardless of the config's network.
 
   Raises:
     UserError: there is no model, or the config does not fit it; nothing was written.
-    DamagedError: the folder is not what was written.
+    DamagedError: the folder was changed after it was written.
   """
   del default
   return adopt_stored(config, into, read(path), {'source': 'model', 'folder': str(path)})
 
 
 def from_diffusers(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
-  """A folder that diffusers saved; see `interop/diffusers.py`. It becomes the stage 'base', whatever the config's network.
+  """Imports a folder that diffusers saved as the stage 'base', regardless of the config's network; see `interop/diffusers.py`.
 
   It is sampled in `distill.start_steps` steps.
 
   Raises:
-    UserError: there is no model that this program has; nothing was written.
+    UserError: there is no model, or it is not supported; nothing was written.
   """
   del default
   stored = diffusers.read(path, config.distill.start_steps)
@@ -107,10 +107,10 @@ def from_diffusers(config: Config, default: Config, path: pathlib.Path, into: pa
 
 
 def from_edm(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
-  """One of NVIDIA's EDM models as the stage 'base', whatever the config's network; see `interop/edm.py`.
+  """Imports one of NVIDIA's EDM models as the stage 'base', regardless of the config's network; see `interop/edm.py`.
 
   Raises:
-    UserError: the file is not one of these, or the config does not fit it; nothing was written.
+    UserError: the file is not such a model, or the config does not fit it; nothing was written.
   """
   del default
   made = {'source': 'edm', 'file': path.name, 'folder': str(path.parent)}
@@ -118,16 +118,16 @@ def from_edm(config: Config, default: Config, path: pathlib.Path, into: pathlib.
 
 
 def adopt_stored(config: Config, into: pathlib.Path, stored: StoredModel, made: dict[str, str]) -> Model:
-  """A model that was read from elsewhere as the stage 'base' of a new workdir.
+  """Makes an imported model the stage 'base' of a new workdir.
 
   Args:
-    config: of the run to be; it need not describe the model.
+    config: the config of the new run; it need not describe the model.
     into: the workdir.
     stored: the model.
-    made: what it was read from, with a `folder` or file; its digest is added.
+    made: the source of the model, with its `folder` or `file`; the model's digest is added.
 
   Raises:
-    UserError: the config does not fit the model, or there is a base; nothing was written.
+    UserError: the config does not fit the model, or there is already a base; nothing was written.
   """
   classes = conditioning.classes(stored.denoise.conditioning)
   origin = workdir.origin_of(stored)
@@ -150,7 +150,7 @@ def _adopt(
 ) -> Model:
   with workdir.lock_workdir(into):
     if (into / stage.name).exists():
-      raise UserError(f'{into / stage.name} is there already; import into another workdir, or remove it')
+      raise UserError(f'{into / stage.name} already exists; import into another workdir, or remove it')
     workdir.claim(into, config)
     return provenance.adopt(into, stage, params, config, origin, class_names, made, label_counts)
 

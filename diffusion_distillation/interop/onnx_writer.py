@@ -35,14 +35,14 @@ images = np.uint8(np.clip(np.round(127.5 * (x + 1.0)), 0, 255))  # (16, H, W, C)
 
 `z` is standard normal noise (b, H, W, C), float32, and x lies in [-1, 1].
 """
-# The runtime's arctan and exp are off by a unit in the last place of float32, as any are; the sinusoids of time multiply
-# that by 1000. Measured: 0.2 to 0.3 % of the values fall on the other side of a boundary between two levels.
+# The runtime's arctan and exp are exact to one unit in the last place of float32, and the sinusoids of time multiply this
+# error by 1000. Measured: 0.2 to 0.3 % of the values are rounded to a neighbouring level.
 TOLERANCE = 1e-2
 _NEEDED = ('jax2onnx', 'onnxruntime')
 
 
 def usage(description: Mapping[str, Any]) -> str:
-  """How to run the graph of the model that `description`, its model.json, is of; Markdown."""
+  """Returns instructions for running the graph, in Markdown; `description` is the contents of model.json."""
   labels = ''
   if label := description['conditioning'].get('label'):
     labels = f", 'label': np.arange(16, dtype=np.int32) % {label['count']}"
@@ -51,19 +51,19 @@ def usage(description: Mapping[str, Any]) -> str:
 
 
 def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path) -> Draw:
-  """Writes the graph; the steps of the sampler are unrolled in it, and the weights are constants.
+  """Writes the graph, with the sampler's steps unrolled and the weights as constants.
 
   Args:
     drawer: the model and its sampler.
     params: weights of the network.
     grid: (N + 1,), the times.
-    folder: where the file is written.
+    folder: the folder to write to.
 
   Returns:
-    A function that draws with the graph as onnxruntime reads it from the file.
+    A function that draws with onnxruntime and the graph that was written.
 
   Raises:
-    UserError: a package is missing, the sampler adds noise, or jax2onnx does not know an operation.
+    UserError: a package is missing, the sampler adds noise, or jax2onnx does not support an operation.
   """
   if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
     raise UserError(f'--format=onnx needs {missing[0]}; run `pip install {" ".join(_NEEDED)}`')
@@ -74,14 +74,14 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
     )
   import jax2onnx
 
-  logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # it warns of each constant
+  logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # it warns about each constant
 
   (b,) = jax.export.symbolic_shape('b')
   given = [jax.ShapeDtypeStruct((b, *drawer.space.shape(drawer.image_shape)), jnp.float32)]
   names = ['z']
   if conditioning.classes(drawer.denoise.conditioning):
     given, names = [*given, jax.ShapeDtypeStruct((b,), jnp.int32)], [*names, 'label']
-  # Traced here, since jax2onnx replaces functions of jax.numpy and Flax by ones that know fewer arguments.
+  # Traced here, because jax2onnx replaces functions of jax.numpy and Flax by ones that support fewer arguments.
   closed = jax.make_jaxpr(_sampler(drawer, params, grid))(*given)
 
   def graph(*inputs: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
 
 
 def _sampler(drawer: Drawer, params: Params, grid: np.ndarray) -> Any:
-  """From noise z (b, ...) and labels (b,) to x, a step after the other: `samplers.sample` without its loop."""
+  """Returns a function from noise z (b, ...) and labels (b,) to x: `samplers.sample` with its loop unrolled."""
   logsnr = np.asarray(drawer.schedule(jnp.asarray(grid, jnp.float32)))[::-1]
   clip, step = drawer.space.clip if drawer.clip_x else None, drawer.sampler
 

@@ -1,8 +1,8 @@
 """Reads pickles without executing anything in them.
 
-A pickle is a program for a stack machine that can call whatever it names. Here the machine is written anew, over the
-standard library's disassembler: it builds plain containers, and where the file names a function or a class, it calls one of
-the functions that the caller gave for that name. Any other name is refused, and nothing is ever imported.
+A pickle is a program for a stack machine that can call any function by name. This module reimplements the machine on top of
+the standard library's disassembler: it only builds plain containers, and for the name of a function or a class, it calls a
+function that the caller has given for this name. Any other name is refused, and nothing is ever imported.
 """
 
 import io
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Name(NamedTuple):
-  """A function or class that the file names; it stands for itself alone."""
+  """The name of a function or class in the file, which is not imported."""
 
   module: str
   name: str
@@ -27,11 +27,11 @@ class Name(NamedTuple):
 
 
 class Inert:
-  """An object of a class that is not loaded: its name, and the state that the file gives it.
+  """A stand-in for an object whose class is not imported.
 
   Attributes:
-    name: of its class.
-    state: its attributes by name.
+    name: name of the class.
+    state: attributes of the object by name, as the file gives them.
   """
 
   def __init__(self, name: str, state: Mapping[str, Any] | None = None):
@@ -64,22 +64,22 @@ class Machine:
   """The stack machine.
 
   Args:
-    calls: what to call for each name, 'module.name', that the file may name; all others are refused.
-    persistent: what a reference to something outside the pickle is; without it there may be none.
+    calls: the function to call for each allowed name, 'module.name'; all other names are refused.
+    persistent: resolves references to objects outside of the pickle; without it, such references are refused.
   """
 
   def __init__(self, calls: Calls, persistent: Callable[[Any], Any] | None = None):
     self._calls, self._persistent = calls, persistent
     self._stack: list[Any] = []
     self._memo: dict[int, Any] = {}
-    self._copied, self._most = 0, 0  # items given to functions so far, and how many there may be
+    self._copied, self._most = 0, 0  # number of items passed to functions so far, and its limit
 
   def run(self, stream: io.BytesIO) -> Any:
-    """The object that the pickle at the stream's position describes; leaves the stream behind it.
+    """Reads the object of the pickle at the stream's position, and leaves the stream at the pickle's end.
 
     Raises:
-      ValueError: it names something that is not in `calls`, or has an opcode that only serves to call things.
-      Exception: it is not a pickle; whatever its content leads to.
+      ValueError: the pickle names something that is not in `calls`, or has an unsupported opcode.
+      Exception: the stream is not a valid pickle; any exception is possible.
     """
     here = stream.tell()
     self._most = 2 * stream.seek(0, io.SEEK_END)
@@ -100,7 +100,7 @@ class Machine:
     raise ValueError('the pickle is cut off')
 
   def _marked(self) -> list[Any]:
-    """All above the last mark, which is removed with it."""
+    """Removes the last mark and all items above it, and returns these items."""
     at = next(i for i in reversed(range(len(self._stack))) if self._stack[i] is _MARK)
     items = self._stack[at + 1 :]
     del self._stack[at:]
@@ -176,7 +176,7 @@ class Machine:
   def _frozenset(self, _: None) -> None:
     self._push(frozenset(map(_key, self._marked())))
 
-  # What was there before.
+  # The memo.
 
   def _memoize(self, _: None) -> None:
     self._put(len(self._memo))
@@ -190,7 +190,7 @@ class Machine:
   _binput = _long_binput = _put
   _binget = _long_binget = _get
 
-  # Names, and calls of them.
+  # Names and calls.
 
   def _global(self, argument: str) -> None:
     self._name(*argument.split(' ', 1))
@@ -222,7 +222,7 @@ class Machine:
     state, made = self._stack.pop(), self._stack[-1]
     if isinstance(made, Inert) and isinstance(state, dict):
       made.state.update(state)
-    elif not isinstance(made, np.dtype):  # whose state says no more than its byte order
+    elif not isinstance(made, np.dtype):  # its state only contains the byte order
       raise ValueError('the pickle sets the state of something that has none')
 
   def _binpersid(self, _: None) -> None:
@@ -232,7 +232,7 @@ class Machine:
 
 
 def _key(value: Any) -> Any:
-  """A key or a member of a set; ValueError for what takes long to hash, as a container of shared containers does."""
+  """Returns a key or a member of a set; raises ValueError for values that may take long to hash, such as containers."""
   if not isinstance(value, str | bytes | int | float | None):
     raise ValueError('a key of a dict or a member of a set is a container')
   if isinstance(value, int) and value.bit_length() > 64:
@@ -241,11 +241,11 @@ def _key(value: Any) -> Any:
 
 
 def mapping(items: Any = ()) -> dict[Any, Any]:
-  """A dict of a dict or of pairs."""
+  """Returns a dict from a dict or from pairs."""
   return {_key(k): value for k, value in (items.items() if isinstance(items, dict) else items)}
 
 
-# Tensors as torch pickles them.
+# Tensors in torch's pickles.
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _STORAGES: dict[str, Any] = {
@@ -270,11 +270,11 @@ _STORAGE_NAMES: Calls = {f'torch.{name}Storage': _no_call for name in _STORAGES}
 
 
 def storage(content: bytes) -> np.ndarray:
-  """The numbers of a storage that torch saved on its own, in its legacy format: three pickles, an object, and raw data."""
+  """Reads the numbers of a storage in torch's legacy format: three pickles, an object, and raw data."""
   stream = io.BytesIO(content)
   if Machine({}).run(stream) != _MAGIC:
     raise ValueError('a tensor is not in the legacy format of torch')
-  for _ in range(2):  # the protocol, and the machine it was written on
+  for _ in range(2):  # the protocol, and a description of the machine
     Machine({}).run(stream)
   declared: list[tuple[Any, ...]] = []
 
@@ -297,7 +297,7 @@ def storage(content: bytes) -> np.ndarray:
 def tensor(
   numbers: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
 ) -> np.ndarray:
-  """A view of a storage, whose offset and strides count numbers; ValueError if it leaves the storage."""
+  """Returns a view of a storage, with offset and strides in numbers; raises ValueError if it exceeds the storage."""
   sizes = (offset, *shape, *strides)
   if len(sizes) > 17 or not all(isinstance(size, int) and 0 <= size < 2**48 for size in sizes):
     raise ValueError('a tensor is not a view of a storage')
@@ -311,12 +311,12 @@ def tensor(
 
 
 def scalar(dtype: np.dtype, content: bytes) -> Any:
-  """A number of NumPy's."""
+  """Returns a NumPy scalar as a Python number."""
   return np.frombuffer(content, dtype, 1)[0].item()
 
 
 def dtype(name: str, *_: Any) -> np.dtype:
-  """A type of NumPy's numbers."""
+  """Returns a numerical NumPy dtype."""
   if not isinstance(name, str) or len(name) > 8:
     raise ValueError('the name of a type of numbers is not a short string')
   found = np.dtype(name)
@@ -326,7 +326,7 @@ def dtype(name: str, *_: Any) -> np.dtype:
 
 
 def octets(text: str, encoding: str) -> bytes:
-  """Bytes as protocols before 3 have them."""
+  """Returns bytes as pickle protocols before 3 encode them."""
   if not isinstance(text, str) or encoding != 'latin1':
     raise ValueError('bytes are not encoded as latin1')
   return text.encode('latin1')

@@ -43,7 +43,7 @@ key per image (b, 2), uint32. It returns images (b, H, W, C), uint8. `run.py` sh
 
 
 def usage(description: Mapping[str, Any]) -> str:
-  """How to run the files, Markdown; the same for every model."""
+  """Returns instructions for running the files, in Markdown; the same for every model."""
   del description
   return USAGE
 
@@ -55,13 +55,13 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
     drawer: the model and its sampler.
     params: weights of the network.
     grid: (N + 1,), the times; a constant of the program.
-    folder: where the files are written.
+    folder: the folder to write to.
 
   Returns:
-    A function that draws with the program and the weights as they are read from the files.
+    A function that draws with the program and the weights that were written.
 
   Raises:
-    UserError: JAX lacks the package that it serializes programs with.
+    UserError: the package that JAX needs to serialize programs is missing.
   """
   if importlib.util.find_spec('flatbuffers') is None:
     raise UserError('--format=jax needs the package flatbuffers; run `pip install flatbuffers`')
@@ -82,7 +82,7 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
 
 
 def lower(drawer: Drawer, flat: dict[str, Any], grid: np.ndarray) -> jax.export.Exported:
-  """The program, for all platforms and any batch size; the weights, by name, are its first argument."""
+  """Exports the program for all platforms and any batch size; its first argument is the weights by name."""
   names = tuple(drawer.denoise.conditioning)
 
   def sampler(weights: dict[str, jax.Array], z: jax.Array, *rest: jax.Array) -> jax.Array:

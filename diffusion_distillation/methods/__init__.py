@@ -1,4 +1,4 @@
-"""Training methods, one file each: a method is a loss."""
+"""Training methods, one per file; a method defines a loss."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from diffusion_distillation.methods.knowledge import Knowledge
 from diffusion_distillation.methods.method import Context, Method, Sampling, Student
 from diffusion_distillation.methods.progressive import Progressive
 
-# By the name that the config's `methods` has for them; each that is a `Student` has a section of that name.
+# By their names in the config's `methods`; each subclass of `Student` has a config section with the same name.
 METHODS: dict[str, type[Any]] = {
   'denoising': Denoising,
   'progressive': Progressive,

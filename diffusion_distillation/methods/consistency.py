@@ -1,4 +1,4 @@
-"""Consistency distillation: the student says the same of two neighbours on one path of the teacher."""
+"""Consistency distillation: the student learns to predict the same image at neighbouring points of a teacher's trajectory."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ from diffusion_distillation.methods.method import (
   StudentSection,
 )
 
-# One step of each needs nothing but z and the two noise levels, and draws no noise.
+# Each step only depends on z and the two noise levels, and draws no noise.
 SOLVERS: dict[str, type[Sampler]] = {name: SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4')}
 
 
@@ -40,23 +40,25 @@ class ConsistencySection(StudentSection):
   )
   start_intervals: int = key(
     18,
-    'Number of intervals that [0, 1] is divided into at the first update. The two times that the student must agree at '
-    "are the ends of one interval. The paper's N counts noise levels, EDM's from the highest to the lowest: its N = 18 "
-    'are 17 intervals here.',
+    "Number of intervals into which [0, 1] is divided at the first update. The student's predictions are matched at the two "
+    "ends of an interval. The paper's N counts EDM's noise levels from the highest to the lowest: its N = 18 corresponds to "
+    '17 intervals here.',
     POSITIVE,
   )
   end_intervals: int = key(
-    18, 'Number of intervals, counted as above, at the last update; no less than at the first.', POSITIVE
+    18,
+    'Number of intervals at the last update, counted in the same way; at least `start_intervals`.',
+    POSITIVE,
   )
   solver: str = key(
     'heun',
-    "Sampler that takes the teacher's step from one end of an interval to the other.",
+    "Sampler for the teacher's step from one end of an interval to the other.",
     choices=('ddim', 'euler', 'heun', 'rk4'),
   )
   target_decay: float = key(
     0.0,
-    "Decay rate of the moving average of the student's weights that computes its target, whatever `ema_decay` is; 0: its "
-    'current weights, as in the paper on CIFAR-10 (on ImageNet-64: 0.95).',
+    "Decay rate of the moving average of the student's weights that computes the target, independent of `ema_decay`; 0 uses "
+    'the current weights, as in the paper on CIFAR-10 (on ImageNet-64: 0.95).',
     FRACTION,
   )
   sample_steps: tuple[int, ...] = key(
@@ -71,20 +73,20 @@ class ConsistencySection(StudentSection):
 class Consistency(OneNetwork, Student):
   """Consistency distillation (Song et al. 2023, algorithm 2).
 
-  The consistency function is the network's x^ at t > 0 and z itself at t = 0, where the network is never called. The
-  outputs v, eps, both and EDM's F have x^ -> z as t -> 0 by their form. The output x does not: there the boundary
-  condition is learned, from the first interval, whose target is z at t = 0.
+  The consistency function is the network's x^ at t > 0 and z itself at t = 0, where the network is never called. For the
+  outputs v, eps, both and EDM's F, the parameterization ensures that x^ -> z as t -> 0. For the output x, this boundary
+  condition is learned from the first interval, whose target is z at t = 0.
 
   Attributes:
-    num_updates: K, of the stage. An argument of the compiled step, as the next two.
-    start_intervals: s_0, intervals of [0, 1] in the first update.
-    end_intervals: s_1, in the last one; the same as s_0 for a fixed grid.
-    schedule: t to logsnr.
-    weighting: logsnr to the weight on the distance.
-    distance: between images.
-    solver: the teacher's one step, unclipped.
-    law: of t, before it is rounded up to the end of an interval.
-    follows_average: whether the target is a moving average of the student, or the student itself.
+    num_updates: K, the number of updates of the stage; an argument of the compiled step, like the next two.
+    start_intervals: s_0, the number of intervals of [0, 1] at the first update.
+    end_intervals: s_1, the number at the last update; equal to s_0 for a fixed grid.
+    schedule: maps t to logsnr.
+    weighting: maps logsnr to the weight of the distance.
+    distance: distance between images.
+    solver: sampler for the teacher's step, without clipping.
+    law: distribution of t before it is rounded up to the end of an interval.
+    follows_average: whether a moving average of the student computes the target, instead of the student itself.
   """
 
   num_updates: int | jax.Array
@@ -123,14 +125,14 @@ class Consistency(OneNetwork, Student):
 
   @staticmethod
   def sampling(section: Any) -> Sampling:
-    """Multistep consistency sampling, in one step unless more are asked for."""
+    """Returns multistep consistency sampling, with one step by default."""
     if not section.sample_steps:
       raise UserError('consistency.sample_steps=() must not be empty')
     return Sampling(1, 'multistep_consistency', tuple(section.sample_steps))
 
   @property
   def calls(self) -> float:
-    """The student's, the target's, and the solver's."""
+    """The calls of the student, of the target and of the solver."""
     return 2 + self.solver.calls_per_step
 
   def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
@@ -139,18 +141,18 @@ class Consistency(OneNetwork, Student):
     return nets | {'average': student} if self.follows_average else nets
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
-    """`t` (B,) in (0, 1], in no interval yet, and `eps` (B, H, W, C)."""
+    """Draws `t` (B,) in (0, 1], not yet rounded to the end of an interval, and `eps` (B, H, W, C)."""
     rng_t, rng_eps = jax.random.split(rng)
     return {'t': self.law(rng_t, shape[0]), 'eps': jax.random.normal(rng_eps, shape)}
 
   def num_intervals(self, step: jax.Array) -> jax.Array:
-    """N(k), whose square grows linearly over the stage (Song et al. 2023, appendix C)."""
+    """Returns N(k), whose square grows linearly over the stage (Song et al. 2023, appendix C)."""
     start, end = jnp.float32(self.start_intervals), jnp.float32(self.end_intervals)
     squared = step / self.num_updates * ((end + 1.0) ** 2 - start**2) + start**2
     return jnp.clip(jnp.ceil(jnp.sqrt(squared) - 1.0) + 1.0, start, end)
 
   def losses(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> jax.Array:
-    """Weighted distance of each example, (B,)."""
+    """Returns the weighted distance of each example, (B,)."""
     count, cond, student = self.num_intervals(step), batch['cond'], nets['student']
     i = times.interval(batch['t'], count)
     logsnr_t, logsnr_s = self.schedule(i / count), self.schedule((i - 1) / count)
@@ -162,13 +164,13 @@ class Consistency(OneNetwork, Student):
 
     z_s = self.solver(None, teach, z_t, logsnr_t, logsnr_s)
     follower = nets['average'] if self.follows_average else student
-    clean = i == 1  # there z_s is an image; the network is not asked, but the program has one shape
+    clean = i == 1  # z_s is an image, and the target; the network's output for it is not used
     x_s = follower(z_s, jnp.where(clean, 0.0, logsnr_s), cond).x
     target = jax.lax.stop_gradient(jnp.where(widen(clean, z_s), z_s, x_s))
     x_t = student(z_t, logsnr_t, cond, rng).x
     return self.weighting(logsnr_t) * nets['distance'](x_t, target)
 
   def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
-    """The mean of `losses`; see `Method.loss`."""
+    """Returns the mean of `losses`; see `Method.loss`."""
     losses = self.losses(nets, batch, rng, step)
     return jnp.mean(losses), {'intervals': self.num_intervals(step)}

@@ -1,4 +1,4 @@
-"""Base training: denoising, in continuous or discrete time. The teacher is the data."""
+"""Training of the base model: denoising of the data, in continuous or discrete time."""
 
 import dataclasses
 from typing import Any
@@ -33,12 +33,12 @@ class TrainSection(TrainingSection):
 
 @flax.struct.dataclass
 class Denoising(OneNetwork):
-  """Weighted error of the denoiser (Salimans & Ho 2022, algorithm 1).
+  """The weighted error of the denoiser (Salimans & Ho 2022, algorithm 1).
 
   Attributes:
-    schedule: t to logsnr.
-    weighting: logsnr to the weight on the error in x.
-    law: of t in (0, 1].
+    schedule: maps t to logsnr.
+    weighting: maps logsnr to the weight of the error in x.
+    law: distribution of t in (0, 1].
     num_steps: N for discrete time, t in {1/N, ..., 1}; 0 for continuous time.
   """
 
@@ -52,7 +52,7 @@ class Denoising(OneNetwork):
 
   @property
   def calls(self) -> float:
-    """The student's."""
+    """One call of the student."""
     return 1
 
   def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Denoising(OneNetwork):
     return {'student': student}
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
-    """`t` (B,) in (0, 1] and `eps` (B, H, W, C)."""
+    """Draws `t` (B,) in (0, 1] and `eps` (B, H, W, C)."""
     rng_t, rng_eps = jax.random.split(rng)
     t = self.law(rng_t, shape[0])
     if self.num_steps:
@@ -69,7 +69,7 @@ class Denoising(OneNetwork):
     return {'t': t, 'eps': jax.random.normal(rng_eps, shape)}
 
   def losses(self, denoise: BoundDenoiser, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-    """Weighted error of each example, (B,)."""
+    """Returns the weighted error of each example, (B,)."""
     x, eps = batch['x'], batch['eps']
     logsnr = self.schedule(jnp.maximum(batch['t'], jnp.finfo(jnp.float32).tiny))
     z = diffuse(x, eps, logsnr)
@@ -77,6 +77,6 @@ class Denoising(OneNetwork):
     return weighted_mse(self.weighting, logsnr, Prediction(x, eps), prediction)
 
   def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
-    """The mean of `losses`; see `Method.loss`."""
+    """Returns the mean of `losses`; see `Method.loss`."""
     del step
     return jnp.mean(self.losses(nets['student'], batch, rng)), {}

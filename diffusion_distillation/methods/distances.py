@@ -1,7 +1,7 @@
 """Distances between images, for regression losses.
 
-A distance is a function `distance(x, y, weights) -> (B,)` of images (B, H, W, C) in [-1, 1]. `weights` are what `load`
-returns for it, which are an argument of the compiled step, or None.
+A distance is a function `distance(x, y, weights) -> (B,)` of images (B, H, W, C) in [-1, 1]. `weights` is the result of
+`load`, an argument of the compiled step, or None.
 """
 
 import dataclasses
@@ -46,11 +46,11 @@ class PseudoHuber:
 
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
     mse = _mse(x, y)
-    return mse / (jnp.sqrt(mse + self.c**2) + self.c)  # equal, but without cancellation
+    return mse / (jnp.sqrt(mse + self.c**2) + self.c)  # the same value without cancellation
 
 
 def _unit(features: jax.Array) -> jax.Array:
-  """Activations (B, h, w, c) scaled to unit length at each position."""
+  """Scales activations (B, h, w, c) to unit length at each position."""
   length = jnp.sqrt(jnp.sum(jnp.square(features), -1, keepdims=True) + 1e-10)
   return features / length
 
@@ -59,8 +59,8 @@ def _unit(features: jax.Array) -> jax.Array:
 class Features:
   """The mean squared difference between a classifier's normalized activations, over all layers (Zhang et al. 2018, Eq. 1).
 
-  The classifier is the `extractor.safetensors` of a run. The classifier of the run in training also evaluates it, which
-  would favor this student: choose that of another run, or interpret the evaluation accordingly.
+  The classifier is the `extractor.safetensors` of a run. The classifier of the current run is also used to evaluate it, which
+  would favor this student; choose the classifier of another run, or interpret the evaluation accordingly.
   """
 
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
@@ -72,7 +72,7 @@ class Features:
     return total
 
   def check(self, weights: Mapping[str, np.ndarray], image_shape: tuple[int, ...]) -> Weights:
-    """Returns the parameters as a tree; raises ValueError unless they are those of a classifier for images (H, W, C)."""
+    """Returns the parameters as a tree; raises ValueError unless they belong to a classifier of images (H, W, C)."""
     shapes = {name: value.shape for name, value in weights.items()}
     num_classes = (shapes.get('logits/bias') or (1,))[0]
     if shapes != classifier.shapes(num_classes, image_shape):
@@ -81,7 +81,7 @@ class Features:
     return params
 
 
-# VGG-16's convolutions, as torchvision numbers them, by slice; the activations at the end of each slice are compared.
+# VGG-16's convolutions by slice, with torchvision's numbers; the activations at the end of each slice are compared.
 _VGG = (
   ((0, 64), (2, 64)),
   ((5, 128), (7, 128)),
@@ -97,11 +97,11 @@ _STD = np.array([0.458, 0.448, 0.450], np.float32)
 class Lpips:
   """LPIPS with VGG-16 (Zhang et al. 2018), version 0.1: learned weights on the channels of five layers.
 
-  The weight file holds the state of the `lpips` package's network as safetensors; docs/methods.md has the command that
+  The weight file contains the state of the `lpips` package's network as safetensors; docs/methods.md has the command that
   writes it.
 
   Attributes:
-    size: smaller images are resized to this height, bilinearly; DMD uses 224.
+    size: height to which smaller images are resized bilinearly; DMD uses 224.
   """
 
   size: int = 224
@@ -115,7 +115,7 @@ class Lpips:
     return total
 
   def layers(self, weights: Weights, x: jax.Array) -> list[jax.Array]:
-    """The activations at the end of each slice, (B, h, w, c)."""
+    """Returns the activations at the end of each slice, (B, h, w, c)."""
     batch, height, width, channels = x.shape
     if channels == 1:
       x = jnp.repeat(x, 3, axis=-1)
@@ -137,7 +137,7 @@ class Lpips:
     return found
 
   def check(self, weights: Mapping[str, np.ndarray], image_shape: tuple[int, ...]) -> Weights:
-    """Returns the weights that are used; raises ValueError if one is missing or has another shape."""
+    """Returns the weights that are used; raises ValueError if one is missing or has the wrong shape."""
     del image_shape
     used: dict[str, tuple[int, ...]] = {}
     below = 3
@@ -174,7 +174,7 @@ DISTANCES: dict[str, type] = {
 
 
 def make_distance(name: str, section: Any) -> Distance:
-  """The distance that the config's section `name` selects; UserError if there is none with that name."""
+  """Returns the distance that the config's section `name` selects; raises UserError if there is none with that name."""
   distance: Distance = choose(f'{name}.distance', section.distance, DISTANCES)()
   return distance
 
@@ -183,12 +183,12 @@ def load(distance: Distance, path: str, image_shape: tuple[int, ...], key: str) 
   """Reads the weights of a distance from a safetensors file; None for a distance without weights.
 
   Raises:
-    UserError: the file does not exist or holds something else; the message names the config's `key`.
+    UserError: the file does not exist or does not contain these weights; the message names the config's `key`.
   """
   if not isinstance(distance, Features | Lpips):
     return None
   if not path or not pathlib.Path(path).is_file():
-    raise UserError(f'{key}={path!r}: this distance needs its weights, in a .safetensors file')
+    raise UserError(f'{key}={path!r}: this distance needs a .safetensors file with its weights')
   try:
     return distance.check(safetensors.numpy.load_file(path), image_shape)
   except (safetensors.SafetensorError, ValueError) as error:
@@ -197,5 +197,7 @@ def load(distance: Distance, path: str, image_shape: tuple[int, ...], key: str) 
     AttributeError,
     KeyError,
     TypeError,
-  ) as error:  # what safetensors raises for types that NumPy lacks
-    raise UserError(f'{key}={path} holds arrays of a type that NumPy does not have: {error}') from error
+  ) as error:  # raised by safetensors for types that NumPy lacks
+    raise UserError(
+      f'{key}={path} contains arrays of a type that NumPy does not have: {error}'
+    ) from error

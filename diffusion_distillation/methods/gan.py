@@ -1,4 +1,4 @@
-"""DMD2's GAN: a head on the fake score's activations tells real images from generated ones, both noised."""
+"""DMD2's GAN: a head on the fake score's activations distinguishes noised real images from noised generated ones."""
 
 import dataclasses
 from typing import Any
@@ -34,27 +34,27 @@ class GanSection:
   gan_last_t: float = key(1.0, 'Largest time at which the GAN compares noised images.', SHARE)
   gan_head: str = key(
     'pooled',
-    "The GAN's head: two convolutions and the mean over the fake score's innermost activations, of any size; or, as in "
-    "DMD2's code, strided convolutions on the activations after the encoder, 8x8 or larger.",
+    "The GAN's head. `pooled`: two convolutions on the fake score's innermost activations, of any size, and a mean; "
+    "`strided`, as in DMD2's code: strided convolutions on the activations after the encoder, 8x8 or larger.",
     choices=HEADS,
   )
   joint_clip: bool = key(
     False,
     "Whether the gradients of the fake score and of the GAN's head are clipped together, so that the norm of both is at "
-    "most `clip_norm`, as in DMD2's code; otherwise each network's gradient is clipped by itself.",
+    "most `clip_norm`, as in DMD2's code; otherwise each network's gradient is clipped separately.",
   )
 
 
 @flax.struct.dataclass
 class Gan:
-  """The non-saturating loss of Yin et al. 2024 (DMD2), section 4.3; all of it static.
+  """The non-saturating loss of Yin et al. 2024 (DMD2), section 4.3; all attributes are static.
 
   Attributes:
-    width: channels of the activations that the head is given.
-    generator_weight: of the generator's loss, softplus(-D(fake)).
-    fake_weight: of the critic's, softplus(D(fake)) + softplus(-D(real)), which trains head and fake score.
-    first_t, last_t: between which both look at noised images.
-    module: of the head.
+    width: channels of the activations that the head receives.
+    generator_weight: weight of the generator's loss, softplus(-D(fake)).
+    fake_weight: weight of the critic's loss, softplus(D(fake)) + softplus(-D(real)), which trains head and fake score.
+    first_t, last_t: range of the times at which images are noised for both losses.
+    module: the module of the head.
   """
 
   width: int = flax.struct.field(pytree_node=False)
@@ -67,7 +67,7 @@ class Gan:
   def __post_init__(self) -> None:
     if not 0.0 <= self.first_t < self.last_t <= 1.0:
       raise ValueError(
-        f'gan_first_t={self.first_t} and gan_last_t={self.last_t} must be 0 <= gan_first_t < gan_last_t <= 1'
+        f'gan_first_t={self.first_t} and gan_last_t={self.last_t} must satisfy 0 <= gan_first_t < gan_last_t <= 1'
       )
 
   @property
@@ -76,24 +76,24 @@ class Gan:
     return Function(self.module)
 
   def init(self, rng: jax.Array) -> Params:
-    """The head's parameters."""
+    """Returns the head's initial parameters."""
     return self.module.init(rng, jnp.zeros((1, 8, 8, self.width)))['params']
 
   def draw_times(self, rng: jax.Array, count: int) -> jax.Array:
-    """(count,) times, uniform between `first_t` and `last_t`; never 0, where no network is called."""
+    """Draws (count,) times, uniform between `first_t` and `last_t`; never 0, where networks must not be called."""
     t = jax.random.uniform(rng, (count,), minval=self.first_t, maxval=self.last_t)
     return jnp.maximum(t, jnp.finfo(jnp.float32).tiny)
 
   def logits(
     self, fake_score: BoundDenoiser, head: Any, z: jax.Array, logsnr: jax.Array, cond: Cond
   ) -> jax.Array:
-    """D of noised images z (B, H, W, C): (B,)."""
+    """Returns D of noised images z (B, H, W, C), (B,)."""
     return jnp.asarray(head(fake_score.bottleneck(z, logsnr, cond, self.module.place)))
 
   def generator_losses(
     self, nets: Nets, x: jax.Array, eps: jax.Array, logsnr: jax.Array, cond: Cond
   ) -> jax.Array:
-    """Of each generated image x, (B,): it moves the generator and nothing else."""
+    """Returns the loss of each generated image x, (B,), whose gradient only reaches the generator."""
     fake_score, head = jax.lax.stop_gradient((nets['fake_score'], nets['head']))
     logits = self.logits(fake_score, head, diffuse(x, eps, logsnr), logsnr, cond)
     return self.generator_weight * jax.nn.softplus(-logits)
@@ -101,7 +101,7 @@ class Gan:
   def critic_losses(
     self, nets: Nets, fake: jax.Array, real: jax.Array, logsnr: jax.Array, cond: Cond
   ) -> jax.Array:
-    """Of each pair of noised images z, (B,): generated ones, through which no gradient passes, and real ones."""
+    """Returns the loss of each pair of noised images, (B,): generated ones, without a gradient to them, and real ones."""
     fake_score, head = nets['fake_score'], nets['head']
     of_fake = self.logits(fake_score, head, jax.lax.stop_gradient(fake), logsnr, cond)
     of_real = self.logits(fake_score, head, real, logsnr, cond)
@@ -109,10 +109,10 @@ class Gan:
 
 
 def make_gan(name: str, section: Any, context: Context) -> Gan | None:
-  """The GAN that the section asks for, on the activations of a network like the teacher's; None without one."""
+  """Builds the section's GAN on the activations of the teacher's network; returns None if its weights are 0."""
   module = choose(f'{name}.gan_head', section.gan_head, HEADS)()
   if bool(section.gan_generator) != bool(section.gan_fake):
-    raise UserError(f'{name}.gan_generator and {name}.gan_fake: both are zero, or neither')
+    raise UserError(f'{name}.gan_generator and {name}.gan_fake must both be positive, or both be 0')
   if not section.gan_fake:
     return None
   try:

@@ -1,4 +1,4 @@
-"""Knowledge distillation: one step that maps the teacher's noise to the teacher's image."""
+"""Knowledge distillation: the student learns to map the teacher's noise to the teacher's image in one step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def regression(
   pairs: Batch,
   rng: jax.Array | None,
 ) -> jax.Array:
-  """The distance of each stored image from what the student draws of its noise in one step, (B,)."""
+  """Returns the distance between each stored image and the student's one-step sample from its noise, (B,)."""
   noise = pairs['noise']
   logsnr = schedule(jnp.ones(noise.shape[0]))
   return distance(student(noise, logsnr, pairs['cond'], rng).x, pairs['image'])
@@ -42,11 +42,11 @@ def regression(
 
 @flax.struct.dataclass
 class Knowledge(OneNetwork, Student):
-  """Regression on stored (noise, image) pairs of the teacher (Luhman & Luhman 2021); all of it static.
+  """Regression on stored (noise, image) pairs of the teacher (Luhman & Luhman 2021); all attributes are static.
 
   Attributes:
-    schedule: t to logsnr.
-    distance: between images.
+    schedule: maps t to logsnr.
+    distance: distance between images.
   """
 
   schedule: Schedule = flax.struct.field(pytree_node=False)
@@ -63,21 +63,21 @@ class Knowledge(OneNetwork, Student):
 
   @property
   def calls(self) -> float:
-    """The student's: the teacher has done its part."""
+    """One call of the student; the teacher's samples are stored."""
     return 1
 
   def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
-    """See `Method.networks`; the teacher is in the pairs."""
+    """See `Method.networks`; the teacher is not needed, because its samples are stored."""
     del teacher
     return {'student': student, 'distance': Weighted(self.distance)}
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
-    """Nothing: the pairs have their noise."""
+    """Draws nothing; the noise is in the pairs."""
     del rng, shape
     return {}
 
   def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
-    """The mean of `regression`; see `Method.loss`."""
+    """Returns the mean of `regression`; see `Method.loss`."""
     del step
     pairs = batch['pairs']
     losses = regression(nets['student'], nets['distance'], self.schedule, pairs, rng)

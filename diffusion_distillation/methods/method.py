@@ -1,4 +1,4 @@
-"""What training asks of a method, and gives to it."""
+"""The interface between training and methods."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -53,8 +53,8 @@ class TrainingSection:
   )
   ema_ramp: float = key(
     0.0,
-    "Upper limit of the averages' half-life, as a share of the student's updates so far (EDM: 0.05), so that the averages of "
-    'a short run forget the weights that it began with; 0 sets no limit.',
+    "Upper limit of the averages' half-life, as a fraction of the student's updates so far (EDM: 0.05), so that the averages "
+    'of a short run forget the initial weights; 0 for no limit.',
     NOT_NEGATIVE,
   )
 
@@ -90,90 +90,91 @@ class StudentSection(TrainingSection):
 
 
 class BoundDenoiser(Protocol):
-  """What a method sees of a student, a teacher or a fake score: a denoiser that holds its parameters.
+  """A student, teacher or fake score as a method receives it: a denoiser that is bound to its parameters.
 
-  It is a pytree of these, so that `jax.lax.stop_gradient(net)` is the same denoiser, held fixed.
+  It is a pytree of the parameters, so `jax.lax.stop_gradient(net)` is the same denoiser without gradients.
   """
 
   def __call__(
     self, z: jax.Array, logsnr: jax.Array, cond: Cond, rng: jax.Array | None = None
   ) -> Prediction:
-    """z: (B, ...); logsnr: (B,); `rng` switches dropout on."""
+    """Denoises z (B, ...) at logsnr (B,); `rng` enables dropout."""
     ...
 
   def bottleneck(self, z: jax.Array, logsnr: jax.Array, cond: Cond, place: str = INNERMOST) -> jax.Array:
-    """The network's activations at `place`, (B, h, w, c), see `Denoiser.bottleneck`; only GAN heads ask for them."""
+    """Returns the network's activations at `place`, (B, h, w, c), for GAN heads; see `Denoiser.bottleneck`."""
     ...
 
 
 class Method(Protocol):
-  """What `train_step` asks of a method; in practice a frozen `flax.struct.dataclass`.
+  """The interface that `train_step` needs from a method; in practice a frozen `flax.struct.dataclass`.
 
-  Its numbers that differ from round to round are pytree leaves, thus arguments of the compiled step: rounds
-  share one program. All else is static.
+  Numbers that differ between rounds are pytree leaves and therefore arguments of the compiled step, so that all rounds share
+  one program. Everything else is static.
   """
 
   @property
   def name(self) -> str:
-    """What a stage is called that is trained by it, in reports and in its provenance."""
+    """The name of the method in reports and in the provenance of stages."""
     ...
 
   @property
   def needs(self) -> frozenset[str]:
-    """What its batches hold, of `images`, `labels` (any conditioning) and `pairs`."""
+    """The contents of its batches: a subset of `images`, `labels` (any conditioning) and `pairs`."""
     ...
 
   @property
   def trained(self) -> tuple[str, ...]:
-    """The networks whose parameters this update changes, the student among them or not."""
+    """The networks that this update trains, which may not include the student."""
     ...
 
   @property
   def calls(self) -> float:
-    """Network calls for each example of an update, of all networks together, in the mean over a period."""
+    """Mean number of network calls per example of an update, over all networks and one period."""
     ...
 
   @property
   def period(self) -> int:
-    """Updates until `at` repeats."""
+    """Number of updates after which `at` repeats."""
     ...
 
   def at(self, step: int) -> Self:
-    """The method as update `step` carries it out: where networks take turns, some are not in `trained`.
+    """Returns the method for update `step`; if networks alternate, `trained` then lists only those of this update.
 
-    Chosen on the host, a program each: a condition inside one would slow XLA's CPU convolutions down 20 times.
+    The choice is made on the host between separate programs, because a condition inside of a program would slow down XLA's CPU
+    convolutions by a factor of 20.
     """
     ...
 
   def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
-    """Every network that the loss is given, by name, each called as `network(params, ...)`.
+    """Returns every network that the loss receives, by name; each is called as `network(params, ...)`.
 
     Args:
       student: the denoiser in training.
-      teacher: the denoiser of the stage that teaches; the student's own for a base.
+      teacher: the denoiser of the teacher's stage; for a base, the student itself.
     """
     ...
 
   def init(self, student: Params, teacher: Params, rng: jax.Array) -> dict[str, Params]:
-    """The parameters of all networks it trains, by name, from the student's initial ones and the teacher's."""
+    """Returns the initial parameters of all networks in training, given those of the student and the teacher."""
     ...
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
-    """The randomness of a whole batch of examples (B, H, W, C): arrays with B in front.
+    """Draws the random numbers for a batch of examples (B, H, W, C), as arrays with leading axis B.
 
-    Drawn before the batch is cut into micro-batches, so that these see what the whole would have seen.
+    They are drawn before the batch is split into micro-batches, and so do not depend on the number of micro-batches.
     """
     ...
 
   def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
-    """A scalar, and scalars to report.
+    """Returns the loss, a scalar, and scalar metrics.
 
     Args:
-      nets: the networks of `networks`, by name, each holding its parameters: denoisers as `BoundDenoiser`;
-        `average` is the student with a moving average for parameters, the first unless `Recipe.target_decay` says otherwise.
-      batch: `cond`, what `draw` drew, and of what the method needs: `x` (B, ...), and `pairs`, the teacher's
-        stored `noise` and `image` (B, ...) with their `cond`.
-      rng: dropout's.
+      nets: the networks of `networks`, by name, bound to their parameters; denoisers are `BoundDenoiser`s. `average` is
+        the student with the parameters of a moving average: the first, or the one for `Recipe.target_decay` if it is set.
+      batch: `cond`, the results of `draw`, and if the method needs them, `x` (B, ...) and `pairs`, the teacher's stored
+        `noise` and `image` (B, ...) with their `cond`.
+      rng: random key for dropout.
       step: the number of the update.
     """
     ...
@@ -181,16 +182,16 @@ class Method(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What a method is built from, beside its own section of the config.
+  """What a method is built from, in addition to its own section of the config.
 
   Attributes:
-    schedule: t to logsnr, the teacher's.
-    weighting: of the error in x in base training.
-    law: of t in base training.
-    uniform: the uniform law of t, stratified if the config says so.
-    clip: x to the nearest x that an image can have.
-    teacher: the denoiser of the stage that teaches.
-    shape: of x, (H, W, C).
+    schedule: the teacher's schedule, which maps t to logsnr.
+    weighting: weighting of the error in x in base training.
+    law: distribution of t in base training.
+    uniform: the uniform distribution of t, stratified if the config says so.
+    clip: maps x to the nearest x in the range of images.
+    teacher: the denoiser of the teacher's stage.
+    shape: shape of x, (H, W, C).
   """
 
   schedule: Schedule
@@ -203,7 +204,7 @@ class Context:
 
 
 class Sampling(NamedTuple):
-  """How a student is sampled: in how many steps of which sampler; and the step counts that it is measured at."""
+  """How a student is sampled: the number of steps, the sampler, and the step counts at which it is measured."""
 
   num_steps: int = 1
   sampler: str = 'ddim'
@@ -211,43 +212,43 @@ class Sampling(NamedTuple):
 
 
 class Student:
-  """What students share that are one stage, as one section of the config says; see `stages.plan`.
+  """Base class of methods that distill in a single stage, configured by one section; see `stages.plan`.
 
   Attributes:
-    Section: the keys of that section.
+    Section: the keys of this section.
   """
 
   Section: ClassVar[type[StudentSection]]
 
   @classmethod
   def from_config(cls, name: str, section: Any, context: Context) -> Self:
-    """The method as `section`, called `name` in the config, says; UserError, naming the key, if it is wrong."""
+    """Builds the method from `section`, called `name` in the config; raises UserError, naming the key, if it is not valid."""
     raise NotImplementedError
 
   @staticmethod
   def sampling(section: Any) -> Sampling:
-    """How the student is sampled: in one step of DDIM."""
+    """Returns how the student is sampled: by default, in one step of DDIM."""
     del section
     return Sampling()
 
   @staticmethod
   def learning_rates(section: Any) -> dict[str, float]:
-    """The highest learning rate, by network in training."""
+    """Returns the peak learning rate of each network in training."""
     return {'student': section.learning_rate}
 
 
 class OneNetwork:
-  """What methods share that train the student alone, at every update."""
+  """Base class of methods that train only the student, in every update."""
 
   trained = ('student',)
   period = 1
 
   def at(self, step: int) -> Self:
-    """Itself."""
+    """Returns the method itself, which is the same at every update."""
     del step
     return self
 
   def init(self, student: Params, teacher: Params, rng: jax.Array) -> dict[str, Params]:
-    """The student."""
+    """Returns the student's parameters."""
     del teacher, rng
     return {'student': student}

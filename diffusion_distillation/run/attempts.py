@@ -1,8 +1,8 @@
-"""Attempts: the checkpoints that a stage went back to, to continue from there with other batches and other noise.
+"""Attempts: the checkpoints that a stage went back to, in order to continue with other batches and other noise.
 
-stage_dir/attempts.json   the updates that training went back to, in turn; see `Stage.attempts`
+stage_dir/attempts.json   the updates that training went back to, in order; see `Stage.attempts`
 
-The file is written before training goes on, so that a stage that is resumed, or replayed, draws as it did.
+The file is written before training continues, so that a resumed or replayed stage draws the same batches and noise.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ _NAME = 'attempts.json'
 
 
 def of(stage: Stage, directory: pathlib.Path) -> Stage:
-  """The stage with the attempts recorded in its directory; without a file there were none."""
+  """Returns the stage with the attempts recorded in its directory; no file means no attempts."""
   path = directory / _NAME
   found = files.read_json(path).get('went_back_to') if path.is_file() else []
   if not isinstance(found, list) or not all(isinstance(update, int) for update in found):
@@ -25,6 +25,6 @@ def of(stage: Stage, directory: pathlib.Path) -> Stage:
 
 
 def record(stage: Stage, directory: pathlib.Path) -> None:
-  """Records the attempts of a stage; every process must call it."""
+  """Records the attempts of a stage; every process must call this function."""
   files.write_json(directory / _NAME, {'went_back_to': list(stage.attempts)})
   cluster.barrier()

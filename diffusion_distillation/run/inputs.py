@@ -1,4 +1,4 @@
-"""The inputs of a stage: its parents, and the batches that it sees."""
+"""The inputs of a stage: its parents and its batches."""
 
 import contextlib
 import dataclasses
@@ -25,17 +25,17 @@ from diffusion_distillation.training.state import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """What a stage is trained with.
+  """The inputs that a stage is trained with.
 
   Attributes:
-    images: training images, or None for a stage that needs none.
+    images: the training images, or None if the run has none.
     teacher: the parent stage's model, or None.
-    start: the model that the student starts from; None: the teacher, or new parameters.
-    pairs: of the teacher, where the stage learns from some.
-    distance: weights of the method's distance, where it has some.
-    monitor: looks at the student's samples meanwhile, or None.
-    label_counts: images of each class of the data, whose proportions the labels of a stage without images have; (): all
-      classes in turn.
+    start: the model that the student starts from; None for the teacher or new parameters.
+    pairs: stored pairs of the teacher, or None if the stage needs none.
+    distance: weights of the method's distance, or None if it has none.
+    monitor: checks the student's samples during training, or None.
+    label_counts: number of images of each class; a stage without images draws its labels in these proportions, or takes
+      all classes in turn if this is ().
   """
 
   images: Loader | None
@@ -47,7 +47,7 @@ class Inputs:
   label_counts: tuple[int, ...] = ()
 
   def parents(self, stage: Stage) -> provenance.Parents:
-    """As the stage's provenance names them."""
+    """Returns the parents for the stage's provenance."""
     start = self.start or (None if stage.starts_anew else self.teacher)
     return provenance.Parents(
       self.teacher,
@@ -57,17 +57,17 @@ class Inputs:
     )
 
   def held(self) -> 'Inputs':
-    """The same, with the weights of its models in memory."""
+    """Returns the inputs with the weights of their models in memory."""
     teacher, start = (model and model.hold() for model in (self.teacher, self.start))
     return dataclasses.replace(self, teacher=teacher, start=start)
 
   def frozen(self, stage: Stage) -> dict[str, Params]:
-    """Parameters that the step only reads, on the devices."""
+    """Returns the parameters that the step only reads, on the devices."""
     teacher = None if self.teacher is None else self.teacher.params
     return sharding.place(stage.frozen(teacher, self.distance))
 
   def first_state(self, stage: Stage) -> TrainState:
-    """The state before the first update, on the devices."""
+    """Returns the state before the first update, on the devices."""
     if self.start is not None:
       student = self.start.params
     elif stage.starts_anew or self.teacher is None:
@@ -80,7 +80,7 @@ class Inputs:
     return state
 
   def batches(self, stage: Stage, done: int) -> Generator[dict[str, Any]]:
-    """What the step is given, from update `done` to the stage's end: this process's part."""
+    """Yields this process's part of each batch, from update `done` to the end of the stage."""
     for seed, start, stop in stage.streams(done):
       yield from self._batches(stage, seed, start, stop)
 
@@ -105,14 +105,14 @@ class Inputs:
 
 
 def _part(i: int, batch_size: int) -> np.ndarray:
-  """This process's part of the numbers of the examples of batch i in an endless stream."""
+  """Returns the indices of this process's examples of batch i in an endless stream of examples."""
   index, count = sharding.part()
   size = batch_size // count
   return i * batch_size + index * size + np.arange(size)
 
 
 def shapes(stage: Stage, batch_size: int) -> dict[str, Any]:
-  """Shapes and types of a batch of `batch_size` examples as the stage's step is given it."""
+  """Returns the shapes and types of a batch of `batch_size` examples for the stage's step."""
   needs, conditions = stage.recipe.method.needs, stage.recipe.conditioning.items()
   x = jax.ShapeDtypeStruct((batch_size, *stage.recipe.shape[1:]), np.float32)
   one = {key: condition.zeros(1) for key, condition in conditions}
@@ -126,7 +126,7 @@ def shapes(stage: Stage, batch_size: int) -> dict[str, Any]:
 
 
 def stand_in(stage: Stage) -> dict[str, Any]:
-  """A batch as the stage's step is given it, of noise and of the first class, to measure the step with."""
+  """Returns a batch of noise, with labels of the first class, to time the stage's step with."""
   rng = np.random.default_rng(0)
 
   def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -145,7 +145,7 @@ def gather(
   workdir: pathlib.Path,
   distance: Params = None,
 ) -> Inputs:
-  """The inputs of a stage whose parents are among `models`; its pairs are drawn, if they are not there yet."""
+  """Gathers the inputs of a stage whose parents are among `models`; draws its pairs if they do not exist yet."""
   teacher = models[stage.parent].use(stage.parent_weights) if stage.parent else None
   start = models[stage.start] if stage.start else None
   pairs = ensure(workdir, stage.pairs, teacher) if teacher and stage.pairs else None
@@ -153,13 +153,13 @@ def gather(
 
 
 def needed(stages: Iterable[Stage], name: str) -> set[str]:
-  """The weights of the stage `name` that some of `stages` come from."""
+  """Returns the names of the weights of stage `name` that `stages` are trained from."""
   found = {stage.parent_weights for stage in stages if stage.parent == name}
   return found | {'ema' for stage in stages if stage.start == name}
 
 
 def load_distance(stage: Stage) -> Params:
-  """The weights of the distance that a stage is trained with, or None; raises UserError as `distances.load` does."""
+  """Loads the weights of a stage's distance, or returns None if it has none; raises UserError as `distances.load` does."""
   weighted = stage.recipe.networks.get('distance')
   if weighted is None:
     return None

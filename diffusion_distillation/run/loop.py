@@ -1,4 +1,4 @@
-"""The training loop over one stage."""
+"""The training loop of one stage."""
 
 import contextlib
 import dataclasses
@@ -41,24 +41,24 @@ def fit(
   config: Config,
   work_after: float = 0.0,
 ) -> Model:
-  """Trains a stage to its end, from wherever its directory says that it stands.
+  """Trains a stage until it is finished, resuming from its last checkpoint if there is one.
 
   Args:
-    step: the compiled `train_step`.
-    stage: what to train.
-    inputs: what it is trained with.
-    workdir: has the stage's directory in it.
-    config: of the whole run.
-    work_after: the work that follows the stage, in multiples of its own; for the time that is shown.
+    step: the compiled step, `train_steps`.
+    stage: the stage to train.
+    inputs: the inputs that it is trained with.
+    workdir: the directory that contains the stage's directory.
+    config: the config of the whole run.
+    work_after: the work after this stage, in multiples of the stage's own work; only for the displayed time.
 
   Returns:
-    The finished model; at once, if it was finished before.
+    The finished model; immediately, if the stage was already finished.
 
   Raises:
-    DamagedError: the stage was finished, and no whole checkpoint of it is left.
-    NumericalError: after going back to the last checkpoint, and drawing other batches and other noise, too many updates
-      in a row were skipped again.
-    Preempted: a signal came; the state is saved.
+    DamagedError: the stage was finished, but no whole checkpoint of it is left.
+    NumericalError: too many updates in a row were skipped, and again after going back to the last checkpoint and drawing
+      other batches and other noise.
+    Preempted: a signal was received; the state is saved.
   """
   parents = inputs.parents(stage)
   provenance.begin_stage(workdir, stage, parents, config)
@@ -92,7 +92,7 @@ def _until_the_end(
   state: TrainState,
   seconds: float,
 ) -> tuple[TrainState, float]:
-  """The stage's last state; it goes back once to each checkpoint, to draw other batches and other noise from there."""
+  """Trains to the last state; on divergence, retries once from each checkpoint with other batches and other noise."""
   stage = attempts.of(stage, checkpoints.stage_dir)
   while True:
     try:
@@ -103,13 +103,13 @@ def _until_the_end(
       back = int(state.step)
       if back in stage.attempts:
         raise NumericalError(
-          f'stage {stage.name}: {error}, and not for the first time since step {back}; '
-          'lower its learning rate and remove its directory, or look at its data'
+          f'stage {stage.name}: {error}, for the second time since step {back}; '
+          'lower its learning rate and remove its directory, or check its data'
         ) from error
       stage = dataclasses.replace(stage, attempts=(*stage.attempts, back))
       attempts.record(stage, checkpoints.stage_dir)
       _log.warning(
-        'stage %s: %s; back to step %d, and on with other batches and other noise (attempt %d)',
+        'stage %s: %s; going back to step %d, and continuing with other batches and other noise (attempt %d)',
         *(stage.name, error, back, 1 + len(stage.attempts)),
       )
 
@@ -117,7 +117,7 @@ def _until_the_end(
 def _compiled_meanwhile(
   step: Callable, stage: Stage, inputs: Inputs, workdir: pathlib.Path, config: Config
 ) -> contextlib.AbstractContextManager:
-  """Has the stage's program compiled while its first state is made or restored, unless the stage is finished."""
+  """Compiles the stage's program while its first state is created or restored, unless the stage is finished."""
   if provenance.is_finished(workdir, stage):
     return contextlib.nullcontext()
   teacher = None if inputs.teacher is None else inputs.teacher.params
@@ -147,7 +147,7 @@ def _loop(
   state: TrainState,
   seconds: float,
 ) -> tuple[TrainState, float]:
-  """Updates until the stage is finished; returns the last state and the seconds it took in all."""
+  """Runs updates until the stage is finished; returns the last state and the stage's total seconds."""
   done, monitor = int(state.step), inputs.monitor
   host_batches = inputs.batches(stage, done)
   began = time.monotonic() - seconds
@@ -189,7 +189,9 @@ def _loop(
         if monitor is not None:
           values |= monitor.lag(values)
           if look:
-            with contextlib.suppress(Preempted):  # a signal while it draws; the state is saved below
+            with contextlib.suppress(
+              Preempted
+            ):  # a signal while drawing samples; the state is saved below
               values |= monitor.look(state, frozen)
         writer.write(done, values)
         progress.note(f'loss {values["loss"]:.3g}' if 'loss' in values else 'loss not finite')
@@ -210,7 +212,7 @@ def _loop(
 def _dispatches(
   batches: Iterator[Any], stage: Stage, done: int, config: Config
 ) -> Iterator[tuple[Any, ...]]:
-  """Batches in groups of `compute.updates_per_dispatch` that begin at its multiples; by themselves where that fails."""
+  """Yields groups of `compute.updates_per_dispatch` batches, aligned to multiples of it, and other batches one by one."""
   count = config.compute.updates_per_dispatch
   while True:
     together = done % count == 0 and done + count <= stage.num_updates
@@ -224,19 +226,19 @@ def _dispatches(
 def _tell_skipped(
   pending: list[dict[str, Any]], done: int, stage: Stage, stage_dir: pathlib.Path
 ) -> None:
-  """Names the updates among the last ones that were skipped, and how to look at the first."""
+  """Logs which of the last updates were skipped, and how to examine the first of them."""
   steps = [done - len(pending) + k for k, metrics in enumerate(pending) if metrics['skipped_in_a_row']]
   if steps:
     _log.warning(
-      'stage %s: skipped update(s) %s, whose loss or gradient was not finite; to look at it: %s',
+      'stage %s: skipped update(s) %s, whose loss or gradient was not finite; to examine the first, run: %s',
       *(stage.name, ', '.join(map(str, steps[:10])), replay.command(stage, stage_dir, steps[0])),
     )
 
 
 def _summary(pending: list[dict[str, Any]]) -> dict[str, float]:
-  """Means over the finite values of some updates."""
+  """Averages the finite values of each metric over some updates."""
   values = {}
-  for name in {name: None for metrics in pending for name in metrics}:  # not all are of every update
+  for name in {name: None for metrics in pending for name in metrics}:  # some updates lack some metrics
     column = np.array([metrics[name] for metrics in pending if name in metrics], np.float64)
     if np.isfinite(column).any():
       values[name] = float(column[np.isfinite(column)].mean())

@@ -1,7 +1,7 @@
-"""Watching a student of few steps while it trains: does it still draw all that the data has?
+"""Monitors the samples of a few-step student during training, to detect mode collapse.
 
-stage_dir/health.json      the data's figures, to compare those in metrics.jsonl with
-stage_dir/denoisings.png   DMD: samples, noised, as the teacher and as the fake score would denoise them
+stage_dir/health.json      the statistics of the data, for comparison with those of the samples in metrics.jsonl
+stage_dir/denoisings.png   DMD: samples, noised samples, and their denoisings by the teacher and the fake score
 """
 
 import contextlib
@@ -33,26 +33,24 @@ from diffusion_distillation.training.state import Params, TrainState
 _log = logging.getLogger(__name__)
 
 MOST_STEPS = (
-  8  # students of more are not looked at: their samples cost too much, and they do not collapse
+  8  # students with more steps are not monitored: their samples cost too much, and they do not collapse
 )
 _SAMPLES = 256
-_TIMES = (0.3, 0.5, 0.7, 0.9)  # of the noised samples in the picture
-_KEPT = 0.9  # of the running loss, from one line of metrics to the next
+_TIMES = (0.3, 0.5, 0.7, 0.9)  # times of the noised samples in the picture
+_KEPT = 0.9  # decay of the running loss per line of metrics
 
-LEAST_DIVERSITY = (
-  0.5  # below it a warning, but not in the first fifth: what starts from the base draws its mean
-)
-MOST_LAG = 2.0  # above it a warning
+LEAST_DIVERSITY = 0.5  # a warning below it, after the first fifth of training: early one-step samples are all close to the mean
+MOST_LAG = 2.0  # a warning above it
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """Of some images.
+  """Statistics of a set of images.
 
   Attributes:
-    spread: root of the trace of their features' covariance: half the mean squared distance of two, as a root.
-    brightness: mean pixel, in [0, 1].
-    saturation: mean of (largest - smallest) / largest channel, in [0, 1]; 0 of grey images.
+    spread: square root of the trace of the features' covariance, or of half the mean squared distance of two images.
+    brightness: mean pixel value, in [0, 1].
+    saturation: mean of (largest - smallest) / largest channel, in [0, 1]; 0 for grey images.
   """
 
   spread: float
@@ -61,7 +59,7 @@ class Figures:
 
   @classmethod
   def of(cls, images: np.ndarray, extractor: FeatureExtractor) -> 'Figures':
-    """Of (n, H, W, C) uint8."""
+    """Computes the statistics of (n, H, W, C) uint8 images."""
     scaled = images.astype(np.float64) / 255.0
     largest, smallest = scaled.max(-1), scaled.min(-1)
     saturation = (largest - smallest) / np.maximum(largest, 1e-9)
@@ -70,14 +68,14 @@ class Figures:
 
 
 class Monitor:
-  """Looks at a stage's samples now and then.
+  """Checks a stage's samples at intervals during training.
 
   Args:
-    config: of the run.
-    stage: that is trained.
-    stage_dir: of it.
+    config: the config of the run.
+    stage: the stage in training.
+    stage_dir: the directory of the stage.
     images: the training images.
-    extractor: the features that diversity is measured by.
+    extractor: extracts the features that diversity is measured in.
   """
 
   def __init__(
@@ -100,22 +98,22 @@ class Monitor:
     self._warned: set[str] = set()
 
   def resume(self, done: int) -> None:
-    """Takes the running loss up where metrics.jsonl has it at update `done`."""
+    """Restores the running loss at update `done` from metrics.jsonl."""
     self._running = None
     for line in logs.read(self._stage_dir / 'metrics.jsonl'):
       if line['step'] <= done and 'fake_loss' in line:
         self._running = _follow(self._running, line['fake_loss'])
 
   def due(self, done: int) -> bool:
-    """Whether to look after update `done`."""
+    """Whether to check the samples after update `done`."""
     return done % self._config.log.health_every == 0 or done == self._stage.num_updates
 
   def look(self, state: TrainState, frozen: Mapping[str, Params]) -> dict[str, float]:
-    """Figures of fresh samples: `diversity` as a ratio to the data's, `brightness` and `saturation`.
+    """Draws samples and returns their `diversity` relative to the data, their `brightness` and their `saturation`.
 
     Args:
-      state: of the training.
-      frozen: the parameters that the updates only read, the teacher's among them, on the devices.
+      state: the training state.
+      frozen: the parameters that updates only read, such as the teacher's, on the devices.
     """
     stage, config = self._stage, self._config
     draw = measure.drawer(config, stage, stage.sampler, self._label_counts)
@@ -130,7 +128,7 @@ class Monitor:
     self._warn(
       'diversity',
       diversity < LEAST_DIVERSITY and not begun,
-      f'the samples have {diversity:.2f} of the diversity of the data',
+      f'the samples are only {diversity:.2f} times as diverse as the data',
     )
     return {
       'diversity': diversity,
@@ -139,7 +137,7 @@ class Monitor:
     }
 
   def lag(self, values: Mapping[str, float]) -> dict[str, float]:
-    """`fake_score_lag`: the fake score's loss on the latest samples over its running loss before, where it has one."""
+    """Returns `fake_score_lag`, the fake score's latest loss divided by its running loss, or {} if there is none yet."""
     fake_loss = values.get('fake_loss')
     if fake_loss is None:
       return {}
@@ -153,13 +151,13 @@ class Monitor:
     return {'fake_score_lag': lag}
 
   def _warn(self, name: str, wrong: bool, text: str) -> None:
-    """Once, until it is right again."""
+    """Logs a warning once, and again only if the problem disappeared in between."""
     if wrong and name not in self._warned:
       _log.warning('stage %s: %s', self._stage.name, text)
     (self._warned.add if wrong else self._warned.discard)(name)
 
   def _picture(self, params: Mapping[str, Params], images: np.ndarray, cond: Cond) -> None:
-    """Rows: the samples, then for each time the noised samples, the teacher's denoising, the fake score's."""
+    """Writes denoisings.png: the samples, then for each time the noised samples and both networks' denoisings."""
     logsnr = self._stage.schedule(jnp.array(_TIMES))
     scores = self._stage.recipe.bind(params)
     networks = (scores['teacher'], scores['fake_score'])
@@ -174,12 +172,12 @@ class Monitor:
 
 
 def watches(config: Config, stage: Stage) -> bool:
-  """Whether a stage is looked at."""
+  """Whether a stage is monitored."""
   return bool(config.log.health_every) and stage.parent is not None and stage.num_steps <= MOST_STEPS
 
 
 def begin(config: Config, stage: Stage, workdir: pathlib.Path, images: Loader) -> Monitor:
-  """A look-out for a stage, with the workdir's extractor, which is trained if it is not there yet."""
+  """Creates the monitor of a stage; trains the workdir's feature extractor if it does not exist yet."""
   held_out = open_images(config, 'eval')
   extractor = load_or_train(workdir / 'extractor.safetensors', images, held_out)
   held_out.close()
@@ -195,7 +193,7 @@ def _denoisings(
   logsnr: jax.Array,
   cond: Cond,
 ) -> jax.Array:
-  """(3 T n, H, W, C) uint8: noised, real and fake denoising of n images at each of T times."""
+  """Returns (3 T n, H, W, C) uint8: noised images, teacher's and fake score's denoisings of n images at each of T times."""
   x = space.encode(images)
   eps = jax.random.normal(jax.random.key(0), x.shape)
   rows = []

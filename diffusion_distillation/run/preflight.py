@@ -1,4 +1,4 @@
-"""What a run will need of memory and disk, told before anything is compiled, and refused where it cannot be had."""
+"""Estimates the memory and disk space that a run needs, and refuses runs that cannot fit, before anything is compiled."""
 
 import dataclasses
 import os
@@ -19,9 +19,9 @@ from diffusion_distillation.system import sharding
 from diffusion_distillation.training import step
 from diffusion_distillation.training.state import Params
 
-_CHECKPOINTS = 2  # that a stage keeps
+_CHECKPOINTS = 2  # kept per stage
 _GB = 1e9
-_PRIME = 10_007  # examples of a batch that has shapes only; what divides by it grows with the batch
+_PRIME = 10_007  # batch size of an abstract batch; sizes that divide by it grow with the batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Memory:
   """Bytes on each device while a stage trains.
 
   Attributes:
-    params: of the networks in training.
-    averages: of the student's parameters.
-    optimizer: its moments.
-    frozen: teacher and weights of a distance.
-    gradients: of the networks in training, and the updates made of them.
-    gathered: of networks that are split, the parts that an update fetches from other devices.
-    activations: what one micro-batch keeps for its way back.
-    snapshot: the copy of networks, averages and optimizer that a checkpoint is written from while training goes on.
+    params: parameters of the networks in training.
+    averages: moving averages of the student's parameters.
+    optimizer: moments of the optimizer.
+    frozen: parameters of the teacher and weights of a distance.
+    gradients: gradients of the networks in training, and the updates computed from them.
+    gathered: parameters of sharded networks that an update fetches from other devices.
+    activations: activations that one micro-batch keeps for the backward pass.
+    snapshot: the copy of networks, averages and optimizer that a checkpoint is written from in the background.
   """
 
   params: int
@@ -50,20 +50,20 @@ class Memory:
 
   @property
   def arguments(self) -> int:
-    """What the step is given, but for the batch: known exactly."""
+    """The arguments of the step except for the batch; this number is exact."""
     return self.params + self.averages + self.optimizer + self.frozen
 
   @property
   def total(self) -> int:
-    """All of it."""
+    """The sum of all."""
     return self.arguments + self.gradients + self.gathered + self.activations + self.snapshot
 
 
 def memory(stage: Stage, distance: Params = None) -> Memory:
-  """Of a stage, from shapes alone: nothing is compiled, computed or put on a device."""
+  """Estimates the memory of a stage from shapes alone; compiles and computes nothing, and uses no device memory."""
   state = stage.abstract_state()
   frozen = stage.frozen(_as_numbers(stage.abstract_teacher()), distance)
-  recipe = stage.recipe.at(stage.recipe.method.period - 1)  # when all networks have their turn
+  recipe = stage.recipe.at(stage.recipe.method.period - 1)  # an update that trains all networks
   trained = {name: state.params[name] for name in recipe.method.trained}
   per_device = sharding.bytes_per_device
   return Memory(
@@ -79,12 +79,12 @@ def memory(stage: Stage, distance: Params = None) -> Memory:
 
 
 def _as_numbers(tree: Any) -> Any:
-  """Arrays of these shapes that take no memory, for what looks at types only."""
+  """Returns arrays of these shapes and types that take no memory, for code that does not read the values."""
   return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), tree)
 
 
 def _activations(stage: Stage, state: Any, frozen: Mapping[str, Params]) -> int:
-  """Bytes of what the loss keeps for its gradient, on each device: those residuals that grow with the batch."""
+  """Returns the bytes per device of the residuals that the loss keeps for its gradient and that grow with the batch."""
   recipe = stage.recipe.at(stage.recipe.method.period - 1)
   recipe = dataclasses.replace(recipe, shape=(_PRIME, *recipe.shape[1:]))
 
@@ -107,7 +107,7 @@ def _activations(stage: Stage, state: Any, frozen: Mapping[str, Params]) -> int:
 
 
 def disk(stages: list[Stage], finished: set[str]) -> int:
-  """Bytes that the checkpoints and pairs of unfinished stages will take at most."""
+  """Returns the bytes that checkpoints and pairs of unfinished stages will take at most."""
   todo = [stage for stage in stages if stage.name not in finished]
   states = [_bytes(stage.abstract_state()) for stage in todo]
   pairs = next(
@@ -126,10 +126,11 @@ def needs(
   workdir: pathlib.Path,
   distances: Mapping[str, Params],
 ) -> Iterator[str]:
-  """Lines: memory of each device by stage that is not finished, then the disk.
+  """Yields lines with the device memory of each unfinished stage, then the host memory and the disk space of the run.
 
   Raises:
-    UserError: parameters, averages, optimizer and teacher alone are more than a device has, or the disk is too small.
+    UserError: the parameters, averages, optimizer and teacher alone exceed the memory of a device, or the host memory or the
+      disk is too small.
   """
   limit = sharding.memory_per_device() or _memory_of_the_host() // sharding.local_device_count()
   yield 'memory of each device, GB:  parameters  averages  optimizer  frozen  gradients  gathered  activations  snapshot  together'
@@ -162,11 +163,11 @@ def needs(
     if of.arguments > limit:
       raise UserError(
         f'stage {stage.name}: parameters, averages, optimizer and teacher take {of.arguments / _GB:.1f} GB of the '
-        f'{limit / _GB:.1f} GB of a device: raise mesh.fsdp, or set compute.teacher_dtype=bfloat16'
+        f'{limit / _GB:.1f} GB of a device; raise mesh.fsdp, or set compute.teacher_dtype=bfloat16'
       )
     if of.total > limit:
       yield (
-        f'  warning: {of.total / _GB:.1f} GB may not fit the {limit / _GB:.1f} GB of a device: raise micro_batches '
+        f'  warning: {of.total / _GB:.1f} GB may not fit the {limit / _GB:.1f} GB of a device; raise micro_batches '
         'or mesh.fsdp, or set compute.remat=True or compute.dtype=bfloat16'
       )
   yield from _host_needs(stages, finished)
@@ -174,13 +175,13 @@ def needs(
   yield f'disk, GB: {needed / _GB:.3f} for checkpoints and pairs; {free / _GB:.1f} free'
   if needed > free:
     raise UserError(
-      f'--workdir={workdir}: checkpoints and pairs will take {needed / _GB:.2f} GB, {free / _GB:.2f} GB are free; make '
-      'room, or choose another disk'
+      f'--workdir={workdir}: checkpoints and pairs will take {needed / _GB:.2f} GB, but only {free / _GB:.2f} GB are '
+      'free; free up space, or choose another disk'
     )
 
 
 def host(stages: list[Stage], finished: set[str]) -> int:
-  """Bytes of weights in each process's own memory at most: those that stages to come are trained from, and a checkpoint."""
+  """Returns the peak bytes of weights in each process's host memory: those that later stages need, and a checkpoint."""
   most = 0
   for k, stage in enumerate(stages):
     if stage.name not in finished:
@@ -191,7 +192,7 @@ def host(stages: list[Stage], finished: set[str]) -> int:
 
 
 def _on_host(stage: Stage) -> int:
-  """Bytes of the state that a process writes: all of it, or its share of what several write together."""
+  """Returns the bytes of the state that this process writes; several processes each write a share."""
   state = stage.abstract_state()
   own = sharding.bytes_per_device(state) * sharding.local_device_count()
   return _bytes(state) if sharding.part()[1] == 1 else min(own, _bytes(state))
@@ -200,24 +201,24 @@ def _on_host(stage: Stage) -> int:
 def _host_needs(stages: list[Stage], finished: set[str]) -> Iterator[str]:
   needed, there = host(stages, finished), _memory_of_the_host()
   yield (
-    f'memory of the host, GB: {needed / _GB:.3f} for weights that later stages need and a checkpoint that is being '
-    f'written; {there / _GB:.1f} in all'
+    f'memory of the host, GB: {needed / _GB:.3f} for the weights that later stages need and for writing a checkpoint; '
+    f'{there / _GB:.1f} in total'
   )
   if needed > there:
     raise UserError(
-      f'weights that later stages need and a checkpoint that is being written take {needed / _GB:.1f} GB of the '
-      f"{there / _GB:.1f} GB of this host's memory: take a larger host, or keep fewer averages (ema_decay)"
+      f'the weights that later stages need and writing a checkpoint take {needed / _GB:.1f} GB of the '
+      f"{there / _GB:.1f} GB of this host's memory; use a larger host, or keep fewer averages (ema_decay)"
     )
 
 
 def _memory_of_the_host() -> int:
-  """This machine's memory, or what the container may have of it."""
+  """Returns the bytes of this machine's memory, or the limit of the container if that is lower."""
   pages = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
   return min([pages, *_container_limits()])
 
 
 def _container_limits(root: pathlib.Path = pathlib.Path('/')) -> list[int]:
-  """Bytes that this process's control groups, and those above them, allow it: of version 2, and of version 1."""
+  """Returns the memory limits in bytes of this process's control groups and their ancestors, for cgroup versions 1 and 2."""
   groups = root / 'proc/self/cgroup'
   found = []
   for line in groups.read_text().splitlines() if groups.is_file() else []:

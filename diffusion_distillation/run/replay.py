@@ -1,10 +1,10 @@
-"""An update that was not finite, taken once more and looked at.
+"""Replays an update that was not finite, and reports which arrays were not.
 
 stage_dir/nonfinite.json             the last such update: its batch and seed, and what was not finite
-stage_dir/nonfinite/checkpoints/<k>  the state that update k began with
-stage_dir/nonfinite/attempts.json    by which attempt it was made; see `run/attempts.py`
+stage_dir/nonfinite/checkpoints/<k>  the state before update k
+stage_dir/nonfinite/attempts.json    the attempts up to then; see `run/attempts.py`
 
-Training is a function of its seed, so that any update can be reached again from any checkpoint before it.
+Training is a function of its seed, so any update can be reproduced from any earlier checkpoint.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ _log = logging.getLogger(__name__)
 
 
 def keep(stage: Stage, inputs: Inputs, stage_dir: pathlib.Path, state: TrainState) -> None:
-  """Keeps what the first update of the streak that `state` ends began with, and looks at it.
+  """Saves the state before the streak of skipped updates that ends with `state`, and examines the streak's first update.
 
-  Skipped updates leave all but the counters as it was, so that this is `state` with its counters turned back.
+  Skipped updates change nothing but the counters, so the saved state is `state` with its counters reset.
   """
   streak = int(state.skipped_in_a_row)
   if not streak:
@@ -61,7 +61,7 @@ def keep(stage: Stage, inputs: Inputs, stage_dir: pathlib.Path, state: TrainStat
     found = examine(stage, inputs, state)
   write_json(stage_dir / 'nonfinite.json', found)
   _log.warning(
-    'stage %s: %s; to look at it again: %s',
+    'stage %s: %s; to examine it again, run: %s',
     stage.name,
     told(found),
     command(stage, stage_dir, int(state.step)),
@@ -69,14 +69,14 @@ def keep(stage: Stage, inputs: Inputs, stage_dir: pathlib.Path, state: TrainStat
 
 
 def command(stage: Stage, stage_dir: pathlib.Path, step: int) -> str:
-  """What takes an update again."""
+  """Returns the command that replays an update."""
   return f'python main.py --mode=replay --workdir={stage_dir.parent} --stage={stage.name} --step={step}'
 
 
 def told(found: dict[str, Any]) -> str:
-  """One line of what `examine` found."""
+  """Formats the findings of `examine` as one line."""
   wrong = [
-    f'{name} of {len(leaves)} array(s), such as {leaves[0]}'
+    f'{name} ({len(leaves)} array(s), such as {leaves[0]})'
     for name, leaves in found['nonfinite'].items()
     if leaves
   ]
@@ -84,11 +84,11 @@ def told(found: dict[str, Any]) -> str:
 
 
 def examine(stage: Stage, inputs: Inputs, state: TrainState) -> dict[str, Any]:
-  """The update that `state` leads to, without making it.
+  """Examines the next update of `state` without applying it.
 
   Returns:
-    `stage`, `step`, `seed`, `images` (the indices of its batch), `loss`, the metrics, and `nonfinite`: names of arrays
-    with a NaN or an infinity, of the state, of what is frozen, and of the gradients.
+    `stage`, `step`, `seed`, `images` (the indices of the batch), `loss`, the metrics, and `nonfinite`: the names of the
+    arrays in the state, the frozen parameters and the gradients that contain a NaN or an infinity.
   """
   step = int(state.step)
   with contextlib.closing(inputs.batches(stage, step)) as batches:
@@ -106,7 +106,7 @@ def examine(stage: Stage, inputs: Inputs, state: TrainState) -> dict[str, Any]:
 
 
 def _indices(stage: Stage, inputs: Inputs, step: int) -> list[int]:
-  """The indices of the images in the batch of an update; none for a stage that needs no images."""
+  """Returns the indices of the images in an update's batch; empty for a stage that needs no images."""
   if inputs.images is None or 'images' not in stage.recipe.method.needs:
     return []
   order = Shuffled(len(inputs.images), stage.seed_at(step), stage.batch_size)
@@ -130,18 +130,18 @@ def _names(flags: Any) -> list[str]:
 
 
 def _number(value: np.ndarray) -> float | str:
-  """JSON has no NaN."""
+  """Converts a value to JSON, which has no NaN and no infinity."""
   return float(value) if np.isfinite(value) else str(float(value))
 
 
 def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dict[str, Any]:
-  """Goes to update `step` of a stage from the nearest checkpoint before it, and says what is not finite there.
+  """Trains from the nearest earlier checkpoint up to update `step` of a stage, and reports what is not finite there.
 
-  Where training went back to before the update, it is the one of the last attempt, unless it is the one that was kept.
-  Nothing of the run is changed but `nonfinite.json`.
+  If training went back to before the update, the last attempt is replayed, unless the state before this update was saved
+  when it failed. Of the run's files, only `nonfinite.json` is changed.
 
   Raises:
-    UserError: there is no such stage or update, or a stage before it is not finished.
+    UserError: there is no such stage or update, or a parent of the stage is not finished.
   """
   planned, images = workdir.plan_for(directory, config)
   stages = {stage.name: stage for stage in planned}
@@ -156,7 +156,7 @@ def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dic
     weights = stage.parent_weights if parent == stage.parent else 'ema'
     model = provenance.load_model(directory, stages[parent], config, (weights,))
     if model is None or model.step < stages[parent].num_updates:
-      raise UserError(f'stage {parent}, which stage {name} comes from, is not finished')
+      raise UserError(f'stage {parent}, a parent of stage {name}, is not finished')
     models[parent] = model
   inputs = gather(stage, models, images, directory, load_distance(stage))
   stage, state = _nearest(directory / name, stage, inputs, step)

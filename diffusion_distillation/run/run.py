@@ -1,4 +1,4 @@
-"""A run: every stage of a plan, then the evaluation."""
+"""A run: trains every stage of a plan, then evaluates all of them."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_batches(config: Config) -> None:
-  """Raises UserError unless all batches divide by micro-batches and devices, and all that is due by dispatches."""
+  """Raises UserError unless batches divide by micro-batches and devices, and intervals by updates per dispatch."""
   names = {'progressive': 'distill'}
   for section in ('train', *(names.get(name, name) for name in config.methods)):
     sharding.check_batch(section, config[section].batch_size, config[section].micro_batches)
@@ -40,19 +40,19 @@ def check_batches(config: Config) -> None:
 
 
 def _check_needs(stages: list[Stage], done: set[str], images: Loader | None) -> None:
-  """Raises UserError if a stage is yet to be trained on images, and there are none."""
+  """Raises UserError if an unfinished stage needs images, and there are none."""
   for stage in stages:
     if images is None and stage.name not in done and 'images' in stage.recipe.method.needs:
       raise UserError(
-        f'stage {stage.name} is trained on images: dataset.name=none is for stages that need none, such as knowledge '
-        'or one-step dmd without a GAN'
+        f'stage {stage.name} is trained on images; dataset.name=none only works for stages that need no images, such as '
+        'knowledge or one-step dmd without a GAN'
       )
 
 
 def _check(
   config: Config, workdir: pathlib.Path, stages: list[Stage]
 ) -> tuple[set[str], dict[str, Params]]:
-  """Checks a plan by itself; returns the names of finished stages, and the weights of distances."""
+  """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
@@ -76,12 +76,12 @@ def _show(
 
 
 def show_plan(config: Config, workdir: pathlib.Path) -> None:
-  """Shows what `run` would do, what it needs, and how long it takes; nothing is written.
+  """Shows what `run` would do, the memory and disk space it needs, and how long it would take; writes nothing.
 
-  Known datasets need not be at hand. With `log.measured_updates` = 0 nothing is compiled, and no time is told.
+  Known datasets need not be present. With `log.measured_updates` = 0, nothing is compiled and no time is estimated.
 
   Raises:
-    UserError: config or workdir do not fit.
+    UserError: the config is not valid, or does not match the workdir.
   """
   stages = workdirs.described_plan(workdir, config)
   done, distances_of = _check(config, workdir, stages)
@@ -90,20 +90,20 @@ def show_plan(config: Config, workdir: pathlib.Path) -> None:
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-  """Trains every stage that is not finished, measures all, and writes the report.
+  """Trains every unfinished stage, measures all stages, and writes the report.
 
   Args:
-    config: of the run.
-    workdir: of the run.
+    config: the config of the run.
+    workdir: the directory of the run.
 
   Raises:
-    UserError: config or workdir do not fit; before anything is compiled or changed.
+    UserError: the config is not valid, or does not match the workdir; raised before anything is compiled or changed.
     Preempted, NumericalError: see `fit`.
   """
   stages, images = workdirs.plan_for(workdir, config)
   done, distances_of = _check(config, workdir, stages)
   _check_needs(stages, done, images)
-  # Whatever happens, the processes that read images end before this one does.
+  # The processes that read images always end before this one does.
   reading = contextlib.nullcontext() if images is None else contextlib.closing(images)
   with reading, workdirs.lock_workdir(workdir):
     _show(config, workdir, stages, done, distances_of)
@@ -114,7 +114,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         workdirs.count_labels(workdir, images.images)
     models = _train(config, workdir, stages, done, images, distances_of)
     if images is None:
-      _log.warning('dataset.name=none: nothing is measured, for want of images to compare with')
+      _log.warning('dataset.name=none: skipping the evaluation, as there are no images to compare with')
     else:
       measure.evaluate(config, models, images, workdir, again=False)
 
@@ -127,7 +127,7 @@ def _train(
   images: Loader | None,
   distances_of: dict[str, Params],
 ) -> list[Model]:
-  """Trains what is not finished; meanwhile only those weights are in memory that a stage to come is trained from."""
+  """Trains the unfinished stages; keeps only those weights in memory that later stages need."""
   step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
   models: dict[str, Model] = {}
   for k, stage in enumerate(stages):

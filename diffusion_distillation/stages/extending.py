@@ -1,7 +1,7 @@
-"""Training a stage for longer than it was: its config has a larger num_updates than its stage.json.
+"""Extends a stage: trains it further when the config asks for more updates than its stage.json records.
 
-Training goes on from the stage's last checkpoint, as that of an interrupted run does. What was made from the shorter stage is
-stale: it is named, and never removed here.
+Training continues from the stage's last checkpoint, as if the run had been interrupted. Anything that was made from the
+shorter stage is stale: an error message lists it, and nothing is removed.
 """
 
 import logging
@@ -20,47 +20,47 @@ _log = logging.getLogger(__name__)
 
 
 def updates_of(found: Mapping[str, Any], stage: Stage) -> int:
-  """Updates that a finished stage's lineage `found` counts; those of `stage` for an import, whose own may not be known."""
+  """Returns the updates of a finished stage with lineage `found`; imports, which may lack this number, get those of `stage`."""
   recorded = found.get('num_updates')
   return stage.num_updates if found.get('imported') or recorded is None else int(recorded)
 
 
 def is_trained(found: Mapping[str, Any], stage: Stage) -> bool:
-  """Whether the lineage `found` says that the stage was trained for all updates that `stage` has now."""
+  """Whether the lineage `found` says that all updates of `stage` are done."""
   return bool(found.get('finished')) and updates_of(found, stage) >= stage.num_updates
 
 
 def history(found: Mapping[str, Any]) -> dict[str, list[int]]:
-  """Numbers of updates at which the stage was finished and then extended; empty if it never was."""
+  """Returns the part of a lineage with the numbers of updates from which the stage was extended; empty if it never was."""
   return {key: list(found[key]) for key in ('extended_from',) if key in found}
 
 
 def begun(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
-  """The lineage of a stage whose num_updates is raised from that of `found` to that of `expected`, before its next update."""
+  """Returns the lineage of a stage that is extended from lineage `found` to `expected`; its config is not checked here."""
   lineage = dict(expected) | history(found) | {'finished': False}
   if found.get('finished'):
     lineage['extended_from'] = [*found.get('extended_from', []), found.get('num_updates')]
   _log.warning(
-    'stage %s: its number of updates is raised from %s to %s; what depends on that number, such as the decay of the '
-    'learning rate, follows the new one from here on',
+    'stage %s: raising its number of updates from %s to %s; everything that depends on this number, such as the decay '
+    'of the learning rate, follows the new number from here on',
     *(expected['stage'], found.get('num_updates'), expected['num_updates']),
   )
   return lineage
 
 
 def check_configs(workdir: pathlib.Path, stages: Sequence[Stage], config: Config) -> None:
-  """Checks all stages of a plan that are there against the config; only reads.
+  """Checks all existing stages of a plan against the config; writes nothing.
 
   Raises:
-    UserError: one was made with another config, see `check_config`; or it is to be trained for longer, but was imported, has
-      no checkpoint to go on from, or other stages were made from it.
+    UserError: a stage was made with another config (see `check_config`), or it cannot be extended because it was imported,
+      has no checkpoint left, or other stages were made from it.
   """
   paths = {stage.name: workdir / stage.name / 'stage.json' for stage in stages}
   made = {name: read_json(path) for name, path in paths.items() if path.is_file()}
   configs = {name: found.get('config') or {} for name, found in made.items()}
   raised = {name: raised_updates(name, made_with, config) for name, made_with in configs.items()}
   extended = {name: updates for name, updates in raised.items() if updates is not None}
-  for name in extended:  # before anybody is told to remove what was made from it
+  for name in extended:  # first, so that nobody is asked to remove stages in vain
     check_config(paths[name], configs[name], config, name)
   for name, updates in extended.items():
     _check_extension(workdir, name, made[name], *updates)
@@ -71,26 +71,26 @@ def check_configs(workdir: pathlib.Path, stages: Sequence[Stage], config: Config
 def _check_extension(
   workdir: pathlib.Path, name: str, found: Mapping[str, Any], old: int, new: int
 ) -> None:
-  """Raises UserError if the stage cannot go on from `old` to `new` updates."""
+  """Raises UserError if the stage cannot be extended from `old` to `new` updates."""
   begin = f'stage {name} cannot be extended from {old} to {new} updates: '
   if found.get('imported'):
     raise UserError(
-      f'{begin}it was imported, without an optimizer state; set its number of updates back to {old}'
+      f'{begin}it was imported and has no optimizer state; set its number of updates back to {old}'
     )
   if found.get('finished') and not Checkpoints(workdir / name).steps():
     raise UserError(
-      f'{begin}no checkpoint is left, and its model has no optimizer state; restore one, or set its number of '
-      f'updates back to {old}'
+      f'{begin}no checkpoint is left, and its model has no optimizer state; restore a checkpoint, or set its number '
+      f'of updates back to {old}'
     )
   if stale := list(_made_from(workdir, name)):
     raise UserError(
-      f'{begin}{", ".join(path.name for path in stale)} would be stale, as made from the model of {old} updates; '
-      f'remove {" and ".join(map(str, stale))} to have them made again, or set its number of updates back to {old}'
+      f'{begin}{", ".join(path.name for path in stale)} would be stale because the model of {old} updates made them; '
+      f'remove {" and ".join(map(str, stale))} so that they are made again, or set its number of updates back to {old}'
     )
 
 
 def _made_from(workdir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-  """Folders of all that was made from a stage, directly or through others: stages, and stored pairs."""
+  """Yields the folders of all stages and stored pairs that were made from a stage, directly or indirectly."""
   parents = {
     path.parent: {
       (read_json(path).get(key) or {}).get('stage') for key in ('parent', 'start', 'teacher')

@@ -1,7 +1,7 @@
-"""A model is a folder: `weights.safetensors`, and `model.json`, which says all that is needed to use them.
+"""A model is a folder with `weights.safetensors` and with `model.json`, which describes how to use the weights.
 
-A folder needs neither the config nor the training state that made it, and can be moved to another machine. Nothing in
-it is executed: networks, spaces and schedules are named, and looked up in this package's tables.
+The folder is self-contained: it needs neither the config nor the training state, and can be moved to another machine.
+Nothing in it is executed: networks, spaces and schedules are looked up by name in this package's tables.
 """
 
 import dataclasses
@@ -37,30 +37,31 @@ _FIELDS = (
   *('format', 'network', 'output', 'space', 'schedule', 'sampler', 'num_steps', 'times', 'clip_x'),
   *('image_shape', 'conditioning', 'cond_dropout', 'digest', 'provenance', 'metrics'),
 )
-# Arguments of a network that say how it is computed, or that other fields of the description give.
+# Fields of a network that only affect how it is computed, or that are stored elsewhere in the description.
 NOT_ARGUMENTS = ('parent', 'name', 'dtype', 'remat', 'attention', 'schedule')
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
-  """A model as its folder holds it.
+  """The contents of a model's folder.
 
   Attributes:
     denoise: the network as a denoiser, without dropout.
     params: its parameters, on the host.
-    schedule: t to logsnr.
-    space: what x is.
+    schedule: maps t to logsnr.
+    space: the space of x.
     image_shape: (H, W, C).
-    sampler: that it is made for, a name in SAMPLERS.
-    num_steps: sampling steps that it is made for.
-    times: how these are spaced, a name in `times.GRIDS`.
+    sampler: the sampler that the model is made for, a name in SAMPLERS.
+    num_steps: the number of sampling steps that the model is made for.
+    times: the spacing of the sampling steps, a name in `times.GRIDS`.
     clip_x: whether x is clipped while sampling.
-    cond_dropout: the share of examples whose conditions were withheld in training; above 0, it draws without them.
-    class_names: names of the classes by label; empty without classes, or where they have no names.
-    label_counts: training images of each class, by label; empty without classes, or where that is not known.
-    provenance: what it was made from: method, step count, parents and their digests, versions.
-    metrics: rows of measurements; empty before it is measured.
-    digest: of `params`, where it is known.
+    cond_dropout: the fraction of training examples whose conditions were dropped; if it is above 0, the model can also
+      be sampled without conditions.
+    class_names: names of the classes by label; empty if there are no classes or they have no names.
+    label_counts: training images of each class, by label; empty if there are no classes or the counts are unknown.
+    provenance: how the model was made: method, step count, parents and their digests, versions.
+    metrics: rows of measurements; empty until the model is measured.
+    digest: the digest of `params`, if it is known.
   """
 
   denoise: Denoiser
@@ -81,7 +82,7 @@ class StoredModel:
 
 
 def name_in(table: Mapping[str, type], thing: Any) -> str:
-  """The name of an object's class in a table; ValueError if it is not in it."""
+  """Returns the name of an object's class in a table; raises ValueError if the table lacks it."""
   for name, cls in table.items():
     if type(thing) is cls:
       return name
@@ -89,13 +90,13 @@ def name_in(table: Mapping[str, type], thing: Any) -> str:
 
 
 def network_arguments(network: Any) -> dict[str, Any]:
-  """The arguments of a network that its parameters depend on."""
+  """Returns the arguments of a network that determine its parameters."""
   fields = [field.name for field in dataclasses.fields(network)]
   return {name: getattr(network, name) for name in fields if name not in NOT_ARGUMENTS}
 
 
 def describe(model: StoredModel) -> dict[str, Any]:
-  """What `model.json` holds of a model."""
+  """Returns the contents of a model's `model.json`."""
   network = model.denoise.network
   of_classes = {'names': list(model.class_names), 'counts': list(model.label_counts)}
   label = {key: values for key, values in of_classes.items() if values}
@@ -125,16 +126,16 @@ def describe(model: StoredModel) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-  """Of the packages that computed a model."""
+  """Returns the installed versions of the packages that compute a model."""
   names = ('jax', 'flax', 'optax')
   return {name: importlib.metadata.version(name) for name in names}
 
 
 def write(directory: pathlib.Path, model: StoredModel, anew: bool = False) -> None:
-  """Writes a model's folder whole or not at all.
+  """Writes a model's folder atomically.
 
-  Where the same weights are there, they stay, and so does what they were made from; only how they are sampled may change.
-  `anew`: the folder is replaced, whatever is there.
+  If the folder already holds the same weights, only the settings of sampling are updated; the weights, their provenance and
+  their metrics stay. With `anew`, the folder is always replaced.
   """
   if not files.writes():
     return
@@ -157,7 +158,7 @@ def write(directory: pathlib.Path, model: StoredModel, anew: bool = False) -> No
 
 
 def with_history(directory: pathlib.Path, model: StoredModel) -> StoredModel:
-  """The model with the provenance, the measurements and the known classes of a folder's description, if it can be read."""
+  """Returns the model with the provenance, metrics and classes of an existing folder, if that can be read."""
   try:
     found = read(directory, weights=False)
   except UserError:
@@ -172,7 +173,7 @@ def with_history(directory: pathlib.Path, model: StoredModel) -> StoredModel:
 
 
 def add_metrics(directory: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-  """Records the measurements of a model in its folder, in place of those that it had."""
+  """Records the measurements of a model in its folder, in place of earlier ones."""
   path = directory / DESCRIPTION
   if path.is_file() and files.writes():
     found = files.read_json(path)
@@ -181,11 +182,11 @@ def add_metrics(directory: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
-  """The model in a folder; without its parameters, which are then None, unless `weights`.
+  """Reads the model in a folder; without `weights`, its `params` are None.
 
   Raises:
-    UserError: there is none, or it says something that this version does not know.
-    DamagedError: description or weights are not what was written.
+    UserError: there is no model, or its description has fields or values that this version does not know.
+    DamagedError: the description or the weights were changed after they were written.
   """
   path = directory / DESCRIPTION
   if not path.is_file():
@@ -218,7 +219,7 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     params = _read_weights(directory, denoise, shape, found['digest']) if weights else None
   except UserError:
     raise
-  except Exception as error:  # networks raise whatever their arguments make them raise
+  except Exception as error:  # with damaged arguments, a network may raise anything
     raise DamagedError(f'{path} is damaged ({error!r}); restore it from a copy') from error
   return StoredModel(
     denoise=denoise,
@@ -242,7 +243,7 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
 def _build(
   path: pathlib.Path, key: str, table: Mapping[str, type], entry: Mapping[str, Any], **given: Any
 ) -> Any:
-  """The object that `entry`, a name and arguments, describes; those of `given` that its class has are added."""
+  """Builds an object from the name and arguments in `entry`, and from those arguments in `given` that its class accepts."""
   cls = choose(f'{path}: {key}', entry['name'], table)
   known = {field.name for field in dataclasses.fields(cls)}
   arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in entry['arguments'].items()}
@@ -271,7 +272,7 @@ def _read_weights(
     if name not in flat:
       raise DamagedError(f'{path}: weight {name!r} is missing; restore it from a copy')
     if name not in wanted:
-      raise DamagedError(f'{path}: weight {name!r} is not one of the network in {DESCRIPTION}')
+      raise DamagedError(f'{path}: weight {name!r} does not belong to the network in {DESCRIPTION}')
     if flat[name].shape != wanted[name].shape:
       raise DamagedError(
         f'{path}: weight {name!r} has shape {flat[name].shape}, its network needs {wanted[name].shape}'
@@ -279,6 +280,6 @@ def _read_weights(
   params: Params = traverse_util.unflatten_dict(flat, sep='/')
   if digest(params) != expected:
     raise DamagedError(
-      f'{path} is not what {DESCRIPTION} names (its digest differs); restore it from a copy'
+      f'{path} does not match {DESCRIPTION} (its digest differs); restore it from a copy'
     )
   return params

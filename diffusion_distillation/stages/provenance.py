@@ -1,4 +1,4 @@
-"""The provenance of each stage of a workdir: what its parameters are, and what they were made from.
+"""The provenance of each stage of a workdir: what its parameters mean, and how they were made.
 
 workdir/<stage>/stage.json  parents and their digests, parameterization, schedule, step count, space, config
 workdir/<stage>/model/      the finished model; see `stages/model.py`
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def describe(stage: Stage) -> dict[str, Any]:
-  """What its parameters mean: output, network, space, schedule and the shape of images."""
+  """Describes what a stage's parameters mean: output, network, space, schedule and the shape of images."""
   network = stage.denoise.network
   return {
     'output': stage.denoise.output,
@@ -57,13 +57,13 @@ def describe(stage: Stage) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Parents:
-  """What a stage comes from.
+  """The parents of a stage.
 
   Attributes:
-    teacher: its parent's model, or None.
-    start: the model that it starts from; None: new parameters.
-    pairs: digest of the pairs that it learns from, or None.
-    distance: digest of the weights of its distance, or None.
+    teacher: the parent's model, or None.
+    start: the model that the stage starts from, or None if it starts from new parameters.
+    pairs: digest of the stored pairs that the stage is trained on, or None.
+    distance: digest of the weights of the stage's distance, or None.
   """
 
   teacher: Model | None = None
@@ -72,7 +72,7 @@ class Parents:
   distance: str | None = None
 
   def describe(self) -> dict[str, Any]:
-    """As stage.json has it."""
+    """Returns the parents as stage.json records them."""
     models = {'parent': self.teacher, 'start': self.start}
     found: dict[str, Any] = {
       key: model and {'stage': model.stage.name, 'weights': model.weights, 'digest': model.digest}
@@ -82,7 +82,7 @@ class Parents:
 
 
 def _lineage(stage: Stage, parents: Parents, config: Config) -> dict[str, Any]:
-  """What has to be known of a stage to use its parameters correctly."""
+  """Returns everything that is needed to use a stage's parameters correctly."""
   return {
     'stage': stage.name,
     'method': stage.method,
@@ -96,12 +96,12 @@ def _lineage(stage: Stage, parents: Parents, config: Config) -> dict[str, Any]:
 
 
 def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: Config) -> None:
-  """Writes the stage's lineage before its first update, or checks the one that is there.
+  """Writes the stage's lineage before its first update, or checks the existing lineage.
 
-  If the config only has more updates, the lineage is that of an unfinished stage again; see `extending`.
+  If the config only asks for more updates, the lineage is marked as unfinished again; see `extending`.
 
   Raises:
-    UserError: what is there had another parent or config, or was made to be sampled in another way.
+    UserError: the existing stage has another parent or config, or is made for another sampler or number of steps.
     DamagedError: there are checkpoints, but no lineage.
   """
   path = workdir / stage.name / 'stage.json'
@@ -121,7 +121,7 @@ def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: C
 def to_stored(
   workdir: pathlib.Path, model: Model, config: Config, parents: Parents | None = None
 ) -> StoredModel:
-  """A stage's model as its folder holds it; a base that was trained here is sampled as it is measured."""
+  """Returns a stage's model as it is stored; a base that was trained here takes its sampling settings from `evaluation`."""
   stage = model.stage
   return StoredModel(
     denoise=stage.denoise,
@@ -149,14 +149,14 @@ def to_stored(
 
 
 def updates_done(workdir: pathlib.Path, model: Model) -> int | None:
-  """Of the training that made the model, here or where it was imported from; None where that is not known."""
+  """Returns the number of updates that trained the model, also if it was imported; None if that is unknown."""
   path = workdir / model.stage.name / 'stage.json'
   found = read_json(path) if path.is_file() else {}
   return found.get('num_updates') if found.get('imported') else model.step
 
 
 def _updates_of(made: Mapping[str, Any]) -> int | None:
-  """Of a model's own provenance; those of what it was imported from, if it was."""
+  """Returns the updates in a model's provenance; for an imported model, those of its source."""
   imported = made.get('imported')
   return _updates_of(imported.get('provenance') or {}) if imported else made.get('updates')
 
@@ -164,16 +164,16 @@ def _updates_of(made: Mapping[str, Any]) -> int | None:
 def finish_stage(
   workdir: pathlib.Path, parents: Parents, model: Model, config: Config, anew: bool
 ) -> None:
-  """Writes the model of a finished stage, and its digest into the provenance, unless they are there.
+  """Writes the model of a finished stage and records its digest in the provenance, unless this was done before.
 
-  `anew`: whether the model's folder, if there is one, is not whole, or was not read.
+  `anew`: the model's folder is incomplete or was not read, and is replaced.
   """
   path, stored = workdir / model.stage.name / 'stage.json', to_stored(workdir, model, config, parents)
   folder = path.parent / 'model'
   found = read_json(path)
   if found.get('imported'):
     stored = with_history(folder, stored)
-  cluster.barrier()  # nobody reads the folder while the first process replaces it
+  cluster.barrier()  # no process reads the folder while the first one replaces it
   write(folder, stored, anew)
   cluster.barrier()
   if found.get('digest') != model.digest:
@@ -184,20 +184,20 @@ def finish_stage(
 
 
 def is_finished(workdir: pathlib.Path, stage: Stage) -> bool:
-  """Whether the lineage says that the stage was trained to its end, as many updates as it has now."""
+  """Whether, according to its lineage, the stage is finished with as many updates as it has now."""
   path = workdir / stage.name / 'stage.json'
   return path.is_file() and extending.is_trained(read_json(path), stage)
 
 
 def was_finished(workdir: pathlib.Path, stage: Stage) -> bool:
-  """Whether the lineage says that the stage was trained to its end, now or before it was extended."""
+  """Whether, according to its lineage, the stage is finished or was finished before it was extended."""
   path = workdir / stage.name / 'stage.json'
   found = read_json(path) if path.is_file() else {}
   return bool(found.get('finished') or extending.history(found))
 
 
 def check_digest(workdir: pathlib.Path, model: Model) -> None:
-  """Raises DamagedError if a finished model is not the one that its lineage names."""
+  """Raises DamagedError if a finished model does not match the digest in its lineage."""
   path = workdir / model.stage.name / 'stage.json'
   found = read_json(path)
   if found.get('finished') and found.get('digest') != model.digest:
@@ -210,14 +210,14 @@ def check_digest(workdir: pathlib.Path, model: Model) -> None:
 def load_model(
   workdir: pathlib.Path, stage: Stage, config: Config, weights: Sequence[str] = ('ema',)
 ) -> Model | None:
-  """The stage as far as it is trained, checked against its lineage; None if nothing whole is there.
+  """Loads a stage, finished or not, and checks it against its lineage; returns None if nothing intact is found.
 
-  A finished stage's own model is read from its folder, all other weights from its last checkpoint. Only reads: a
-  damaged checkpoint is named and passed over.
+  The average of a finished stage is read from its folder, all other weights from the last checkpoint. Nothing is written:
+  a damaged checkpoint is reported and skipped.
 
   Raises:
-    UserError: its lineage does not fit the config.
-    DamagedError: it is finished, but its parameters are not those that its lineage names.
+    UserError: the lineage does not match the config.
+    DamagedError: the stage is finished, but its parameters do not match the digest in its lineage.
   """
   stage_dir = workdir / stage.name
   if not (stage_dir / 'stage.json').is_file():
@@ -240,10 +240,12 @@ def load_model(
 
 
 def finished_model(workdir: pathlib.Path, stage: Stage) -> Model | None:
-  """A finished stage's model, read from its folder and hashed once, its average held; None where it is not whole.
+  """Reads a finished stage's model from its folder and keeps its average in memory; returns None if the folder is damaged.
+
+  The parameters are hashed only once.
 
   Raises:
-    DamagedError: its parameters are not those that its lineage names.
+    DamagedError: the parameters do not match the digest in the lineage.
   """
   folder, model = workdir / stage.name / 'model', None
   if is_finished(workdir, stage) and (folder / DESCRIPTION).is_file():
@@ -259,14 +261,14 @@ def finished_model(workdir: pathlib.Path, stage: Stage) -> Model | None:
 
 
 def _from_folder(workdir: pathlib.Path, stage: Stage, folder: pathlib.Path) -> Model:
-  """A finished stage's model as its folder holds it, which `read` has checked against its digest."""
+  """Reads a finished stage's model from its folder; `read` checks its digest."""
   stored, found = read(folder), read_json(folder.parent / 'stage.json')
   seconds, all_ = float(stored.provenance['seconds']), {'ema': stored.params}
   return Model(stage, 'ema', str(stored.digest), extending.updates_of(found, stage), seconds, all_)
 
 
 def release(workdir: pathlib.Path, model: Model, keep: Collection[str]) -> Model:
-  """The model with the sets `keep` in memory, as far as it holds them; all others are read where they are asked for."""
+  """Returns the model with only the sets `keep` in memory, if they are held now; all others are read when accessed."""
   held = model.all.held if isinstance(model.all, Stored) else model.all
   kept = {name: params for name, params in held.items() if name in keep}
   read_set = functools.partial(_read_set, workdir, model.stage)
@@ -274,7 +276,7 @@ def release(workdir: pathlib.Path, model: Model, keep: Collection[str]) -> Model
 
 
 def _read_set(workdir: pathlib.Path, stage: Stage, weights: str) -> Params:
-  """One set of a stage's weights: the first average of its folder, where it is finished, any other of its last checkpoint."""
+  """Reads one set of a stage's weights: a finished stage's first average from its folder, others from the last checkpoint."""
   folder = workdir / stage.name / 'model'
   if weights == 'ema' and is_finished(workdir, stage) and (folder / DESCRIPTION).is_file():
     return read(folder).params
@@ -296,19 +298,19 @@ def adopt(
   made: Mapping[str, Any] | None = None,
   label_counts: Sequence[int] = (),
 ) -> Model:
-  """Makes parameters from elsewhere a finished stage of `workdir`, in place of all before it.
+  """Imports parameters as a finished stage of `workdir`; the run then begins with this stage.
 
-  `stage.json` is written last: without it nothing was imported.
+  `stage.json` is written last, so an interrupted import leaves no stage.
 
   Args:
-    workdir: of the run to be.
-    stage: that the parameters become.
-    params: of its network.
-    config: of the run.
-    origin: where the parameters were read from, and their digest.
+    workdir: the workdir of the new run.
+    stage: the stage to create.
+    params: the parameters of its network.
+    config: the config of the run.
+    origin: the source of the parameters, and their digest.
     class_names: names of the classes by label.
-    made: the model's own provenance, where it came with one.
-    label_counts: images of each class that it was trained on, where that is known.
+    made: the model's own provenance, if it has one.
+    label_counts: number of training images of each class, if known.
   """
   stage_dir = workdir / stage.name
   stage = stage.without_parents()

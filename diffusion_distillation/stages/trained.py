@@ -1,4 +1,4 @@
-"""A stage as far as it is trained: its weights, in memory or on the disk, and their digests."""
+"""The weights of a stage, finished or not, in memory or on disk, and their digests."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,12 +11,12 @@ from diffusion_distillation.training.state import Params, TrainState
 
 
 class Stored(Mapping[str, Params]):
-  """The weights of a stage by name: some are held in host memory, the others are read each time they are asked for.
+  """The weights of a stage by name: some are held in host memory, the others are read from disk at each access.
 
   Args:
-    names: of all sets.
-    read: gives the set of a name.
-    held: sets in memory, by name.
+    names: the names of all sets of weights.
+    read: reads the set with the given name.
+    held: the sets in memory, by name.
   """
 
   def __init__(
@@ -41,16 +41,16 @@ class Stored(Mapping[str, Params]):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """One set of a stage's weights, finished or not, ready to be sampled from or taught by.
+  """One set of a stage's weights, finished or not, to sample from or to use as a teacher.
 
   Attributes:
-    stage: whose they are.
+    stage: the stage that the weights belong to.
     weights: the name of the set, one of `stage.weights`.
-    digest: of the set.
+    digest: the digest of the set.
     step: updates done.
-    seconds: of training.
-    all: every set of the stage, by name, on the host or, see `Stored`, on the disk.
-    digests: of the sets of which they are known, by name.
+    seconds: seconds of training.
+    all: every set of the stage by name, on the host or on disk (see `Stored`).
+    digests: the known digests, by name of the set.
   """
 
   stage: Stage
@@ -63,11 +63,11 @@ class Model:
 
   @property
   def params(self) -> Params:
-    """The set, on the host; read from the disk at every use, unless it is held."""
+    """The set, on the host; read from disk at each access, unless it is held in memory."""
     return self.all[self.weights]
 
   def use(self, weights: str) -> 'Model':
-    """The same stage with another set of its weights; raises UserError if it has none of that name."""
+    """Returns the model with another set of the stage's weights; raises UserError if the stage has no such set."""
     if weights == self.weights:
       return self
     choose(f'stage {self.stage.name}: --weights', weights, dict.fromkeys(self.all))
@@ -75,18 +75,18 @@ class Model:
     return dataclasses.replace(self, weights=weights, digest=known)
 
   def hold(self) -> 'Model':
-    """The same with this set, and no other, in memory."""
+    """Returns the model with only this set, held in memory."""
     return dataclasses.replace(self, all={self.weights: self.params})
 
 
 def sets_of(stage: Stage, state: TrainState) -> dict[str, Params]:
-  """The sets of weights that a stage keeps, by name; see `Stage.weights`."""
-  sampled = state.ema_params[: len(stage.recipe.ema_decay)]  # the method may keep others
+  """Returns the sets of weights that a stage keeps, by name; see `Stage.weights`."""
+  sampled = state.ema_params[: len(stage.recipe.ema_decay)]  # methods may keep further averages
   return dict(zip(stage.weights, [*sampled, state.params['student']], strict=True))
 
 
 def to_model(stage: Stage, state: TrainState, seconds: float) -> Model:
-  """A training state, seen as what is sampled from: its first moving average. On the host."""
+  """Returns the model of a training state, on the host, with the first moving average as its weights."""
   sets = sharding.to_host(sets_of(stage, state))
   digests = {name: digest(params) for name, params in sets.items()}
   return Model(stage, 'ema', digests['ema'], int(state.step), seconds, sets, digests)

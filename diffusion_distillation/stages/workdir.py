@@ -1,7 +1,7 @@
 """The workdir: its config, its images, and the plan of its stages.
 
-workdir/config.json   what made it; the workdir alone is enough to sample from it
-workdir/dataset.json  the images it was made from, and the names of their classes; for conditional models their sizes, too
+workdir/config.json   the config of the run; the workdir alone is enough to sample from it
+workdir/dataset.json  the identity of the training images, their class names and, for conditional models, the class sizes
 """
 
 import io
@@ -22,12 +22,12 @@ from diffusion_distillation.system.files import read_json, write_json
 
 
 def lock_workdir(workdir: pathlib.Path) -> IO[str]:
-  """Makes `workdir` if need be; returns the lock, to be closed, that keeps other runs out; see `files.lock`.
+  """Creates `workdir` if necessary and locks it against other runs; see `files.lock`. Close the lock to release it.
 
-  Of several processes the first takes it for all.
+  In a run of several processes, the first process holds the lock for all of them.
 
   Raises:
-    UserError: it cannot be had, or is not the same directory for all processes.
+    UserError: the lock is taken, or the processes do not share the directory.
   """
   problem: str | None = None
   held: IO[str] = io.StringIO()
@@ -39,25 +39,27 @@ def lock_workdir(workdir: pathlib.Path) -> IO[str]:
   if problem := cluster.from_first(problem):
     raise UserError(problem)
   if not cluster.agree((workdir / files.LOCK).exists()):
-    raise UserError(f'--workdir={workdir} must be one directory that all processes see, such as on NFS')
+    raise UserError(
+      f'--workdir={workdir} must be a directory that all processes share, for example on NFS'
+    )
   return held
 
 
 def claim(workdir: pathlib.Path, config: Config) -> None:
-  """Writes `config.json`, or checks the one that is there; raises UserError as `check_config` does."""
+  """Checks an existing `config.json` against the config, as `check_config` does, and writes the new one."""
   check_made_with(workdir, config)
   write_json(workdir / 'config.json', json.loads(config.to_json()))
 
 
 def check_made_with(workdir: pathlib.Path, config: Config) -> None:
-  """Raises UserError, as `check_config` does, if there is a run in `workdir` that another config made."""
+  """Raises UserError, as `check_config` does, if `workdir` holds a run that was made with another config."""
   path = workdir / 'config.json'
   if path.exists():
     comparison.check_config(path, read_json(path), config)
 
 
 def read_config(workdir: pathlib.Path, default: Config) -> Config:
-  """The config that `workdir` was made with; keys that are newer than it are as it trained without them.
+  """Returns the config of the run in `workdir`; keys that its version lacked get the values that reproduce its behavior.
 
   Raises:
     UserError: there is no run, or its config has keys that this version does not know.
@@ -85,7 +87,10 @@ def _tuples(value: Any) -> Any:
 
 
 def open_images(config: Config, role: str) -> Loader:
-  """The images to train on ('train') or those held out ('eval'), not yet read; raises UserError without any."""
+  """Opens the training images ('train') or the held-out images ('eval'); raises UserError if there are none.
+
+  No image is read yet.
+  """
   section = config.dataset
   images = datasets.open_split(datasets.Settings.of(section), role)
   images.check(datasets.Settings.key(role))
@@ -93,17 +98,17 @@ def open_images(config: Config, role: str) -> Loader:
 
 
 def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader | None]:
-  """The stages of a run in `workdir` (which need not be there), and the training images, not yet read.
+  """Returns the stages of a run in `workdir`, which need not exist, and the training images, not yet read.
 
-  With `dataset.name=none` there are no images: the workdir's first model says what they would be.
+  With `dataset.name=none` there are no images, and their shape and classes come from the first model in the workdir.
 
   Raises:
-    UserError: config or images do not fit, or those that the run began with were others.
+    UserError: the config or the images are not valid, or the run in `workdir` began with other images.
   """
   if config.dataset.name == datasets.NONE:
     return stored_plan(workdir, config), None
   loader = open_images(config, 'train')
-  open_images(config, 'eval')  # to find its errors now, not after training
+  open_images(config, 'eval')  # raises its errors now, not after training
   check_images(workdir, loader.images)
   shape, classes = loader.images.image_shape, loader.images.classes
   origin = find_origin(workdir)
@@ -116,7 +121,7 @@ def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader
 
 
 def described_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
-  """The stages of a run as `plan_for` has them; known datasets need not be at hand."""
+  """Returns the stages of a run like `plan_for`, but does not need the files of known datasets."""
   if config.dataset.name == datasets.NONE:
     return stored_plan(workdir, config)
   described = datasets.describe(datasets.Settings.of(config.dataset))
@@ -124,7 +129,7 @@ def described_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
 
 
 def find_origin(workdir: pathlib.Path) -> Origin | None:
-  """The base of a workdir, where it was imported as a model's folder; else None."""
+  """Returns the base of a workdir if it was imported from a model's folder, else None."""
   path = workdir / 'base' / 'stage.json'
   if not path.is_file() or not (read_json(path).get('imported') or {}).get('folder'):
     return None
@@ -132,7 +137,7 @@ def find_origin(workdir: pathlib.Path) -> Origin | None:
 
 
 def origin_of(stored: model.StoredModel) -> Origin:
-  """A stored model as the first stage of a plan."""
+  """Describes a stored model as the first stage of a plan."""
   return Origin(
     denoise=stored.denoise,
     schedule=stored.schedule,
@@ -147,7 +152,7 @@ def origin_of(stored: model.StoredModel) -> Origin:
 
 
 def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
-  """Raises UserError unless the run in `workdir`, if there is one, began with these images."""
+  """Raises UserError if there is a run in `workdir` that began with other images."""
   path = workdir / 'dataset.json'
   if not path.is_file():
     return
@@ -162,7 +167,7 @@ def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
 
 
 def claim_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
-  """Writes `dataset.json`, the names of the classes by label among it; raises UserError as `check_images` does."""
+  """Writes `dataset.json`, which includes the class names by label; raises UserError as `check_images` does."""
   check_images(workdir, images)
   path = workdir / 'dataset.json'
   kept = {k: v for k, v in (read_json(path) if path.is_file() else {}).items() if k == 'label_counts'}
@@ -171,7 +176,7 @@ def claim_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
 
 
 def class_names(workdir: pathlib.Path) -> list[str]:
-  """Names of the classes by label, as the run found them, or as an imported model has them."""
+  """Returns the class names by label, from the run's dataset or else from an imported model."""
   path = workdir / 'dataset.json'
   if path.is_file():
     return [str(name) for name in read_json(path).get('classes', [])]
@@ -182,7 +187,7 @@ def class_names(workdir: pathlib.Path) -> list[str]:
 
 
 def label_counts(workdir: pathlib.Path) -> tuple[int, ...]:
-  """Training images of each class, as the run counted them, or as an imported model has them; () if that is not known."""
+  """Returns the training images per class, from the run's dataset or else from an imported model; () if unknown."""
   path = workdir / 'dataset.json'
   if path.is_file():
     counts = read_json(path).get('label_counts', [])
@@ -194,19 +199,19 @@ def label_counts(workdir: pathlib.Path) -> tuple[int, ...]:
 
 
 def count_labels(workdir: pathlib.Path, images: datasets.ImageSet) -> tuple[int, ...]:
-  """Training images of each class, counted once and then kept in `dataset.json`, if that is there."""
+  """Returns the training images per class; the counts are cached in `dataset.json`, if that exists."""
   path = workdir / 'dataset.json'
   counts = label_counts(workdir) if path.is_file() else ()
   if not cluster.agree(bool(counts)):
     counts = tuple(loading.count_labels(images))
     if path.is_file():
       write_json(path, read_json(path) | {'label_counts': counts})
-    cluster.barrier()  # nobody looks for them before the first process has written them
+    cluster.barrier()  # no process reads the file before the first has written it
   return counts
 
 
 def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
-  """The stages of `config` without its data, which need not be at hand to sample from a workdir."""
+  """Returns the stages of `config` without access to its dataset, which sampling from a workdir does not need."""
   path = next(iter(sorted(workdir.glob('*/stage.json'))), None)
   if path is None:
     raise UserError(f'--workdir={workdir} holds no stage yet: there is no stage.json in it')
@@ -220,7 +225,7 @@ def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
 
 
 def cut(workdir: pathlib.Path, stages: list[Stage]) -> list[Stage]:
-  """The plan as it is for a workdir into which a model was imported: it begins there."""
+  """Cuts off the stages before the imported model, if the workdir has one."""
   for k, stage in reversed(list(enumerate(stages))):
     path = workdir / stage.name / 'stage.json'
     if path.is_file() and read_json(path).get('imported'):
@@ -231,7 +236,7 @@ def cut(workdir: pathlib.Path, stages: list[Stage]) -> list[Stage]:
           if needed is not None and needed not in names:
             raise UserError(
               f'stage {student.name} comes from stage {needed}, but {workdir} begins with {stage.name}, which was '
-              'imported; take it out of config.methods, or import its teacher'
+              "imported; remove the student's method from config.methods, or import the student's teacher"
             )
       return found
   return stages

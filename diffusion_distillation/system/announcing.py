@@ -1,4 +1,4 @@
-"""Announces compilations that take longer than a second; a signal during one ends the process at once."""
+"""Announces compilations that take longer than a second; a signal during a compilation ends the process immediately."""
 
 import contextlib
 import functools
@@ -47,10 +47,10 @@ def _requests() -> _Requests:
 
 @contextlib.contextmanager
 def compiling(what: str) -> Iterator[None]:
-  """Prints on stderr that the body is compiling `what`, since when, and whether the program was in the cache.
+  """Prints to stderr that the body is compiling `what`, when it began, and whether the program was in the cache.
 
-  Nothing is printed for a body that takes less than a second. The body must not change anything that a signal could leave
-  half done; see `interrupts.at_once`.
+  Nothing is printed for a body that takes less than a second. A signal may end the process anywhere in the body, so the body
+  must not make changes that are unsafe to interrupt; see `interrupts.at_once`.
   """
   done = threading.Event()
   teller = threading.Thread(target=_tell, args=(what, _requests(), done), daemon=True)
@@ -72,7 +72,7 @@ def _tell(what: str, requests: _Requests, done: threading.Event) -> None:
     if told or time.monotonic() - began < _MOMENT:
       continue
     if not compilation.is_cached():
-      _print(f'{what}: compiling since {clock}; compiled programs are not kept')
+      _print(f'{what}: compiling since {clock}; compiled programs are not cached')
       told = True
     elif requests.is_compiling():
       _print(f'{what}: compiling since {clock}; it is not in the cache of compiled programs')
@@ -85,5 +85,5 @@ def _tell(what: str, requests: _Requests, done: threading.Event) -> None:
 
 
 def _print(line: str) -> None:
-  with contextlib.suppress(OSError):  # nobody reads it
+  with contextlib.suppress(OSError):  # stderr is closed
     print(line, file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""Checkpoints of one stage, by orbax: written whole or not at all, digested, checked when read.
+"""Checkpoints of one stage: written atomically by Orbax, and verified by a digest when they are read.
 
-    workdir/<stage>/checkpoints/<step>/   orbax's
-    workdir/<stage>/damaged/<step>/       set aside: failed its check when it was read
+    workdir/<stage>/checkpoints/<step>/   a checkpoint in Orbax's format
+    workdir/<stage>/damaged/<step>/       a checkpoint that failed verification and was moved here
     workdir/<stage>/stage.json            the stage's lineage
 
-Several processes save and restore together, each its share of arrays that are split over devices; a checkpoint is
-restored on any number of both. Orbax notices a truncated or missing file but not a flipped byte, so a digest of the state travels in
-each checkpoint's metadata: of one process a sha256, made in the background; of several a checksum that they compute
-together on their devices, which gathers nothing (`system/checksum.py`).
+Several processes save and restore together, each its own shards; a checkpoint can be restored on any number of processes
+and devices. Orbax detects truncated and missing files but not flipped bytes, so each checkpoint's metadata contains a digest
+of the state: with one process, a sha256 that is computed in the background; with several, a checksum that they compute
+together on their devices without gathering arrays (`system/checksum.py`).
 """
 
 import concurrent.futures
@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 _starting = (
   threading.Lock()
-)  # orbax numbers the saves of a process: two that begin at once would wait for each other
-_SLOW = 5.0  # seconds that training waits for a checkpoint until it says so
+)  # Orbax numbers the saves of a process; two that begin at the same time would deadlock
+_SLOW = 5.0  # seconds that training may wait for a checkpoint without a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +50,13 @@ class CheckpointSection:
 
 
 def hush() -> None:
-  """Leaves a failed write to the one line of its StorageError: orbax and tensorstore print tracebacks from threads."""
+  """Suppresses tracebacks of failed writes from threads of Orbax and TensorStore; the StorageError reports them in one line."""
 
   def keep(record: logging.LogRecord) -> bool:
     return not (record.exc_info and (record.name == 'asyncio' or 'orbax' in record.pathname))
 
   def unraisable(what: Any) -> None:
-    # Orbax leaves its loop at the first write that fails, with others under way.
+    # Orbax closes its event loop at the first failed write while other writes are still running.
     if str(what.exc_value) != 'Event loop is closed':
       sys.__unraisablehook__(what)
 
@@ -66,7 +66,7 @@ def hush() -> None:
 
 
 def digest(tree: Any) -> str:
-  """sha256 over the names, types, shapes and bytes of a tree's leaves."""
+  """Returns the sha256 of the names, types, shapes and bytes of a tree's leaves."""
   sha = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     array = np.ascontiguousarray(sharding.to_host(leaf))
@@ -76,7 +76,7 @@ def digest(tree: Any) -> str:
 
 
 def structure(tree: Any) -> str:
-  """sha256 over the names, types and shapes of a tree's leaves, whatever their values."""
+  """Returns the sha256 of the names, types and shapes of a tree's leaves, regardless of their values."""
   sha = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     sha.update(f'{jax.tree_util.keystr(path)}{leaf.dtype}{tuple(leaf.shape)}'.encode())
@@ -95,7 +95,7 @@ def _seal(metadata: dict[str, Any]) -> str:
 
 
 class _OtherStructureError(UserError):
-  """A whole checkpoint of something else."""
+  """The checkpoint is intact, but contains a state of another structure."""
 
 
 class Checkpoints:
@@ -109,19 +109,20 @@ class Checkpoints:
     self._saving = 0
 
   def steps(self) -> list[int]:
-    """Steps there are checkpoints of, oldest first, whole or not."""
+    """Returns the steps that have a checkpoint, intact or damaged, oldest first."""
     if not self._directory.is_dir():
       return []
     return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
 
   def save(self, step: int, state: Any, seconds: float) -> None:
-    """Saves in the background, with the wall-clock seconds that the stage has taken so far.
+    """Saves the state in the background, with the wall-clock seconds that the stage has taken so far.
 
-    Meanwhile the devices hold a second copy of the state. One process copies it to the host, digests and writes it in a
-    thread. Of several, each copies its own shards to the host before this returns, for orbax talks to the others.
+    While saving, the devices hold a second copy of the state. A single process copies it to the host, digests it and writes
+    it in a thread. With several processes, each copies its shards to the host before this method returns, because Orbax
+    synchronizes the processes.
 
     Raises:
-      StorageError: this checkpoint or the one before could not be written; those before it are as they were.
+      StorageError: this checkpoint or the previous one could not be written; older ones are unchanged.
     """
     began = time.monotonic()
     self.wait()
@@ -159,7 +160,7 @@ class Checkpoints:
       self._writer.save_async(step, state, custom_metadata=sealed, force=True)
 
   def wait(self) -> None:
-    """Waits until everything is written; raises StorageError as `save` does."""
+    """Waits until all checkpoints are written; raises StorageError as `save` does."""
     with self._told_of_failure(self._saving):
       self._wait()
 
@@ -171,12 +172,12 @@ class Checkpoints:
       self._writer.wait()
 
   def close(self) -> None:
-    """Waits, and lets the directory go; what could not be written has been told, or is no error any more."""
+    """Waits for pending writes and releases the directory; only logs a write that failed."""
     try:
       self._wait()
       if self._writer is not None:
         self._writer.close()
-    except Exception as error:  # of a save in the background
+    except Exception as error:  # from a save in the background
       _log.warning('%s: the last checkpoint may be missing: %s', self._directory, _first_line(error))
     self._writer = None
 
@@ -184,27 +185,29 @@ class Checkpoints:
   def _told_of_failure(self, step: int) -> Iterator[None]:
     try:
       yield
-    except Exception as error:  # orbax and tensorstore raise whatever the disk made them raise
+    except Exception as error:  # with a bad disk, Orbax and TensorStore may raise anything
       self._writer = None
       whole = [known for known in self.steps() if known != step]
-      kept = f'the last one there is of step {whole[-1]}' if whole else 'there is none yet'
+      kept = (
+        f'the last checkpoint is from step {whole[-1]}' if whole else 'there is no earlier checkpoint'
+      )
       raise StorageError(
-        f'cannot write checkpoint {step} of {self.stage_dir}, {kept}; make room or mend the disk, and run the '
+        f'cannot write checkpoint {step} of {self.stage_dir}; {kept}; free up space or repair the disk, and run the '
         f'same command again: {_first_line(error)}'
       ) from error
 
   def restore(self, like: Any, set_aside: bool, upto: int | None = None) -> tuple[Any, float] | None:
-    """The newest whole state and its seconds, or None if there is none.
+    """Returns the newest intact state and its seconds, or None if there is none.
 
     Args:
       like: a tree of the state's shapes and types.
-      set_aside: whether a damaged checkpoint is moved to `damaged/`, from where it does not come back. If
-        not, the directory is only read.
-      upto: the last step that will do; None: any.
+      set_aside: whether to move damaged checkpoints to `damaged/`, where they are ignored; otherwise the directory is only
+        read.
+      upto: the last step to consider; None for any step.
 
     Raises:
-      UserError: a checkpoint is whole, but of a state of another structure.
-      PermissionError, MemoryError: the machine's fault, not the checkpoint's; nothing is set aside.
+      UserError: a checkpoint is intact, but its state has another structure.
+      PermissionError, MemoryError: reading failed although the checkpoint may be intact; nothing is moved.
     """
     for step in cluster.from_first(self.steps()[::-1]):
       if upto is not None and step > upto:
@@ -214,7 +217,7 @@ class Checkpoints:
         found = self._load(step, like)
       except (_OtherStructureError, MemoryError, PermissionError):
         raise
-      except Exception as error:  # orbax raises whatever the damaged file made it raise
+      except Exception as error:  # with a damaged file, Orbax may raise anything
         _log.warning('damaged checkpoint %s: %s', self._directory / str(step), _first_line(error))
       if cluster.agree(found is not None):
         return found
@@ -226,19 +229,19 @@ class Checkpoints:
     path = self._directory / str(step)
     metadata = ocp.metadata(path).custom_metadata or {}
     if metadata.get('seal') != _seal(metadata):
-      raise DamagedError('its metadata is not what was saved with it')
+      raise DamagedError('its metadata was changed after it was saved')
     if metadata['structure'] != structure(like):
       raise _OtherStructureError(
-        f'{path} was written by another version of this program, or for another network; use that one'
+        f'{path} was written by another version of this program, or for another network; use the same version and network'
       )
     state = ocp.load(path, sharding.abstract(like))
     kind, compute = ('checksum', checksum) if 'checksum' in metadata else ('sha256', digest)
     if compute(state) != metadata[kind]:
-      raise DamagedError('its digest is not the one that was saved with it')
+      raise DamagedError('its digest differs from the one that was saved with it')
     return state, float(metadata['seconds'])
 
   def _set_aside(self, step: int) -> None:
-    self.close()  # the writer has the step on its list and would not write it again
+    self.close()  # the writer still lists the step and would not write it again
     if files.writes():
       target = self.stage_dir / 'damaged' / str(step)
       shutil.rmtree(target, ignore_errors=True)

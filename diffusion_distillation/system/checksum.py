@@ -1,8 +1,8 @@
-"""A checksum of arrays that is computed where they are: nothing is gathered or copied to the host.
+"""A checksum of sharded arrays that is computed on their devices: nothing is gathered or copied to the host.
 
-Each 32-bit word is mixed with its place in the array and with the array's name, and all are added up modulo 2^32. Integer
-addition is exact in any order, so that the checksum does not depend on how arrays are split over devices and processes.
-It finds accidents, not forgeries: one word that changed always shows, any other damage but for once in 2^64.
+Each 32-bit word is mixed with its position in the array and with the array's name, and all are added modulo 2^32. Integer
+addition is exact in any order, so the checksum does not depend on how arrays are split over devices and processes.
+It detects accidents, not forgeries: a single changed word is always detected, other damage is missed with probability 2^-64.
 """
 
 import hashlib
@@ -13,18 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 _LANES = 2
-_STRIDE = 0x9E3779B1  # odd: no two words of an array are mixed with the same place
+_STRIDE = 0x9E3779B1  # odd, so that no two words of an array are mixed with the same position
 
 
 def checksum(tree: Any) -> str:
-  """16 hexadecimal digits over the names, types, shapes and values of a tree's leaves; every process must call it."""
+  """Returns a checksum of the names, types, shapes and values of a tree's leaves, as 16 hexadecimal digits.
+
+  Every process must call this function.
+  """
   total = np.zeros(_LANES, np.uint32)
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = f'{jax.tree_util.keystr(path)}{leaf.dtype}{tuple(leaf.shape)}'
     seeds = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint32)[:_LANES]
     total += np.asarray(
       _of_leaf(leaf, seeds)
-    )  # one at a time: on CPUs programs in flight could wait for each other
+    )  # one at a time: concurrent programs could deadlock on CPUs
   return ''.join(f'{word:08x}' for word in total)
 
 
@@ -32,14 +35,14 @@ def checksum(tree: Any) -> str:
 def _of_leaf(leaf: jax.Array, seeds: jax.Array) -> jax.Array:
   words = _words(leaf)
   places = jnp.zeros(words.shape, jnp.uint32)
-  for axis, size in enumerate(words.shape):  # not flattened: that would gather an array that is split
+  for axis, size in enumerate(words.shape):  # flattening would gather a sharded array
     places = places * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
   places = places * np.uint32(_STRIDE)
   return jnp.stack([_mix(words ^ (places + seed)).sum(dtype=jnp.uint32) for seed in seeds])
 
 
 def _words(leaf: jax.Array) -> jax.Array:
-  """The bits of an array as uint32; 64-bit types have a further axis of 2."""
+  """Returns the bits of an array as uint32; 64-bit types get an additional axis of size 2."""
   if leaf.dtype == jnp.bool_:
     return leaf.astype(jnp.uint32)
   size = min(leaf.dtype.itemsize, 4)
@@ -47,7 +50,7 @@ def _words(leaf: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-  """A bijection of 32 bits of which every output bit depends on every input bit (MurmurHash3's finalizer)."""
+  """MurmurHash3's finalizer: a bijection of 32 bits in which every output bit depends on every input bit."""
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
   return x ^ (x >> 16)

@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, how they agree, how they end. Alone, one is all there is.
+"""The processes of a run: how they connect, synchronize and exit. A run may also be a single process.
 
-JAX's distributed runtime does the work: the first process coordinates, heartbeats find out who is dead, and a notice of
-preemption to one process stops all at the same step.
+JAX's distributed runtime does the work: the first process coordinates, heartbeats detect dead processes, and a preemption
+notice to any process stops all processes at the same step.
 """
 
 import contextlib
@@ -20,43 +20,44 @@ from jax.experimental import multihost_utils
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import files, interrupts
 
-_ALONE = {'SLURM_NTASKS': '1', 'OMPI_COMM_WORLD_SIZE': '1'}  # jax would take one GPU of all
+_ALONE = {'SLURM_NTASKS': '1', 'OMPI_COMM_WORLD_SIZE': '1'}  # jax would use only one of the GPUs
 _NOBODY = (
   'coordinator_address should be defined',
   'must be called before any JAX calls',
-  'does not have a controller',  # a pod of Kubernetes by itself
+  'does not have a controller',  # a single Kubernetes pod
   'job-name',  # the same, as a KeyError
 )
-# What says that there are others, by the variable with their number, and that with the number of this one.
+# Environment variables with the number of processes, and for each the variable with this process's index.
 _ENVIRONMENTS = {
   'SLURM_NTASKS': 'SLURM_PROCID',
   'OMPI_COMM_WORLD_SIZE': 'OMPI_COMM_WORLD_RANK',
 }
-_PATIENCE = 60  # seconds that the others are given at least
-_MARGIN = 30  # seconds after which jax would end the process in its own way
-_LATE = 5.0  # seconds after which a process other than the first says whom it waits for
-_KNOWN: dict[str, int | None] = {}  # 'index': which process this is, where it was told
-_GRACE = 3.0  # seconds that the first process leaves the others, whom its end ends, for their last words
+_PATIENCE = 60  # minimum seconds to wait for the other processes
+_MARGIN = 30  # additional seconds after which jax itself would abort the process
+_LATE = 5.0  # seconds after which a process other than the first prints what it waits for
+_KNOWN: dict[str, int | None] = {}  # 'index': the index of this process, if it was given
+_GRACE = (
+  3.0  # seconds for the other processes to print their errors before the exit of the first ends them
+)
 
 
 def start(
   coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> None:
-  """Joins the other processes of the run, before anything else of jax is used.
+  """Connects to the other processes of the run; must be called before any other use of jax.
 
-  Without arguments jax looks for them itself: on Cloud TPU, under Slurm, Open MPI and Kubernetes. Where it finds none,
-  this process is alone.
+  Without arguments, jax detects the processes itself on Cloud TPU, Slurm, Open MPI and Kubernetes. If it finds none, the
+  run is a single process, as it is with `num_processes=1` and no other argument. If the other processes do not connect in
+  time, this process exits with code 2.
 
   Args:
     coordinator: HOST:PORT of process 0.
-    num_processes: of the run.
-    process_id: of this one, from 0.
-    timeout: seconds without a sign of life after which a process is dead, and all others end.
+    num_processes: the number of processes in the run.
+    process_id: the index of this process, from 0.
+    timeout: seconds without a heartbeat after which a process counts as dead and all others exit.
 
   Raises:
-    UserError: some, but not all of the first three are given, or the others are not found.
-
-  With `num_processes=1` alone nobody is looked for. A process whose peers do not come ends with exit code 2.
+    UserError: only some of the first three arguments are given, or the other processes are not found.
   """
   given = (coordinator, num_processes, process_id)
   told = [value is not None for value in given]
@@ -64,7 +65,7 @@ def start(
     return
   if any(told) and not all(told):
     raise UserError(
-      '--coordinator, --num_processes and --process_id: give all three, or none; --num_processes=1 looks for no others'
+      'give all three of --coordinator, --num_processes and --process_id, or none; --num_processes=1 runs a single process'
     )
   if not any(told) and any(os.environ.get(name) == value for name, value in _ALONE.items()):
     return
@@ -90,7 +91,7 @@ def start(
 
 
 def _peers() -> tuple[str | None, int | None, int | None]:
-  """What the environment says: the variable that has the number of processes, this number, and which one this is."""
+  """Returns a variable of the environment with its value, the number of processes and this process's index, or Nones."""
   for count, index in _ENVIRONMENTS.items():
     found = [os.environ.get(name, '') for name in (count, index)]
     if all(value.isdigit() for value in found):
@@ -100,15 +101,15 @@ def _peers() -> tuple[str | None, int | None, int | None]:
 
 @contextlib.contextmanager
 def _waiting(source: str | None, count: int | None, index: int | None, limit: float) -> Iterator[None]:
-  """Prints which processes this one waits for, and ends it with exit code 2 if they do not join.
+  """Prints which processes this one waits for; exits with code 2 if they do not connect.
 
-  jax's own limit ends the process from C++, which cannot be caught.
+  jax's own timeout aborts the process from C++, which cannot be caught.
 
   Args:
-    source: what says that there are others: HOST:PORT of the first, or a variable and its value.
-    count: processes of the run; None where this is not known.
-    index: which one this is.
-    limit: seconds.
+    source: where the number of processes comes from: HOST:PORT of the first one, or an environment variable and its value.
+    count: number of processes in the run; None if unknown.
+    index: index of this process.
+    limit: seconds to wait.
   """
   met = threading.Event()
   began = time.monotonic()
@@ -116,11 +117,11 @@ def _waiting(source: str | None, count: int | None, index: int | None, limit: fl
   def watch() -> None:
     others = 'other processes' if count is None else f'{count - 1} other process(es) of {count}'
     waits = f'process {index or 0} waits for {others} ({source or "found by jax"})'
-    alone = 'to run alone: --num_processes=1'
+    alone = 'to run a single process, set --num_processes=1'
     if not met.wait(_LATE if index or count is None else 0.2):
-      print(f'{waits}, for {limit:.0f} s at most; {alone}', file=sys.stderr, flush=True)
+      print(f'{waits} for at most {limit:.0f} s; {alone}', file=sys.stderr, flush=True)
     if not met.wait(limit - (time.monotonic() - began)):
-      message = f'error: {waits}: they have not joined within {limit:.0f} s; start all of them within that time, or, {alone}'
+      message = f'error: {waits}: they did not connect within {limit:.0f} s; start all processes within this time; {alone}'
       print(message, file=sys.stderr, flush=True)
       os._exit(UserError.exit_code)
 
@@ -132,19 +133,19 @@ def _waiting(source: str | None, count: int | None, index: int | None, limit: fl
 
 
 def agree(ok: bool) -> bool:
-  """Whether it is so in every process; all have to ask."""
+  """Whether `ok` is True in every process; all processes must call this function."""
   if jax.process_count() == 1:
     return ok
   return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
 def barrier() -> None:
-  """Waits for all processes: what the first one wrote before is there for the others after."""
+  """Waits for all processes, for example until the first one has written a file that the others read."""
   agree(True)
 
 
 def from_first(value: Any) -> Any:
-  """What the first process has for `value`, plain JSON, in every process."""
+  """Returns the first process's `value` (plain JSON) in every process."""
   if jax.process_count() == 1:
     return value
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -154,11 +155,11 @@ def from_first(value: Any) -> Any:
 
 
 def leave(code: int) -> None:
-  """Ends one of several processes with this exit code, without waiting for the others, when it cannot go on.
+  """Exits one of several processes after an error, without waiting for the others.
 
-  They end by themselves: when this was the first, at once, else when its heartbeats are missed.
+  The others exit immediately if this is the first process, otherwise when its heartbeats are missed.
   """
-  if jax.distributed.is_initialized():  # which starts no devices; it may be these that failed
+  if jax.distributed.is_initialized():  # this starts no devices, whose start may be what failed
     time.sleep(_GRACE * _is_first())
     sys.stdout.flush()
     sys.stderr.flush()
@@ -166,7 +167,7 @@ def leave(code: int) -> None:
 
 
 def _is_first() -> bool:
-  """Whether this is the first process. Starts no devices where its number was told; where they cannot start, True."""
+  """Whether this is the first process; starts the devices only if the index is unknown, and is True if they cannot start."""
   if (index := _KNOWN.get('index')) is not None:
     return index == 0
   try:

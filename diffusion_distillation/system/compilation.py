@@ -1,4 +1,4 @@
-"""Compilation: its options, and compiled programs that are kept on the disk from run to run."""
+"""Compiler options, and the on-disk cache of compiled programs."""
 
 import dataclasses
 import functools
@@ -39,8 +39,8 @@ class ComputeSection:
   )
   attention: str = key(
     'xla',
-    'What computes attention. `cudnn` is a fused kernel for GPUs; it needs `compute.dtype=bfloat16` and heads of at most '
-    '128 channels.',
+    'Implementation of attention. `cudnn` is a fused kernel for GPUs; it needs `compute.dtype=bfloat16` and heads of at '
+    'most 128 channels.',
     choices=('xla', 'cudnn'),
   )
   updates_per_dispatch: int = key(
@@ -51,37 +51,37 @@ class ComputeSection:
   )
   fast_cpu: bool = key(
     True,
-    'On CPUs: whether programs are compiled with the options that were found to be the fastest, as far as this version of '
-    "jaxlib has them: XLA's YNNPACK kernels, and less optimisation of the rest. `$XLA_FLAGS` takes precedence.",
+    "Whether programs for CPUs are compiled with the fastest known options that this version of jaxlib supports: XLA's "
+    'YNNPACK kernels, and less optimisation of the rest. `$XLA_FLAGS` takes precedence.',
   )
   cache: str = key(
     '',
-    "Directory in which compiled programs are kept; if empty, the user's cache directory; `none` for no cache.",
+    "Directory in which compiled programs are cached; if empty, the user's cache directory; `none` for no cache.",
     path='disk',
   )
 
 
-# Options of the CPU's compiler. The kernels compute matrix products and convolutions on all cores: on several virtual devices
-# they would compete with each other for the cores. The second group leaves out optimisation that takes a third of the
-# compilation time and makes programs no faster.
+# Compiler options for CPUs. The kernels compute matrix products and convolutions on all cores; with several virtual devices,
+# they would compete for the cores. The second group skips optimisations that take a third of the compilation time and do not
+# make programs faster.
 _KERNELS = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
 _QUICK = {'xla_backend_optimization_level': '1', 'xla_llvm_disable_expensive_passes': 'True'}
 _fast_cpu = True
 
 
 def use(cache: str = '', fast_cpu: bool = True) -> None:
-  """Sets how programs are compiled from now on, and where they are kept.
+  """Sets how programs are compiled from now on, and where they are cached.
+
+  If the directory is not writable, a warning is logged and programs are not cached.
 
   Args:
-    cache: directory in which jax keeps compiled programs; 'none': nowhere; '': the user's cache directory, unless
-      $JAX_COMPILATION_CACHE_DIR names another. Programs for one machine's CPU are not found by another's.
+    cache: directory in which jax caches compiled programs; 'none' for no cache; '' for $JAX_COMPILATION_CACHE_DIR or else
+      the user's cache directory. Each type of CPU has its own cache.
     fast_cpu: whether `options` are used on CPUs.
-
-  A directory that cannot be written is no error: it is told, and programs are not kept.
   """
   global _fast_cpu
   _fast_cpu = fast_cpu
-  # The disk is full, or the cache gone: what is not kept is compiled again.
+  # If the disk is full or the cache is gone, programs are just compiled again.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
   if cache == 'none':
     jax.config.update('jax_enable_compilation_cache', False)
@@ -95,19 +95,19 @@ def use(cache: str = '', fast_cpu: bool = True) -> None:
 
 @functools.cache
 def _tell_of_none(base: pathlib.Path | None) -> None:
-  """Once."""
+  """Logs the warning only once."""
   where = base or "the user's cache directory (there is no $HOME)"
-  _log.warning('compiled programs are not kept: %s cannot be written; see compute.cache', where)
+  _log.warning('compiled programs are not cached: cannot write to %s; see compute.cache', where)
 
 
 def is_cached() -> bool:
-  """Whether compiled programs are kept."""
+  """Whether compiled programs are cached."""
   enabled = getattr(jax.config, 'jax_enable_compilation_cache', True)
   return bool(enabled and getattr(jax.config, 'jax_compilation_cache_dir', None))
 
 
 def options() -> dict[str, str]:
-  """The `compiler_options` of `jax.jit` for programs whose speed matters."""
+  """Returns the `compiler_options` of `jax.jit` for programs whose speed matters."""
   if not _fast_cpu or jax.default_backend() != 'cpu':
     return {}
   wanted = _QUICK | (_KERNELS if jax.local_device_count() == 1 else {})
@@ -116,7 +116,7 @@ def options() -> dict[str, str]:
 
 @functools.cache
 def _is_free(name: str, value: str) -> bool:
-  """Whether this jaxlib knows the option and its value, and $XLA_FLAGS does not set it."""
+  """Whether this jaxlib supports the option and its value, and $XLA_FLAGS does not set it."""
   try:
     jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
   except jax.errors.JaxRuntimeError:
@@ -125,7 +125,7 @@ def _is_free(name: str, value: str) -> bool:
 
 
 def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
-  """`jax.jit` of a module's function, with `options` as they are when it is first called."""
+  """Like `jax.jit` for a module-level function; reads `options` at the first call."""
 
   @functools.cache
   def compiled() -> Callable[..., Any]:
@@ -139,20 +139,20 @@ def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
 
 
 def run_once(function: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-  """`jax.jit(function, **arguments)(*args)`, without optimisation on CPUs, where that would take longer than it saves."""
+  """Returns `jax.jit(function, **arguments)(*args)`, compiled without optimisation on CPUs, as it is run only once."""
   plain = {'xla_backend_optimization_level': '0', 'xla_llvm_disable_expensive_passes': 'True'}
   on_cpu = jax.default_backend() == 'cpu'
   return jax.jit(function, compiler_options=plain if on_cpu else {}, **arguments)(*args)
 
 
 def _of_the_user() -> pathlib.Path | None:
-  """The user's cache directory; None where there is no home."""
+  """Returns the user's cache directory, or None if there is no home directory."""
   base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   return pathlib.Path(base) / 'diffusion_distillation' / 'compiled' if os.path.isabs(base) else None
 
 
 def _can_write(directory: pathlib.Path) -> bool:
-  """Makes the directory if need be."""
+  """Whether the directory is writable; creates it if necessary."""
   try:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
@@ -162,7 +162,7 @@ def _can_write(directory: pathlib.Path) -> bool:
 
 
 def _machine() -> str:
-  """Of the processor and its instruction sets: one without some of them would end at the first."""
+  """Identifies the processor and its instruction sets, because programs may not run on a processor that lacks some of them."""
   info = pathlib.Path('/proc/cpuinfo')
   lines = info.read_text().splitlines() if info.is_file() else []
   flags = next((line for line in lines if line.startswith(('flags', 'Features'))), platform.processor())

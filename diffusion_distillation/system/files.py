@@ -1,4 +1,4 @@
-"""Files that several programs may find: JSON whole or not at all, and one process at a time in a directory."""
+"""Atomic writes of JSON files, and locks that admit one process at a time to a directory."""
 
 import fcntl
 import json
@@ -13,13 +13,13 @@ LOCK = '.lock'
 
 
 def writes() -> bool:
-  """Whether this process is the one of the run that writes and speaks: the first."""
-  jax = sys.modules.get('jax')  # the processes that read images do without
+  """Whether this is the first process of the run, which is the only one that writes files and prints."""
+  jax = sys.modules.get('jax')  # the processes that read images do not import it
   return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON whole or not at all."""
+  """Writes a JSON file atomically."""
   if not writes():
     return
   temporary = path.with_suffix(path.suffix + '.tmp')
@@ -28,7 +28,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object; raises DamagedError, naming the file, where it holds none."""
+  """Reads a JSON object from a file; raises DamagedError if the file contains none."""
   try:
     value = json.loads(path.read_text())
   except ValueError as error:
@@ -39,10 +39,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def lock(directory: pathlib.Path, key: str) -> IO[str]:
-  """Makes `directory` if need be; returns the lock, to be closed, that keeps other processes out.
+  """Creates `directory` if necessary and locks it against other processes; close the returned file to release the lock.
 
   Raises:
-    UserError: it cannot be written, or another process is using it; the message names `key`.
+    UserError: the directory is not writable, or another process is using it; the message names `key`.
   """
   try:
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Signals to stop, noticed between two steps instead of in the middle of one; by all processes at the same step.
+"""Handles signals that stop a run between two steps instead of within one; all processes stop at the same step.
 
-SIGTERM and SIGINT, SIGHUP (the terminal is gone), and those by which schedulers warn: SIGUSR1, SIGUSR2 and SIGXCPU.
+The signals are SIGTERM, SIGINT, SIGHUP (the terminal was closed), and the warnings of schedulers: SIGUSR1, SIGUSR2, SIGXCPU.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ SIGNALS = (
   *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
   *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
 )
-_IMPATIENT = (signal.SIGTERM, signal.SIGINT)  # a second one ends the process at once
+_IMPATIENT = (signal.SIGTERM, signal.SIGINT)  # a second one ends the process immediately
 
 _received: list[str] = []
-_reached: list[Callable[[], bool]] = []  # of several processes: whether all stop here
+_reached: list[Callable[[], bool]] = []  # with several processes: whether all stop at this step
 _before: dict[int, Any] = {}  # the handlers that `install` replaced
-_unsaved: list[bool] = []  # one for each `unsaved` that is entered
-_terminals: list[int] = []  # standard output and error, where they are terminals
+_unsaved: list[bool] = []  # one entry for each active `unsaved` context
+_terminals: list[int] = []  # standard output and error, if they are terminals
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
@@ -37,15 +37,15 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def request(name: str) -> None:
-  """Stops the run at its next check, as a signal does; `name` says why."""
+  """Stops the run at its next check, as a signal does; `name` is the reported reason."""
   if _reached:
-    os.kill(os.getpid(), signal.SIGTERM)  # which the runtime passes on to all processes
+    os.kill(os.getpid(), signal.SIGTERM)  # the runtime passes it on to all processes
   else:
     _received.append(name)
 
 
 def _let_go(descriptors: list[int]) -> None:
-  """What is written there from now on is lost, and no error."""
+  """Redirects the descriptors to /dev/null, so that writing to them does not fail."""
   nowhere = os.open(os.devnull, os.O_WRONLY)
   for descriptor in descriptors:
     os.dup2(nowhere, descriptor)
@@ -53,18 +53,18 @@ def _let_go(descriptors: list[int]) -> None:
 
 
 def install() -> None:
-  """From now on the first of SIGNALS only makes `check` raise; in a thread, to which no signal comes, nothing changes."""
+  """Makes the first of SIGNALS only cause `check` to raise; does nothing outside the main thread, which gets no signals."""
   _received.clear()
   if threading.current_thread() is not threading.main_thread():
     return
   _terminals[:] = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
   for number in SIGNALS:
-    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
       _before.setdefault(number, signal.signal(number, _handle))
 
 
 def uninstall() -> None:
-  """Gives the signals back to whoever had them before `install`; what came meanwhile stops no later run."""
+  """Restores the signal handlers from before `install`, and forgets signals that were received."""
   _received.clear()
   while _before and threading.current_thread() is threading.main_thread():
     signal.signal(*_before.popitem())
@@ -72,7 +72,7 @@ def uninstall() -> None:
 
 @contextlib.contextmanager
 def unsaved() -> Iterator[None]:
-  """While the body runs, there is something to save before the process ends; see `at_once`."""
+  """Declares that while the body runs there is a state to save before the process may exit; see `at_once`."""
   _unsaved.append(True)
   try:
     yield
@@ -82,12 +82,12 @@ def unsaved() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_once(meanwhile: str) -> Iterator[None]:
-  """While the body runs, which may be deep in a compiler, a signal ends the process at once: nothing is lost then.
+  """Lets a signal end the process immediately while the body runs, for example a long compilation that can lose nothing.
 
-  With several processes, outside the main thread, and inside `unsaved`, signals are answered as everywhere.
+  With several processes, outside the main thread, and inside `unsaved`, signals are handled as usual.
 
   Args:
-    meanwhile: what the body does, for the message.
+    meanwhile: a description of the body for the message.
   """
   if _reached or _unsaved or not _before or threading.current_thread() is not threading.main_thread():
     yield
@@ -105,14 +105,12 @@ def at_once(meanwhile: str) -> Iterator[None]:
 
 
 def _leave_at_once(reader: int, meanwhile: str) -> None:
-  """Waits for the number of a signal; ends without one when `at_once` does."""
+  """Waits for the number of a signal and exits; returns if `at_once` ends first."""
   while number := os.read(reader, 1):
     if number[0] not in SIGNALS:
       continue
     name = signal.Signals(number[0]).name
-    message = (
-      f'error: stopped by {name} while {meanwhile}; nothing is lost: run the same command again to go on'
-    )
+    message = f'error: stopped by {name} while {meanwhile}; nothing is lost: run the same command again to continue'
     with contextlib.suppress(OSError):
       os.write(2, f'{message}\n'.encode())
     os._exit(Preempted.exit_code)
@@ -120,24 +118,24 @@ def _leave_at_once(reader: int, meanwhile: str) -> None:
 
 
 def synchronize(reached: Callable[[int], bool]) -> None:
-  """From now on SIGTERM is the runtime's: `reached(k)` says, at the k-th look, whether all processes stop there.
+  """Leaves SIGTERM to jax's distributed runtime; at the k-th check, `reached(k)` says whether all processes stop there.
 
-  The runtime counts from its start to its end, over all runs of a process.
+  The checks are counted over the lifetime of the runtime, across all runs of a process.
   """
   looks = itertools.count(1)
   _reached[:] = [lambda: reached(next(looks))]
 
 
 def pending() -> bool:
-  """Whether a signal came; all processes of a run look equally often."""
+  """Whether a signal was received; all processes of a run must call this function equally often."""
   if _reached and not _received and _reached[0]():
     _received.append('SIGTERM')
   return bool(_received)
 
 
 def check() -> None:
-  """Raises Preempted if a signal came; loops call it where stopping loses nothing."""
+  """Raises Preempted if a signal was received; loops call it where stopping loses nothing."""
   if pending():
     raise Preempted(
-      f'stopped by {_received[0]}; what is saved is whole: run the same command again to go on'
+      f'stopped by {_received[0]}; all saved files are intact: run the same command again to continue'
     )

@@ -1,4 +1,4 @@
-"""Training metrics of a stage: lines of JSON, and TensorBoard events."""
+"""Training metrics of a stage, written as lines of JSON and as TensorBoard events."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from tensorboardX.proto import event_pb2
 from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.system import files
 
-_FLUSH = 30.0  # seconds after which events are on the disk
+_FLUSH = 30.0  # seconds between two flushes of the events
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,16 @@ class LogSection:
     NOT_NEGATIVE,
   )
   seconds: float = key(
-    15.0, 'Seconds between two lines of progress where stderr is not a terminal.', NOT_NEGATIVE
+    15.0, 'Seconds between two lines of progress if stderr is not a terminal.', NOT_NEGATIVE
   )
 
 
 class MetricsWriter:
-  """Appends to `stage_dir/metrics.jsonl` and to an events file beside it.
+  """Appends to `stage_dir/metrics.jsonl` and to an events file next to it.
 
   Args:
     stage_dir: an existing directory.
-    step: the step that the stage goes on from; what an interrupted run wrote beyond it is dropped, so that
-      no step stands in the file twice.
+    step: the step that the stage resumes from; later lines of an interrupted run are removed, so that no step appears twice.
   """
 
   def __init__(self, stage_dir: pathlib.Path, step: int) -> None:
@@ -52,17 +51,17 @@ class MetricsWriter:
     path = stage_dir / 'metrics.jsonl'
     _drop_after(path, step)
     self._file = path.open('a')
-    # Without its thread, which a full disk would kill, and whose queue then never takes another event.
+    # Not the writer with a thread: a full disk would kill the thread, and its queue would then block.
     self._events = event_file_writer.EventsWriter(str(stage_dir / 'events'))
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._add(step + 1, session_log=start)  # hides what comes later than it in older files
+    self._add(step + 1, session_log=start)  # makes TensorBoard hide later events in older files
     self._flushed = time.monotonic()
 
   def _add(self, step: int, **what: object) -> None:
     self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """One line, and one event a value; by the first process of several."""
+    """Writes one line, and one event per value; of several processes, only the first one writes."""
     if self._file is None:
       return
     self._file.write(json.dumps({'step': step, **values}) + '\n')
@@ -84,7 +83,7 @@ class MetricsWriter:
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
-  """The lines of a metrics.jsonl; not one that a killed run has half written."""
+  """Reads the lines of a metrics.jsonl; skips incomplete lines, which a killed run may leave."""
   found = []
   for line in path.read_text(errors='replace').splitlines() if path.is_file() else []:
     try:

@@ -1,4 +1,4 @@
-"""How far, how fast, how long still: a bar on a terminal, a line now and then elsewhere."""
+"""Shows progress, rate and remaining time: a bar on a terminal, otherwise a line at intervals."""
 
 import sys
 import time
@@ -12,12 +12,12 @@ class Progress:
   """Counts steps of `total`; use as a context manager.
 
   Args:
-    name: of the stage or the work.
-    total: steps in all.
-    start: steps done before.
-    images_per_step: for the rate that is shown.
-    line_seconds: time between lines where there is no terminal.
-    work_after: the work that follows, as a multiple of all `total` steps; above 0, the time that both take is shown, too.
+    name: name of the stage or the work.
+    total: total number of steps.
+    start: number of steps that are already done.
+    images_per_step: images per step, for the displayed rate.
+    line_seconds: seconds between two lines if there is no terminal.
+    work_after: the work that follows, in multiples of `total` steps; if it is above 0, the time for both is shown, too.
   """
 
   def __init__(
@@ -52,7 +52,7 @@ class Progress:
       self._line()
 
   def advance(self, steps: int = 1) -> None:
-    """`steps` more are done."""
+    """Counts `steps` more steps as done."""
     self._done += steps
     if self._first is None:
       self._first = (self._done, time.monotonic())
@@ -63,11 +63,11 @@ class Progress:
       self._line()
 
   def note(self, text: str) -> None:
-    """What stands beside the count, such as the loss."""
+    """Sets the text that is shown next to the count, such as the loss."""
     self._note = text
 
   def _status(self) -> str:
-    """The note, the rate, and the time that is left."""
+    """Returns the note, the rate, and the remaining time as text."""
     rate = self._rate()
     left = (self._total - self._done) / max(rate, 1e-9)
     parts = [self._note] if self._note else []
@@ -78,7 +78,7 @@ class Progress:
     return ', '.join(parts)
 
   def _rate(self) -> float:
-    """Steps per second since the first advance, which leaves compilation out; after a single advance, since the beginning."""
+    """Returns steps per second since the first advance, to exclude compilation; before the second advance, since the start."""
     if self._first is None or self._first[0] == self._done:
       since, began = self._start, self._began
     else:
@@ -90,7 +90,7 @@ class Progress:
     line = f'{self._name}: {self._done}/{self._total}, {self._status()}'
     try:
       print(line, file=sys.stderr, flush=True)
-    except BrokenPipeError:  # nobody reads it any more: the work is saved before it ends
+    except BrokenPipeError:  # stderr is closed: save the work and stop
       self._silent = True
       interrupts.request('SIGPIPE')
 

@@ -1,9 +1,9 @@
-"""Mesh and shardings: the only file that names devices.
+"""The mesh and the shardings; all code that handles devices is in this file.
 
-The mesh has two axes, `data` and `fsdp`, and batches are split over both. Over `fsdp` alone networks are split as well,
-with their averages and optimizer states, and so is the frozen teacher: each array along its longest axis that
-divides. A network's parameters are gathered where it is called, and its gradients are scattered where they arise;
-all that lies between sees global arrays.
+The mesh has two axes, `data` and `fsdp`. Batches are sharded over both axes. Networks, their averages and optimizer states,
+and the frozen teacher are sharded over `fsdp` only: each array along its longest axis that is divisible. A network's
+parameters are gathered where it is called, and its gradients are scattered where they are computed; all other code works
+with global arrays.
 """
 
 import collections
@@ -23,7 +23,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import compilation
 
 _AXES = ('data', 'fsdp')
-_in_use: list[Mesh] = []  # the last one counts; without any, all devices are along `data`
+_in_use: list[Mesh] = []  # the last one is in use; if empty, all devices are along `data`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,27 +33,27 @@ class MeshSection:
   data: int = key(-1, 'Number of devices along `data`; -1 for all devices divided by `mesh.fsdp`.')
   fsdp: int = key(
     1,
-    'Number of devices that every network, its moving averages and its optimizer state are split over; a divisor of '
+    'Number of devices over which every network, its moving averages and its optimizer state are split; a divisor of '
     'the number of devices.',
   )
 
 
 @contextlib.contextmanager
 def laid_out(data: int = -1, fsdp: int = 1) -> Iterator[None]:
-  """The devices of all processes are laid out so while the body runs, and afterwards as before.
+  """Sets the mesh over the devices of all processes while the body runs.
 
   Args:
-    data: devices along this axis; -1: those that `fsdp` leaves.
-    fsdp: devices that each network is split over.
+    data: number of devices along this axis; -1 for all devices divided by `fsdp`.
+    fsdp: number of devices over which each network is split.
 
   Raises:
-    UserError: the axes do not make up the devices there are.
+    UserError: the product of the axes is not the number of devices.
   """
   count = jax.device_count()
   if fsdp < 1 or count % fsdp or data not in (-1, count // fsdp):
     raise UserError(
-      f'mesh.data={data} times mesh.fsdp={fsdp} is not the {count} devices of this run; mesh.data=-1 takes what '
-      'mesh.fsdp, a divisor of them, leaves'
+      f'mesh.data={data} times mesh.fsdp={fsdp} is not {count}, the number of devices of this run; set mesh.fsdp to a '
+      'divisor of it, and mesh.data to -1'
     )
   _in_use.append(_make(jax.devices(), fsdp))
   try:
@@ -77,7 +77,7 @@ def _along_data() -> Mesh:
 
 
 def describe() -> str:
-  """The devices and their layout, for people."""
+  """Describes the devices and their layout as text."""
   shape = dict(_mesh().shape)
   processes = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
   layout = f' (data {shape["data"]} x fsdp {shape["fsdp"]})' if shape['fsdp'] > 1 else ''
@@ -85,17 +85,17 @@ def describe() -> str:
 
 
 def replicated() -> NamedSharding:
-  """Every device holds all of it."""
+  """Returns the sharding of arrays that every device holds completely."""
   return NamedSharding(_mesh(), PartitionSpec())
 
 
 def split() -> NamedSharding:
-  """The leading axis, that of the examples, is split over all devices."""
+  """Returns the sharding of batches: the leading axis is split over all devices."""
   return NamedSharding(_mesh(), PartitionSpec(_AXES))
 
 
 def of(tree: Any) -> Any:
-  """The sharding of each array of a network, an average or an optimizer state, by its shape alone."""
+  """Returns the sharding of each array of a network, an average or an optimizer state; depends on shapes only."""
   return jax.tree.map(lambda leaf: _of_shape(_mesh(), tuple(leaf.shape)), tree)
 
 
@@ -109,7 +109,7 @@ def _of_shape(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def bytes_per_device(tree: Any) -> int:
-  """What each device holds of arrays (or their shapes) that are laid out as `of` says."""
+  """Returns the bytes per device of arrays (or their shapes) that are sharded by `of`."""
   shapes = zip(jax.tree.leaves(tree), jax.tree.leaves(of(tree)), strict=True)
   return sum(
     int(np.prod(sharding.shard_shape(tuple(leaf.shape)), dtype=np.int64)) * leaf.dtype.itemsize
@@ -118,64 +118,64 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def check_batch(section: str, batch_size: int, micro_batches: int) -> None:
-  """Raises UserError, naming the config keys, unless each micro-batch divides by the devices."""
+  """Raises UserError, naming the config keys, unless each micro-batch is divisible by the number of devices."""
   unit = micro_batches * jax.device_count()
   if batch_size % unit:
     parts = f'{section}.micro_batches={micro_batches} times ' if micro_batches > 1 else ''
     raise UserError(
-      f'{section}.batch_size={batch_size} does not divide by {parts}the {jax.device_count()} devices of '
+      f'{section}.batch_size={batch_size} is not divisible by {parts}the {jax.device_count()} devices of '
       f'this run; set it to a multiple of {unit}'
     )
 
 
 def check_attention(kernel: str, dtype: str) -> None:
-  """Raises UserError unless these devices have the kernel, and for this type; see `layers.attention`."""
+  """Raises UserError unless the kernel supports these devices and this type; see `layers.attention`."""
   if kernel == 'cudnn' and dtype != 'bfloat16':
     raise UserError('compute.attention=cudnn needs compute.dtype=bfloat16')
   if kernel == 'cudnn' and jax.default_backend() != 'gpu':
     raise UserError(
-      f'compute.attention=cudnn is for GPUs, and this run has {jax.default_backend()} devices: leave it out'
+      f'compute.attention=cudnn needs GPUs, but this run has {jax.default_backend()} devices; set compute.attention=xla'
     )
 
 
 def device_count() -> int:
-  """Devices of all processes."""
+  """Returns the number of devices of all processes."""
   return jax.device_count()
 
 
 def local_device_count() -> int:
-  """Devices of this process."""
+  """Returns the number of devices of this process."""
   return jax.local_device_count()
 
 
 def memory_per_device() -> int | None:
-  """Bytes that a device of this process has for this program, where it says so: a GPU or TPU."""
+  """Returns the bytes that this program may use on a device; None for devices that do not report it, such as CPUs."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get('bytes_limit')
 
 
 def round_up(batch_size: int) -> int:
-  """The next batch size that divides by the devices."""
+  """Rounds a batch size up to a multiple of the number of devices."""
   return -(-batch_size // jax.device_count()) * jax.device_count()
 
 
 def part() -> tuple[int, int]:
-  """This process, of how many: the part of each batch that it reads."""
+  """Returns this process's index and the number of processes; each reads its own part of every batch."""
   return jax.process_index(), jax.process_count()
 
 
 def put(batch: Any) -> Any:
-  """This process's part of a batch (NumPy) to global arrays split over all devices."""
+  """Converts this process's part of a batch (NumPy) to global arrays that are split over all devices."""
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(), x), batch)
 
 
 def spread(batch: Any) -> Any:
-  """A whole batch (NumPy), the same in every process, to global arrays split over all devices."""
+  """Converts a whole batch (NumPy), the same in every process, to global arrays that are split over all devices."""
   return jax.tree.map(lambda x: _make_global(x, split()), batch)
 
 
 def ahead(batches: Iterable[Any], count: int = 2) -> Iterator[Any]:
-  """Yields batches as `put` gives them, `count` of them on their way before they are asked for."""
+  """Yields batches converted by `put`, with `count` of them prefetched."""
   ready: collections.deque[Any] = collections.deque()
   for batch in batches:
     ready.append(put(batch))
@@ -190,7 +190,7 @@ def _make_global(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def replicate(tree: Any) -> Any:
-  """A tree of arrays, on every device as a whole; those of the host are the same in every process."""
+  """Replicates a tree of arrays on every device; arrays of the host must be the same in every process."""
   whole = replicated()
   leaves, structure = jax.tree.flatten(tree)
   if jax.process_count() == 1:
@@ -209,7 +209,7 @@ def replicate(tree: Any) -> Any:
 
 
 def settle(tree: Any) -> None:
-  """Waits for `tree` on CPUs of several devices: programs in flight could take each other's threads, and wait for ever."""
+  """Waits for `tree` on CPUs with several devices, where concurrent programs can deadlock for lack of threads."""
   if jax.default_backend() == 'cpu' and jax.device_count() > 1:
     jax.block_until_ready(tree)
 
@@ -220,18 +220,18 @@ def _gathering(mesh: Mesh) -> Callable[[list[jax.Array]], list[jax.Array]]:
 
 
 def place(tree: Any) -> Any:
-  """A tree of arrays of the host, the same in every process, laid out as `of` says."""
+  """Places a tree of arrays of the host, the same in every process, on the devices, sharded by `of`."""
   return jax.tree.map(_make_global, tree, of(tree))
 
 
 def create(function: Callable[..., Any], *args: Any) -> Any:
-  """What `function` makes of trees of the host, laid out as `of` says, without ever being whole on one device."""
+  """Returns `function(*args)` of trees of the host, sharded by `of`; the result is never whole on one device."""
   layout = of(jax.eval_shape(function, *args))
   return compilation.run_once(function, *args, out_shardings=layout)
 
 
 def abstract(tree: Any) -> Any:
-  """Shapes and types of a tree, each with its sharding: what a checkpoint is restored to, on however many devices."""
+  """Returns the shapes, types and shardings of a tree, to restore a checkpoint on any number of devices."""
 
   def describe(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -240,7 +240,7 @@ def abstract(tree: Any) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-  """NumPy copies of whole arrays in every process, that share no memory with the devices; array by array."""
+  """Copies whole arrays to NumPy in every process, one at a time; the copies share no memory with the devices."""
 
   def copy(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -251,14 +251,14 @@ def to_host(tree: Any) -> Any:
 
 
 def whole(batch: Any) -> Any:
-  """The whole batch (NumPy) in every process, of the parts that each has read."""
+  """Returns the whole batch (NumPy) in every process, from the parts that the processes have read."""
   return batch if jax.process_count() == 1 else to_host(put(batch))
 
 
 def snapshot(tree: Any) -> Any:
-  """A copy on the devices, to be read in the background: the next update, that is donated the original, leaves it as it is.
+  """Copies a tree on the devices, to be read in the background while the next update reuses the memory of the original.
 
-  Its way to the host, each process its share, has begun.
+  The transfer to the host has been started; each process transfers its own shards.
   """
   copy = _copy(tree)
   settle(copy)
@@ -272,7 +272,7 @@ _copy = jax.jit(functools.partial(jax.tree.map, jax.numpy.copy))
 
 @dataclasses.dataclass(frozen=True)
 class _Gathered:
-  """A network of parameters that are split: they are gathered where it is called."""
+  """A network with sharded parameters, which are gathered when it is called."""
 
   network: Any
   mesh: Mesh
@@ -295,7 +295,7 @@ class _Gathered:
     def gather(params: Any) -> Any:
       return jax.lax.with_sharding_constraint(params, whole)
 
-    # Backwards the sum over examples is left split: a reduce-scatter instead of an all-reduce.
+    # In the backward pass, the sum over examples stays sharded: a reduce-scatter instead of an all-reduce.
     gather.defvjp(
       lambda params: (gather(params), None),
       lambda _, grads: (jax.lax.with_sharding_constraint(grads, parts),),
@@ -308,7 +308,7 @@ def compile_step(step: Callable) -> Callable:
   mesh = _mesh()
 
   def gathering(recipe: Any) -> Any:
-    if isinstance(recipe, tuple):  # of several updates in one program
+    if isinstance(recipe, tuple):  # several updates in one program
       return tuple(map(gathering, recipe))
     split_up = mesh.shape['fsdp'] > 1
     return recipe.map_networks(lambda network: _Gathered(network, mesh)) if split_up else recipe
@@ -327,23 +327,23 @@ def compile_step(step: Callable) -> Callable:
 
 @contextlib.contextmanager
 def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: Any) -> Iterator[None]:
-  """Has the program of `compile_step` compiled in a thread while the body runs; the first call then finds it.
+  """Compiles the program of `compile_step` in a thread while the body runs, so that the first call finds it.
 
-  With several processes, or a `step` that is not jitted, nothing is compiled ahead.
+  With several processes, or with a `step` that is not jitted, nothing is compiled ahead of time.
 
   Args:
-    step: of `compile_step`.
-    recipe: as the step is given it.
+    step: the result of `compile_step`.
+    recipe: the recipe that the step will be called with.
     state, frozen, batch: arrays or their shapes and types.
   """
   if jax.process_count() > 1 or not hasattr(step, 'lower'):
     yield
     return
   examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split()), batch)
-  # Not in the thread, which may outlive the layout.
+  # Computed here, because the thread may outlive the layout.
   given = (recipe, abstract(state), abstract(frozen), examples)
   thread = concurrent.futures.ThreadPoolExecutor(1)
   program = thread.submit(lambda: step.lower(*given).compile())
   thread.shutdown(wait=False)
-  yield  # an error here is reported at once, though the process ends only after the compiler has
-  concurrent.futures.wait([program])  # a failure of the compiler shows in the first call
+  yield  # an error in the body is reported at once, but the process exits only when the compiler is done
+  concurrent.futures.wait([program])  # an error of the compiler is raised by the first call

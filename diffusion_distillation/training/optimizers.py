@@ -52,14 +52,14 @@ class LearningRate:
   decay: str = flax.struct.field(pytree_node=False, default='none')
 
   def __call__(self, step: jax.Array) -> jax.Array:
-    """The learning rate of update `step` = 0, 1, ...; a scalar."""
+    """Returns the learning rate of update `step` = 0, 1, ..., a scalar."""
     warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(self.warmup, 1))
     done = jnp.minimum(1.0, step / self.num_updates)
     return self.peak * warm * DECAYS[self.decay](done)
 
 
 def average_weight(decay: float | jax.Array, ramp: float, step: jax.Array) -> float | jax.Array:
-  """The weight of the new parameters in a moving average, 1 - decay, at the student's update `step` = 0, 1, ...
+  """Returns the weight of the new parameters in a moving average, 1 - decay, at the student's update `step` = 0, 1, ...
 
   The half-life of the average is at most `ramp` times the number of updates so far (Karras et al. 2022, appendix F.2). With
   `ramp` 0, the decay is constant.
@@ -74,11 +74,10 @@ class Adam:
   """Adam with decoupled weight decay. Its updates still have to be multiplied by -learning_rate.
 
   Attributes:
-    b1, b2, eps: Adam's.
-    weight_decay: decoupled, on every parameter (as the papers' optimizer did).
-    clip_norm: global norm that gradients are clipped to, after the mean over the batch.
-    clipped_together: networks whose gradients are clipped to one norm over all of them; those of all others are
-      clipped network by network.
+    b1, b2, eps: parameters of Adam.
+    weight_decay: decoupled weight decay of every parameter (as in the papers' optimizer).
+    clip_norm: global norm to which gradients are clipped, after averaging over the batch.
+    clipped_together: networks whose gradients are clipped by their joint norm; all other networks are clipped separately.
   """
 
   b1: float = 0.9
@@ -89,9 +88,9 @@ class Adam:
   clipped_together: tuple[str, ...] = ()
 
   def joint_scales(self, grads: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """By how much the gradient of each network in `clipped_together` is scaled before its update.
+    """Returns the factors that scale the gradients of the networks in `clipped_together` before their updates.
 
-    After that its own norm is at most `clip_norm`, so that `transform` does not clip it again.
+    A scaled gradient has a norm of at most `clip_norm`, so `transform` does not clip it again.
     """
     together = {name: grads[name] for name in self.clipped_together if name in grads}
     if not together:
@@ -101,7 +100,7 @@ class Adam:
     return dict.fromkeys(together, scale)
 
   def transform(self) -> optax.GradientTransformation:
-    """The optimizer as an optax gradient transformation."""
+    """Returns the optimizer as an Optax gradient transformation."""
     return optax.chain(
       optax.clip_by_global_norm(self.clip_norm),
       optax.scale_by_adam(self.b1, self.b2, self.eps),

@@ -22,19 +22,20 @@ class Recipe:
 
   Attributes:
     networks: every network that the method's loss receives, by name; see `Method.networks`.
-    method: the loss.
-    optimizer: from a network's gradients to its updates of unit learning rate; each network has one of its own.
-    learning_rate: of each step, by network in training.
-    ema_decay: of each moving average that can be sampled; 0 follows the parameters.
-    seed: of all noise in this stage.
-    space: what x is.
+    method: the method, which defines the loss.
+    optimizer: maps a network's gradients to updates for learning rate 1; each network has its own optimizer state.
+    learning_rate: learning-rate schedule of each network in training, by name.
+    ema_decay: decay of each moving average that can be sampled; 0 copies the parameters.
+    seed: seed of all random numbers in this stage.
+    space: the space of x.
     shape: shape of a batch of x, (B, H, W, C).
     random_flip: whether images are mirrored at random.
-    dequantize: whether x is spread evenly over what decodes to the same image.
-    cond_dropout: probability that an example's conditions are withheld.
+    dequantize: whether uniform noise is added to x that does not change the decoded image.
+    cond_dropout: probability that an example's conditions are dropped.
     ema_ramp: how soon the averages reach their decay; see `average_weight`.
-    micro_batches: parts that a batch is cut into, whose gradients are added up.
-    target_decay: of one more average, the last, which the loss is given as `average`; None: it is given the first.
+    micro_batches: number of parts of a batch over which gradients are accumulated.
+    target_decay: decay of an additional average, the last one, which the loss receives as `average`; None: the loss receives
+      the first average.
   """
 
   networks: FrozenDict[str, Any] = flax.struct.field(pytree_node=False)
@@ -65,24 +66,24 @@ class Recipe:
 
   @property
   def decays(self) -> tuple[Any, ...]:
-    """Of all moving averages, in the order of the state."""
+    """The decays of all moving averages, in the order of the state."""
     return self.ema_decay if self.target_decay is None else (*self.ema_decay, self.target_decay)
 
   def at(self, step: int) -> 'Recipe':
-    """The recipe of update `step`; see `Method.at`."""
+    """Returns the recipe of update `step`; see `Method.at`."""
     return dataclasses.replace(self, method=self.method.at(step))
 
   def map_networks(self, function: Callable[[Any], Any]) -> 'Recipe':
-    """The recipe with `function(network)` in place of each network."""
+    """Returns the recipe with `function(network)` in place of each network."""
     mapped = {name: function(network) for name, network in self.networks.items()}
     return dataclasses.replace(self, networks=FrozenDict(mapped))
 
   def bind(self, params: Mapping[str, Params]) -> dict[str, Bound]:
-    """Each network that there are parameters of, by name, holding these."""
+    """Binds networks to the given parameters; networks without parameters are left out."""
     return {name: Bound(net, params[name]) for name, net in self.networks.items() if name in params}
 
   def create_state(self, student: Params, teacher: Params = None) -> TrainState:
-    """The state before the first update of a student that starts from `student`; without a teacher, from itself."""
+    """Returns the state before the first update; the student starts from `student`, which also replaces a missing teacher."""
     teacher = student if teacher is None else teacher
     networks = self.method.init(student, teacher, jax.random.key(self.seed))
     return TrainState.create(networks, self.optimizer.transform(), len(self.decays))

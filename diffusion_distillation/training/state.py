@@ -1,4 +1,4 @@
-"""The training state: what a training step changes."""
+"""The training state, which each training step updates."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ class TrainState:
   """Everything about a stage in training that is not determined by its config; checkpointed as a whole.
 
   Attributes:
-    step: updates tried so far, skipped ones included.
-    params: the networks in training, by name.
-    ema_params: the student's moving averages, one for each of `Recipe.decays`; the first is what is sampled.
-    opt_state: the optimizer's, by network.
-    skipped: updates that were not made because loss or gradient was not finite.
-    skipped_in_a_row: the same, since the last one that was made.
+    step: number of updates so far, including skipped ones.
+    params: parameters of the networks in training, by name.
+    ema_params: the student's moving averages, one for each of `Recipe.decays`; samples are drawn with the first one.
+    opt_state: optimizer states, by network.
+    skipped: number of updates that were skipped because the loss or a gradient was not finite.
+    skipped_in_a_row: number of skipped updates since the last one that was applied.
   """
 
   step: jax.Array
@@ -34,7 +34,7 @@ class TrainState:
   def create(
     cls, params: dict[str, Params], optimizer: optax.GradientTransformation, num_averages: int = 1
   ) -> 'TrainState':
-    """The state before the first update. No two leaves share a buffer, so that it can be donated."""
+    """Returns the state before the first update. No two leaves share a buffer, so that the state can be donated."""
     params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
     return cls(
       step=jnp.zeros((), jnp.int32),

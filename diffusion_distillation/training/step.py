@@ -18,7 +18,7 @@ from diffusion_distillation.training.state import Params, TrainState
 def train_step(
   recipe: Recipe, state: TrainState, frozen: Mapping[str, Params], batch: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Makes one update, or skips it if the loss or a gradient is not finite.
+  """Applies one update, or skips it if the loss or a gradient is not finite.
 
   Args:
     recipe: the stage's constants.
@@ -47,7 +47,7 @@ def train_step(
 def loss_and_gradients(
   recipe: Recipe, state: TrainState, frozen: Mapping[str, Params], batch: Mapping[str, Any]
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Params]]:
-  """Loss, metrics, and gradients by network; the randomness is a function of (seed, step)."""
+  """Returns the loss, metrics, and gradients by network; the randomness is a function of (seed, step)."""
   rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
   rng_augment, rng_draw, rng_dropout = jax.random.split(rng, 3)
   examples = make_examples(recipe, batch, rng_augment, rng_draw)
@@ -58,7 +58,7 @@ def loss_and_gradients(
 def make_examples(
   recipe: Recipe, batch: Mapping[str, Any], rng_augment: jax.Array, rng_draw: jax.Array
 ) -> dict[str, Any]:
-  """The batch that the loss receives: `x`, if there are images, `cond`, `pairs`, and the method's random draws."""
+  """Returns the batch for the loss: `x` if there are images, `cond`, `pairs`, and the method's random draws."""
   examples = {'cond': batch['cond'], **recipe.method.draw(rng_draw, recipe.shape)}
   if 'image' in batch:
     x = recipe.space.encode(batch['image'])
@@ -91,7 +91,7 @@ def train_steps(
 def _apply(
   recipe: Recipe, state: TrainState, loss: jax.Array, grads: Mapping[str, Params]
 ) -> tuple[tuple[Params, ...], dict[str, jax.Array], jax.Array]:
-  """The next (parameters, optimizer states, averages), the norms of gradients and updates, and whether all are finite.
+  """Returns the next (parameters, optimizer states, averages), the norms of gradients and updates, and if all are finite.
 
   If anything is not finite, nothing changes. Networks without a gradient and their moments do not change either, and the
   averages are only updated when the student has a gradient.
@@ -126,9 +126,9 @@ def _advance(
   scale: jax.Array | None,
   step: jax.Array,
 ) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
-  """A network's next (parameters, optimizer state, averages), and the sizes of its gradient and update.
+  """Returns a network's next (parameters, optimizer state, averages), and the norms of its gradient and update.
 
-  Where there is a `scale`, the optimizer is given `scale` times the gradient.
+  If there is a `scale`, the optimizer receives `scale` times the gradient.
   """
   params, opt_state, averages = network
   rate = recipe.learning_rate[name](step)
@@ -153,7 +153,7 @@ def gradients(
   rng: jax.Array,
   step: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Params]]:
-  """Loss, metrics, and gradients by network, each as the mean over the micro-batches of a batch.
+  """Returns the loss, metrics, and gradients by network, averaged over the micro-batches of a batch.
 
   Of M micro-batches, micro-batch m holds the examples m, m + M, m + 2M, ...: since a batch is split over devices in
   blocks, every device has an equal share of each. Only dropout depends on M.

@@ -77,5 +77,5 @@ def test_any_slice_is_a_fair_sample():
   'names', ['train/1 test/1 extra/1', 'Train/1 Test/1', 'test/1 val/1', 'a/1 training/1']
 )
 def test_folders_called_almost_like_splits_are_refused(names):
-  with pytest.raises(ValueError, match='but splits are folders train, test'):
+  with pytest.raises(ValueError, match='folders of splits must be called train, test'):
     arrange(names.split())

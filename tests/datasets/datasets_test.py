@@ -133,8 +133,8 @@ def test_a_set_that_there_is_not_is_answered_with_the_nearest(tmp_path, name, ne
 @pytest.mark.parametrize(
   ('name', 'changes', 'message'),
   [
-    ('digits', {'image_size': 16}, r'^dataset\.image_size=16, .* have 8 and 1$'),
-    ('digits', {'channels': 3}, r'dataset\.channels=3: .* have 8 and 1$'),
+    ('digits', {'image_size': 16}, r'^dataset\.image_size=16, .* size 8 with 1 channel$'),
+    ('digits', {'channels': 3}, r'dataset\.channels=3: .* size 8 with 1 channel$'),
     ('digits', {'split': 'tset'}, r"^dataset\.split='tset': .* train, test, .* 'test'\?$"),
     ('digits', {'split': 'train[:0]'}, r"^dataset\.split='train\[:0\]' holds no image$"),
     ('shapes', {'channels': 2}, r'^dataset\.channels=2 must be 1 \(grey\) or 3$'),

@@ -188,7 +188,9 @@ def test_a_file_that_vanishes_is_no_broken_image_but_an_error(tmp_path):
   images = open_folder(tmp_path, split='train')
   (tmp_path / '1.png').unlink()
   gone = next(k for k, (path, _) in enumerate(images.files) if path.endswith('1.png'))
-  with pytest.raises(UserError, match=r'1\.png cannot be read: .*No such file.*remove it from the set'):
+  with pytest.raises(
+    UserError, match=r'1\.png cannot be read: .*No such file.*remove it from the dataset'
+  ):
     images.read(gone)
 
 
@@ -298,7 +300,7 @@ def test_a_set_can_be_sent_to_another_process(tmp_path, kind):
     ('text/notes.txt', 'dataset.path=text/notes.txt holds no image'),
     ('fake.zip', 'dataset.path={tmp_path}/fake.zip cannot be listed: File is not a zip'),
     ('empty.zip', 'dataset.path=empty.zip holds no image'),
-    ('mixed', 'dataset.path=mixed has images in folders (a/1.png) and beside them (2.png); see docs/'),
+    ('mixed', 'dataset.path=mixed has images in folders (a/1.png) and next to them (2.png); see docs/'),
     ('nowhere://bucket/images', 'dataset.path=nowhere://bucket/images cannot be listed: '),
     ('memory://no/such/bucket', 'dataset.path=memory://no/such/bucket holds no image'),
   ],
@@ -323,6 +325,6 @@ def test_what_cannot_be_opened_is_refused_in_one_line(tmp_path, monkeypatch, pat
 def test_a_split_needs_an_image_at_least(tmp_path, count):
   """Of so few images none are left to train on, as two at least are held out; one can ask for them."""
   paint_all(tmp_path, *(f'{k}.png' for k in range(count)))
-  with pytest.raises(UserError, match=f'holds {count} images; 4 are needed'):
+  with pytest.raises(UserError, match=f'holds {count} images; at least 4 are needed'):
     open_folder(tmp_path)
   assert len(open_folder(tmp_path, split='train')) == count

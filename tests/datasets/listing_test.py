@@ -107,7 +107,7 @@ def test_what_cannot_be_opened_is_counted_too(tmp_path):
   assert set(found.found) == {'a/1.png', 'a/2.png'}
   assert found.left_out.counts == {
     'links that lead nowhere': 2,
-    'linked directories that are listed already': 1,
+    'linked directories that are already listed': 1,
     'not regular files': 1,
   }
 
@@ -275,11 +275,11 @@ def test_of_a_large_set_a_plan_looks_at_some_images_and_says_so(pictures, monkey
   lines = lines_of(pictures).splitlines()
   assert [line.split()[:2] for line in lines[1:5]] == [
     ['to', 'train'],
-    ['looked', 'at'],
+    ['checked', '0;'],
     ['held', 'out'],
-    ['looked', 'at'],
+    ['checked', '0;'],
   ]
-  assert lines[2].endswith(' 0; the others are looked at when they are read')
+  assert lines[2].endswith(' 0; the others are checked when they are read')
 
 
 def test_a_prepared_copy_is_planned_as_its_original(pictures, tmp_path):

@@ -194,13 +194,13 @@ def test_only_twenty_broken_images_are_named(broken, named, more, caplog):
 def test_a_set_without_a_whole_image_is_refused(in_memory_gb):
   loader = Loader(tiny_pictures.numbers(5, broken=range(5)), in_memory_gb)
   with pytest.raises(
-    UserError, match=r"'numbers': none of 5 images in a row can be used, of 5; .*number \d is odd"
+    UserError, match=r"'numbers': 5 images in a row, of 5, cannot be used; .*number \d is odd"
   ):
     next(loader.shuffled(0, 4, 0, 9))
 
 
 def test_batches_that_do_not_divide_by_the_processes_are_refused():
-  with pytest.raises(UserError, match='batches of 6 images do not divide by 4 processes'):
+  with pytest.raises(UserError, match='batches of 6 images are not divisible by 4 processes'):
     next(Loader(tiny_pictures.numbers(30), part=(0, 4)).shuffled(0, 6, 0, 1))
 
 

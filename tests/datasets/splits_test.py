@@ -56,7 +56,9 @@ def test_what_cannot_be_read_is_answered_with_what_can(spec):
   with pytest.raises(UserError) as caught:
     splits.select('dataset.split', spec, TABLE)
   message = str(caught.value)
-  assert message.startswith(f'dataset.split={spec!r}: there are the splits train, test,')
+  assert message.startswith(
+    f'dataset.split={spec!r}: there is no such split; the splits are train, test,'
+  )
   assert 'train[:90%]' in message and '\n' not in message
 
 

@@ -79,9 +79,9 @@ def test_splits_can_be_sliced_and_added(pristine):
 @pytest.mark.parametrize(
   ('role', 'spec', 'message'),
   [
-    ('train', 'trian', r"dataset\.split='trian': .* splits train, test, .*did you mean 'train'"),
+    ('train', 'trian', r"dataset\.split='trian': .* splits are train, test, .*did you mean 'train'"),
     ('eval', 'tast[:3]', r"dataset\.eval_split='tast\[:3\]': .*did you mean 'test'"),
-    ('train', 'train[:90', r"dataset\.split='train\[:90': .* sliced such as train\[:90%\]$"),
+    ('train', 'train[:90', r"dataset\.split='train\[:90': .* sliced, such as train\[:90%\]$"),
     ('train', 'train[3:3]', r"dataset\.split='train\[3:3\]'"),
     ('eval', 'test[:1%]', r"dataset\.eval_split='test\[:1%\]'"),
     ('eval', 'train[5:500]', r"dataset\.eval_split='train\[5:500\]'"),
@@ -149,7 +149,7 @@ def test_a_set_without_an_image_or_with_two_is_refused(tmp_path):
     ('none', {'text': other, 'note': other}),
   ):
     tiny_pictures.prepare_one(tmp_path / path, features)
-    with pytest.raises(UserError, match='is no set of images: it has') as caught:
+    with pytest.raises(UserError, match='is not a dataset of images: it has') as caught:
       open_set(tmp_path / path)
     assert set(str(caught.value).split('features ')[1].split(', ')) == set(features)
 
@@ -316,7 +316,7 @@ def test_damaged_files_are_an_error_of_one_line_and_not_broken_images(kind, path
   part, damage = DAMAGE[kind]
   (file,) = [p for p in path.rglob('*') if part in p.name and 'test' not in p.name]
   damage(file)
-  with pytest.raises(DamagedError, match=r'prepare the set again') as caught:
+  with pytest.raises(DamagedError, match=r'prepare the dataset again') as caught:
     images = open_set(path)
     for k in range(len(images)):
       images.read(k)
@@ -342,5 +342,7 @@ def test_for_evaluation_is_the_test_split_or_the_one_for_validation_or_what_is_k
 
 
 def test_a_bucket_is_refused():
-  with pytest.raises(UserError, match=r'dataset\.path=gs://sets: ArrayRecord is read from disks only'):
+  with pytest.raises(
+    UserError, match=r'dataset\.path=gs://sets: ArrayRecord files can only be read from disk'
+  ):
     open_set('gs://sets')

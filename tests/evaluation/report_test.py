@@ -146,7 +146,7 @@ def test_the_figure_of_health_has_what_was_seen_by_share_of_the_updates():
     for axes in figure.axes
   }
   assert found == {
-    'diversity, as a ratio to the data': {'dmd': [(1.0, 0.5)], 'knowledge': [(0.25, 0.75), (1.0, 1.0)]},
+    'diversity relative to the data': {'dmd': [(1.0, 0.5)], 'knowledge': [(0.25, 0.75), (1.0, 1.0)]},
     'lag of the fake score': {'dmd': [(1.0, 1.2)]},
     'size of the DM gradient': {'dmd': [(0.5, 0.3), (1.0, 0.2)]},
   }

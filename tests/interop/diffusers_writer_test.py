@@ -81,9 +81,9 @@ REFUSED = {
   'sampler': ({'sampler': 'ancestral'}, 'the sampler Ancestral is not DDIM'),
   'steps': (
     {'num_steps': 3},
-    'its 3 steps are not at timesteps that DDIMScheduler has: their number must divide',
+    'DDIMScheduler cannot represent its 3 steps: their number must divide',
   ),
-  'grid': ({'times': 'quadratic'}, 'its 4 steps are not at timesteps'),
+  'grid': ({'times': 'quadratic'}, 'DDIMScheduler cannot represent its 4 steps'),
 }
 
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_exported_is_one_line(workdir, tmp_path, monkeypatch):
   assert 'needs --out' in refused(workdir)
   assert 'is not empty' in refused(workdir, f'--out={full}')
   assert 'is a file' in refused(workdir, f'--out={full / "x"}')
-  assert 'not a directory that can be written' in refused(workdir, f'--out={full / "x" / "y"}')
+  assert 'not a writable directory' in refused(workdir, f'--out={full / "x" / "y"}')
   message = refused(workdir, f'--out={new}', '--format=tflite')
   assert "'tflite'" in message and 'jax' in message
   message = refused(workdir, f'--out={new}', '--stage=base')

@@ -302,7 +302,7 @@ def test_an_imported_stage_is_distilled_further_and_measured(imported, tmp_path,
 
 def test_a_stage_that_is_there_is_not_imported_over(imported, tmp_path):
   path = shutil.copytree(imported[0], tmp_path / 'run')
-  with pytest.raises(UserError, match='progressive_0004 is there already'):
+  with pytest.raises(UserError, match='progressive_0004 already exists'):
     importing.from_google(sample_config(), default.get_config(), STUDENT, path)
   assert content(path) == content(imported[0])
 

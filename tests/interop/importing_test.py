@@ -119,7 +119,7 @@ def test_a_stage_under_another_name_is_refused(finished, config, tmp_path):
 
 def test_a_stage_of_another_run_is_not_imported_over_one_that_is_there(finished, config, tmp_path):
   path = shutil.copytree(finished, tmp_path / 'run')
-  with pytest.raises(UserError, match='base is there already'):
+  with pytest.raises(UserError, match='base already exists'):
     importing.from_workdir(config, default.get_config(), finished / 'base', path)
   assert content(path) == content(finished)
 

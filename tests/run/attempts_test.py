@@ -110,7 +110,7 @@ def test_updates_that_were_not_finite_are_taken_again_with_other_batches_and_noi
   for k, (_, _, images) in zip(range(5, 12), step.calls[8:], strict=True):
     np.testing.assert_array_equal(images, batch_of(AGAIN, k)['image'])
     assert (images != batch_of(BASE, k)['image']).any()
-  assert 'back to step 5, and on with other batches and other noise (attempt 2)' in caplog.text
+  assert 'back to step 5, and continuing with other batches and other noise (attempt 2)' in caplog.text
   assert json.loads((workdir / 'base' / 'attempts.json').read_text()) == {'went_back_to': [5]}
   assert model.digest == expected[12]
 
@@ -130,7 +130,7 @@ def test_a_stage_that_fails_after_the_same_checkpoint_again_is_given_up_also_whe
   workdir, caplog
 ):
   for _ in range(2):
-    with pytest.raises(NumericalError, match='not for the first time since step 5'):
+    with pytest.raises(NumericalError, match='for the second time since step 5'):
       loop.fit(Step(by_all=True), BASE, INPUTS, workdir, CONFIG)
   assert caplog.text.count('back to step 5') == 1
 

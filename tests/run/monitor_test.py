@@ -186,7 +186,7 @@ def test_too_little_diversity_is_warned_of_once_until_there_is_enough_again(
   assert [len(lines) for lines in heard] == [0, 1, 0, 0, 1]
   share = Figures.of(poor, features).spread / looking.data.spread
   assert share < 0.5
-  assert heard[1] == [f'stage dmd: the samples have {share:.2f} of the diversity of the data']
+  assert heard[1] == [f'stage dmd: the samples are only {share:.2f} times as diverse as the data']
 
 
 def test_a_student_that_has_just_begun_may_draw_nothing_but_the_mean(watch, loader, draws, caplog):

@@ -113,7 +113,7 @@ def test_a_line_a_stage_and_one_of_the_disk(once, tmp_path):
 def test_what_does_not_fit_a_device_is_refused(once, tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, 'memory_per_device', lambda: 100_000)
   with pytest.raises(
-    UserError, match=r'stage base: .* GB of a device: raise mesh\.fsdp, or set compute'
+    UserError, match=r'stage base: .* GB of a device; raise mesh\.fsdp, or set compute'
   ):
     needs(tmp_path)
 
@@ -153,7 +153,7 @@ def test_a_disk_that_is_too_small_is_refused(once, tmp_path, monkeypatch):
   needs(tmp_path)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(0, 0, needed - 1))
   with pytest.raises(
-    UserError, match=r'checkpoints and pairs will take .* make room, or choose another disk'
+    UserError, match=r'checkpoints and pairs will take .* free up space, or choose another disk'
   ):
     needs(tmp_path)
   needs(tmp_path, finished=['base'])

@@ -58,7 +58,7 @@ def test_one_array_that_is_not_finite_is_named(step):
   assert found['nonfinite']['parameters'] == ['student/conv_in/kernel']
   assert found['nonfinite']['averages'] == [] and found['nonfinite']['frozen'] == []
   assert found['nonfinite']['gradients'] and found['step'] == 0
-  assert 'parameters of 1 array(s), such as student/conv_in/kernel' in replay.told(found)
+  assert 'parameters (1 array(s), such as student/conv_in/kernel' in replay.told(found)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_streak_that_was_kept_long_ago_is_not_the_nearest(diverged, step, monk
   [
     ('bose', 3, '--stage=bose is not one of base, progressive_0002, progressive_0001'),
     ('base', 12, 'the updates of stage base are 0 to 11'),
-    ('progressive_0002', 3, 'stage base, which stage progressive_0002 comes from, is not finished'),
+    ('progressive_0002', 3, 'stage base, a parent of stage progressive_0002, is not finished'),
   ],
 )
 def test_what_cannot_be_replayed_is_refused(short_plan, stage, step, message):

@@ -197,7 +197,7 @@ DAMAGES = {
   'one weight too many': (
     with_weights(lambda flat: flat.update({'extra': np.zeros(1, np.float32)})),
     DamagedError,
-    "'extra' is not one of the network",
+    "'extra' does not belong to the network",
   ),
   'weights of another model': (another_s_weights, DamagedError, 'its digest differs'),
   'flipped bit of a weight': (flipped(model.WEIGHTS, -5), DamagedError, 'its digest differs'),

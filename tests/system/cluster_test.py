@@ -31,7 +31,9 @@ def initialize(monkeypatch):
 @pytest.mark.parametrize('missing', range(3))
 def test_a_part_of_the_address_is_refused(initialize, missing):
   given = [None if k == missing else value for k, value in enumerate(GIVEN)]
-  with pytest.raises(UserError, match='--coordinator, --num_processes and --process_id: give all three'):
+  with pytest.raises(
+    UserError, match='give all three of --coordinator, --num_processes and --process_id'
+  ):
     cluster.start(*given, timeout=100)
   assert not initialize.calls
 
@@ -146,8 +148,8 @@ def test_peers_are_named_at_once_and_given_up_with_exit_code_2(waiting, monkeypa
   assert waiting == [2]
   at_once, at_last = capsys.readouterr().err.splitlines()
   awaited = 'process 0 waits for 3 other process(es) of 4 (SLURM_NTASKS=4)'
-  assert at_once == f'{awaited}, for 1 s at most; to run alone: --num_processes=1'
-  assert at_last.startswith(f'error: {awaited}: they have not joined within 1 s')
+  assert at_once == f'{awaited} for at most 1 s; to run a single process, set --num_processes=1'
+  assert at_last.startswith(f'error: {awaited}: they did not connect within 1 s')
 
 
 def test_peers_that_come_are_not_talked_about(initialize, monkeypatch, capsys):

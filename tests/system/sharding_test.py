@@ -42,7 +42,7 @@ def test_one_process_reads_whole_batches():
 
 def test_attention_of_gpus_is_refused_elsewhere():
   sharding.check_attention('xla', 'float32')
-  with pytest.raises(UserError, match='is for GPUs, and this run has cpu devices'):
+  with pytest.raises(UserError, match='needs GPUs, but this run has cpu devices'):
     sharding.check_attention('cudnn', 'bfloat16')
   with pytest.raises(UserError, match=r'needs compute\.dtype=bfloat16'):
     sharding.check_attention('cudnn', 'float32')
