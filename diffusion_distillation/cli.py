@@ -22,7 +22,7 @@ from diffusion_distillation.config import (
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import Preempted, StorageError, UserError
-from diffusion_distillation.evaluation import asked, measure, pictures
+from diffusion_distillation.evaluation import measure, pictures, sample_flags
 from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
@@ -201,9 +201,9 @@ def _sample(options: Options) -> None:
   clip_x = stored.clip_x if options.clip_x is None else options.clip_x
   gamma = settings.gamma if options.gamma is None else options.gamma
   step = make_sampler(sampler, gamma)
-  grid = asked.grid(stored, options.times, options.steps, options.grid)
+  grid = sample_flags.grid(stored, options.times, options.steps, options.grid)
   chosen = chosen_classes(stored, options.classes)
-  guidance = asked.guidance(stored, options.guidance or 0.0, options.guidance_interval, chosen)
+  guidance = sample_flags.guidance(stored, options.guidance or 0.0, options.guidance_interval, chosen)
   draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size, guidance)
   images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen, 'sample')
   if not files.writes():

@@ -14,7 +14,7 @@ from diffusion_distillation.errors import (
   StorageError,
   UserError,
 )
-from diffusion_distillation.evaluation import asked
+from diffusion_distillation.evaluation import sample_flags
 from diffusion_distillation.stages import workdir as workdirs
 from tests import bad_data, tiny
 
@@ -340,7 +340,7 @@ def test_gamma_is_for_ancestral_sampling_alone(tmp_path, monkeypatch, capsys):
 
 def test_steps_and_times_exclude_each_other():
   with pytest.raises(UserError, match='not both'):
-    asked.grid(None, ['0', '1'], 2, None)
+    sample_flags.grid(None, ['0', '1'], 2, None)
 
 
 def test_a_second_run_in_one_workdir_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from diffusion_distillation.diffusion.process import Prediction, widen
 from diffusion_distillation.diffusion.samplers import Denoise, Sampler
 from diffusion_distillation.diffusion.schedules import Schedule
 
-_ROUNDING = 1e-4  # a level that differs from an end of the interval by less is that end
+_ROUNDING = 1e-4  # relative; levels that are closer to an end of the interval count as that end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Guidance:
       )
 
   def __bool__(self) -> bool:
-    """Whether it changes anything."""
+    """Whether there is any guidance."""
     return self.weight > 0.0
 
   @property
   def interval(self) -> list[float | None] | None:
-    """[low, high], as a row of results has it, None for no upper end; None for all noise levels, and without guidance."""
+    """[low, high] for a row of results, with None for no upper end; None if all noise levels are guided, or none."""
     whole = (self.low, self.high) == (0.0, math.inf)
     return [self.low, None if math.isinf(self.high) else self.high] if self and not whole else None
 
@@ -84,22 +84,22 @@ def guided(conditional: Prediction, unconditional: Prediction, weight: jax.Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerStep(Sampler):
-  """A sampler whose steps have a denoiser each, in place of the one that a step is called with.
+  """A sampler that gives each of its steps a denoiser of its own, and ignores the one that it is called with.
 
   Attributes:
-    sampler: whose steps these are.
-    in_step: the denoiser of the step that starts from a logsnr (B,).
+    sampler: the sampler that makes the steps.
+    in_step: from the logsnr (B,) that a step starts from to its denoiser.
   """
 
   sampler: Sampler
   in_step: Callable[[jax.Array], Denoise]
 
   def begin(self, z: jax.Array) -> Any:
-    """The sampler's."""
+    """See `Sampler`; that of `sampler`."""
     return self.sampler.begin(z)
 
   def end(self, z: Any) -> jax.Array:
-    """The sampler's."""
+    """See `Sampler`; that of `sampler`."""
     return self.sampler.end(z)
 
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):

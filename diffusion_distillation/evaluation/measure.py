@@ -110,7 +110,7 @@ def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, i
 
 
 def guidances(config: Config, place: int) -> tuple[Guidance, ...]:
-  """The guidance of the rows of a stage at its place in the list: the first one's of the config, and students' none."""
+  """The guidance of each row of the stage at `place`: the config's for the base, the first stage, and none for students."""
   weights, interval = config.evaluation.guidance, config.evaluation.guidance_interval
   return (NONE,) if place else tuple(make_guidance(weight, interval) for weight in weights)
 

@@ -85,7 +85,7 @@ _MEASURED = ('metric', 'value', 'metrics', 'num_drawn', 'seconds_per_image')
 
 
 def key_of(row: dict[str, Any]) -> tuple:
-  """What a row is recognized by; rows of before had no law of labels, which were balanced if any, and no guidance."""
+  """What identifies a row. Rows of older versions name neither labels, which were balanced, nor guidance, which was none."""
   described = {k: v for k, v in row.items() if k not in _MEASURED}
   if described.get('labels') != 'data':
     described.pop('labels', None)

@@ -42,7 +42,7 @@ class Drawer:
     clip_x: whether x is clipped, after each network call and its guidance, to what an image can have.
     label_counts: images of each class, in whose proportions labels are drawn; (): all classes in turn. No part of the
       compiled program.
-    guidance: towards the conditions.
+    guidance: guidance towards the conditions.
   """
 
   denoise: Denoiser

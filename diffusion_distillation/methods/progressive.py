@@ -58,7 +58,7 @@ class DistillSection(TrainingSection):
   guidance: float = key(
     0.0,
     "Weight W of classifier-free guidance of the first round's teacher, the base; 0: none. Later rounds learn from students, "
-    'which have it in them. Weights above 0 need a base that was trained with `dataset.label_dropout`.',
+    'which have learned it. Weights above 0 need a base that was trained with `dataset.label_dropout`.',
     NOT_NEGATIVE,
   )
   decay: str = 'linear'

@@ -52,7 +52,10 @@ def of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The values with which an older version trained, for keys that its flat config lacks: those that differ from the defaults, and guidance."""
+  """The values with which an older version trained, for keys that its flat config lacks.
+
+  Keys whose default is that value are left out, and so may change, except for the weights of guidance.
+  """
   found: dict[str, Any] = {
     'distill.weighting': AS_BASE,
     'distill.guidance': 0.0,

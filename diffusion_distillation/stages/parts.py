@@ -141,7 +141,7 @@ def guidance_of(section: str, weight: float, base: Stage, interval: Sequence[flo
   """The guidance of the base that a section of the config asks for.
 
   Raises:
-    UserError: the base was, or will be, trained in a way that it cannot be guided, or the interval is none.
+    UserError: the base cannot be guided because of how it is trained, or the interval is not valid.
   """
   try:
     found = make_guidance(weight, interval)

@@ -30,7 +30,7 @@ class Pairs:
     seed: of the noise.
     batch_size: images that are drawn at a time.
     labels: law of the labels that a conditional teacher is told, one of `conditioning.LABELS`.
-    guidance: towards these labels.
+    guidance: guidance towards these labels.
   """
 
   count: int

@@ -1,4 +1,4 @@
-"""The flags of `--mode=sample` that depend on the model: its times and its guidance, checked."""
+"""The flags of `--mode=sample` that are checked against the model: times and guidance."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def grid(stored: StoredModel, given: Sequence[str], steps: int | None, name: str
 
 
 def guidance(stored: StoredModel, weight: float, interval: Sequence[str], chosen: Chosen) -> Guidance:
-  """The guidance of `--guidance` and `--guidance_interval`.
+  """The guidance that `--guidance` and `--guidance_interval` ask for.
 
   Raises:
     UserError: a number is out of range, or the model cannot be guided; see `check`.
