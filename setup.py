@@ -51,7 +51,9 @@ setuptools.setup(
     'serve': ['gradio>=6.0'],  # the page of --mode=serve
     'dev': [
       'gradio>=6.0',
+      'ipykernel>=6.29',  # for notebooks/
       'mypy>=1.15',
+      'nbclient>=0.10',
       'pytest>=8.3',
       'pytest-cov>=6.0',
       'pytest-timeout>=2.3',

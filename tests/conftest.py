@@ -30,6 +30,7 @@ LONG = (
   'processes_test.py',
   'chaos_test.py',
   'methods_run_test.py',
+  'notebooks_test.py',
   'layouts_test.py',
   'methods/methods_test.py',
   'chaos_disk_test.py',

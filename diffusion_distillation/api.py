@@ -1,0 +1,71 @@
+"""What the command line does, from Python: a config by name, and a run that returns its results."""
+
+import os
+import runpy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusion_distillation import arguments, paths
+from diffusion_distillation.config import Config, check_keys, check_known, expand_paths, flatten
+from diffusion_distillation.datasets import NONE
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.run.run import run
+from diffusion_distillation.system import compilation, files, interrupts, platforms, sharding
+
+
+def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
+  """The config `name`, with `overrides`; what `--config=NAME --config.KEY=VALUE` is on the command line.
+
+  Args:
+    name: a config that comes with the library, such as 'digits', or the path of a config file.
+    overrides: values by key, such as {'train.num_updates': 1000}; docs/configuration.md lists all keys.
+
+  Raises:
+    UserError: there is no such config or key, or a value has the wrong type.
+  """
+  arguments.configs()  # makes `from configs import default` work in the file
+  path, _, variant = arguments.find_config(name).partition(':')
+  make: Callable[..., Config] = runpy.run_path(path)['get_config']
+  config = make(variant) if variant else make()
+  given = dict(overrides or {})
+  check_known(list(given), [key for key, _ in flatten(config)])
+  for key, value in given.items():
+    try:
+      config.update_from_flattened_dict({key: value})
+    except (TypeError, ValueError) as error:
+      raise UserError(f'{key}={value!r} has the wrong type: {" ".join(str(error).split())}') from error
+  return config
+
+
+def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+  """Trains, distills and measures, as `--mode=train` does; resumes what was interrupted, and keeps what is finished.
+
+  It runs in one process. Plan and progress are printed on stderr. The first SIGINT (Ctrl-C, or interrupting a notebook's kernel)
+  saves a checkpoint before it raises; a second one ends the process at once.
+
+  Args:
+    config: of the run, for example from `get_config`; it is not changed.
+    workdir: directory of the run; docs/train.md lists the files in it.
+
+  Returns:
+    The contents of `results.json`; empty for `dataset.name=none`, where nothing is measured.
+
+  Raises:
+    UserError: config or workdir do not fit; before anything is written or compiled.
+    Preempted: a signal stopped the run, and everything is saved; the same call resumes it.
+    NumericalError: loss or gradients stayed non-finite.
+  """
+  directory = paths.on_disk('workdir', workdir)
+  config = config.copy_and_resolve_references()
+  check_keys(config, get_config('default'))
+  expand_paths(config)
+  compilation.use(config.compute.cache, config.compute.fast_cpu)
+  platforms.start()
+  interrupts.install()
+  try:
+    with interrupts.unsaved(), sharding.laid_out(**config.mesh):  # what the caller holds is not saved
+      run(config, directory)
+  finally:
+    interrupts.uninstall()
+  results = directory / 'results.json'
+  return files.read_json(results) if config.dataset.name != NONE else {}
