@@ -118,7 +118,7 @@ def _join(options: Options) -> None:
   given = (options.coordinator, options.num_processes, options.process_id)
   if options.mode in ('train', 'evaluate', 'sample'):
     cluster.start(*given, timeout=options.peer_timeout)
-  elif any(value is not None for value in given):
+  elif any(value is not None for value in given) and (options.num_processes != 1 or options.process_id):
     raise UserError(
       f'--mode={options.mode} runs in one process; remove --coordinator, --num_processes and --process_id'
     )
