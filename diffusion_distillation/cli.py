@@ -88,7 +88,7 @@ def _run(options: Options) -> int:
       return _fail(message, StorageError.exit_code)
     if error.errno not in _OF_THE_DISK:
       return _fail(str(error), UserError.exit_code)
-    where = error.filename or options.workdir
+    where = error.filename or options.workdir or 'the output'
     advice = 'make room or mend the disk, and run the same command again'
     return _fail(f'{where}: {error.strerror}; {advice}', StorageError.exit_code)
   return 0
