@@ -139,7 +139,9 @@ def check_kind(path: str) -> None:
       '.zip'
     )
   if os.path.isfile(path):
-    raise UserError(f'dataset.path={path} holds no image: it is a file, neither a directory nor a .zip')
+    raise UserError(
+      f'dataset.path={path} is a single file that is not a .zip; name the directory that holds the images'
+    )
 
 
 def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
