@@ -101,7 +101,20 @@ def prepare(argv: list[str]) -> list[str]:
   given = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
   kinds = config.types()
   found = list(_joined(given, kinds))
-  return [_prepared(argument, kinds) for argument in found]
+  return [_prepared(argument, kinds) for argument in _last(found, kinds)]
+
+
+def _last(argv: list[str], kinds: dict[str, typing.Any]) -> Iterator[str]:
+  """Leaves out a tuple that a later argument overrides, as with other values; ml_collections would join the two."""
+  end = argv.index('--') if '--' in argv else len(argv)
+  keys = [(_CONFIG.fullmatch(argument) or ('', ''))[1] for argument in argv[:end]]
+  for k, argument in enumerate(argv):
+    if (
+      k >= end
+      or typing.get_origin(kinds.get(keys[k] or '')) is not tuple
+      or keys[k] not in keys[k + 1 :]
+    ):
+      yield argument
 
 
 def _joined(argv: list[str], kinds: dict[str, typing.Any]) -> Iterator[str]:
@@ -130,6 +143,6 @@ def _prepared(argument: str, kinds: dict[str, typing.Any]) -> str:
   if int not in (kind, *typing.get_args(kind)):
     return argument
   value = whole(value)
-  if kind is int and _NUMBER.fullmatch(value) and not re.fullmatch(r'[+-]?[\d_]+', value):
+  if kind is int and value not in ('', 'None') and not re.fullmatch(r'[+-]?[\d_]+', value):
     raise UserError(f'{name}={value} must be an integer')
   return f'--config.{name}={value}'

@@ -88,7 +88,7 @@ def _run(options: Options) -> int:
       return _fail(message, StorageError.exit_code)
     if error.errno not in _OF_THE_DISK:
       return _fail(str(error), UserError.exit_code)
-    where = error.filename or options.workdir
+    where = error.filename or options.workdir or 'the output'
     advice = 'make room or mend the disk, and run the same command again'
     return _fail(f'{where}: {error.strerror}; {advice}', StorageError.exit_code)
   return 0
@@ -118,7 +118,7 @@ def _join(options: Options) -> None:
   given = (options.coordinator, options.num_processes, options.process_id)
   if options.mode in ('train', 'evaluate', 'sample'):
     cluster.start(*given, timeout=options.peer_timeout)
-  elif any(value is not None for value in given):
+  elif any(value is not None for value in given) and (options.num_processes != 1 or options.process_id):
     raise UserError(
       f'--mode={options.mode} runs in one process; remove --coordinator, --num_processes and --process_id'
     )

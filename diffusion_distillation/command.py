@@ -112,8 +112,9 @@ def parse_flags(argv: list[str]) -> list[str]:
   except Exception as error:
     before, traceback, lines = str(error).partition('Traceback')
     text = f'{before} {lines.strip().splitlines()[-1]}' if traceback else before
-    print(f'error: {" ".join(text.split())}', file=sys.stderr)
-    sys.exit(UserError.exit_code)
+    with contextlib.suppress(BrokenPipeError):
+      print(f'error: {" ".join(text.split())}', file=sys.stderr)
+    sys.exit(cli.leave_quietly(UserError.exit_code))
 
 
 def _default() -> Config:
@@ -156,6 +157,15 @@ def run(argv: list[str]) -> None:
   sys.exit(cli.run(options))
 
 
+def _open_streams() -> None:
+  """Opens /dev/null for those of stdin, stdout and stderr that are closed, so that no other file takes their places."""
+  for name in ('stdin', 'stdout', 'stderr'):
+    if getattr(sys, name) is None:
+      descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+      setattr(sys, name, os.fdopen(descriptor, 'r' if name == 'stdin' else 'w'))
+
+
 def main() -> None:
   """The program."""
+  _open_streams()
   app.run(run, flags_parser=parse_flags)

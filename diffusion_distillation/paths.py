@@ -8,6 +8,8 @@ from diffusion_distillation.errors import UserError
 
 _URL = re.compile(r'([a-zA-Z][a-zA-Z0-9+.-]+):/')  # gs:/ as well: what a shell or a path makes of gs://
 
+_READ = ('--checkpoint', 'load: path')  # where nothing is written
+
 
 def expand(name: str, given: str) -> str:
   """`given` with its `~` or `~user` replaced by the home directory; URLs stay as they are.
@@ -32,9 +34,13 @@ def expand(name: str, given: str) -> str:
 def local(name: str, given: str) -> str:
   """As `expand`, for what has to be on a disk; raises UserError for a URL, too."""
   if (url := _URL.match(given)) is not None:
-    advice = '' if url[1] == 'file' else 'mount the bucket, for example with gcsfuse, or '
+    mount = '' if url[1] == 'file' else 'mount the bucket, for example with gcsfuse, or '
+    if name in _READ:
+      raise UserError(
+        f'{name}={given} is a URL, but must be a path: {mount}copy it to a disk, and give a path on a disk'
+      )
     raise UserError(
-      f'{name}={given} is a URL, but files are locked and renamed there, which takes a file system: {advice}'
+      f'{name}={given} is a URL, but files are locked and renamed there, which takes a file system: {mount}'
       'give a path on a disk that stays, such as a persistent disk or NFS'
     )
   return expand(name, given)

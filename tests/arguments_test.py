@@ -43,11 +43,23 @@ def test_only_keys_that_are_integers_are_read_so():
   assert found[2:5] == given[4:] and found[5:] == ['--steps=1e1', '--', 'more']
 
 
+def test_of_a_tuple_that_is_given_twice_the_last_counts_as_of_other_values():
+  tiny.config()
+  later = '--config.distill.num_updates=(2,)'
+  given = ['--config.distill.num_updates', '(1,)', '--config.train.num_updates=1', later]
+  _, *found = arguments.prepare(['--config=digits', *given, '--config.train.num_updates=2'])
+  assert found == ['--config.train.num_updates=1', later, '--config.train.num_updates=2']
+  same = ['--times=0,1', '--times=0,1', '--', later, later]
+  assert arguments.prepare(same) == same
+
+
 @pytest.mark.parametrize(
   ('given', 'words'),
   [
     ('--config.train.num_updates=1.5', 'train.num_updates=1.5 must be an integer'),
     ('--config.train.num_updates=1e-3', 'train.num_updates=1e-3 must be an integer'),
+    ('--config.train.num_updates=2k', 'train.num_updates=2k must be an integer'),
+    ('--config.train.num_updates=nan', 'train.num_updates=nan must be an integer'),
     ('--config.dataset.channels=2.5', 'dataset.channels=2.5 must be an integer'),
     ('--config.distill.num_updates=(1e1,1.5)', 'distill.num_updates=(10, 1.5) must hold integers'),
     ('--num_samples=1.5', '--num_samples=1.5'),

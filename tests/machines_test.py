@@ -1,9 +1,11 @@
 """Machines as they are: no home, other devices, signals of schedulers, closed pipes, threads."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 
@@ -11,7 +13,7 @@ import jax
 import pytest
 
 from configs import default
-from diffusion_distillation import cli
+from diffusion_distillation import cli, command
 from diffusion_distillation.errors import Preempted, UserError
 from diffusion_distillation.system import announcing, compilation, interrupts, platforms
 from diffusion_distillation.system.progress import Progress
@@ -214,6 +216,37 @@ def test_a_closed_pipe_is_a_quiet_end(mode):
 def test_an_error_keeps_its_exit_code_though_nobody_reads_it():
   with unread():
     assert cli.run(options('sample')) == 2
+
+
+def test_a_bad_flag_keeps_its_exit_code_though_nobody_reads_it():
+  with unread():
+    with pytest.raises(SystemExit) as end:
+      command.parse_flags(['main.py', '--mode=smaple'])
+    assert end.value.code == 2
+    print('this is lost, and no error', flush=True)
+
+
+def test_streams_that_are_closed_lead_nowhere(monkeypatch):
+  """As of `>&- 2>&-`, and of some daemons."""
+  for name in ('stdin', 'stdout', 'stderr'):
+    monkeypatch.setattr(sys, name, None)
+  command._open_streams()
+  streams = [sys.stdin, sys.stdout, sys.stderr]
+  print('nothing', flush=True)
+  assert sys.stdin.read() == '' and cli.leave_quietly(3) == 3
+  command._open_streams()
+  assert streams == [sys.stdin, sys.stdout, sys.stderr]
+  for stream in streams:
+    stream.close()
+
+
+def test_an_output_that_takes_nothing_is_named(monkeypatch, capsys):
+  def full(options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setitem(cli.MODES, 'keys', full)
+  assert cli.run(options('keys')) == 5
+  assert capsys.readouterr().err.startswith('error: the output: No space left on device; ')
 
 
 def test_a_run_that_nobody_reads_any_more_is_saved_and_left(signals):

@@ -46,6 +46,13 @@ def test_urls_are_refused_with_what_to_do(url):
   assert paths.on_disk('--workdir', './gs:/b') == pathlib.Path.cwd() / 'gs:' / 'b'
 
 
+def test_of_what_is_only_read_a_url_is_to_be_copied():
+  with pytest.raises(
+    UserError, match=r'^--checkpoint=gs://b/x is a URL, but must be a path: .*copy it to a disk'
+  ):
+    paths.on_disk('--checkpoint', 'gs://b/x')
+
+
 FLAGS = {
   '--workdir': ['--mode=sample', '--workdir={}/run', '--out=x.png'],
   '--out': ['--mode=sample', '--workdir=x', '--out={}/none/x.png'],

@@ -127,7 +127,9 @@ def test_sharded_parameters_are_gathered_for_each_pass_and_gradients_reduced_onc
   of_round = found['round', 4, 2]
   assert set(of_round.moved) == {'all-gather', 'all-reduce'}
   first = of_round.expected['all-gather'] - of_round.moved['all-gather']
-  assert 0 < first < 0.01 * of_round.expected['all-gather']  # the way back does not need the first layer's
+  assert (
+    0 < first < 0.01 * of_round.expected['all-gather']
+  )  # the way back does not need the first layer's
   scalars = of_round.moved['all-reduce'] - of_round.expected['all-reduce']
   assert 0 < scalars < 1000  # norms, array by array
 

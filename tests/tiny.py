@@ -75,7 +75,7 @@ def colour_digits(settings, role):
 
 
 def flags(**overrides):
-  """The tiny config as flags for main.py; each key once, for a tuple that is given twice is added to."""
+  """The tiny config as flags for main.py; each key once."""
   given = OVERRIDES | {key.replace('__', '.'): value for key, value in overrides.items()}
   values = {key: str(value).replace(' ', '') for key, value in given.items()}
   return ['--config=configs/digits.py', *(f'--config.{key}={value}' for key, value in values.items())]

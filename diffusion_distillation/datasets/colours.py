@@ -3,6 +3,8 @@
 import functools
 import io
 import logging
+import struct
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -10,6 +12,7 @@ from PIL import Image, ImageCms
 _log = logging.getLogger(__name__)
 
 _MODES = {'RGB': 'RGB', 'GRAY': 'L', 'CMYK': 'CMYK'}  # Pillow's mode for each colour space of a profile
+_ICC_METHODS = (2, 3)  # a 'colr' box of JPEG 2000 holds a profile, not the number of a colour space
 _LEVELS = np.linspace(0, 255, 9).round().astype(np.uint8)
 
 
@@ -54,6 +57,42 @@ def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
   probe = Image.fromarray(grid.reshape(1, 256 if mode == 'L' else -1, *grid.shape[3:]))
   moved = np.asarray(transform.apply(probe), int) - np.asarray(probe.convert('RGB'), int)
   return bool(np.abs(moved).max() <= 1)
+
+
+def embedded(image: Image.Image) -> bytes | None:
+  """Returns the ICC profile of an opened image that is not loaded yet, or None.
+
+  Pillow finds it in all formats that are read and have one, except for JPEG 2000, whose boxes are searched here.
+  """
+  profile: bytes | None = image.info.get('icc_profile')
+  if profile or image.format != 'JPEG2000':
+    return profile
+  stream = getattr(image, 'fp', None)
+  if stream is None:
+    return None
+  position = stream.tell()
+  stream.seek(0)
+  data = stream.read()
+  stream.seek(position)
+  headers = (body for kind, body in _boxes(data) if kind == b'jp2h')
+  colours = (body for header in headers for kind, body in _boxes(header) if kind == b'colr')
+  return next((body[3:] for body in colours if body[:1] and body[0] in _ICC_METHODS), None)
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+  """Yields the type and the contents of each box (ISO/IEC 15444-1, annex I.4); stops where there is none."""
+  start = 0
+  while start + 8 <= len(data):
+    length, kind = struct.unpack_from('>I4s', data, start)
+    header = 8
+    if length == 1 and start + 16 <= len(data):
+      (length,), header = struct.unpack_from('>Q', data, start + 8), 16
+    if length == 0:  # the box extends to the end
+      length = len(data) - start
+    if length < header:
+      return
+    yield kind, data[start + header : start + length]
+    start += length
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

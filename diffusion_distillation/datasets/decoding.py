@@ -137,7 +137,7 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
   Raises:
     ValueError: the range of its pixels is unknown.
   """
-  profile = image.info.get('icc_profile')
+  profile = colours.embedded(image)
   image.load()
   image = ImageOps.exif_transpose(image)
   if image.mode.startswith('I'):

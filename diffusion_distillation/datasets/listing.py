@@ -110,8 +110,16 @@ def list_images(path: str, max_bytes: int) -> Listing:
 
 
 def is_zip(path: str) -> bool:
-  """Whether a path is read as a zip, judged by its suffix or its contents."""
-  return path.lower().endswith('.zip') or (os.path.isfile(path) and zipfile.is_zipfile(path))
+  """Whether a path is read as a zip, judged by its suffix or its contents.
+
+  A zip is found from its end, so another archive that holds one also looks like a zip; the first bytes tell them apart.
+  """
+  if path.lower().endswith('.zip'):
+    return True
+  if not os.path.isfile(path) or not zipfile.is_zipfile(path):
+    return False
+  with open(path, 'rb') as file:
+    return file.read(2) == b'PK'
 
 
 def is_damage(error: Exception) -> bool:
@@ -131,7 +139,9 @@ def check_kind(path: str) -> None:
       '.zip'
     )
   if os.path.isfile(path):
-    raise UserError(f'dataset.path={path} holds no image: it is a file, neither a directory nor a .zip')
+    raise UserError(
+      f'dataset.path={path} is a single file that is not a .zip; name the directory that holds the images'
+    )
 
 
 def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
@@ -260,6 +270,8 @@ def _clutter(name: str) -> str:
 
 def _other(name: str) -> str:
   suffix = pathlib.PurePosixPath(name).suffix.lower()
+  if name.lower().endswith(('.zip', *_ARCHIVES)):
+    return f'archives ({suffix}), which are not opened inside a dataset: unpack them'
   return f'in an unsupported format ({suffix or "no suffix"})'
 
 

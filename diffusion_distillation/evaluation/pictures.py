@@ -68,6 +68,8 @@ def check_out(given: str | os.PathLike[str] | None, num_samples: int) -> Output:
   path = paths.on_disk('--out', text)
   is_folder = text.endswith('/') or (path.is_dir() and suffix not in SUFFIXES)
   into = path if is_folder and path.is_dir() else path.parent
+  if not into.exists():
+    raise UserError(f'--out={text}: there is no directory {into}; make it first')
   if not into.is_dir() or not os.access(into, os.W_OK):
     raise UserError(f'--out={text}: {into} is not a writable directory')
   if not is_folder and path.is_dir():

@@ -1,5 +1,6 @@
 """The plan of a run as it is shown before it runs: stages, updates, network calls, and the time they will take."""
 
+import contextlib
 import pathlib
 import sys
 import time
@@ -16,7 +17,7 @@ from diffusion_distillation.evaluation import measure
 from diffusion_distillation.run import preflight
 from diffusion_distillation.run.inputs import stand_in
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.system import files, interrupts, sharding
+from diffusion_distillation.system import announcing, files, interrupts, sharding
 from diffusion_distillation.training.state import Params
 
 
@@ -171,8 +172,10 @@ def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Par
   for k in range(period + timed):
     interrupts.check()
     began = time.monotonic() if k == period else began
-    state, _ = step(stage.recipe.at(k), state, frozen, batch)
-    jax.block_until_ready(state)
+    first = k < period  # of its kind, so that it is compiled
+    with announcing.compiling(f'stage {stage.name}') if first else contextlib.nullcontext():
+      state, _ = step(stage.recipe.at(k), state, frozen, batch)
+      jax.block_until_ready(state)
   return (time.monotonic() - began) / timed
 
 

@@ -6,10 +6,13 @@ notice to any process stops all processes at the same step.
 
 import contextlib
 import json
+import logging
 import os
+import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +22,8 @@ from jax.experimental import multihost_utils
 
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import files, interrupts
+
+_log = logging.getLogger(__name__)
 
 _ALONE = {'SLURM_NTASKS': '1', 'OMPI_COMM_WORLD_SIZE': '1'}  # jax would use only one of the GPUs
 _NOBODY = (
@@ -57,7 +62,8 @@ def start(
     timeout: seconds without a heartbeat after which a process counts as dead and all others exit.
 
   Raises:
-    UserError: only some of the first three arguments are given, or the other processes are not found.
+    UserError: only some of the first three arguments are given, or they do not fit together, or the environment cannot be
+      understood, or the other processes are not found.
   """
   given = (coordinator, num_processes, process_id)
   told = [value is not None for value in given]
@@ -69,10 +75,11 @@ def start(
     )
   if not any(told) and any(os.environ.get(name) == value for name, value in _ALONE.items()):
     return
+  _check(*given)
   limit = max(timeout, _PATIENCE)
   source, count, index = given if all(told) else _peers()
   try:
-    with _waiting(source, count, index, limit):
+    with _waiting(source, count, index, limit), _warnings_in_one_line():
       jax.distributed.initialize(
         *given,
         initialization_timeout=limit + _MARGIN,
@@ -83,11 +90,40 @@ def start(
     if not any(told) and any(reason in str(error) for reason in _NOBODY):
       return
     text = ' '.join(str(error).split())[:300]
+    if not any(told):
+      raise UserError(
+        f'jax cannot tell from the environment which processes this run has ({source or type(error).__name__}: {text}); '
+        'to run a single process, set --num_processes=1; for several, give --coordinator, --num_processes and --process_id'
+      ) from error
     raise UserError(
       f'process {process_id} of {num_processes}, --coordinator={coordinator}: {text}'
     ) from error
   _KNOWN['index'] = index
   interrupts.synchronize(multihost_utils.reached_preemption_sync_point)
+
+
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+  """Raises UserError for an address that is not HOST:PORT, or an index that is not below the number of processes."""
+  if coordinator is not None and not re.fullmatch(r'\S+:\d+', coordinator):
+    raise UserError(
+      f'--coordinator={coordinator} must be HOST:PORT of the first process, such as 10.0.0.1:1234'
+    )
+  if num_processes is not None and process_id is not None and process_id >= num_processes:
+    raise UserError(
+      f'--process_id={process_id} must be below --num_processes={num_processes}; the first process has 0'
+    )
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+  """Logs jax's warnings, such as that of a pod without the package kubernetes, in one line each."""
+  with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter('always')
+    try:
+      yield
+    finally:
+      for warning in found:
+        _log.warning('%s', ' '.join(str(warning.message).split())[:300])
 
 
 def _peers() -> tuple[str | None, int | None, int | None]:

@@ -82,7 +82,7 @@ def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
 def read_types(function: Callable[[Params], Any], params: Params) -> Any:
   """Returns, for each parameter, the type that `function` converts it to, if it does nothing else with it; else its own."""
   jaxpr = jax.make_jaxpr(function)(params).jaxpr
-  inputs = jaxpr.invars[-len(jax.tree.leaves(params)) :]
+  inputs: list[Any] = jaxpr.invars[-len(jax.tree.leaves(params)) :]
   types = [_only(_uses(jaxpr, var), var.aval.dtype) for var in inputs]
   return jax.tree.unflatten(jax.tree.structure(params), types)
 
@@ -91,7 +91,7 @@ def _only(types: set[np.dtype], own: np.dtype) -> np.dtype:
   return next(iter(types)) if len(types) == 1 else own
 
 
-def _uses(jaxpr: core.Jaxpr, var: core.Var) -> set[np.dtype]:
+def _uses(jaxpr: core.Jaxpr, var: Any) -> set[np.dtype]:
   """The types that `var` is read in: what it is converted to, and its own for any other use."""
   found = {var.aval.dtype} if var in jaxpr.outvars else set()
   for equation in jaxpr.eqns:
@@ -100,7 +100,9 @@ def _uses(jaxpr: core.Jaxpr, var: core.Var) -> set[np.dtype]:
       inner = getattr(inner, 'jaxpr', inner)
       if equation.primitive.name == 'convert_element_type':
         found.add(np.dtype(equation.params['new_dtype']))
-      elif inner is not None and len(inner.invars) == len(equation.invars):  # a function, such as one jitted
+      elif inner is not None and len(inner.invars) == len(
+        equation.invars
+      ):  # a function, such as one jitted
         found |= _uses(inner, inner.invars[k])
       else:
         found.add(var.aval.dtype)

@@ -108,6 +108,35 @@ def test_a_colour_of_p3_is_shown_as_srgb(form):
   assert np.abs(decode(image, None, form, **options).astype(int) - (60, 160, 60)).max() <= 2
 
 
+@pytest.mark.parametrize('method', [2, 3])
+@pytest.mark.parametrize('large', [False, True], ids=['32 bits', '64 bits'])
+def test_the_profile_in_a_box_of_jpeg_2000_is_used(method, large):
+  """Pillow neither reads nor writes it."""
+  data = encoded(Image.new('RGB', (8, 8), (60, 160, 60)), 'JPEG2000')
+  at = data.index(b'jp2h') - 4
+  length = int.from_bytes(data[at : at + 4], 'big')
+  header = data[at + 8 : at + length]
+  colour = header.index(b'colr') - 4
+  end = colour + int.from_bytes(header[colour : colour + 4], 'big')
+  box = struct.pack('>I4s3B', 11 + len(WIDE), b'colr', method, 0, 0) + WIDE
+  header = header[:colour] + box + header[end:]
+  size = struct.pack('>I4sQ', 1, b'jp2h', 16 + len(header))
+  size = size if large else struct.pack('>I4s', 8 + len(header), b'jp2h')
+  changed = data[:at] + size + header + data[at + length :]
+  decode_it = decoding.Decoder(8, 3, 'area')
+  np.testing.assert_allclose(decode_it(changed), np.full((8, 8, 3), (0, 164, 35)), atol=1)
+  np.testing.assert_array_equal(decode_it(data), np.full((8, 8, 3), (60, 160, 60)))
+
+
+def test_boxes_end_where_the_file_is_cut_or_damaged():
+  box = struct.pack('>I4s', 12, b'colr') + bytes(4)
+  assert list(colours._boxes(box)) == [(b'colr', bytes(4))]
+  assert list(colours._boxes(struct.pack('>I4s', 0, b'jp2c') + bytes(9))) == [(b'jp2c', bytes(9))]
+  for length in (1, 2, 7):
+    assert not list(colours._boxes(struct.pack('>I4s', length, b'jp2h')))
+  assert not list(colours._boxes(b'jp2'))
+
+
 @pytest.mark.parametrize(('primaries', 'gamma'), [(P3, 2.2), (ADOBE, 563 / 256), (SRGB, 1.8)], ids=str)
 def test_colours_are_those_that_the_profile_defines(primaries, gamma):
   """To two of 255 levels, which lcms's arithmetic and the profile's rounding may take."""

@@ -297,7 +297,10 @@ def test_a_set_can_be_sent_to_another_process(tmp_path, kind):
     ('missing.zip', 'dataset.path=missing.zip: there is no such file or directory'),
     ('empty', r'dataset.path=empty holds no image (.png, .jpg'),
     ('text', 'dataset.path=text holds no image'),
-    ('text/notes.txt', 'dataset.path=text/notes.txt holds no image'),
+    (
+      'text/notes.txt',
+      'dataset.path=text/notes.txt is a single file that is not a .zip; name the directory',
+    ),
     ('fake.zip', 'dataset.path={tmp_path}/fake.zip cannot be listed: File is not a zip'),
     ('empty.zip', 'dataset.path=empty.zip holds no image'),
     ('mixed', 'dataset.path=mixed has images in folders (a/1.png) and next to them (2.png); see docs/'),

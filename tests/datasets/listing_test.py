@@ -82,6 +82,8 @@ def test_every_other_file_is_counted_with_its_reason_and_an_example(tmp_path, ki
     'in an unsupported format (.txt)': ['a/1.TXT', 'a/2.txt'],
     'in an unsupported format (.heic)': ['d/1.heic', 'd/2.HEIC', 'd/3.heic'],
     'in an unsupported format (no suffix)': ['P1', 'BM'],
+    'archives (.zip), which are not opened inside a dataset: unpack them': ['d/1.zip', 'd/2.ZIP'],
+    'archives (.gz), which are not opened inside a dataset: unpack them': ['d/1.tar.gz'],
     'empty': ['a/nothing'],
     'larger than 1 MiB': ['a/large.png'],
   }
@@ -216,6 +218,16 @@ def test_other_archives_are_refused_with_a_remedy(tmp_path, name):
     with tarfile.open(path, 'w:gz' if name == 'x.tar.gz' else 'w') as file:
       file.addfile(tarfile.TarInfo('1.png'))
   with pytest.raises(UserError, match=rf'{name} is an archive of an unsupported kind; unpack it'):
+    datasets.open_split(tiny_pictures.settings('folder', path=path), 'train')
+
+
+def test_an_archive_that_ends_with_a_zip_is_not_read_as_that_zip(tmp_path):
+  inner = write_zip(tmp_path / 'inner.zip', [(f'{k}.png', PNG) for k in range(4)])
+  path = tmp_path / 'pictures.tar'
+  with tarfile.open(path, 'w') as file:
+    file.add(inner)
+  assert zipfile.is_zipfile(path)
+  with pytest.raises(UserError, match=r'pictures\.tar is an archive of an unsupported kind; unpack it'):
     datasets.open_split(tiny_pictures.settings('folder', path=path), 'train')
 
 

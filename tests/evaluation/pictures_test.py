@@ -33,6 +33,12 @@ def test_a_folder_holds_each_image_under_a_name_that_sorts(tmp_path):
     pictures.check_out(tmp_path / 'folder', 3)
 
 
+@pytest.mark.parametrize('name', ['none/x.png', 'none/x/'])
+def test_a_directory_that_is_not_there_is_named(tmp_path, name):
+  with pytest.raises(UserError, match=f'there is no directory {tmp_path}/none; make it first'):
+    pictures.check_out(f'{tmp_path}/{name}', 4)
+
+
 @pytest.mark.parametrize('name', ['x', 'x.jpg', 'x.npy', '.png/x', 'there.png', 'file/'])
 def test_what_is_neither_a_file_of_a_known_kind_nor_a_folder_is_refused(tmp_path, name):
   (tmp_path / 'there.png').mkdir()

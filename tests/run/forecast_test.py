@@ -1,5 +1,6 @@
 """The plan of a run, and the time it will take, before it runs."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -175,6 +176,24 @@ def test_an_update_is_timed_without_its_compilation(monkeypatch):
     seen.clear()
     assert forecast.seconds_per_update(stage, step, 4) == 2.0
     assert seen == [(['teacher'] if stage.parent else [], (24, 8, 8, 1), shape)] * 5
+
+
+def test_a_plan_announces_what_it_compiles_where_a_signal_ends_it_at_once(monkeypatch):
+  inside, seen = [], []
+
+  @contextlib.contextmanager
+  def compiling(what):
+    inside.append(what)
+    yield
+    inside.clear()
+
+  def step(recipe, state, frozen, batch):
+    seen.append(list(inside))
+    return state, {}
+
+  monkeypatch.setattr(forecast.announcing, 'compiling', compiling)
+  forecast.seconds_per_update(STAGES[0], step, 2)
+  assert seen == [['stage base'], [], []]
 
 
 PAIRED = OVERRIDES | {

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import warnings
 
 import jax
 import pytest
@@ -70,6 +71,37 @@ def test_a_coordinator_that_does_not_answer_is_one_line(initialize):
     cluster.start(*GIVEN, timeout=100)
 
 
+@pytest.mark.parametrize(
+  ('given', 'words'),
+  [
+    (('nohost', 2, 1), '--coordinator=nohost must be HOST:PORT'),
+    (('host:port', 2, 1), '--coordinator=host:port must be HOST:PORT'),
+    (('[::1]:1234', 2, 2), '--process_id=2 must be below --num_processes=2'),
+  ],
+)
+def test_an_address_that_is_none_is_refused(initialize, given, words):
+  with pytest.raises(UserError, match=f'^{words}'):
+    cluster.start(*given, timeout=100)
+  assert not initialize.calls
+
+
+def test_an_environment_that_jax_does_not_understand_says_how_to_run_alone(initialize, monkeypatch):
+  monkeypatch.setenv('SLURM_NTASKS', '4')
+  initialize.error = ValueError("invalid literal for int() with base 10: 'x'")
+  with pytest.raises(UserError, match=r"environment .*\(ValueError: .* 'x'\); .* set --num_processes=1"):
+    cluster.start(None, None, None, timeout=100)
+
+
+def test_a_warning_of_jax_is_one_line(monkeypatch, caplog, recwarn):
+  def call(*args, **kwargs):
+    warnings.warn('Kubernetes environment detected, but\n  no package', stacklevel=1)
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', call)
+  cluster.start(None, None, None, timeout=100)
+  assert caplog.messages == ['Kubernetes environment detected, but no package'] and not recwarn.list
+
+
 def test_alone_everybody_agrees():
   assert cluster.agree(True) and not cluster.agree(False)
   value = [1, 'two', {'three': None}]
@@ -124,6 +156,15 @@ def test_modes_of_one_process_refuse_several(mode, tmp_path, capsys):
   assert cli.run(options) == 2
   assert f'--mode={mode} runs in one process; remove --coordinator' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+def test_modes_of_one_process_take_the_flag_that_says_so(tmp_path, capsys):
+  """As the message to a process that waits for others advises."""
+  from diffusion_distillation import cli
+
+  options = cli.Options(mode='plan', config=None, default=tiny.config(), workdir=None, num_processes=1)
+  assert cli.run(options) == 2
+  assert '--mode=plan needs --config' in capsys.readouterr().err
 
 
 SLURM = {'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}

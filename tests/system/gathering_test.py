@@ -48,7 +48,9 @@ def test_values_and_gradients_are_those_of_the_whole_network(gathered, dtype):
   expected = jax.jit(jax.value_and_grad(functools.partial(loss, function), (0, 1)))(params, x)
   placed = sharding.place(params), sharding.spread(x)
   found = jax.jit(jax.value_and_grad(functools.partial(loss, gathered(function)), (0, 1)))(*placed)
-  tolerance = 1e-5 if dtype == jnp.float32 else 0.03  # partial sums over examples are rounded to bfloat16
+  tolerance = (
+    1e-5 if dtype == jnp.float32 else 0.03
+  )  # partial sums over examples are rounded to bfloat16
   for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     assert one.dtype == other.dtype == jnp.float32
     np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
