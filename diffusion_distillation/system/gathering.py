@@ -80,15 +80,17 @@ def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def read_types(function: Callable[[Params], Any], params: Params) -> Any:
-  """Returns, for each parameter, the type that `function` converts it to, if it does nothing else with it; else its own."""
+  """Returns the type that each parameter is read in: a narrower one if `function` only ever converts it to that, else its own."""
   jaxpr = jax.make_jaxpr(function)(params).jaxpr
   inputs: list[Any] = jaxpr.invars[-len(jax.tree.leaves(params)) :]
-  types = [_only(_uses(jaxpr, var), var.aval.dtype) for var in inputs]
+  types = [_narrower(_uses(jaxpr, var), var.aval.dtype) for var in inputs]
   return jax.tree.unflatten(jax.tree.structure(params), types)
 
 
-def _only(types: set[np.dtype], own: np.dtype) -> np.dtype:
-  return next(iter(types)) if len(types) == 1 else own
+def _narrower(types: set[np.dtype], own: np.dtype) -> np.dtype:
+  """The only one of `types`, if it is narrower than `own`; else `own`."""
+  only = types.pop() if len(types) == 1 else own
+  return only if only.itemsize < own.itemsize else own
 
 
 def _uses(jaxpr: core.Jaxpr, var: Any) -> set[np.dtype]:
@@ -100,9 +102,7 @@ def _uses(jaxpr: core.Jaxpr, var: Any) -> set[np.dtype]:
       inner = getattr(inner, 'jaxpr', inner)
       if equation.primitive.name == 'convert_element_type':
         found.add(np.dtype(equation.params['new_dtype']))
-      elif inner is not None and len(inner.invars) == len(
-        equation.invars
-      ):  # a function, such as one jitted
+      elif inner is not None and len(inner.invars) == len(equation.invars):  # of a jitted function
         found |= _uses(inner, inner.invars[k])
       else:
         found.add(var.aval.dtype)

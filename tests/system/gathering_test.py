@@ -120,6 +120,11 @@ def test_the_type_in_which_a_parameter_is_read(function, dtype):
   assert read_types(function, jnp.ones((4, 4))) == np.dtype(dtype)
 
 
+def test_a_narrow_parameter_is_sent_as_it_is():
+  narrow = jnp.ones((4, 4), jnp.bfloat16)
+  assert read_types(lambda w: w.astype(jnp.float32), narrow) == jnp.bfloat16
+
+
 def test_layers_of_flax_are_read_in_their_own_types():
   class Two(nn.Module):
     @nn.compact
