@@ -322,7 +322,7 @@ This page is the output of `python main.py --mode=keys`.
 """
 
 
-_OF_SAMPLING = ('sampler', 'steps', 'grid', 'times', 'classes', 'clip_x', 'gamma')
+_OF_SAMPLING = ('weights', 'sampler', 'steps', 'grid', 'times', 'classes', 'clip_x', 'gamma')
 _WITHOUT_DEVICES = ('prepare', 'keys')
 
 MODES: dict[str, Callable[[Options], None]] = {

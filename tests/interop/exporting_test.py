@@ -225,7 +225,7 @@ def test_without_the_package_that_serializes_programs_nothing_is_written(workdir
 
 
 @pytest.mark.parametrize(
-  'flag', ['--steps=2', '--sampler=ddim', '--times=0,1', '--noclip_x', '--gamma=0']
+  'flag', ['--steps=2', '--sampler=ddim', '--times=0,1', '--noclip_x', '--gamma=0', '--weights=last']
 )
 def test_flags_of_sampling_are_refused(flag, workdir, tmp_path, monkeypatch):
   monkeypatch.delitem(NETWORKS, 'small')
