@@ -71,9 +71,12 @@ def workdir(tmp_path_factory):
 def exported(request, workdir, tmp_path_factory):
   """The model, the folder, and what the command says."""
   out = tmp_path_factory.mktemp('out') / 'new' / 'folder'
+  given = out
   if request.param == 'conditional':
     out.mkdir(parents=True)  # a folder that is there, but empty
-  line = exporting.export(workdir, request.param, out)
+    given = out.parent.parent / 'link'
+    given.symlink_to(out)
+  line = exporting.export(workdir, request.param, given)
   return load(workdir / request.param), out, line
 
 
@@ -212,6 +215,7 @@ def test_what_cannot_be_exported_is_one_line(workdir, tmp_path, monkeypatch):
   assert "'tflite'" in message and 'jax' in message
   message = refused(workdir, f'--out={new}', '--stage=base')
   assert 'no finished stage of that name' in message and 'conditional, unconditional' in message
+  assert 'no finished stage' in refused(workdir, f'--out={new}', f'--stage=../{workdir.name}/conditional')
   assert 'holds no model' in refused(tmp_path, f'--out={new}')
   assert sorted(path.name for path in tmp_path.iterdir()) == ['full']
 
