@@ -136,11 +136,14 @@ def _write(to: Format, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.
   sheet.save(into / 'samples.png')
   description = without_paths(files.read_json(folder / model.DESCRIPTION))
   files.write_json(into / model.DESCRIPTION, description)
-  (into / 'README.md').write_text(model_card.render(description, to, _dataset(folder)))
+  card = model_card.render(description, to, _dataset(folder, stored.provenance))
+  (into / 'README.md').write_text(card, encoding='utf-8')
 
 
-def _dataset(folder: pathlib.Path) -> str | None:
-  """Returns the name of the dataset of a model's run; None for a folder that was moved out of its workdir."""
+def _dataset(folder: pathlib.Path, made: Mapping[str, Any]) -> str | None:
+  """Returns the name of the dataset of a model's run; None if it was moved out of its workdir, or trained elsewhere."""
+  if made.get('imported'):
+    return None
   config = folder.parent.parent / 'config.json'
   if not (folder.parent / 'stage.json').is_file() or not config.is_file():
     return None

@@ -38,7 +38,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
   label = description['conditioning'].get('label')
   kind = f'Class-conditional ({label["count"]} classes)' if label else 'Unconditional'
   parts = [
-    _header(made, to.library),
+    _header(_origin(made), to.library),
     f'# {stage}\n',
     '![samples](samples.png)\n',
     f'{kind} diffusion model of images with {height} x {width} pixels and {channels} '
@@ -57,6 +57,12 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
   return '\n'.join(parts)
 
 
+def _origin(made: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the provenance of the training; for an imported model, that of its source, if it is known."""
+  imported = made.get('imported')
+  return _origin(imported.get('provenance') or {}) if imported else made
+
+
 def _header(made: Mapping[str, Any], library: str) -> str:
   tags = ['diffusion', *(['distillation'] if made.get('parent') else []), made.get('method')]
   lines = ''.join(f'- {tag}\n' for tag in tags if tag)
@@ -67,11 +73,12 @@ def _header(made: Mapping[str, Any], library: str) -> str:
 
 def _training(made: Mapping[str, Any], dataset: str | None) -> str:
   lines = [f'- Dataset: {dataset or "not recorded with the model"}']
+  trained = _origin(made)
   for key, text in (('method', 'Method'), ('updates', 'Updates'), ('distance', 'Distance')):
-    if made.get(key) is not None:
-      lines.append(f'- {text}: {made[key]}')
+    if trained.get(key) is not None:
+      lines.append(f'- {text}: {trained[key]}')
   for key, text in (('parent', 'Teacher'), ('start', 'Initialized from')):
-    if source := made.get(key):
+    if source := trained.get(key):
       lines.append(
         f'- {text}: {source["stage"]} (weights {source["weights"]}, digest {source["digest"][:12]})'
       )

@@ -27,13 +27,14 @@ from tests.stages import model_test
 from tests.stages.model_test import stored
 
 FILES = ['README.md', 'model.json', 'run.py', 'sampler.stablehlo', 'samples.png', 'weights.safetensors']
-MADE = {
+DISTILLED = {
   'stage': 'student',
   'method': 'progressive',
   'updates': 7,
-  'parent': {'stage': 'base', 'weights': 'ema', 'digest': 'abcdef' * 10},
-  'imported': {'source': 'model', 'folder': '/home/somebody/models/teacher'},
+  'parent': {'stage': 'teacher', 'weights': 'ema', 'digest': 'abcdef' * 10},
 }
+IMPORTED = {'source': 'model', 'folder': '/home/somebody/models/teacher', 'provenance': DISTILLED}
+MADE = {'stage': 'base', 'method': 'denoising', 'updates': 0, 'imported': IMPORTED}
 ROW = {'sampler': 'ddim', 'num_steps': 3, 'grid': 'uniform', 'nfe': 3, 'weights': 'ema'}
 ROW |= {'num_samples': 500, 'metric': 'FD-digits', 'metrics': {'frechet': 1.25}}
 MODELS = {
@@ -149,14 +150,15 @@ def test_the_card_says_what_it_was_made_from_and_how_it_was_measured(exported):
   assert card.startswith(
     '---\nlibrary_name: jax\npipeline_tag: unconditional-image-generation\ntags:\n- diffusion\n'
   )
-  assert '- Dataset: digits\n' in card and '](samples.png)' in card
+  assert '](samples.png)' in card
   if loaded.stored.class_names:
+    assert '- Dataset: digits\n' in card
     assert 'Class-conditional (3 classes)' in card and '| 1 | dog |' in card
     assert '2 multistep_consistency steps: 2 network evaluations' in card and 'None are recorded' in card
   else:
     assert '- distillation\n- progressive\n---\n' in card
-    assert '- Updates: 7\n- Teacher: base (weights ema, digest abcdefabcdef)\n' in card
-    assert '- Imported from: model, teacher\n' in card
+    assert '- Updates: 7\n- Teacher: teacher (weights ema, digest abcdefabcdef)\n' in card
+    assert '- Imported from: model, teacher\n' in card and '- Dataset: not recorded' in card
     assert '| 3 ddim (uniform) | 3 | ema | 500 | frechet 1.25 |' in card and 'distance FD-digits' in card
 
 
@@ -215,7 +217,9 @@ def test_what_cannot_be_exported_is_one_line(workdir, tmp_path, monkeypatch):
   assert "'tflite'" in message and 'jax' in message
   message = refused(workdir, f'--out={new}', '--stage=base')
   assert 'no finished stage of that name' in message and 'conditional, unconditional' in message
-  assert 'no finished stage' in refused(workdir, f'--out={new}', f'--stage=../{workdir.name}/conditional')
+  assert 'no finished stage' in refused(
+    workdir, f'--out={new}', f'--stage=../{workdir.name}/conditional'
+  )
   assert 'holds no model' in refused(tmp_path, f'--out={new}')
   assert sorted(path.name for path in tmp_path.iterdir()) == ['full']
 

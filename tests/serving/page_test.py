@@ -45,7 +45,9 @@ def test_flags_of_sampling_are_refused(workdir):
   for flag in ('--stage=base', '--steps=2', '--noclip_x', '--weights=last'):
     code, out, err = tiny.run_cli('--mode=serve', f'--workdir={workdir}', flag)
     assert (code, out) == (UserError.exit_code, '')
-    assert re.fullmatch(r'error: --(stage|steps|clip_x|weights) does not apply to --mode=serve: .*\n', err)
+    assert re.fullmatch(
+      r'error: --(stage|steps|clip_x|weights) does not apply to --mode=serve: .*\n', err
+    )
 
 
 def test_only_this_machine_is_listened_to_and_a_busy_port_is_one_line():
