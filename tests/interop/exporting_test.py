@@ -1,6 +1,7 @@
 """Export: what is written draws the model's images without this package, and nothing is written otherwise."""
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from PIL import Image
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation.loading import LoadedModel, load
-from diffusion_distillation.interop import exporting, stablehlo
+from diffusion_distillation.interop import exporting, model_card, stablehlo
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.stages import model
 from tests import tiny
@@ -160,6 +161,18 @@ def test_the_card_says_what_it_was_made_from_and_how_it_was_measured(exported):
     assert '- Updates: 7\n- Teacher: teacher (weights ema, digest abcdefabcdef)\n' in card
     assert '- Imported from: model, teacher\n' in card and '- Dataset: not recorded' in card
     assert '| 3 ddim (uniform) | 3 | ema | 500 | frechet 1.25 |' in card and 'distance FD-digits' in card
+
+
+def test_text_from_a_model_is_neither_markdown_nor_html_nor_yaml():
+  """Folders name classes, and a model may come from anybody."""
+  bad = '![x](http://x)|<img src=x>\n---\n# `a: *b*'
+  made = {'stage': bad, 'method': bad, 'versions': {'jax': bad}}
+  of = dataclasses.replace(MODELS['conditional'], provenance=made, class_names=('cat', bad, 'hen'))
+  card = model_card.render(model.describe(of), exporting.FORMATS['jax'], bad)
+  plain = r'!\[x\](http://x)\|&lt;img src=x&gt; --- # \`a: \*b\*'
+  assert f'| 1 | {plain} |\n| 2 | hen |' in card and f'\n# {plain}\n' in card
+  assert f'- Dataset: {plain}\n- Method: {plain}\n- Versions: jax {plain}\n' in card
+  assert re.search(r'\n- diffusion\n- [\w-]+\n---\n', card) and card.count('\n---\n') == 1
 
 
 def test_attention_is_lowered_for_all_platforms_without_custom_calls():
