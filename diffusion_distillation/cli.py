@@ -20,9 +20,9 @@ from diffusion_distillation.config import (
   to_markdown,
 )
 from diffusion_distillation.datasets import preparing
-from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import Preempted, StorageError, UserError
-from diffusion_distillation.evaluation import measure, pictures
+from diffusion_distillation.evaluation import measure, pictures, sample_flags
 from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
@@ -201,18 +201,20 @@ def _sample(options: Options) -> None:
   clip_x = stored.clip_x if options.clip_x is None else options.clip_x
   gamma = settings.gamma if options.gamma is None else options.gamma
   step = make_sampler(sampler, gamma)
-  draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size)
-  grid, chosen = _grid(options, stored), chosen_classes(stored, options.classes)
+  grid = sample_flags.grid(stored, options.times, options.steps, options.grid)
+  chosen = chosen_classes(stored, options.classes)
+  guidance = sample_flags.guidance(stored, options.guidance or 0.0, options.guidance_interval, chosen)
+  draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size, guidance)
   images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen, 'sample')
   if not files.writes():
     return
   cond = draw.cond(np.arange(options.num_samples), options.seed, chosen)
   pictures.save(out, images, None if cond is None else cond.get('label'))
-  steps, made = len(grid) - 1, stored.provenance
+  steps, calls, made = len(grid) - 1, guidance.calls(step, grid, stored.schedule), stored.provenance
   updates = 'an unknown number of' if made.get('updates') is None else made['updates']
   print(
     f'{out.path}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} steps, '
-    f'{step.calls(steps)} network calls each ({updates} updates)'
+    f'{calls} network calls each ({updates} updates)'
   )
 
 
@@ -237,22 +239,6 @@ def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config)
     if model is not None:
       return provenance.to_stored(directory, model.use(options.weights), config)
   raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
-
-
-def _grid(options: Options, stored: StoredModel) -> np.ndarray:
-  """The times to sample at: those given, or equal steps."""
-  if options.times and options.steps:
-    raise UserError('give --steps or --times, not both')
-  if options.times:
-    try:
-      return times.grid([float(t) for t in options.times])
-    except ValueError as error:
-      raise UserError(f'--times={",".join(options.times)}: {error}, such as 0,0.25,1') from error
-  name = options.grid or stored.times
-  try:
-    return times.make_grid(name, options.steps or stored.num_steps, stored.schedule)
-  except ValueError as error:
-    raise UserError(f'--grid={name}: {error}') from error
 
 
 def _replay(options: Options) -> None:
@@ -322,7 +308,11 @@ This page is the output of `python main.py --mode=keys`.
 """
 
 
-_OF_SAMPLING = ('weights', 'sampler', 'steps', 'grid', 'times', 'classes', 'clip_x', 'gamma')
+_GUIDANCE = ('guidance', 'guidance_interval')
+_OF_SAMPLING = (
+  *('weights', 'sampler', 'steps', 'grid', 'times', 'classes'),
+  *(*_GUIDANCE, 'clip_x', 'gamma'),
+)
 _WITHOUT_DEVICES = ('prepare', 'keys')
 
 MODES: dict[str, Callable[[Options], None]] = {

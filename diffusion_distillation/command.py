@@ -56,6 +56,17 @@ _TIMES = flags.DEFINE_list('times', [], 'sample: a grid of times instead of equa
 _CLASSES = flags.DEFINE_list(
   'classes', [], 'sample: classes to draw in turn, by number or name, or none; by default all.'
 )
+_GUIDANCE = flags.DEFINE_float(
+  'guidance',
+  None,
+  'sample: the weight W of classifier-free guidance, x + W (x - x without a class); 0, the default, is none. Elsewhere the '
+  'scale 1 + W is called guidance.',
+)
+_GUIDANCE_INTERVAL = flags.DEFINE_list(
+  'guidance_interval',
+  [],
+  'sample: noise levels sigma / alpha, LOW,HIGH, between which steps are guided; by default all.',
+)
 _OUT = flags.DEFINE_string(
   'out',
   None,
@@ -130,6 +141,8 @@ def run(argv: list[str]) -> None:
     grid=_GRID.value,
     times=_TIMES.value,
     classes=_CLASSES.value,
+    guidance=_GUIDANCE.value,
+    guidance_interval=_GUIDANCE_INTERVAL.value,
     out=_OUT.value or None,
     format=_FORMAT.value,
     source=_SOURCE.value,

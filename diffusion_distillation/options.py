@@ -27,6 +27,8 @@ class Options:
   grid: str | None = None
   times: Sequence[str] = ()
   classes: Sequence[str] = ()
+  guidance: float | None = None
+  guidance_interval: Sequence[str] = ()
   out: str | os.PathLike[str] | None = None
   format: str = 'jax'
   source: str | None = None

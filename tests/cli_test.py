@@ -14,6 +14,7 @@ from diffusion_distillation.errors import (
   StorageError,
   UserError,
 )
+from diffusion_distillation.evaluation import sample_flags
 from diffusion_distillation.stages import workdir as workdirs
 from tests import bad_data, tiny
 
@@ -337,9 +338,9 @@ def test_gamma_is_for_ancestral_sampling_alone(tmp_path, monkeypatch, capsys):
     assert cli.run(given) == 2 and word in capsys.readouterr().err
 
 
-def test_steps_and_times_exclude_each_other(tmp_path):
+def test_steps_and_times_exclude_each_other():
   with pytest.raises(UserError, match='not both'):
-    cli._grid(options(tmp_path, steps=2, times=['0', '1']), None)
+    sample_flags.grid(None, ['0', '1'], 2, None)
 
 
 def test_a_second_run_in_one_workdir_is_refused(tmp_path):

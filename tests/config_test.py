@@ -25,7 +25,7 @@ CHECKED_ELSEWHERE = {
   *(f'schedule.{key}' for key in ('logsnr_min', 'logsnr_max', 'beta_min', 'beta_max')),
   *(f'schedule.{key}' for key in ('s_min', 's_max', 'rho')),
   *(f'{method}.{key}' for method in ('dmd', 'dmd2') for key in ('first_t', 'last_t')),
-  *('mesh.data', 'mesh.fsdp'),
+  *('evaluation.guidance_interval', 'mesh.data', 'mesh.fsdp'),
 }
 
 

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from configs import default
+from configs import default, digits_guided
 from diffusion_distillation import datasets
 from diffusion_distillation.config import check_keys, flatten
+from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.weightings import SnrTrunc
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation import measure
 from diffusion_distillation.methods import Denoising
 from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.guidance import Guided
 from diffusion_distillation.stages import plan as stages
 from tests import parity_test, tiny
 
@@ -217,6 +220,20 @@ def test_the_layer_list_gives_the_size_of_the_released_sample():
     lambda rng: Denoiser(parity_test.network(), 'both').init(rng, (8, 8, 3)), jax.random.key(0)
   )
   assert sum(np.size(leaf) for leaf in jax.tree.leaves(recorded)) == size_of(ours) == expected
+
+
+def test_the_guided_digits_have_one_weight_in_all_that_is_taught_and_several_in_what_is_measured():
+  config = digits_guided.get_config()
+  check_keys(config, default.get_config())
+  first, second, *_, dmd = stages = plan(config)
+  assert [stage.num_steps for stage in stages] == [32, 16, 8, 4, 2, 1, 1]
+  assert first.recipe.cond_dropout == 0.1 and first.denoise.conditioning
+  guided = Guided(first.denoise, Guidance(1.0))
+  teachers = [stage.recipe.networks['teacher'] for stage in stages[1:]]
+  assert teachers == [guided, *[second.denoise] * 4, guided]
+  assert dmd.name == 'dmd' and dmd.pairs.guidance == Guidance(1.0)
+  of_base = [guidance.weight for guidance in measure.guidances(config, 0)]
+  assert of_base[0] == 0.0 and 1.0 in of_base and measure.guidances(config, 1) == (NONE,)
 
 
 def test_an_unknown_variant_is_one_clear_line(tmp_path):

@@ -108,7 +108,7 @@ def test_no_two_modules_need_each_other():
 @pytest.mark.parametrize('path', sorted((PACKAGE / 'methods').glob('*.py')), ids=lambda p: p.stem)
 def test_methods_do_not_import_networks_of_images(path):
   """They receive networks; only a head of their own and the classifier of distances are theirs to make."""
-  known = {f'networks.{name}' for name in ('classifier', 'conditioning', 'denoiser', 'head')}
+  known = {f'networks.{name}' for name in ('classifier', 'conditioning', 'denoiser', 'guidance', 'head')}
   assert {name for name in imported(path)[0] if top(name) == 'networks'} <= known
 
 

@@ -163,6 +163,7 @@ def test_what_is_new_comes_first():
   titles = re.findall(r'^## (.*)$', DOCS['upgrading.md'], re.MULTILINE)
   assert titles[-2:] == ['Speed', 'Four seams']
   newest_first = (
+    'Guidance',
     'A page to look at models',
     'Runs from Python',
     'Export',

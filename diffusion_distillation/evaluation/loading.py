@@ -11,11 +11,13 @@ import numpy as np
 from diffusion_distillation import paths
 from diffusion_distillation.config import choose
 from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.networks.guidance import check
 from diffusion_distillation.stages import model
 from diffusion_distillation.stages.model import StoredModel
 
@@ -39,6 +41,8 @@ class LoadedModel:
     labels: Sequence[int] | None = None,
     steps: int | None = None,
     sampler: str | None = None,
+    guidance: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
   ) -> np.ndarray:
     """Draws images; image k is a function of (seed, k) and its label.
 
@@ -48,13 +52,16 @@ class LoadedModel:
       labels: classes to draw in turn, -1 for none; by default all, so that they are balanced.
       steps: sampling steps per image; by default those that the model is made for.
       sampler: a name in `samplers.SAMPLERS`; by default the one that the model is made for.
+      guidance: the weight W of classifier-free guidance, x + W (x - x without a class), for models that were trained with
+        label dropout; 0 for none. Elsewhere 1 + W is called the scale of guidance.
+      guidance_interval: noise levels sigma / alpha, (low, high), between which steps are guided; None for all.
 
     Returns:
       (num_samples, H, W, C) uint8.
 
     Raises:
       UserError: there is no such sampler or label, a number is out of range, or the model's schedule has no grid of so
-        many steps.
+        many steps; or the model cannot be guided.
     """
     chosen = self.check_labels(labels)
     if num_samples < 1 or (steps is not None and steps < 1):
@@ -67,7 +74,13 @@ class LoadedModel:
       grid = times.make_grid(name, num_steps, self.stored.schedule)
     except ValueError as error:
       raise UserError(f'steps={num_steps}, times={name}: {error}') from error
-    draw = self.drawer(cls(), self.stored.clip_x, min(_BATCH, num_samples))
+    try:
+      by = make_guidance(guidance, guidance_interval or ())
+    except ValueError as error:
+      raise UserError(f'guidance={guidance}, guidance_interval={guidance_interval}: {error}') from error
+    told = self.stored.denoise.conditioning
+    check('guidance', by, told, self.stored.cond_dropout, (chosen or {}).get('label'))
+    draw = self.drawer(cls(), self.stored.clip_x, min(_BATCH, num_samples), by)
     return draw.draw(self.stored.params, grid, num_samples, seed, chosen)
 
   def check_labels(self, labels: Sequence[int] | None) -> Chosen:
@@ -81,7 +94,9 @@ class LoadedModel:
       raise UserError(f'labels={list(labels)} must be in 0 ... {classes.count - 1}, or -1 for no class')
     return {'label': list(labels)}
 
-  def drawer(self, sampler: samplers.Sampler, clip_x: bool, batch_size: int) -> Drawer:
+  def drawer(
+    self, sampler: samplers.Sampler, clip_x: bool, batch_size: int, guidance: Guidance = NONE
+  ) -> Drawer:
     """Draws from the model by a sampler."""
     stored = self.stored
     return Drawer(
@@ -92,6 +107,7 @@ class LoadedModel:
       image_shape=stored.image_shape,
       batch_size=batch_size,
       clip_x=clip_x,
+      guidance=guidance,
     )
 
   def denoise(self, z: jax.Array, logsnr: jax.Array, cond: Cond = None) -> Prediction:

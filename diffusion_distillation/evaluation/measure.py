@@ -14,6 +14,7 @@ import numpy as np
 from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, SHARE, Config, key
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.metrics import METRICS, Features, RunningFeatures, frechet
@@ -69,16 +70,28 @@ class EvaluationSection:
     choices=conditioning.LABELS,
   )
   clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
+  guidance: tuple[float, ...] = key(
+    (0.0,),
+    'Weights W of classifier-free guidance with which the base model is evaluated; 0: none. Elsewhere the scale 1 + W is stated. '
+    'Weights above 0 need a base that was trained with `dataset.label_dropout`.',
+    NOT_NEGATIVE,
+    distinct=True,
+  )
+  guidance_interval: tuple[float, ...] = key(
+    (),
+    'Noise levels sigma / alpha, (low, high), between which the sampling steps of the base model are guided; empty: all.',
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One row to be: a model, a sampler, a number of steps; and the updates that made the model, None if not known."""
+  """One row to be: a model, a sampler, a number of steps, guidance; and the model's updates, None if not known."""
 
   model: Model
   sampler: str
   num_steps: int
   updates: int | None = None
+  guidance: Guidance = NONE
 
 
 def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:
@@ -94,6 +107,12 @@ def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, i
       if place or weights != 'ema':
         found += [(place, weights, stage.sampler, steps) for steps in stage.measured_steps]
   yield from (row for row in found if row[-1] <= config.evaluation.max_steps)
+
+
+def guidances(config: Config, place: int) -> tuple[Guidance, ...]:
+  """The guidance of each row of the stage at `place`: the config's for the base, the first stage, and none for students."""
+  weights, interval = config.evaluation.guidance, config.evaluation.guidance_interval
+  return (NONE,) if place else tuple(make_guidance(weight, interval) for weight in weights)
 
 
 def evaluate(
@@ -122,10 +141,13 @@ def evaluate(
   known = {} if again else known_rows(path, extractor) | known_rows(partial, extractor)
   cluster.barrier()  # before the first process writes these files anew
   todo = [
-    Setting(models[place].use(weights), sampler, num_steps, updates_done(workdir, models[place]))
+    Setting(
+      models[place].use(weights), sampler, num_steps, updates_done(workdir, models[place]), guidance
+    )
     for place, weights, sampler, num_steps in rows(stages, config)
+    for guidance in guidances(config, place)
   ]
-  drawn: dict[tuple[str, str, str, int], np.ndarray] = {}
+  drawn: dict[tuple, np.ndarray] = {}
   steps = sum(s.num_steps for s in todo)
   size, floor = config.evaluation.num_samples, results['floor']['value']
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
@@ -138,7 +160,8 @@ def evaluate(
         drawn[_place(setting)] = images
       results['rows'].append(row)
       write_json(partial, results)
-      bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}: {row["value"]:.3f}')
+      guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
+      bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}{guided}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
@@ -170,7 +193,7 @@ def _real(
 
 def describe(config: Config, setting: Setting) -> dict[str, Any]:
   """A row, but for what is measured: equal descriptions are equal measurements."""
-  sampler = make(config, setting.sampler)
+  sampler, by, stage = make(config, setting.sampler), setting.guidance, setting.model.stage
   return {
     'stage': setting.model.stage.name,
     'weights': setting.model.weights,
@@ -178,7 +201,9 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'sampler': setting.sampler,
     'num_steps': setting.num_steps,
     'grid': 'uniform' if setting.model.stage.parent else config.evaluation.grid,
-    'nfe': sampler.calls(setting.num_steps),
+    'guidance': by.weight,
+    'guidance_interval': by.interval,
+    'nfe': by.calls(sampler, grid(config, stage, setting.num_steps), stage.schedule),
     'num_samples': config.evaluation.num_samples,
     'tolerance': config.evaluation.tolerance,
     'seed': config.evaluation.seed,
@@ -213,7 +238,13 @@ def make(config: Config, sampler: str) -> Sampler:
   return make_sampler(sampler, config.evaluation.gamma)
 
 
-def drawer(config: Config, stage: Stage, sampler: str, label_counts: tuple[int, ...] = ()) -> Drawer:
+def drawer(
+  config: Config,
+  stage: Stage,
+  sampler: str,
+  label_counts: tuple[int, ...] = (),
+  guidance: Guidance = NONE,
+) -> Drawer:
   """Draws from a stage as the config's evaluation says; classes in turn, unless their proportions are given."""
   return Drawer(
     denoise=stage.denoise,
@@ -224,14 +255,14 @@ def drawer(config: Config, stage: Stage, sampler: str, label_counts: tuple[int, 
     batch_size=config.evaluation.batch_size,
     clip_x=config.evaluation.clip_x,
     label_counts=label_counts,
+    guidance=guidance,
   )
 
 
-def grid(config: Config, setting: Setting) -> np.ndarray:
+def grid(config: Config, stage: Stage, num_steps: int) -> np.ndarray:
   """The times of a row: those that a student was made for; the config's choice for the base."""
-  stage = setting.model.stage
   name = 'uniform' if stage.parent else config.evaluation.grid
-  return times.make_grid(name, setting.num_steps, stage.schedule)
+  return times.make_grid(name, num_steps, stage.schedule)
 
 
 def measure_setting(
@@ -265,8 +296,9 @@ def measure_setting(
     enough = floor * size / running.seen < tolerance * frechet(running.result(), reference)
     return bool(cluster.from_first(bool(enough)))  # the others' values may differ in their last bits
 
-  model, by = setting.model, grid(config, setting)
-  draw = drawer(config, model.stage, setting.sampler, label_counts)
+  model = setting.model
+  by = grid(config, model.stage, setting.num_steps)
+  draw = drawer(config, model.stage, setting.sampler, label_counts, setting.guidance)
   seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, then, is_enough)
   samples = running.result()
   values = {name: metric(samples, reference) for name, metric in METRICS.items()}
@@ -280,18 +312,21 @@ def measure_setting(
   return row, np.concatenate(first)
 
 
-def _place(setting: Setting) -> tuple[str, str, str, int]:
+def _place(setting: Setting) -> tuple:
   """What tells the samples of two rows of one evaluation apart."""
-  return setting.model.stage.name, setting.model.weights, setting.sampler, setting.num_steps
+  model = setting.model
+  return model.stage.name, model.weights, setting.sampler, setting.num_steps, setting.guidance
 
 
 def grid_rows(
   config: Config,
   models: list[Model],
-  drawn: Mapping[tuple[str, str, str, int], np.ndarray],
+  drawn: Mapping[tuple, np.ndarray],
   label_counts: tuple[int, ...] = (),
 ) -> dict[str, np.ndarray]:
   """(_SHOWN, H, W, C) uint8 images of each stage that is measured, all from the same noise, by caption.
+
+  The base is shown with the first of its weights of guidance.
 
   Args:
     config: of the run.
@@ -300,14 +335,15 @@ def grid_rows(
     label_counts: see `drawer`.
   """
   shown = {}
-  for model in models:
+  for place, model in enumerate(models):
     if (steps := model.stage.num_steps) > config.evaluation.max_steps:
       continue
     caption = f'{model.stage.name}\n{steps} step{"s" * (steps > 1)}'
-    setting = Setting(model, model.stage.sampler, steps)
+    by = guidances(config, place)[0]
+    setting = Setting(model, model.stage.sampler, steps, guidance=by)
     images = drawn.get(_place(setting))
     if images is None or len(images) < _SHOWN:
-      draw = drawer(config, model.stage, setting.sampler, label_counts).draw
-      images = draw(model.params, grid(config, setting), _SHOWN, config.evaluation.seed)
+      draw = drawer(config, model.stage, setting.sampler, label_counts, by).draw
+      images = draw(model.params, grid(config, model.stage, steps), _SHOWN, config.evaluation.seed)
     shown[caption] = images
   return shown

@@ -90,6 +90,7 @@ def write(
     results=results,
     table=comparison(results['rows']),
     metrics=[name for name in results['rows'][0].get('metrics', ()) if name != 'frechet'],
+    guided=any(row.get('guidance') for row in results['rows']),
     config=list(flatten(config)),
     curves=list(curves(results['rows'])),
     base_nfe=max(curves(results['rows']).get('Base, DDIM', {0: 0})),
@@ -106,13 +107,14 @@ def family(row: dict[str, Any]) -> str:
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-  """Values by network calls: each family of students, then the first stage under each sampler."""
+  """Values by network calls: each family of students, then the first stage under each sampler and guidance."""
   base = rows[0]['stage']
   students: dict[str, dict[int, float]] = {}
   of_base: dict[str, dict[int, float]] = {}
   for row in rows:
     if row['weights'] == 'ema' and row['stage'] == base:
-      caption = f'Base, {_CAPTIONS.get(row["sampler"], row["sampler"])}'
+      guided = f', guidance {row["guidance"]:g}' if row.get('guidance') else ''
+      caption = f'Base, {_CAPTIONS.get(row["sampler"], row["sampler"])}{guided}'
       of_base.setdefault(caption, {})[row['nfe']] = row['value']
     elif row['weights'] == 'ema':
       students.setdefault(family(row), {})[row['nfe']] = row['value']

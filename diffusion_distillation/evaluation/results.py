@@ -85,11 +85,14 @@ _MEASURED = ('metric', 'value', 'metrics', 'num_drawn', 'seconds_per_image')
 
 
 def key_of(row: dict[str, Any]) -> tuple:
-  """What a row is recognized by; rows without a law of labels, those of before, had balanced ones, or none."""
+  """What identifies a row. Rows of older versions name neither labels, which were balanced, nor guidance, which was none."""
   described = {k: v for k, v in row.items() if k not in _MEASURED}
   if described.get('labels') != 'data':
     described.pop('labels', None)
-  return tuple(sorted(described.items()))
+  if not described.get('guidance'):
+    described.pop('guidance', None)
+  interval = described.pop('guidance_interval', None)
+  return (*sorted(described.items()), tuple(interval or ()))
 
 
 def known_rows(path: pathlib.Path, extractor: FeatureExtractor) -> dict[tuple, dict[str, Any]]:

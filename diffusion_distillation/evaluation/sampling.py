@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion.guidance import NONE, Guidance, PerStep
 from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.guidance import Guided, guide
 from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.system import announcing, compilation, interrupts, sharding
 from diffusion_distillation.system.progress import Progress
@@ -37,9 +39,10 @@ class Drawer:
     space: what x is.
     image_shape: (H, W, C).
     batch_size: images at a time, over all devices; rounded up to a multiple of these.
-    clip_x: whether x is clipped, after each network call, to what an image can have.
+    clip_x: whether x is clipped, after each network call and its guidance, to what an image can have.
     label_counts: images of each class, in whose proportions labels are drawn; (): all classes in turn. No part of the
       compiled program.
+    guidance: guidance towards the conditions.
   """
 
   denoise: Denoiser
@@ -50,6 +53,7 @@ class Drawer:
   batch_size: int
   clip_x: bool = True
   label_counts: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+  guidance: Guidance = NONE
 
   def cond(self, index: np.ndarray, seed: int, chosen: Chosen = None) -> Cond:
     """The conditioning of the images at `index`: the chosen values in turn, or as `label_counts` says."""
@@ -178,18 +182,19 @@ def from_noise(
 ) -> jax.Array:
   """x (B, ...) as the sampler leaves it, from noise z (B, ...), the keys (B,) of its steps, and the times (N + 1,)."""
 
-  def denoise(z: jax.Array, logsnr: jax.Array) -> Prediction:
-    return drawer.denoise(params, z, logsnr, cond)
-
+  model, step = guide(drawer.denoise, drawer.guidance), drawer.sampler
   clip = drawer.space.clip if drawer.clip_x else None
-  return samplers.sample(
-    drawer.sampler,
-    samplers.clipped(denoise, clip, drawer.sampler.keeps_eps),
-    drawer.schedule,
-    grid,
-    z,
-    step_keys,
-  )
+
+  def clipped(denoise: samplers.Denoise) -> samplers.Denoise:
+    return samplers.clipped(denoise, clip, drawer.sampler.keeps_eps)
+
+  def denoise(z: jax.Array, logsnr: jax.Array) -> Prediction:
+    return model(params, z, logsnr, cond)
+
+  if isinstance(model, Guided):
+    in_step = functools.partial(model.in_step, params, cond)
+    step = PerStep(sampler=step, in_step=lambda start: clipped(in_step(start)))
+  return samplers.sample(step, clipped(denoise), drawer.schedule, grid, z, step_keys)
 
 
 _run = compilation.jit(_sample, static_argnums=0)

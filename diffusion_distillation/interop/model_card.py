@@ -112,7 +112,8 @@ def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
     return 'None are recorded with the model.\n'
   table = [
     (
-      f'{row.get("num_steps")} {row.get("sampler")} ({row.get("grid")})',
+      f'{row.get("num_steps")} {row.get("sampler")} ({row.get("grid")})'
+      + (f', guidance {row["guidance"]:g}' if row.get('guidance') else ''),
       *(str(row.get(key)) for key in ('nfe', 'weights', 'num_samples')),
       ', '.join(f'{key} {value:.4g}' for key, value in row.get('metrics', {}).items()),
     )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, build, choose, key
 from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.guidance import make_guidance
 from diffusion_distillation.diffusion.process import Prediction, diffuse, widen
 from diffusion_distillation.diffusion.samplers import Clip, MultistepConsistency, clipped
 from diffusion_distillation.diffusion.schedules import Schedule
@@ -29,6 +30,7 @@ from diffusion_distillation.methods.method import (
   Student,
   StudentSection,
 )
+from diffusion_distillation.networks.guidance import guide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,12 @@ class DMDSection(GanSection, StudentSection):
     'Number of updates of the fake score per update of the generator. `num_updates` counts those of the fake score, and '
     'must be a multiple of this.',
     POSITIVE,
+  )
+  guidance: float = key(
+    0.0,
+    "Weight W of classifier-free guidance in the teacher's score; 0: none. The fake score is not guided. With a regression, "
+    '`pairs.guidance` must be the same. Weights above 0 need a base that was trained with `dataset.label_dropout`.',
+    NOT_NEGATIVE,
   )
   fake_law: str = key(
     'uniform',
@@ -109,6 +117,7 @@ class DMD(Student):
     simulated: where N > 1, whether its inputs come from its own earlier steps, or are noised data.
     clip: where N > 1, applied to x between the generator's steps, such as `Space.clip`; None: x is left as it is.
     gan: DMD2's GAN, or None.
+    guidance: the weight W of guidance in the teacher's score (Yin et al. 2023, section 3.4).
     generator_turn: whether this update changes the generator, too; see `at`.
   """
 
@@ -124,6 +133,7 @@ class DMD(Student):
   simulated: bool = flax.struct.field(pytree_node=False, default=True)
   clip: Clip | None = flax.struct.field(pytree_node=False, default=None)
   gan: Gan | None = flax.struct.field(pytree_node=False, default=None)
+  guidance: float = flax.struct.field(pytree_node=False, default=0.0)
   generator_turn: bool = flax.struct.field(pytree_node=False, default=True)
 
   name = 'dmd'
@@ -150,7 +160,7 @@ class DMD(Student):
     distance = make_distance(name, section)
     law = choose(f'{name}.fake_law', section.fake_law, {'uniform': context.uniform, 'base': context.law})
     weightings = or_base(context.weighting)
-    keys = ('first_t', 'last_t', 'regression', 'fake_updates', 'num_steps', 'simulated')
+    keys = ('first_t', 'last_t', 'regression', 'fake_updates', 'num_steps', 'simulated', 'guidance')
     return build(
       name,
       cls,
@@ -196,9 +206,9 @@ class DMD(Student):
 
   @property
   def calls(self) -> float:
-    """Generator and fake score always; in its turn, the generator's regression and both scores."""
+    """Generator and fake score always; in its turn, the generator's regression and both scores, a guided one twice."""
     always = 2.0 + (self.num_steps - 1) * self.simulated + (0.0 if self.gan is None else 1.0)
-    in_turn = 2.0 + bool(self.regression) + (0.0 if self.gan is None else 0.5)
+    in_turn = 2.0 + bool(self.guidance) + bool(self.regression) + (0.0 if self.gan is None else 0.5)
     return always + in_turn / self.fake_updates
 
   def at(self, step: int) -> 'DMD':
@@ -208,7 +218,8 @@ class DMD(Student):
 
   def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
     """See `Method.networks`."""
-    nets = {'student': student, 'teacher': teacher, 'fake_score': teacher}
+    guided = guide(teacher, make_guidance(self.guidance))
+    nets = {'student': student, 'teacher': guided, 'fake_score': teacher}
     if self.regression:
       nets['distance'] = Weighted(self.distance)
     return nets if self.gan is None else nets | {'head': self.gan.head}

@@ -7,8 +7,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.config import AT_LEAST_TWO, POSITIVE, key
+from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.guidance import make_guidance
 from diffusion_distillation.diffusion.process import Prediction, diffuse, from_x, implied_x
 from diffusion_distillation.diffusion.samplers import DDIM
 from diffusion_distillation.diffusion.schedules import Schedule
@@ -22,6 +23,7 @@ from diffusion_distillation.methods.method import (
   TrainingSection,
 )
 from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.networks.guidance import guide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,12 @@ class DistillSection(TrainingSection):
     choices=(AS_BASE, *WEIGHTINGS),
   )
   learning_rate: tuple[float, ...] = key((1e-4,), 'Peak learning rate, per round.', POSITIVE)
+  guidance: float = key(
+    0.0,
+    "Weight W of classifier-free guidance of the first round's teacher, the base; 0: none. Later rounds learn from students, "
+    'which have learned it. Weights above 0 need a base that was trained with `dataset.label_dropout`.',
+    NOT_NEGATIVE,
+  )
   decay: str = 'linear'
   ema_decay: tuple[float, ...] = (0.0,)
 
@@ -67,6 +75,7 @@ class Progressive(OneNetwork):
     weighting: logsnr to the weight on the error in x.
     factor: teacher steps that the student does in one; the teacher has factor * N.
     law: of t, before it is rounded up to i / N.
+    guidance: the weight W of the teacher's guidance.
   """
 
   num_steps: int | jax.Array
@@ -74,18 +83,19 @@ class Progressive(OneNetwork):
   weighting: Weighting = flax.struct.field(pytree_node=False)
   factor: int = flax.struct.field(pytree_node=False, default=2)
   law: times.Law = flax.struct.field(pytree_node=False, default=times.Uniform())
+  guidance: float = flax.struct.field(pytree_node=False, default=0.0)
 
   name = 'progressive'
   needs = frozenset({'images', 'labels'})
 
   @property
   def calls(self) -> float:
-    """The student's, and one of the teacher for each of its steps."""
-    return 1 + self.factor
+    """The student's, and one of the teacher for each of its steps, or two if it is guided."""
+    return 1 + self.factor * (1 + bool(self.guidance))
 
   def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
     """See `Method.networks`."""
-    return {'student': student, 'teacher': teacher}
+    return {'student': student, 'teacher': guide(teacher, make_guidance(self.guidance))}
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
     """`i` (B,) integers in 1..N, for t = i / N, and `eps` (B, H, W, C)."""

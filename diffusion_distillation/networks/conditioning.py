@@ -145,6 +145,11 @@ def select(conditioning: Conditioning, cond: Cond) -> Cond:
   return {key: (cond or {})[key] for key in conditioning} or None
 
 
+def withheld(conditioning: Conditioning, cond: Cond) -> Cond:
+  """What stands for "not told" in place of all of `cond`."""
+  return None if cond is None else {key: conditioning[key].withheld(v) for key, v in cond.items()}
+
+
 def drop(rng: jax.Array, conditioning: Conditioning, cond: Cond, probability: float) -> Cond:
   """Withholds all conditions of an example with the given probability (Ho & Salimans 2022, algorithm 1)."""
   if cond is None:

@@ -137,7 +137,9 @@ def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
   """Network calls of one image that the pairs of stages take which are not finished; all have the same pairs."""
   for stage in stages:
     if stage.pairs is not None and stage.name not in finished:
-      return stage.pairs.count * stage.pairs.sampler.calls(stage.pairs.num_steps)
+      pairs = stage.pairs
+      grid = times.make_grid(pairs.grid, pairs.num_steps, stage.schedule)
+      return pairs.count * pairs.guidance.calls(pairs.sampler, grid, stage.schedule)
   return 0
 
 
@@ -146,8 +148,13 @@ def evaluation_calls(stages: list[Stage], config: Config) -> int:
   if config.dataset.name == datasets.NONE:
     return 0
   return config.evaluation.num_samples * sum(
-    measure.make(config, sampler).calls(num_steps)
-    for _, _, sampler, num_steps in measure.rows(stages, config)
+    guidance.calls(
+      measure.make(config, sampler),
+      measure.grid(config, stages[place], num_steps),
+      stages[place].schedule,
+    )
+    for place, _, sampler, num_steps in measure.rows(stages, config)
+    for guidance in measure.guidances(config, place)
   )
 
 

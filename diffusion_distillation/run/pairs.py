@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation.config import POSITIVE, key
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.datasets.orders import Shuffled
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
@@ -46,6 +46,12 @@ class PairsSection:
     'data',
     'Class labels that a conditional model is told: in the proportions of the training images, or balanced.',
     choices=LABELS,
+  )
+  guidance: float = key(
+    0.0,
+    'Weight W of classifier-free guidance with which the images are drawn; 0: none. Weights above 0 need a base that was '
+    'trained with `dataset.label_dropout`.',
+    NOT_NEGATIVE,
   )
 
 
@@ -94,6 +100,7 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
   stored = read_json(path) if path.exists() else lineage | {'digests': [], 'seconds': 0.0}
   if 'labels' not in stored:  # as all were drawn before they had a law
     stored['labels'] = lineage['labels'] and 'balanced'
+  stored.setdefault('guidance', 0.0)
   differing = [key for key in lineage if stored.get(key) != lineage[key]]
   if differing:
     key = differing[0]
@@ -112,6 +119,7 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
     batch_size=pairs.batch_size,
     clip_x=pairs.clip_x,
     label_counts=counts,
+    guidance=pairs.guidance,
   )
   grid = times.make_grid(pairs.grid, pairs.num_steps, stage.schedule)
   count = -(-pairs.count // pairs.batch_size)
@@ -153,6 +161,7 @@ def describe(pairs: Pairs, teacher: Model, label_counts: Sequence[int] = ()) -> 
     'labels': ('data' if label_counts else 'balanced')
     if classes(teacher.stage.denoise.conditioning)
     else None,
+    'guidance': pairs.guidance.weight,
   }
 
 

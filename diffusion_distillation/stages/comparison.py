@@ -52,13 +52,20 @@ def of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The values with which an older version trained, for keys that its flat config lacks; only those that differ from the defaults."""
-  found: dict[str, Any] = {'distill.weighting': AS_BASE, 'pairs.labels': 'balanced'}
+  """The values with which an older version trained, for keys that its flat config lacks.
+
+  Keys whose default is that value are left out, and so may change, except for the weights of guidance.
+  """
+  found: dict[str, Any] = {
+    'distill.weighting': AS_BASE,
+    'distill.guidance': 0.0,
+    'pairs.labels': 'balanced',
+  }
   if 'evaluation.clip_x' in values:
     found['pairs.clip_x'] = values['evaluation.clip_x']
   for name in ('dmd', 'dmd2'):
     found |= {f'{name}.fake_law': AS_BASE, f'{name}.fake_weighting': AS_BASE}
-    found |= {f'{name}.gan_head': 'pooled', f'{name}.joint_clip': False}
+    found |= {f'{name}.gan_head': 'pooled', f'{name}.joint_clip': False, f'{name}.guidance': 0.0}
     if values.get(f'{name}.gan_fake'):
       between = {f'{name}.gan_{key}': f'{name}.{key}' for key in ('first_t', 'last_t')}
       found |= {key: values[of_scores] for key, of_scores in between.items() if of_scores in values}

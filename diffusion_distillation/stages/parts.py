@@ -1,7 +1,7 @@
 """From the sections of a config to the parts of a stage. Pure."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 from diffusion_distillation.config import Config, build, choose, keys
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.discrete import BETAS
+from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
 from diffusion_distillation.diffusion.process import OUTPUTS, output_channels
 from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS
@@ -17,6 +18,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Context, Method
 from diffusion_distillation.networks import NETWORKS, conditioning
 from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.guidance import check
 from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.stages.stage import Pairs, Stage
 from diffusion_distillation.system import sharding
@@ -135,6 +137,20 @@ def make_context(config: Config, base: Stage) -> Context:
   )
 
 
+def guidance_of(section: str, weight: float, base: Stage, interval: Sequence[float] = ()) -> Guidance:
+  """The guidance of the base that a section of the config asks for.
+
+  Raises:
+    UserError: the base cannot be guided because of how it is trained, or the interval is not valid.
+  """
+  try:
+    found = make_guidance(weight, interval)
+  except ValueError as error:
+    raise UserError(f'{section}.guidance_interval={tuple(interval)}: {error}') from error
+  check(f'{section}.guidance', found, base.denoise.conditioning, base.recipe.cond_dropout)
+  return found
+
+
 def make_recipe(
   config: Config,
   section: str,
@@ -185,7 +201,7 @@ def make_recipe(
   )
 
 
-def make_pairs(config: Config) -> Pairs:
+def make_pairs(config: Config, base: Stage) -> Pairs:
   """The stored pairs of the base."""
   section = config.pairs
   choose('pairs.grid', section.grid, dict.fromkeys(times.GRIDS))
@@ -199,6 +215,7 @@ def make_pairs(config: Config) -> Pairs:
     seed=make_seed(config, *b'pairs'),
     batch_size=section.batch_size,
     labels=section.labels,
+    guidance=guidance_of('pairs', section.guidance, base),
   )
 
 

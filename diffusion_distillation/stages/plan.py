@@ -109,6 +109,8 @@ def plan(
     choose('methods', name, _students())
   choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
   base = _base(config, data, origin)
+  for weight in config.evaluation.guidance:
+    parts.guidance_of('evaluation', weight, base, config.evaluation.guidance_interval)
   student = _student_network(config, base, data)
   stages = [base]
   for name in config.methods:
@@ -220,10 +222,16 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
 def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage:
   """A stage of the base's student, trained by the method and as the section of this name say."""
   section, cls = config[name], METHODS[name]
+  parts.guidance_of(name, section.get('guidance', 0.0), base)
   method = cls.from_config(name, section, parts.make_context(config, base))
   sampling, rates = cls.sampling(section), cls.learning_rates(section)
   networks = (student, base.denoise)
   args = (networks, method, rates, section.num_updates, base.space, base.image_shape)
+  if 'pairs' in method.needs and section.get('guidance', config.pairs.guidance) != config.pairs.guidance:
+    raise UserError(
+      f'{name}.guidance={section.guidance:g} and pairs.guidance={config.pairs.guidance:g} must be the same: the '
+      f"regression's pairs are of the teacher that {name} matches; or set {name}.regression=0"
+    )
   return dataclasses.replace(
     base,
     name=name,
@@ -234,7 +242,7 @@ def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage
     recipe=parts.make_recipe(config, name, tuple(name.encode()), *args),
     num_steps=sampling.num_steps,
     num_updates=section.num_updates,
-    pairs=parts.make_pairs(config) if 'pairs' in method.needs else None,
+    pairs=parts.make_pairs(config, base) if 'pairs' in method.needs else None,
     distance_weights=section.distance_weights if 'distance_weights' in section else '',
     sampler=sampling.sampler,
     times=None,
@@ -277,12 +285,14 @@ def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
   weightings = or_base(choose('weighting', config.weighting, WEIGHTINGS)())
   weighting = choose('distill.weighting', distill.weighting, weightings)()
   uniform = times.Uniform(config.time.stratified)
+  guidance = parts.guidance_of('distill', distill.guidance, base).weight
   found = [base]
   for num_steps, factor in steps:
     teacher, from_the_end = found[-1], len(steps) - len(found)
     num_updates = of_round(distill.num_updates, from_the_end)
     rates = {'student': of_round(distill.learning_rate, from_the_end)}
-    loss = Progressive(num_steps, base.schedule, weighting, factor, uniform)
+    by = 0.0 if teacher.parent else guidance
+    loss = Progressive(num_steps, base.schedule, weighting, factor, uniform, by)
     networks = (student, teacher.denoise)
     args = (networks, loss, rates, num_updates, base.space, base.image_shape)
     found.append(

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.denoiser import Denoiser
@@ -29,6 +30,7 @@ class Pairs:
     seed: of the noise.
     batch_size: images that are drawn at a time.
     labels: law of the labels that a conditional teacher is told, one of `conditioning.LABELS`.
+    guidance: guidance towards these labels.
   """
 
   count: int
@@ -39,6 +41,7 @@ class Pairs:
   seed: int
   batch_size: int
   labels: str = 'data'
+  guidance: Guidance = NONE
 
 
 @dataclasses.dataclass(frozen=True)

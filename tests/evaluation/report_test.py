@@ -180,6 +180,15 @@ def test_what_the_page_shows_is_escaped(tmp_path):
   assert 'to tell &lt;i&gt; apart (99.0 %' in text
 
 
+def test_guidance_has_a_column_where_a_row_has_it(tmp_path):
+  text, _ = written(tmp_path / 'without', ROWS, {})
+  assert '<th>guidance</th>' not in text
+  text, _ = written(tmp_path / 'with', [*ROWS, ROWS[0] | {'guidance': 1.5, 'nfe': 16}], {})
+  table = text.partition('All rows')[2].partition('</table>')[0]
+  assert '<th>guidance</th>' in table
+  assert table.count('<td>0</td>') == len(ROWS) and table.count('<td>1.5</td>') == 1
+
+
 def test_cost_and_health_are_shown_where_there_are_students_and_such_as_were_looked_at(tmp_path):
   lines = [{'step': 4, 'loss': 1.0}]
   seen = report.Watched([*lines, {'step': 8, 'diversity': 0.9}], b'a picture')

@@ -246,7 +246,17 @@ def test_without_the_package_that_serializes_programs_nothing_is_written(workdir
 
 
 @pytest.mark.parametrize(
-  'flag', ['--steps=2', '--sampler=ddim', '--times=0,1', '--noclip_x', '--gamma=0', '--weights=last']
+  'flag',
+  [
+    '--steps=2',
+    '--sampler=ddim',
+    '--times=0,1',
+    '--noclip_x',
+    '--gamma=0',
+    '--guidance=1',
+    '--guidance_interval=0,1',
+    '--weights=last',
+  ],
 )
 def test_flags_of_sampling_are_refused(flag, workdir, tmp_path, monkeypatch):
   monkeypatch.delitem(NETWORKS, 'small')

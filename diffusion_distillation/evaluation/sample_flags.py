@@ -1,0 +1,52 @@
+"""The flags of `--mode=sample` that are checked against the model: times and guidance."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation.sampling import Chosen
+from diffusion_distillation.networks.guidance import check
+from diffusion_distillation.stages.model import StoredModel
+
+
+def grid(stored: StoredModel, given: Sequence[str], steps: int | None, name: str | None) -> np.ndarray:
+  """The times to sample at, (N + 1,): those that are `given`, or `steps` of them by the name of a grid.
+
+  Raises:
+    UserError: times and steps are given, the times are no grid, or the model has no grid of this name.
+  """
+  if given and steps:
+    raise UserError('give --steps or --times, not both')
+  if given:
+    try:
+      return times.grid([float(t) for t in given])
+    except ValueError as error:
+      raise UserError(f'--times={",".join(given)}: {error}, such as 0,0.25,1') from error
+  name = name or stored.times
+  try:
+    return times.make_grid(name, steps or stored.num_steps, stored.schedule)
+  except ValueError as error:
+    raise UserError(f'--grid={name}: {error}') from error
+
+
+def guidance(stored: StoredModel, weight: float, interval: Sequence[str], chosen: Chosen) -> Guidance:
+  """The guidance that `--guidance` and `--guidance_interval` ask for.
+
+  Raises:
+    UserError: a number is out of range, or the model cannot be guided; see `check`.
+  """
+  text = ','.join(interval)
+  if interval and not weight:
+    raise UserError(f'--guidance_interval={text} only applies to --guidance above 0')
+  try:
+    found = make_guidance(weight, [float(end) for end in interval])
+  except ValueError as error:
+    given = f'--guidance={weight:g}' + (f' --guidance_interval={text}' if interval else '')
+    raise UserError(f'{given}: {error}') from error
+  check(
+    '--guidance', found, stored.denoise.conditioning, stored.cond_dropout, (chosen or {}).get('label')
+  )
+  return found
