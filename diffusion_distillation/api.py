@@ -1,5 +1,6 @@
 """What the command line does, from Python: a config by name, and a run that returns its results."""
 
+import inspect
 import os
 import runpy
 from collections.abc import Callable, Mapping
@@ -21,11 +22,15 @@ def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
     overrides: values by key, such as {'train.num_updates': 1000}; docs/configuration.md lists all keys.
 
   Raises:
-    UserError: there is no such config or key, or a value has the wrong type.
+    UserError: there is no such config, variant or key, or a value has the wrong type.
   """
   arguments.configs()  # makes `from configs import default` work in the file
   path, _, variant = arguments.find_config(name).partition(':')
-  make: Callable[..., Config] = runpy.run_path(path)['get_config']
+  make: Callable[..., Config] | None = runpy.run_path(path).get('get_config')
+  if make is None:
+    raise UserError(f'{path} has no function get_config')
+  if variant and not inspect.signature(make).parameters:
+    raise UserError(f'{name}: the config has no variants')
   config = make(variant) if variant else make()
   given = dict(overrides or {})
   check_known(list(given), [key for key, _ in flatten(config)])

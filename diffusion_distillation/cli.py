@@ -309,7 +309,10 @@ This page is the output of `python main.py --mode=keys`.
 
 
 _GUIDANCE = ('guidance', 'guidance_interval')
-_OF_SAMPLING = ('sampler', 'steps', 'grid', 'times', 'classes', *_GUIDANCE, 'clip_x', 'gamma')
+_OF_SAMPLING = (
+  *('weights', 'sampler', 'steps', 'grid', 'times', 'classes'),
+  *(*_GUIDANCE, 'clip_x', 'gamma'),
+)
 _WITHOUT_DEVICES = ('prepare', 'keys')
 
 MODES: dict[str, Callable[[Options], None]] = {

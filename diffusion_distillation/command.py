@@ -72,7 +72,9 @@ _OUT = flags.DEFINE_string(
   None,
   'sample: a .png (a grid), a .npz (the arrays), or a folder, FOLDER/ (a .png for each image). export: a new folder.',
 )
-_FORMAT = flags.DEFINE_string('format', 'jax', 'export: the format, jax: a program for JAX alone.')
+_FORMAT = flags.DEFINE_string(
+  'format', 'jax', 'export: the format, jax (a program that needs only JAX), diffusers or onnx.'
+)
 _SOURCE = flags.DEFINE_string(
   'source',
   None,

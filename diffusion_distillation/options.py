@@ -48,5 +48,7 @@ class Options:
     return dataclasses.replace(self, workdir=workdir, checkpoint=checkpoint)
 
   def given(self, names: Sequence[str]) -> str | None:
-    """The first of these options, which have no default, that was given; None if none was."""
-    return next((name for name in names if getattr(self, name) not in (None, (), [])), None)
+    """The first of these options whose value is not the default; None if there is none."""
+    return next(
+      (name for name in names if getattr(self, name) not in (getattr(Options, name), [])), None
+    )

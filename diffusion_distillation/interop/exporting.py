@@ -103,7 +103,7 @@ def check_out(out: str | os.PathLike[str] | None) -> pathlib.Path:
   """Returns the folder to write; raises UserError unless it is empty or does not exist."""
   if not out:
     raise UserError('--mode=export needs --out, the folder to write')
-  path = paths.on_disk('--out', out)
+  path = paths.on_disk('--out', out).resolve()  # a link stays; what it points to is written
   if path.is_dir() and any(path.iterdir()):
     raise UserError(f'--out={out} is not empty; name a new folder')
   if path.exists() and not path.is_dir():
@@ -118,13 +118,12 @@ def find(workdir: pathlib.Path, stage: str | None) -> pathlib.Path:
   """Returns the folder of the model; raises UserError if the given stage is not finished."""
   if stage is None:
     return loading.find(workdir)
-  folder = workdir / stage / 'model'
-  if not (folder / model.DESCRIPTION).is_file():
-    found = sorted(path.parent.parent.name for path in workdir.glob(f'*/model/{model.DESCRIPTION}'))
+  found = sorted(path.parent.parent.name for path in workdir.glob(f'*/model/{model.DESCRIPTION}'))
+  if stage not in found:
     raise UserError(
       f'--stage={stage}: --workdir={workdir} has no finished stage of that name; finished are: {", ".join(found) or "none"}'
     )
-  return folder
+  return workdir / stage / 'model'
 
 
 def _write(to: Format, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.Path) -> None:
@@ -137,11 +136,14 @@ def _write(to: Format, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.
   sheet.save(into / 'samples.png')
   description = without_paths(files.read_json(folder / model.DESCRIPTION))
   files.write_json(into / model.DESCRIPTION, description)
-  (into / 'README.md').write_text(model_card.render(description, to, _dataset(folder)))
+  card = model_card.render(description, to, _dataset(folder, stored.provenance))
+  (into / 'README.md').write_text(card, encoding='utf-8')
 
 
-def _dataset(folder: pathlib.Path) -> str | None:
-  """Returns the name of the dataset of a model's run; None for a folder that was moved out of its workdir."""
+def _dataset(folder: pathlib.Path, made: Mapping[str, Any]) -> str | None:
+  """Returns the name of the dataset of a model's run; None if it was moved out of its workdir, or trained elsewhere."""
+  if made.get('imported'):
+    return None
   config = folder.parent.parent / 'config.json'
   if not (folder.parent / 'stage.json').is_file() or not config.is_file():
     return None

@@ -1,5 +1,7 @@
 """The README of an exported model: a model card with the header that the Hugging Face hub reads."""
 
+import html
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -31,6 +33,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
     to: the format of the other files.
     dataset: name of the dataset that the run was trained on, if it is known.
   """
+  description, dataset = _plain(description), _plain(dataset)
   made, name = description['provenance'], description['sampler']
   stage, steps = made.get('stage', 'model'), description['num_steps']
   height, width, channels = description['image_shape']
@@ -38,7 +41,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
   label = description['conditioning'].get('label')
   kind = f'Class-conditional ({label["count"]} classes)' if label else 'Unconditional'
   parts = [
-    _header(made, to.library),
+    _header(_origin(made), to.library),
     f'# {stage}\n',
     '![samples](samples.png)\n',
     f'{kind} diffusion model of images with {height} x {width} pixels and {channels} '
@@ -57,9 +60,27 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
   return '\n'.join(parts)
 
 
+def _plain(value: Any) -> Any:
+  """Escapes all text in JSON, such as the names of classes, so that it is neither Markdown, nor HTML, nor several lines."""
+  if isinstance(value, Mapping):
+    return {_plain(key): _plain(part) for key, part in value.items()}
+  if isinstance(value, list):
+    return [_plain(part) for part in value]
+  if not isinstance(value, str):
+    return value
+  return re.sub(r'([\\`*\[\]|~])', r'\\\1', html.escape(' '.join(value.split()), quote=False))
+
+
+def _origin(made: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the provenance of the training; for an imported model, that of its source, if it is known."""
+  imported = made.get('imported')
+  return _origin(imported.get('provenance') or {}) if imported else made
+
+
 def _header(made: Mapping[str, Any], library: str) -> str:
   tags = ['diffusion', *(['distillation'] if made.get('parent') else []), made.get('method')]
-  lines = ''.join(f'- {tag}\n' for tag in tags if tag)
+  words = [re.sub(r'[^\w-]+', '-', str(tag)) for tag in tags if tag]
+  lines = ''.join(f'- {word}\n' for word in words)
   return (
     f'---\nlibrary_name: {library}\npipeline_tag: unconditional-image-generation\ntags:\n{lines}---\n'
   )
@@ -67,11 +88,12 @@ def _header(made: Mapping[str, Any], library: str) -> str:
 
 def _training(made: Mapping[str, Any], dataset: str | None) -> str:
   lines = [f'- Dataset: {dataset or "not recorded with the model"}']
+  trained = _origin(made)
   for key, text in (('method', 'Method'), ('updates', 'Updates'), ('distance', 'Distance')):
-    if made.get(key) is not None:
-      lines.append(f'- {text}: {made[key]}')
+    if trained.get(key) is not None:
+      lines.append(f'- {text}: {trained[key]}')
   for key, text in (('parent', 'Teacher'), ('start', 'Initialized from')):
-    if source := made.get(key):
+    if source := trained.get(key):
       lines.append(
         f'- {text}: {source["stage"]} (weights {source["weights"]}, digest {source["digest"][:12]})'
       )
@@ -109,6 +131,4 @@ def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   lines = [columns, ['---'] * len(columns), *rows]
-  return ''.join(
-    f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in line)} |\n' for line in lines
-  )
+  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)

@@ -72,7 +72,7 @@ class Gallery:
     self._compiled: set[Drawer] = set()
 
   def stages(self) -> dict[str, pathlib.Path]:
-    """The folder of each stage's model: the teacher first, then by method, with the most steps first.
+    """The folder of each stage's model: the teacher first, then by method, with the most steps first; damaged ones last.
 
     Raises:
       UserError: there is no model.
@@ -85,11 +85,14 @@ class Gallery:
       path.parent.parent.name: path.parent
       for path in self._directory.glob(f'*/model/{model.DESCRIPTION}')
     }
-    described = {name: model.read(folder, weights=False) for name, folder in found.items()}
 
-    def place(name: str) -> tuple[bool, str, int, str]:
-      method = str(described[name].provenance.get('method'))
-      return name != TEACHER, method, -described[name].num_steps, name
+    def place(name: str) -> tuple[bool, bool, str, int, str]:
+      try:
+        described = model.read(found[name], weights=False)
+      except UserError:  # drawing the stage reports it
+        return True, True, '', 0, name
+      method = str(described.provenance.get('method'))
+      return False, name != TEACHER, method, -described.num_steps, name
 
     return {name: found[name] for name in sorted(found, key=place)}
 

@@ -11,7 +11,7 @@ import pathlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from diffusion_distillation.diffusion import samplers
@@ -112,6 +112,8 @@ def _application(gallery: Gallery, worker: MainThreadWorker) -> Any:
 
   @app.middleware('http')
   async def with_policy(request: Any, call_next: Callable[[Any], Any]) -> Any:
+    if _is_foreign(request.headers):
+      return fastapi.Response('this page only answers itself', status_code=403)
     response = await call_next(request)
     response.headers['Content-Security-Policy'] = _POLICY
     return response
@@ -129,6 +131,12 @@ def _application(gallery: Gallery, worker: MainThreadWorker) -> Any:
     theme=theme,
     css=_STYLE,
   )
+
+
+def _is_foreign(headers: Mapping[str, str]) -> bool:
+  """Whether a browser sends a request for the page of another site, which could otherwise upload files or draw."""
+  origin = headers.get('origin')
+  return origin is not None and origin.partition('://')[2] != headers.get('host')
 
 
 def _layout(gr: Any, gallery: Gallery, worker: MainThreadWorker) -> Any:

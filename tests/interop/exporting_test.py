@@ -1,6 +1,7 @@
 """Export: what is written draws the model's images without this package, and nothing is written otherwise."""
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from PIL import Image
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation.loading import LoadedModel, load
-from diffusion_distillation.interop import exporting, stablehlo
+from diffusion_distillation.interop import exporting, model_card, stablehlo
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.stages import model
 from tests import tiny
@@ -27,13 +28,14 @@ from tests.stages import model_test
 from tests.stages.model_test import stored
 
 FILES = ['README.md', 'model.json', 'run.py', 'sampler.stablehlo', 'samples.png', 'weights.safetensors']
-MADE = {
+DISTILLED = {
   'stage': 'student',
   'method': 'progressive',
   'updates': 7,
-  'parent': {'stage': 'base', 'weights': 'ema', 'digest': 'abcdef' * 10},
-  'imported': {'source': 'model', 'folder': '/home/somebody/models/teacher'},
+  'parent': {'stage': 'teacher', 'weights': 'ema', 'digest': 'abcdef' * 10},
 }
+IMPORTED = {'source': 'model', 'folder': '/home/somebody/models/teacher', 'provenance': DISTILLED}
+MADE = {'stage': 'base', 'method': 'denoising', 'updates': 0, 'imported': IMPORTED}
 ROW = {'sampler': 'ddim', 'num_steps': 3, 'grid': 'uniform', 'nfe': 3, 'weights': 'ema'}
 ROW |= {'num_samples': 500, 'metric': 'FD-digits', 'metrics': {'frechet': 1.25}}
 MODELS = {
@@ -71,9 +73,12 @@ def workdir(tmp_path_factory):
 def exported(request, workdir, tmp_path_factory):
   """The model, the folder, and what the command says."""
   out = tmp_path_factory.mktemp('out') / 'new' / 'folder'
+  given = out
   if request.param == 'conditional':
     out.mkdir(parents=True)  # a folder that is there, but empty
-  line = exporting.export(workdir, request.param, out)
+    given = out.parent.parent / 'link'
+    given.symlink_to(out)
+  line = exporting.export(workdir, request.param, given)
   return load(workdir / request.param), out, line
 
 
@@ -146,15 +151,28 @@ def test_the_card_says_what_it_was_made_from_and_how_it_was_measured(exported):
   assert card.startswith(
     '---\nlibrary_name: jax\npipeline_tag: unconditional-image-generation\ntags:\n- diffusion\n'
   )
-  assert '- Dataset: digits\n' in card and '](samples.png)' in card
+  assert '](samples.png)' in card
   if loaded.stored.class_names:
+    assert '- Dataset: digits\n' in card
     assert 'Class-conditional (3 classes)' in card and '| 1 | dog |' in card
     assert '2 multistep_consistency steps: 2 network evaluations' in card and 'None are recorded' in card
   else:
     assert '- distillation\n- progressive\n---\n' in card
-    assert '- Updates: 7\n- Teacher: base (weights ema, digest abcdefabcdef)\n' in card
-    assert '- Imported from: model, teacher\n' in card
+    assert '- Updates: 7\n- Teacher: teacher (weights ema, digest abcdefabcdef)\n' in card
+    assert '- Imported from: model, teacher\n' in card and '- Dataset: not recorded' in card
     assert '| 3 ddim (uniform) | 3 | ema | 500 | frechet 1.25 |' in card and 'distance FD-digits' in card
+
+
+def test_text_from_a_model_is_neither_markdown_nor_html_nor_yaml():
+  """Folders name classes, and a model may come from anybody."""
+  bad = '![x](http://x)|<img src=x>\n---\n# `a: *b*'
+  made = {'stage': bad, 'method': bad, 'versions': {'jax': bad}}
+  of = dataclasses.replace(MODELS['conditional'], provenance=made, class_names=('cat', bad, 'hen'))
+  card = model_card.render(model.describe(of), exporting.FORMATS['jax'], bad)
+  plain = r'!\[x\](http://x)\|&lt;img src=x&gt; --- # \`a: \*b\*'
+  assert f'| 1 | {plain} |\n| 2 | hen |' in card and f'\n# {plain}\n' in card
+  assert f'- Dataset: {plain}\n- Method: {plain}\n- Versions: jax {plain}\n' in card
+  assert re.search(r'\n- diffusion\n- [\w-]+\n---\n', card) and card.count('\n---\n') == 1
 
 
 def test_attention_is_lowered_for_all_platforms_without_custom_calls():
@@ -212,6 +230,9 @@ def test_what_cannot_be_exported_is_one_line(workdir, tmp_path, monkeypatch):
   assert "'tflite'" in message and 'jax' in message
   message = refused(workdir, f'--out={new}', '--stage=base')
   assert 'no finished stage of that name' in message and 'conditional, unconditional' in message
+  assert 'no finished stage' in refused(
+    workdir, f'--out={new}', f'--stage=../{workdir.name}/conditional'
+  )
   assert 'holds no model' in refused(tmp_path, f'--out={new}')
   assert sorted(path.name for path in tmp_path.iterdir()) == ['full']
 
@@ -234,6 +255,7 @@ def test_without_the_package_that_serializes_programs_nothing_is_written(workdir
     '--gamma=0',
     '--guidance=1',
     '--guidance_interval=0,1',
+    '--weights=last',
   ],
 )
 def test_flags_of_sampling_are_refused(flag, workdir, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from diffusion_distillation.errors import UserError
+from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import NETWORKS
@@ -76,6 +76,15 @@ def test_finished_stages_come_with_the_teacher_first_and_most_steps_first(workdi
     *'012'
   ]
   assert galleries.classes(stored(Small(1))) == []
+
+
+def test_a_damaged_stage_comes_last_and_the_others_are_drawn(workdir):
+  (workdir / 'halved_0004' / 'model' / model.DESCRIPTION).write_text('{')
+  gallery = Gallery(workdir)
+  assert list(gallery.stages()) == ['base', 'halved_0002', 'halved_0004']
+  assert [one.stage for one in draw(gallery)] == ['base', 'halved_0002']
+  with pytest.raises(DamagedError, match='halved_0004'):
+    draw(gallery, stage='halved_0004')
 
 
 @pytest.mark.parametrize('below', ['', 'model'])

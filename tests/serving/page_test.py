@@ -42,10 +42,12 @@ def test_without_gradio_one_line_says_what_to_install(workdir, monkeypatch, miss
 
 
 def test_flags_of_sampling_are_refused(workdir):
-  for flag in ('--stage=base', '--steps=2', '--noclip_x'):
+  for flag in ('--stage=base', '--steps=2', '--noclip_x', '--weights=last'):
     code, out, err = tiny.run_cli('--mode=serve', f'--workdir={workdir}', flag)
     assert (code, out) == (UserError.exit_code, '')
-    assert re.fullmatch(r'error: --(stage|steps|clip_x) does not apply to --mode=serve: .*\n', err)
+    assert re.fullmatch(
+      r'error: --(stage|steps|clip_x|weights) does not apply to --mode=serve: .*\n', err
+    )
 
 
 def test_only_this_machine_is_listened_to_and_a_busy_port_is_one_line():
@@ -54,6 +56,13 @@ def test_only_this_machine_is_listened_to_and_a_busy_port_is_one_line():
     assert host == '127.0.0.1'
     with pytest.raises(UserError, match=f'--port={port} cannot be used'):
       page._listen(port)
+
+
+def test_the_pages_of_other_sites_may_not_use_the_server():
+  host = {'host': '127.0.0.1:7860'}
+  assert not page._is_foreign(host) and not page._is_foreign(host | {'origin': 'http://127.0.0.1:7860'})
+  for origin in ('http://example.org', 'http://127.0.0.1:8000', 'null'):
+    assert page._is_foreign(host | {'origin': origin})
 
 
 def test_work_is_done_in_turn_in_the_main_thread_until_a_signal_comes():
@@ -142,6 +151,13 @@ def test_the_server_draws_listens_to_this_machine_alone_and_ends_as_all_modes_do
     assert 'draw-status wrong' in status and 'error: ' in status and images == ''
   with pytest.raises(urllib.error.HTTPError, match='400'):  # a name of elsewhere that leads here
     urllib.request.urlopen(urllib.request.Request(address, headers={'Host': 'example.org'}))
+  with pytest.raises(
+    urllib.error.HTTPError, match='403'
+  ):  # another site, whose page is open in the browser
+    upload = urllib.request.Request(
+      f'{address}/gradio_api/upload', b'', {'Origin': 'http://example.org'}
+    )
+    urllib.request.urlopen(upload)
   process.send_signal(signal.SIGINT)
   out, err = process.communicate(timeout=60)
   assert process.returncode == Preempted.exit_code and 'Traceback' not in out + err
