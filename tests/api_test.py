@@ -37,7 +37,7 @@ def test_a_config_file_is_read_by_its_path_and_its_variant(tmp_path):
 @pytest.mark.parametrize(
   ('name', 'overrides', 'message'),
   [
-    ('digit', {}, "no config of this name.*did you mean 'digits'"),
+    ('digit', {}, "no config with this name.*did you mean 'digits'"),
     ('digits', {'train.num_update': 3}, "no key 'train.num_update'; did you mean 'train.num_updates'"),
     ('digits', {'train.num_updates': 'many'}, "train.num_updates='many' has the wrong type: "),
   ],
