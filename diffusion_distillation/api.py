@@ -1,4 +1,4 @@
-"""What the command line does, from Python: a config by name, and a run that returns its results."""
+"""The Python interface to the command line: `get_config` loads a config by name, `train` runs it and returns its results."""
 
 import inspect
 import os
@@ -15,7 +15,7 @@ from diffusion_distillation.system import compilation, files, interrupts, platfo
 
 
 def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
-  """The config `name`, with `overrides`; what `--config=NAME --config.KEY=VALUE` is on the command line.
+  """Returns the config `name` with `overrides`, like `--config=NAME --config.KEY=VALUE` on the command line.
 
   Args:
     name: a config that comes with the library, such as 'digits', or the path of a config file.
@@ -43,22 +43,22 @@ def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-  """Trains, distills and measures, as `--mode=train` does; resumes what was interrupted, and keeps what is finished.
+  """Trains, distills and evaluates, as `--mode=train` does; resumes an interrupted run, and keeps finished stages.
 
   It runs in one process. Plan and progress are printed on stderr. The first SIGINT (Ctrl-C, or interrupting a notebook's kernel)
   saves a checkpoint before it raises; a second one ends the process at once.
 
   Args:
-    config: of the run, for example from `get_config`; it is not changed.
-    workdir: directory of the run; docs/train.md lists the files in it.
+    config: the config of the run, for example from `get_config`; it is not changed.
+    workdir: the directory of the run; docs/train.md lists the files in it.
 
   Returns:
     The contents of `results.json`; empty for `dataset.name=none`, where nothing is measured.
 
   Raises:
-    UserError: config or workdir do not fit; before anything is written or compiled.
+    UserError: the config is not valid or does not match the workdir; raised before anything is written or compiled.
     Preempted: a signal stopped the run, and everything is saved; the same call resumes it.
-    NumericalError: loss or gradients stayed non-finite.
+    NumericalError: the loss or its gradient stayed non-finite.
   """
   directory = paths.on_disk('workdir', workdir)
   config = config.copy_and_resolve_references()

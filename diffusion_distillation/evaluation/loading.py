@@ -148,7 +148,7 @@ def find(path: pathlib.Path) -> pathlib.Path:
 
 
 def chosen_classes(stored: StoredModel, given: Sequence[str], name: str = '--classes=') -> Chosen:
-  """The classes to draw in turn, as a drawer takes them; None, for a balanced draw of all classes, if none is given.
+  """Returns the classes to draw in turn, for a `Drawer`; None if none is given, so that all classes are drawn equally often.
 
   Args:
     stored: the model.

@@ -171,7 +171,7 @@ def _sample(
 
 
 def noise(drawer: Drawer, seed: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The noise (B, ...) that the images at `index` (B,) start from, and the keys (B,) of that which the sampler adds."""
+  """Returns the initial noise (B, ...) of the images at `index` (B,), and the keys (B,) of the noise that the sampler adds."""
   keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.key(seed), k))(index)
   noise_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
   return samplers.normal(noise_keys, drawer.space.shape(drawer.image_shape)), step_keys
@@ -180,7 +180,7 @@ def noise(drawer: Drawer, seed: jax.Array, index: jax.Array) -> tuple[jax.Array,
 def from_noise(
   drawer: Drawer, params: Params, grid: jax.Array, z: jax.Array, step_keys: jax.Array, cond: Cond
 ) -> jax.Array:
-  """x (B, ...) as the sampler leaves it, from noise z (B, ...), the keys (B,) of its steps, and the times (N + 1,)."""
+  """Returns the sampler's last x (B, ...), given noise z (B, ...), the keys (B,) of its steps, and the times (N + 1,)."""
 
   model, step = guide(drawer.denoise, drawer.guidance), drawer.sampler
   clip = drawer.space.clip if drawer.clip_x else None
