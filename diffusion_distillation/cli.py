@@ -213,8 +213,8 @@ def _sample(options: Options) -> None:
   steps, calls, made = len(grid) - 1, guidance.calls(step, grid, stored.schedule), stored.provenance
   updates = 'an unknown number of' if made.get('updates') is None else made['updates']
   print(
-    f'{out.path}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} steps, '
-    f'{calls} network calls each ({updates} updates)'
+    f'{out.path}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} '
+    f'step{"s" * (steps > 1)}, {calls} network call{"s" * (calls > 1)} each ({updates} updates)'
   )
 
 

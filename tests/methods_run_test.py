@@ -209,13 +209,16 @@ def in_process(mode, workdir, monkeypatch, capsys, config=None, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('stage', 'steps', 'calls'),
-  [('dmd', None, '1 ddim steps, 1 '), ('consistency', 4, '4 multistep_consistency steps, 4 ')],
+  [
+    ('dmd', None, '1 ddim step, 1 network call'),
+    ('consistency', 4, '4 multistep_consistency steps, 4 network calls'),
+  ],
 )
 def test_sampling_uses_the_stage_s_own_sampler(ran, tmp_path, monkeypatch, capsys, stage, steps, calls):
   out = tmp_path / 'x.npz'
   asked = {'stage': stage, 'steps': steps, 'num_samples': 16, 'out': out}
   code, said, _ = in_process('sample', ran[0], monkeypatch, capsys, **asked)
-  assert code == 0 and f'16 images of {stage} in {calls}network calls each' in said
+  assert code == 0 and f'16 images of {stage} in {calls} each' in said
   images = np.load(out, allow_pickle=False)['images']
   if steps:
     other = in_process('sample', ran[0], monkeypatch, capsys, sampler='ddim', **asked)

@@ -95,7 +95,7 @@ def export(
   stored = loaded.stored
   calls = samplers.SAMPLERS[stored.sampler]().calls(stored.num_steps)
   name = stored.provenance.get('stage', folder.name)
-  told = f'{into}: {name} exported as {format}, {calls} network calls per image'
+  told = f'{into}: {name} exported as {format}, {calls} network call{"s" * (calls > 1)} per image'
   return f"{told}; its images agree with the model's"
 
 

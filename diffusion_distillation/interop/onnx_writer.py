@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import logging
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.interop.stablehlo import Draw
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.system import announcing
+from diffusion_distillation.system import interrupts
 from diffusion_distillation.training.state import Params
 
 GRAPH = 'sampler.onnx'
@@ -88,7 +89,8 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
     (x,) = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *inputs)
     return x
 
-  with announcing.compiling('the ONNX graph'):
+  print('converting the sampler to ONNX, which takes seconds to minutes', file=sys.stderr, flush=True)
+  with interrupts.at_once('converting to ONNX'):
     try:
       jax2onnx.to_onnx(
         graph,

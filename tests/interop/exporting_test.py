@@ -93,7 +93,7 @@ def test_a_folder_is_written_and_nothing_beside_it(exported):
   _, out, line = exported
   assert sorted(path.name for path in out.iterdir()) == FILES
   assert [path.name for path in out.parent.iterdir()] == ['folder']
-  assert line.startswith(f'{out}: ') and 'network calls per image' in line
+  assert line.startswith(f'{out}: ') and ' network call' in line
   with Image.open(out / 'samples.png') as picture:
     assert picture.size == (138, 138)  # 4 x 4 images of 32 pixels, and gaps
 
