@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -76,7 +77,13 @@ def test_an_image_of_the_size_arrives_bit_for_bit(format, options, resize):
     ('P', 'BMP'),
     ('CMYK', 'JPEG'),
     ('CMYK', 'TIFF'),
-    ('YCbCr', 'TIFF'),
+    pytest.param(
+      'YCbCr',
+      'TIFF',
+      marks=pytest.mark.skipif(
+        int(PIL.__version__.split('.')[0]) < 13, reason='Pillow 12 does not read the file that it writes'
+      ),
+    ),
   ],
 )
 def test_every_kind_of_pixel_is_converted_as_pillow_converts_it(mode, format, channels):

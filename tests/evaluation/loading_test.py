@@ -183,6 +183,6 @@ def test_a_damaged_model_is_not_loaded_and_none_stands_in_for_it(tmp_path):
 
 def test_the_package_offers_what_its_documentation_names():
   assert diffusion_distillation.load is load and diffusion_distillation.LoadedModel is LoadedModel
-  assert set(diffusion_distillation.__all__) == {'load', 'LoadedModel'}
+  assert set(diffusion_distillation.__all__) == {'load', 'LoadedModel', 'get_config', 'train'}
   with pytest.raises(AttributeError, match="no attribute 'laod'"):
     _ = diffusion_distillation.laod
