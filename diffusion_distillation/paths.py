@@ -41,7 +41,7 @@ def local(name: str, given: str) -> str:
       )
     raise UserError(
       f'{name}={given} is a URL, but files are locked and renamed there, which needs a file system: {mount}'
-      'give a path on permanent storage, such as a persistent disk or NFS'
+      'give a path on a disk that persists, such as a persistent volume or NFS'
     )
   return expand(name, given)
 
