@@ -1,4 +1,4 @@
-"""Train, distill, measure and sample from a clone; the same as the command `diffusion-distillation`. See README.md."""
+"""Runs the command `diffusion-distillation` from a clone of the repository; see README.md."""
 
 from diffusion_distillation import command
 

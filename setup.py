@@ -1,4 +1,4 @@
-"""Packaging; `constraints.txt` has the exact versions that were tested."""
+"""Packaging; `constraints.txt` pins the versions that were tested."""
 
 import pathlib
 
@@ -23,10 +23,10 @@ setuptools.setup(
     'absl-py>=2.1',
     'array_record>=0.8',
     'clu>=0.0.12',
-    'flatbuffers>=24.3',  # jax.export needs it, and does not say so
+    'flatbuffers>=24.3',  # an undeclared requirement of jax.export
     'flax>=0.12',
     'fsspec>=2024.6',
-    'importlib_resources>=6',  # tensorflow-datasets needs it, and does not say so
+    'importlib_resources>=6',  # an undeclared requirement of tensorflow-datasets
     'jax>=0.10',
     'jinja2>=3.1',
     'matplotlib>=3.9',
@@ -45,10 +45,10 @@ setuptools.setup(
   extras_require={
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
-    'tf': ['tensorflow-cpu>=2.20'],  # to download and prepare sets; reading them needs none of it
+    'tf': ['tensorflow-cpu>=2.20'],  # to download and prepare datasets; reading them does not need it
     'gcs': ['gcsfs'],  # folders at gs://
     's3': ['s3fs'],  # folders at s3://
-    'serve': ['gradio>=6.0'],  # the page of --mode=serve
+    'serve': ['gradio>=6.0'],  # for --mode=serve
     'dev': [
       'gradio>=6.0',
       'ipykernel>=6.29',  # for notebooks/

@@ -1,5 +1,5 @@
-"""One file per dataset; `default` has every key. Installed as `diffusion_distillation.configs`."""
+"""Configs, one file per dataset; `default` contains every key. Installed as `diffusion_distillation.configs`."""
 
 import sys
 
-sys.modules.setdefault('configs', sys.modules[__name__])  # the name by which configs import one another
+sys.modules.setdefault('configs', sys.modules[__name__])  # configs import each other by this name

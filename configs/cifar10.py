@@ -1,4 +1,4 @@
-"""CIFAR-10, unconditional (Salimans & Ho 2022): 8192 steps, distilled to 1; `:fast`, shorter rounds."""
+"""CIFAR-10, unconditional (Salimans & Ho 2022): 8192 steps, distilled to 1; `:fast` has shorter rounds."""
 
 import ml_collections
 
@@ -6,7 +6,7 @@ from configs import paper
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  """A network that predicts x, at 32x32."""
+  """Returns the config: a network that predicts x at 32x32."""
   c = paper.common(variant)
   c.dataset.name = 'cifar10'
   c.dataset.image_size = 32
@@ -19,11 +19,11 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.model.num_heads = 1
   c.model.dropout = 0.2
 
-  c.train.num_updates = 2_000_000  # Table 1 has the best within 2 million; the teacher's are not given
+  c.train.num_updates = 2_000_000  # the best of Table 1 is within 2 million; not stated for the teacher
   c.train.weight_decay = 0.001
 
   c.distill.start_steps = 8192
-  c.distill.learning_rate = (1e-4,)  # the released code has 5e-5
+  c.distill.learning_rate = (1e-4,)  # 5e-5 in the released code
 
   c.checkpoint.every = 5000
   return c

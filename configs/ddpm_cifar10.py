@@ -1,4 +1,4 @@
-"""CIFAR-10 in one step from the DDPM of Ho et al. (2020), in the form that diffusers has it in, by DMD (Yin et al. 2023).
+"""CIFAR-10 in one step by DMD (Yin et al. 2023), from the DDPM of Ho et al. (2020) as published for diffusers.
 
 main.py --mode=import --source=diffusers --checkpoint=ddpm-cifar10-32 --config=configs/ddpm_cifar10.py --workdir=DIR
 main.py --config=configs/ddpm_cifar10.py --workdir=DIR
@@ -10,10 +10,10 @@ from configs import edm_cifar10
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The paper's hyper-parameters for EDM's unconditional model, except for what depends on the teacher.
+  """Returns the paper's hyper-parameters for EDM's unconditional model, except for those that depend on the teacher.
 
-  The fake score is trained with the teacher's own loss, the squared error in eps. The pairs are drawn by 100 DDIM steps
-  without clipping, which start at t = 1, where the student is called.
+  The fake score is trained with the teacher's own loss, the squared error in eps. The pairs are drawn with 100 DDIM steps
+  without clipping, starting at t = 1, where the student is evaluated.
   """
   c = edm_cifar10.get_config()
   c.weighting = 'snr'

@@ -1,6 +1,6 @@
-"""All sections with their defaults. Other configs start from this one and change what differs.
+"""All sections with their defaults. Other configs start from this one and override what differs.
 
-Every key is declared beside the code that it configures; docs/configuration.md lists all of them.
+Every key is declared next to the code that it configures; docs/configuration.md lists all keys.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from diffusion_distillation.training.optimizers import OptimizerSection
 
 @dataclasses.dataclass(frozen=True)
 class TopLevel:
-  """Keys that are in no section."""
+  """Keys that do not belong to a section."""
 
   seed: int = config.key(
     0, 'Seed of the initial weights, the batches and the noise in training.', config.NOT_NEGATIVE
@@ -38,7 +38,7 @@ class TopLevel:
   )
   methods: tuple[str, ...] = config.key(
     ('progressive',),
-    'Distillation methods that follow base training, in this order. Each adds one stage of its name, `progressive` one '
+    'Distillation methods that follow base training, in this order. Each adds one stage of its name; `progressive` adds one '
     'stage per round.',
     choices=[name for name in METHODS if name != 'denoising'],
     distinct=True,
@@ -52,7 +52,7 @@ class TopLevel:
 
 
 def _sections() -> dict[str, type]:
-  """All sections, in the order of the documentation; those of methods and networks are the tables' own."""
+  """Returns all sections in the order of the documentation; methods and networks declare their own sections."""
   model = config.joined(ModelSection, *(cls.Section for cls in NETWORKS.values()))
   students = {name: cls.Section for name, cls in METHODS.items() if issubclass(cls, Student)}
   return {
@@ -60,7 +60,7 @@ def _sections() -> dict[str, type]:
     'dataset': DatasetSection,
     'model': model,
     'student': config.optional(
-      model, "The students' network, where it is not the base's; `None`: as in `model`."
+      model, "The students' network, if it differs from the base's; `None`: as in `model`."
     ),
     'schedule': ScheduleSection,
     'time': TimeSection,
@@ -78,7 +78,7 @@ def _sections() -> dict[str, type]:
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The defaults; locked, so that a mistyped key is an error."""
+  """Returns the defaults, locked so that a mistyped key is an error."""
   config.SECTIONS.clear()
   config.SECTIONS.update(_sections())
   return config.default_config()

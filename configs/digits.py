@@ -1,4 +1,4 @@
-"""scikit-learn's 8x8 handwritten digits: the whole way in minutes on two CPU cores."""
+"""scikit-learn's 8x8 handwritten digits: a complete run in minutes on two CPU cores."""
 
 import ml_collections
 
@@ -6,7 +6,7 @@ from configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Base model at 32 steps, distilled to 8, 4, 2 and 1."""
+  """Returns the config: a base model with 32 steps, distilled to 8, 4, 2 and 1."""
   c = default.get_config()
   c.dataset.name = 'digits'
 

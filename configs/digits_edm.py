@@ -6,7 +6,7 @@ from configs import digits_methods
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The network and the numbers of updates of configs/digits.py; 18 steps of EDM's sampler, 35 network calls."""
+  """Returns the config: network and updates of configs/digits.py; 18 steps of EDM's sampler, 35 network calls."""
   c = digits_methods.get_config()
   c.methods = ('dmd',)
   c.model.output = 'edm'

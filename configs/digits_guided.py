@@ -1,4 +1,4 @@
-"""Class-conditional digits and students of a guided teacher: rounds, and DMD in one step, both with one weight."""
+"""Class-conditional digits with students of a guided teacher: rounds and one-step DMD, with the same guidance weight."""
 
 import ml_collections
 
@@ -8,7 +8,7 @@ WEIGHT = 1.0
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The base and the students of configs/digits_methods.py; the base is told classes, and not told one in ten."""
+  """Returns configs/digits_methods.py with a conditional base that is trained with a label dropout of 0.1."""
   c = digits_methods.get_config()
   c.model.conditional = True
   c.dataset.label_dropout = 0.1

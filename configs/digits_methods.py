@@ -1,4 +1,4 @@
-"""One teacher, all methods: digits by rounds, knowledge and consistency distillation, DMD and DMD2."""
+"""All methods with one teacher: progressive, knowledge and consistency distillation, DMD and DMD2 on digits."""
 
 import ml_collections
 
@@ -6,9 +6,9 @@ from configs import digits
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """A base and its rounds; each other method with no more training than these together.
+  """Returns a base with its rounds, and other methods, each with no more training than all rounds together.
 
-  The base is the one that the methods were tuned with, simpler than that of configs/digits.py.
+  The methods were tuned with this base, which is simpler than the base of configs/digits.py.
   """
   c = digits.get_config()
   c.train.learning_rate = 1e-3
@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.dmd2.fake_learning_rate = 1e-3
   c.dmd2.gan_generator = 0.01
   c.dmd2.gan_fake = 0.03
-  c.dmd2.gan_first_t = c.dmd2.first_t  # the GAN looks where the scores are compared
+  c.dmd2.gan_first_t = c.dmd2.first_t  # the GAN uses the times at which scores are compared
   c.dmd2.gan_last_t = c.dmd2.last_t
 
   c.log.health_every = 50

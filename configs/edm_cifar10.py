@@ -1,9 +1,9 @@
-"""CIFAR-10 in one step from NVIDIA's EDM model, unconditional, by DMD (Yin et al. 2023); `:cond`, by class.
+"""CIFAR-10 in one step by DMD (Yin et al. 2023), from NVIDIA's unconditional EDM model; `:cond`, from the conditional one.
 
   main.py --mode=import --source=edm --checkpoint=edm-cifar10-32x32-uncond-vp.pkl --config=configs/edm_cifar10.py --workdir=DIR
   main.py --config=configs/edm_cifar10.py --workdir=DIR
 
-The file describes the teacher's network: no key of `model` is read.
+The checkpoint describes the teacher's network; the keys of `model` are not read.
 """
 
 import ml_collections
@@ -11,12 +11,12 @@ import ml_collections
 from configs import default
 from diffusion_distillation.errors import UserError
 
-# Stored pairs, and the weight of the regression on them.
+# Number of stored pairs, and weight of the regression on them.
 VARIANTS = {'': (500_000, 0.5), 'cond': (100_000, 0.25)}
 
 
 def common() -> ml_collections.ConfigDict:
-  """What both EDM teachers have in common: their sampler, the weight of the fake score's loss, and DMD's optimizer."""
+  """Returns what both EDM teachers share: their sampler, the weighting of the fake score's loss, and DMD's optimizer."""
   c = default.get_config()
   c.methods = ('dmd',)
   c.weighting = 'edm'
@@ -37,7 +37,7 @@ def common() -> ml_collections.ConfigDict:
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  """300,000 updates of 392 images, pairs by 18 steps of Heun."""
+  """Returns the config: 300,000 updates of 392 images; pairs from 18 Heun steps."""
   if variant not in VARIANTS:
     raise UserError(f'config variant :{variant} is not known; leave it out, or choose :cond')
   c = common()

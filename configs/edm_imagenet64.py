@@ -1,4 +1,4 @@
-"""ImageNet by class, 64x64, in one step from NVIDIA's EDM model (ADM) by DMD (Yin et al. 2023).
+"""Class-conditional ImageNet 64x64 in one step by DMD (Yin et al. 2023), from NVIDIA's EDM model (ADM).
 
 main.py --mode=import --source=edm --checkpoint=edm-imagenet-64x64-cond-adm.pkl --config=configs/edm_imagenet64.py --workdir=DIR
 main.py --config=configs/edm_imagenet64.py --workdir=DIR
@@ -10,7 +10,7 @@ from configs import edm_cifar10
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """350,000 updates of 336 images, pairs by 256 steps of Heun."""
+  """Returns the config: 350,000 updates of 336 images; pairs from 256 Heun steps."""
   c = edm_cifar10.common()
   c.dataset.name = 'imagenet2012'
   c.dataset.image_size = 64

@@ -1,4 +1,4 @@
-"""ImageNet by class, 64x64 (Salimans & Ho 2022): 1024 steps, distilled to 1; `:fast`, shorter rounds."""
+"""Class-conditional ImageNet 64x64 (Salimans & Ho 2022): 1024 steps, distilled to 1; `:fast` has shorter rounds."""
 
 import ml_collections
 
@@ -6,7 +6,7 @@ from configs import paper
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  """A network that predicts x and eps, told the class."""
+  """Returns the config: a class-conditional network that predicts x and eps."""
   c = paper.large(variant)
   c.dataset.name = 'imagenet2012'
   c.dataset.image_size = 64

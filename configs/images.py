@@ -1,6 +1,6 @@
-"""Images of one's own, at 16 (to try the way out on a CPU), 32, 64 or 128: `configs/images.py:64`.
+"""Your own images at 16 (to try everything on a CPU), 32, 64 or 128 pixels: `configs/images.py:64`.
 
-Drawn shapes, until `dataset.name=folder dataset.path=...` says otherwise.
+Set `dataset.name=folder` and `dataset.path`; the default is a dataset of synthetic shapes.
 """
 
 import ml_collections
@@ -8,7 +8,7 @@ import ml_collections
 from configs import default
 from diffusion_distillation.errors import UserError
 
-# Channels, their multiples at each level, heights with attention. Our choice, after the paper's networks.
+# Channels, multiples per level, heights with attention. Our choice, based on the paper's networks.
 NETWORKS = {
   '16': (32, (1, 2), (8,)),
   '32': (128, (1, 2, 2), (8, 16)),
@@ -18,9 +18,9 @@ NETWORKS = {
 
 
 def get_config(variant: str = '64') -> ml_collections.ConfigDict:
-  """A network that predicts v; 64 steps (the small one 8), distilled to 1."""
+  """Returns the config: a network that predicts v; 64 steps (8 for `:16`), distilled to 1."""
   if variant not in NETWORKS:
-    raise UserError(f'config variant :{variant} is not known; one of {", ".join(NETWORKS)}')
+    raise UserError(f'config variant :{variant} is not known; choose one of {", ".join(NETWORKS)}')
   c = default.get_config()
   c.dataset.name = 'shapes'
   c.dataset.image_size = int(variant)
@@ -42,7 +42,7 @@ def get_config(variant: str = '64') -> ml_collections.ConfigDict:
 
 
 def _small(c: ml_collections.ConfigDict) -> None:
-  """Minutes on two cores, for a first look."""
+  """Shortens the run to minutes on two cores, for a first look."""
   c.model.num_res_blocks = 1
   c.train.num_updates = 800
   c.train.batch_size = 64

@@ -1,4 +1,4 @@
-"""LSUN bedrooms at 128x128 (Salimans & Ho 2022): 1024 steps, distilled to 1; `:fast`, shorter rounds."""
+"""LSUN bedrooms at 128x128 (Salimans & Ho 2022): 1024 steps, distilled to 1; `:fast` has shorter rounds."""
 
 import ml_collections
 
@@ -6,7 +6,7 @@ from configs import paper
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  """A network that predicts x and eps."""
+  """Returns the config: a network that predicts x and eps."""
   c = paper.large(variant)
   c.dataset.name = 'lsun/bedroom'
   c.dataset.image_size = 128

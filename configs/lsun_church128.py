@@ -1,4 +1,4 @@
-"""LSUN churches, outdoor, at 128x128 (Salimans & Ho 2022): all but the images as for the bedrooms."""
+"""LSUN outdoor churches at 128x128 (Salimans & Ho 2022), with the settings of the bedrooms."""
 
 import ml_collections
 
@@ -6,7 +6,7 @@ from configs import lsun_bedroom128
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  """`lsun_bedroom128` with other images; the same variants."""
+  """Returns `lsun_bedroom128` with other images; the variants are the same."""
   c = lsun_bedroom128.get_config(variant)
   c.dataset.name = 'lsun/church_outdoor'
   return c

@@ -1,4 +1,4 @@
-"""What `command.py` calls: one function a mode, and errors as one line and an exit code."""
+"""The command line behind `command.py`: one function per mode. Errors become one line and an exit code."""
 
 import contextlib
 import errno
@@ -45,25 +45,25 @@ from diffusion_distillation.system import (
 
 
 def run(options: Options) -> int:
-  """Carries the mode out; returns the exit code."""
+  """Runs the mode and returns the exit code."""
   interrupts.install()
   try:
     return leave_quietly(_run(options))
-  except BrokenPipeError:  # nobody reads what is printed any more, as with `| head`
+  except BrokenPipeError:  # the reader of the output has exited, as with `| head`
     return leave_quietly(Preempted.exit_code if options.mode == 'train' else 0, unread=True)
   finally:
     interrupts.uninstall()
 
 
 def leave_quietly(code: int, unread: bool = False) -> int:
-  """Flushes what is printed. Where nobody reads it any more, that is no error: it is dropped, and all that follows."""
+  """Flushes stdout and stderr. If their reader has exited, drops this and all later output instead of raising an error."""
   for stream in (sys.stdout, sys.stderr):
     try:
       stream.flush()
     except BrokenPipeError:
       unread = True
   for stream in (sys.stdout, sys.stderr) if unread else ():
-    with contextlib.suppress(OSError):  # no file at all, as in a notebook
+    with contextlib.suppress(OSError):  # the stream is not a file, as in a notebook
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
   return code
 
@@ -84,22 +84,22 @@ def _run(options: Options) -> int:
   except OSError as error:
     workdir = None if options.workdir is None else pathlib.Path(options.workdir)
     if (gone := _vanished(error, workdir)) is not None:
-      message = f'{gone} has vanished; bring it back, and run the same command again'
+      message = f'{gone} has vanished; restore it, and run the same command again'
       return _fail(message, StorageError.exit_code)
     if error.errno not in _OF_THE_DISK:
       return _fail(str(error), UserError.exit_code)
     where = error.filename or options.workdir or 'the output'
-    advice = 'make room or mend the disk, and run the same command again'
+    advice = 'free space or repair the disk, and run the same command again'
     return _fail(f'{where}: {error.strerror}; {advice}', StorageError.exit_code)
   return 0
 
 
-# What a disk says that is full, read-only, broken, gone, or beyond its quota.
+# Errors of a disk that is full, read-only, broken, gone, or over its quota.
 _OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EDQUOT)
 
 
 def _vanished(error: OSError, workdir: pathlib.Path | None) -> pathlib.Path | None:
-  """The directory in the workdir that is not there any more, if that is what the error is about."""
+  """Returns the directory in the workdir that no longer exists, if that caused the error; else None."""
   if error.errno != errno.ENOENT or error.filename is None or workdir is None:
     return None
   directory = pathlib.Path(error.filename).parent
@@ -114,7 +114,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _join(options: Options) -> None:
-  """Finds the other processes of the run."""
+  """Connects to the other processes of the run."""
   given = (options.coordinator, options.num_processes, options.process_id)
   if options.mode in ('train', 'evaluate', 'sample'):
     cluster.start(*given, timeout=options.peer_timeout)
@@ -135,7 +135,7 @@ def _config(options: Options) -> Config:
 
 
 def _stored_config(options: Options, directory: pathlib.Path) -> Config:
-  """That which the workdir was made with."""
+  """Returns the config that the workdir was made with."""
   config = workdir.read_config(directory, options.default)
   expand_paths(config)
   compilation.use(config.compute.cache, config.compute.fast_cpu)
@@ -185,7 +185,7 @@ def _import(options: Options) -> None:
 
 def _export(options: Options) -> None:
   if flag := options.given(_OF_SAMPLING):
-    raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported as it was made')
+    raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported with its own settings')
   compilation.use()
   print(exporting.export(_workdir(options), options.stage, options.out, options.format))
 
@@ -219,7 +219,7 @@ def _sample(options: Options) -> None:
 
 
 def _stored_model(options: Options, directory: pathlib.Path) -> tuple[StoredModel, Config]:
-  """The model to sample from, and the settings of evaluation that it is sampled with."""
+  """Returns the model to sample from, and the section `evaluation` of the config to sample it with."""
   if (directory / 'config.json').is_file():
     config = _stored_config(options, directory)
     return _model_of_workdir(options, directory, config), config.evaluation
@@ -230,7 +230,7 @@ def _stored_model(options: Options, directory: pathlib.Path) -> tuple[StoredMode
 
 
 def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config) -> StoredModel:
-  """The stage that was asked for, or the last that is there, with the weights that were asked for."""
+  """Returns the requested stage, or by default the last one with a checkpoint, with the requested weights."""
   planned = {stage.name: stage for stage in workdir.stored_plan(directory, config)}
   if options.stage is not None and options.stage not in planned:
     raise UserError(f'--stage={options.stage} is not one of {", ".join(planned)}')
@@ -238,23 +238,23 @@ def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config)
     model = provenance.load_model(directory, planned[name], config, (options.weights,))
     if model is not None:
       return provenance.to_stored(directory, model.use(options.weights), config)
-  raise UserError(f'--workdir={directory}: no whole checkpoint of {options.stage or "any stage"} yet')
+  raise UserError(f'--workdir={directory}: no complete checkpoint of {options.stage or "any stage"} yet')
 
 
 def _replay(options: Options) -> None:
   directory = _workdir(options)
   if options.stage is None or options.step is None:
     raise UserError(
-      '--mode=replay needs --stage and --step, as the message of a skipped update has them'
+      '--mode=replay needs --stage and --step, which the message about a skipped update contains'
     )
   config = _stored_config(options, directory)
   with sharding.laid_out(**config.mesh):
     found = replay.replay(config, directory, options.stage, options.step)
-  print(f'{replay.told(found)}; all of it in {directory / options.stage / "nonfinite.json"}')
+  print(f'{replay.told(found)}; details are in {directory / options.stage / "nonfinite.json"}')
 
 
 def _released(directory: pathlib.Path, stage: Stage, config: Config) -> Model | None:
-  """A stage's model, checked; its weights are read again where they are asked for. None if nothing whole is there."""
+  """Returns a stage's verified model, whose weights are loaded again when needed; None without a complete checkpoint."""
   model = provenance.load_model(directory, stage, config, stage.weights[:-1])
   return None if model is None else provenance.release(directory, model, ())
 
@@ -274,7 +274,7 @@ def _evaluate(options: Options) -> None:
     found = [_released(directory, stage, config) for stage in planned]
     models = [model for model in found if model is not None]
     if found[0] is None:
-      raise UserError(f'--workdir={directory}: no whole checkpoint of {planned[0].name} yet')
+      raise UserError(f'--workdir={directory}: no complete checkpoint of {planned[0].name} yet')
     measure.evaluate(config, models, images, directory, again=True)
   if files.writes():
     print(directory / 'results.json')
@@ -283,7 +283,7 @@ def _evaluate(options: Options) -> None:
 def _serve(options: Options) -> None:
   directory = _workdir(options)
   if flag := options.given(('stage', *_OF_SAMPLING)):
-    raise UserError(f'--{flag} does not apply to --mode=serve: choose what is drawn on the page')
+    raise UserError(f'--{flag} does not apply to --mode=serve: set it on the page instead')
   if (directory / 'config.json').is_file():
     _stored_config(options, directory)
   else:
@@ -292,7 +292,7 @@ def _serve(options: Options) -> None:
 
 
 def _keys(options: Options) -> None:
-  """docs/configuration.md is what this prints."""
+  """Prints docs/configuration.md."""
   del options
   print(_ABOUT_KEYS + to_markdown())
 

@@ -1,4 +1,4 @@
-"""Train, distill, measure and sample: flags to one call of `cli.run`. What `main.py` and `diffusion-distillation` start."""
+"""Train, distill, evaluate and sample diffusion models. The entry point of `main.py` and `diffusion-distillation`."""
 
 import contextlib
 import importlib
@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-# The compiler's alarm 'Very slow compile?' reads like an error; what it could not do is raised in Python.
+# The compiler's warning 'Very slow compile?' reads like an error; real errors are raised in Python.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 from absl import app, flags
@@ -23,44 +23,48 @@ from diffusion_distillation.system import checkpoints
 def _integer(
   name: str, default: int | None, meaning: str, least: int, most: int | None = None
 ) -> flags.FlagHolder:
-  """A flag for an integer, which may be given as 1e3."""
+  """Defines a flag for an integer, which may be given as 1e3."""
   parser = arguments.WholeParser(least, most)
   return flags.DEFINE(parser, name, default, meaning, serializer=flags.ArgumentSerializer())
 
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; prepare and keys do without.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Directory of the run; all modes except prepare and keys need it.'
+)
 _MODE = flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
 _STAGE = flags.DEFINE_string(
-  'stage', None, 'sample, export: the stage; by default the last that is there.'
+  'stage', None, 'sample, export: the stage; by default the last one with a checkpoint.'
 )
 _WEIGHTS = flags.DEFINE_string(
   'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last."
 )
-_NUM_SAMPLES = _integer('num_samples', 64, 'sample: how many images.', 1)
-_SEED = _integer('seed', 0, 'sample: of the noise.', 0, 2**31 - 1)
+_NUM_SAMPLES = _integer('num_samples', 64, 'sample: number of images.', 1)
+_SEED = _integer('seed', 0, 'sample: seed of the noise.', 0, 2**31 - 1)
 _SAMPLER = flags.DEFINE_string(
   'sampler',
   None,
   f"sample: one of {', '.join(SAMPLERS)}; by default the stage's own.",
 )
 _GAMMA = flags.DEFINE_float(
-  'gamma', None, 'sample, ancestral: variance from small (0) to large (1).', 0, 1
+  'gamma', None, 'sample, ancestral: variance of the noise, from small (0) to large (1).', 0, 1
 )
 _CLIP_X = flags.DEFINE_bool('clip_x', None, 'sample: clip x to [-1, 1] at each step.')
-_STEPS = _integer('steps', None, 'sample: how many; by default those of the stage.', 1)
+_STEPS = _integer('steps', None, "sample: number of steps; by default the stage's own.", 1)
 _GRID = flags.DEFINE_enum(
-  'grid', None, times.GRIDS, "sample: how the steps are spaced; by default as the model's own."
+  'grid', None, times.GRIDS, "sample: spacing of the steps; by default the model's own."
 )
-_TIMES = flags.DEFINE_list('times', [], 'sample: a grid of times instead of equal steps: 0,0.25,1.')
+_TIMES = flags.DEFINE_list(
+  'times', [], 'sample: a grid of times, such as 0,0.25,1, instead of equal steps.'
+)
 _CLASSES = flags.DEFINE_list(
-  'classes', [], 'sample: classes to draw in turn, by number or name, or none; by default all.'
+  'classes', [], 'sample: classes to draw in turn, by number or name, or `none`; by default all.'
 )
 _GUIDANCE = flags.DEFINE_float(
   'guidance',
   None,
-  'sample: the weight W of classifier-free guidance, x + W (x - x without a class); 0, the default, is none. Elsewhere the '
-  'scale 1 + W is called guidance.',
+  'sample: the weight W of classifier-free guidance, x + W (x - x without a class); 0, the default, is no guidance. Other '
+  'software often calls 1 + W the guidance scale.',
 )
 _GUIDANCE_INTERVAL = flags.DEFINE_list(
   'guidance_interval',
@@ -83,32 +87,34 @@ _SOURCE = flags.DEFINE_string(
 )
 _STEP = _integer('step', None, 'replay: the update to look at.', 0)
 _PORT = _integer('port', 7860, 'serve: the port on 127.0.0.1; 0 for any free one.', 0, 65535)
-_COORDINATOR = flags.DEFINE_string('coordinator', None, 'Of several processes: HOST:PORT of the first.')
-_NUM_PROCESSES = _integer('num_processes', None, 'How many they are; 1 alone: look for no others.', 1)
-_PROCESS_ID = _integer('process_id', None, 'Which one this is, from 0.', 0)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'With several processes: HOST:PORT of the first.'
+)
+_NUM_PROCESSES = _integer('num_processes', None, 'Number of processes; 1: do not look for others.', 1)
+_PROCESS_ID = _integer('process_id', None, 'Index of this process, from 0.', 0)
 _PEER_TIMEOUT = _integer(
   'peer_timeout',
   100,
-  'Seconds without a sign of life after which a process is dead, and all others end.',
+  'Seconds without a heartbeat after which a process counts as dead and all others exit.',
   1,
 )
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'import: the file, or WORKDIR/STAGE.')
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, except that a bad config or override is one line and exit code 2."""
-  _default()  # tells which keys there are
+  """Parses flags as absl does, but reports a bad config or override in one line, with exit code 2."""
+  _default()  # declares the keys
   if {'--help', '-help', '--helpfull', '-helpfull'} & set(argv[1:]):
     with contextlib.suppress(BrokenPipeError):
       print(__doc__, flags.FLAGS.module_help(__name__), sep='\n')
     sys.exit(cli.leave_quietly(0))
   try:
-    # Warnings only, unless asked: --verbosity=0 shows all that orbax and jax have to say.
+    # Only warnings by default; --verbosity=0 shows all messages of orbax and jax.
     prepared = [argv[0], '--verbosity=-1', *arguments.prepare(argv[1:])]
     rest = flags.FLAGS(prepared)
     if (flags.FLAGS['verbosity'].value or 0) < 0:
       checkpoints.hush()
-      logging.getLogger('matplotlib').setLevel(logging.ERROR)  # of a home that it cannot write to
+      logging.getLogger('matplotlib').setLevel(logging.ERROR)  # warns about an unwritable home
     getattr(flags.FLAGS['config'].value, 'items', None)  # raises if the file could not be loaded
     return rest
   except Exception as error:
@@ -125,7 +131,7 @@ def _default() -> Config:
 
 
 def run(argv: list[str]) -> None:
-  """Ends with the exit code of `cli.run`."""
+  """Runs the command and exits with the exit code of `cli.run`."""
   options = cli.Options(
     mode=_MODE.value,
     config=_CONFIG.value,
@@ -160,14 +166,14 @@ def run(argv: list[str]) -> None:
 
 
 def _open_streams() -> None:
-  """Opens /dev/null for those of stdin, stdout and stderr that are closed, so that no other file takes their places."""
+  """Opens /dev/null for each closed one of stdin, stdout and stderr, so that no other file gets its descriptor."""
   for name in ('stdin', 'stdout', 'stderr'):
     if getattr(sys, name) is None:
-      descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+      descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor
       setattr(sys, name, os.fdopen(descriptor, 'r' if name == 'stdin' else 'w'))
 
 
 def main() -> None:
-  """The program."""
+  """Runs the program."""
   _open_streams()
   app.run(run, flags_parser=parse_flags)

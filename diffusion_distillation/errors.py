@@ -1,34 +1,34 @@
-"""What can go wrong from outside, each with the exit code that `main.py` ends with.
+"""Errors with external causes, each with the exit code of `main.py`.
 
-The message is one line that says what is wrong and what to do.
+The message of each error is one line that says what is wrong and what to do.
 """
 
 
 class UserError(Exception):
-  """Something that the user can mend: a configuration, a path, a flag."""
+  """An error that the user can fix, such as in a config, a path or a flag."""
 
   exit_code = 2
 
 
 class DamagedError(UserError):
-  """A file in the workdir is not what was written there."""
+  """A file in the workdir differs from what was written."""
 
   exit_code = 3
 
 
 class NumericalError(UserError):
-  """Loss or gradients stayed non-finite."""
+  """The loss or the gradients stayed non-finite."""
 
   exit_code = 4
 
 
 class StorageError(UserError):
-  """The disk does not take what is written, or has lost it."""
+  """The disk cannot be written to, or has lost files."""
 
   exit_code = 5
 
 
 class Preempted(UserError):
-  """Asked to stop (SIGTERM, SIGINT); everything is saved, and the same command goes on."""
+  """The process was asked to stop (SIGTERM, SIGINT). Everything is saved; the same command resumes."""
 
   exit_code = 75  # EX_TEMPFAIL: try again

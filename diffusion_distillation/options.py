@@ -1,4 +1,4 @@
-"""What a command is asked to do."""
+"""The options of a command."""
 
 import dataclasses
 import os
@@ -42,13 +42,13 @@ class Options:
   rest: Sequence[str] = ()
 
   def on_disk(self) -> 'Options':
-    """The same with whole paths; raises UserError for a path that is none."""
+    """Returns the options with absolute paths; raises UserError for a URL or an unknown home directory."""
     workdir = None if self.workdir is None else paths.on_disk('--workdir', self.workdir)
     checkpoint = None if self.checkpoint is None else paths.on_disk('--checkpoint', self.checkpoint)
     return dataclasses.replace(self, workdir=workdir, checkpoint=checkpoint)
 
   def given(self, names: Sequence[str]) -> str | None:
-    """The first of these options whose value is not the default; None if there is none."""
+    """Returns the first of these options that differs from its default; None if all are at their defaults."""
     return next(
       (name for name in names if getattr(self, name) not in (getattr(Options, name), [])), None
     )

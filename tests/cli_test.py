@@ -328,7 +328,7 @@ def test_a_directory_of_the_workdir_that_vanishes_is_the_disks_fault(tmp_path, m
     monkeypatch.setitem(cli.MODES, 'sample', fail)
     assert cli.run(options(tmp_path)) == code
     err = capsys.readouterr().err
-    assert str(path) in err if code == 2 else f'{path.parent} has vanished; bring it back' in err
+    assert str(path) in err if code == 2 else f'{path.parent} has vanished; restore it' in err
 
 
 def test_gamma_is_for_ancestral_sampling_alone(tmp_path, monkeypatch, capsys):

@@ -123,7 +123,7 @@ def test_a_finished_stage_of_which_nothing_whole_is_left_is_not_silently_trained
     cut_short(path)
   shutil.rmtree(workdir / 'base' / 'model')  # a finished stage is read from there
   code, _, err = tiny.run_cli(*COMMAND, f'--workdir={workdir}')
-  assert code == 3 and 'no whole checkpoint is left' in err.splitlines()[-1], err
+  assert code == 3 and 'no complete checkpoint is left' in err.splitlines()[-1], err
   assert len(list((workdir / 'base' / 'damaged').iterdir())) == 2
 
 

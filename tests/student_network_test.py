@@ -79,7 +79,10 @@ def test_rounds_begin_with_new_parameters_and_go_on_with_the_round_before():
 @pytest.mark.parametrize(
   ('overrides', 'words'),
   [
-    ({'student__conditional': True}, 'student.conditional: a student is told what its teacher is told'),
+    (
+      {'student__conditional': True},
+      'student.conditional: a student must have the conditioning of its teacher',
+    ),
     (OTHER | {'knowledge__start': 'progressive_0001'}, 'is not one of'),
     ({'student__ch': 0}, 'student.ch=0 must be positive'),
     ({'student__num_groups': 7}, 'num_groups=7 does not divide'),

@@ -8,23 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_NO_SIGNAL = (
-  -50.0
-)  # logsnr that stands for alpha = 0: alpha = 1.4e-11 is lost beside any noise in float32
+_NO_SIGNAL = -50.0  # logsnr in place of alpha = 0; alpha = 1.4e-11 is lost in float32
 
 
 def linear(count: int, start: float, end: float) -> np.ndarray:
-  """Betas of DDPM (Ho et al. 2020): evenly spaced, (count,)."""
+  """Returns the betas of DDPM (Ho et al. 2020), which are evenly spaced, (count,)."""
   return np.linspace(start, end, count, dtype=np.float32)
 
 
 def scaled_linear(count: int, start: float, end: float) -> np.ndarray:
-  """Betas of latent diffusion (Rombach et al. 2022): their square roots are evenly spaced, (count,)."""
+  """Returns the betas of latent diffusion (Rombach et al. 2022), whose square roots are evenly spaced, (count,)."""
   return np.square(np.linspace(math.sqrt(start), math.sqrt(end), count, dtype=np.float32))
 
 
 def squared_cosine(count: int, start: float, end: float) -> np.ndarray:
-  """Betas of Nichol & Dhariwal 2021, Eq. 17, at most 0.999, (count,); `start` and `end` do not apply."""
+  """Returns the betas of Nichol & Dhariwal 2021, Eq. 17, at most 0.999, (count,); `start` and `end` are not used."""
   del start, end
   alpha_bar = np.square(np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2.0))
   return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999).astype(np.float32)
@@ -34,7 +32,7 @@ BETAS = {'linear': linear, 'scaled_linear': scaled_linear, 'squaredcos_cap_v2': 
 
 
 def without_terminal_signal(betas: np.ndarray) -> np.ndarray:
-  """Betas (N,) whose last alpha-bar is 0 and whose first one is unchanged (Lin et al. 2023, algorithm 1)."""
+  """Rescales betas (N,) so that the last alpha-bar is 0 and the first one is unchanged (Lin et al. 2023, algorithm 1)."""
   root = np.sqrt(np.cumprod(np.float32(1.0) - betas, dtype=np.float32))
   root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
   alpha_bar = np.square(root)
@@ -43,17 +41,17 @@ def without_terminal_signal(betas: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Discrete:
-  """Timesteps k = 0, ..., N - 1 with betas of their own (Ho et al. 2020): step k is at t = (k + 1) / N.
+  """A schedule given by the betas of discrete timesteps k = 0, ..., N - 1 (Ho et al. 2020); step k is at t = (k + 1) / N.
 
-  Between two timesteps logsnr is linear in t; before the first one, at 0 < t < 1 / N, it is that of the first. Equal steps
-  of t are therefore the timesteps that diffusers calls 'trailing'.
+  Between two timesteps, logsnr is linear in t; for 0 < t < 1 / N, it equals its value at the first timestep. Equal steps in t
+  therefore are the timesteps that diffusers calls 'trailing'.
 
   Attributes:
-    betas: a name in BETAS, as diffusers' schedulers spell it.
+    betas: a name in BETAS, spelled as in diffusers' schedulers.
     num_timesteps: N.
-    beta_start, beta_end: of the first and the last step; not used by 'squaredcos_cap_v2'.
-    zero_snr: whether the betas are scaled so that no signal is left at t = 1.
-    steps_offset: is added to the timesteps of the grid 'leading'.
+    beta_start, beta_end: betas of the first and the last step; not used by 'squaredcos_cap_v2'.
+    zero_snr: whether the betas are rescaled so that no signal is left at t = 1.
+    steps_offset: added to the timesteps of the grid 'leading'.
   """
 
   betas: str = 'linear'
@@ -88,14 +86,14 @@ class Discrete:
     return jnp.where(t == 0.0, jnp.inf, found)
 
   def inverse(self, logsnr: jax.Array) -> jax.Array:
-    """The t in [1 / N, 1] of a logsnr; outside [0, 1] for one that is out of range."""
+    """Returns the t in [1 / N, 1] of a logsnr; outside [0, 1] if logsnr is out of range."""
     t = (np.arange(self.num_timesteps) + 1.0) / self.num_timesteps
     return jnp.interp(-logsnr, -self.logsnr, t, left=-1.0, right=2.0)
 
   def timestep(self, logsnr: jax.Array) -> jax.Array:
-    """k in [0, N - 1], a fraction between two timesteps; what a network in discrete time is told.
+    """Returns k in [0, N - 1], fractional between timesteps; the time input of a network in discrete time.
 
-    float32 knows logsnr to about 1e-4 of a step: within a hundredth of one, the timestep itself is meant.
+    The float32 rounding of logsnr is about 1e-4 of a step, so values within 0.01 of a timestep are rounded to it.
     """
     count = self.num_timesteps
     k = jnp.clip(self.inverse(logsnr) * count - 1.0, 0.0, count - 1.0)
@@ -103,13 +101,13 @@ class Discrete:
     return jnp.where(jnp.abs(k - whole) < 0.01, whole, k)
 
   def leading(self, num_steps: int) -> np.ndarray:
-    """The times of diffusers' 'leading' timesteps 0, r, 2r, ... plus `steps_offset`, r = floor(N / num_steps), after clean data.
+    """Returns 0 and the times of diffusers' 'leading' timesteps 0, r, 2r, ... plus `steps_offset`, r = floor(N / num_steps).
 
     Returns:
-      (num_steps + 1,); the last one is below 1, and the sampler starts from noise there.
+      (num_steps + 1,); the last time is below 1, and the sampler starts there from noise.
 
     Raises:
-      ValueError: there are not as many timesteps.
+      ValueError: there are too few timesteps.
     """
     count = self.num_timesteps
     steps = np.arange(num_steps) * (count // num_steps) + self.steps_offset
@@ -121,12 +119,12 @@ class Discrete:
 
   @property
   def alpha_bar(self) -> np.ndarray:
-    """alpha^2 at each timestep, (N,) float64 of float32 betas, as other programs have them."""
+    """Returns alpha^2 at each timestep, (N,) float64, from betas rounded to float32 as in other software."""
     return _alpha_bar(self.betas, self.num_timesteps, self.beta_start, self.beta_end, self.zero_snr)
 
   @property
   def logsnr(self) -> np.ndarray:
-    """log(alpha^2 / sigma^2) at each timestep, (N,) float32."""
+    """Returns log(alpha^2 / sigma^2) at each timestep, (N,) float32."""
     with np.errstate(divide='ignore'):
       found = np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)
     return np.where(self.alpha_bar > 0.0, found, _NO_SIGNAL).astype(np.float32)

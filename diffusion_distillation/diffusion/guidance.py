@@ -1,4 +1,4 @@
-"""Classifier-free guidance: by how much, at which noise levels, and what it costs."""
+"""Classifier-free guidance: its weight, its noise levels, and its cost in network calls."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ class Guidance:
   """x^ + W (x^ - x^_unconditional), at noise levels in an interval (Ho & Salimans 2022; Kynkaanniemi et al. 2024).
 
   Attributes:
-    weight: W; 0 is no guidance. Elsewhere 1 + W is called the scale of guidance.
-    low, high: noise levels sigma / alpha; guided are those in (low, high].
+    weight: W; 0 is no guidance. Other software often calls 1 + W the guidance scale.
+    low, high: noise levels sigma / alpha; those in (low, high] are guided.
   """
 
   weight: float = 0.0
@@ -43,12 +43,12 @@ class Guidance:
 
   @property
   def interval(self) -> list[float | None] | None:
-    """[low, high] for a row of results, with None for no upper end; None if all noise levels are guided, or none."""
+    """[low, high] for a row of results, with None for no upper end; None if all noise levels or none are guided."""
     whole = (self.low, self.high) == (0.0, math.inf)
     return [self.low, None if math.isinf(self.high) else self.high] if self and not whole else None
 
   def holds(self, logsnr: jax.Array) -> jax.Array:
-    """Whether noise levels, given as logsnr (any shape), are guided."""
+    """Returns whether noise levels, given as logsnr (any shape), are guided."""
     least, most = (
       math.inf if not level else -2.0 * math.log(level * (1.0 + _ROUNDING))
       for level in (self.high, self.low)
@@ -56,11 +56,11 @@ class Guidance:
     return (logsnr >= least) & (logsnr < most)
 
   def weights(self, logsnr: jax.Array) -> jax.Array:
-    """W where `holds`, else 0."""
+    """Returns W where `holds`, else 0."""
     return jnp.where(self.holds(logsnr), self.weight, 0.0)
 
   def calls(self, sampler: Sampler, grid: np.ndarray, schedule: Schedule) -> int:
-    """Network calls for an image that is sampled on a grid of times (N + 1,): a guided step makes each call twice."""
+    """Returns the number of network calls per image on a grid of times (N + 1,); a guided step makes each call twice."""
     count = len(grid) - 1
     if not self:
       return sampler.calls(count)
@@ -73,9 +73,9 @@ NONE = Guidance()
 
 
 def guided(conditional: Prediction, unconditional: Prediction, weight: jax.Array) -> Prediction:
-  """x_c + W (x_c - x_u), and the same for eps, which keeps z = alpha x + sigma eps; `weight` is W of each example, (B,).
+  """Returns x_c + W (x_c - x_u), and the same for eps, so that z = alpha x + sigma eps still holds.
 
-  Where W is 0 it is the conditional prediction.
+  `weight`, (B,), is W of each example. Where W is 0, the result is the conditional prediction.
   """
   (x, eps), (x_u, eps_u) = conditional, unconditional
   w = widen(weight, x)
@@ -84,11 +84,11 @@ def guided(conditional: Prediction, unconditional: Prediction, weight: jax.Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerStep(Sampler):
-  """A sampler that gives each of its steps a denoiser of its own, and ignores the one that it is called with.
+  """A sampler that uses a different denoiser in each step, and ignores the one that it is called with.
 
   Attributes:
     sampler: the sampler that makes the steps.
-    in_step: from the logsnr (B,) that a step starts from to its denoiser.
+    in_step: maps the logsnr (B,) at the start of a step to the denoiser of this step.
   """
 
   sampler: Sampler
@@ -108,12 +108,12 @@ class PerStep(Sampler):
 
 
 def make_guidance(weight: float, interval: Sequence[float] = ()) -> Guidance:
-  """Guidance in an interval (low, high) of noise levels, or () for all of them; NONE, whatever the interval, if W is 0.
+  """Returns guidance in an interval (low, high) of noise levels, or () for all levels; always NONE if W is 0.
 
   Raises:
     ValueError: the weight or the interval is out of range.
   """
   if len(interval) not in (0, 2):
-    raise ValueError(f'the interval of guidance has two ends, LOW,HIGH; {len(interval)} were given')
+    raise ValueError(f'the interval of guidance has two ends, LOW,HIGH, but {len(interval)} were given')
   found = Guidance(weight, *interval)
   return found or NONE

@@ -32,7 +32,7 @@ def alpha_sigma(logsnr: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def diffuse(x: jax.Array, eps: jax.Array, logsnr: jax.Array) -> jax.Array:
-  """A sample z of q(z | x) at `logsnr` (B,), for standard normal noise `eps` with the shape of `x`."""
+  """Returns a sample z of q(z | x) at `logsnr` (B,), given standard normal noise `eps` with the shape of `x`."""
   alpha, sigma = alpha_sigma(logsnr, x)
   return alpha * x + sigma * eps
 
@@ -69,7 +69,7 @@ def from_both(z: jax.Array, logsnr: jax.Array, output: jax.Array) -> Prediction:
 
 
 def edm_input(z: jax.Array, logsnr: jax.Array) -> jax.Array:
-  """The input of EDM's network (Karras et al. 2022, Table 1): z scaled to unit variance, given data of SIGMA_DATA.
+  """The input of EDM's network (Karras et al. 2022, Table 1): z scaled to unit variance for data of scale SIGMA_DATA.
 
   This is c_in y with y = z / alpha, written without the division.
   """
@@ -98,7 +98,7 @@ def velocity(prediction: Prediction, logsnr: jax.Array) -> jax.Array:
 
 
 def implied_x(z_t: jax.Array, z_s: jax.Array, logsnr_t: jax.Array, logsnr_s: jax.Array) -> jax.Array:
-  """The x for which one DDIM step from (z_t, logsnr_t) lands on (z_s, logsnr_s).
+  """Returns the x for which one DDIM step from (z_t, logsnr_t) arrives at (z_s, logsnr_s).
 
   Salimans & Ho 2022, appendix G: x = (z_s - r z_t) / (alpha_s - r alpha_t), r = sigma_s / sigma_t.
   At logsnr_s = inf, x = z_s.
@@ -113,5 +113,5 @@ OUTPUTS = {'x': from_x, 'eps': from_eps, 'v': from_v, 'both': from_both, 'edm': 
 
 
 def output_channels(output: str, channels: int) -> int:
-  """The number of output channels of a network, for images with `channels` channels."""
+  """Returns the number of output channels of a network for images with `channels` channels."""
   return 2 * channels if output == 'both' else channels

@@ -1,8 +1,8 @@
-"""Samplers: from noise at t = 1 to data at t = 0 by a grid of times.
+"""Samplers, which go from noise at t = 1 to data at t = 0 on a grid of times.
 
-A sampler is one step, `sampler(rng, denoise, z, logsnr_t, logsnr_s) -> z_s`, which goes from time t to an
-earlier time s. `denoise(z, logsnr) -> Prediction` has its parameters and labels bound already; `rng` is
-one key an image, (B,). The network is never asked about clean data, s = 0, where logsnr_s = inf.
+A sampler is one step, `sampler(rng, denoise, z, logsnr_t, logsnr_s) -> z_s`, from time t to an earlier
+time s. Parameters and labels of `denoise(z, logsnr) -> Prediction` are already bound; `rng` contains one
+key per image, (B,). The network is never evaluated on clean data, s = 0, where logsnr_s = inf.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Clip = Callable[[jax.Array], jax.Array]
 
 
 def clipped(denoise: Denoise, clip: Clip | None, keep_eps: bool = False) -> Denoise:
-  """`denoise` with its x clipped, and the eps that follows from that x, unless `keep_eps`; as it is where `clip` is None."""
+  """Returns `denoise` with x clipped and eps computed from the clipped x, unless `keep_eps`; unchanged if `clip` is None."""
   if clip is None:
     return denoise
 
@@ -36,11 +36,11 @@ def clipped(denoise: Denoise, clip: Clip | None, keep_eps: bool = False) -> Deno
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-  """What all samplers share.
+  """Base class of all samplers.
 
   Attributes:
-    calls_per_step: network calls that a step costs, unless it is the last and `calls` says otherwise.
-    keeps_eps: whether, where x is clipped, eps stays what the network predicted.
+    calls_per_step: network calls per step, except for the last step of samplers that override `calls`.
+    keeps_eps: whether eps remains the network's prediction when x is clipped.
     draws_noise: whether a step adds noise, so that an image also depends on its key.
   """
 
@@ -49,15 +49,15 @@ class Sampler:
   draws_noise: ClassVar[bool] = False
 
   def calls(self, num_steps: int) -> int:
-    """Network calls for an image that is sampled in `num_steps` steps, the last of which ends at s = 0."""
+    """Returns the number of network calls per image in `num_steps` steps, the last of which ends at s = 0."""
     return num_steps * self.calls_per_step
 
   def begin(self, z: jax.Array) -> Any:
-    """What the first step takes: z, unless a sampler remembers more from step to step."""
+    """Returns the state before the first step: z, and whatever else a sampler keeps from step to step."""
     return z
 
   def end(self, z: Any) -> jax.Array:
-    """The images in what the last step returned."""
+    """Returns the images from the state after the last step."""
     return z
 
   def __call__(
@@ -68,12 +68,12 @@ class Sampler:
     logsnr_t: jax.Array,
     logsnr_s: jax.Array,
   ) -> Any:
-    """z at time s, from z (B, ...) at time t; logsnr_t and logsnr_s are (B,)."""
+    """Returns z at time s, given z (B, ...) at time t; logsnr_t and logsnr_s are (B,)."""
     raise NotImplementedError
 
 
 def normal(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Standard normal noise (B, *shape), each example from its own key in `rng` (B,)."""
+  """Returns standard normal noise (B, *shape), each example from its own key in `rng` (B,)."""
   return jax.vmap(lambda key: jax.random.normal(key, shape))(rng)
 
 
@@ -92,7 +92,7 @@ class DDIM(Sampler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDIMKeepEps(DDIM):
-  """DDIM as diffusers' DDIMScheduler has it by default: where x^ is clipped, eps^ is not computed again."""
+  """DDIM as in diffusers' DDIMScheduler by default: eps^ is not recomputed when x^ is clipped."""
 
   keeps_eps: ClassVar[bool] = True
 
@@ -101,9 +101,9 @@ class DDIMKeepEps(DDIM):
 class Ancestral(Sampler):
   """Stochastic step (Ho et al. 2020) with log-interpolated variance (Salimans & Ho 2022, section 5).
 
-  With c = 1 - exp(logsnr_t - logsnr_s), the noise added has variance c sigma_s^(2 (1 - gamma)) sigma_t^(2
-  gamma): gamma = 0 is the posterior's ('small'), gamma = 1 the forward process's ('large'). At s = 0 it
-  returns x^ without noise.
+  With c = 1 - exp(logsnr_t - logsnr_s), the added noise has variance c sigma_s^(2 (1 - gamma)) sigma_t^(2
+  gamma): gamma = 0 gives the posterior's variance ('small'), gamma = 1 the forward process's ('large'). At
+  s = 0 the step returns x^ without noise.
   """
 
   draws_noise: ClassVar[bool] = True
@@ -115,7 +115,7 @@ class Ancestral(Sampler):
 
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
     if rng is None:
-      raise ValueError('ancestral sampling draws noise: it needs one key an image')
+      raise ValueError('ancestral sampling draws noise: it needs one key per image')
     x, _ = denoise(z, logsnr_t)
     alpha_t, sigma_t = process.alpha_sigma(logsnr_t, z)
     alpha_s, sigma_s = process.alpha_sigma(logsnr_s, z)
@@ -128,28 +128,28 @@ class Ancestral(Sampler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultistepConsistency(Sampler):
-  """To x^, and back to time s with new noise: multistep consistency sampling (Song et al. 2023, algorithm 1).
+  """Multistep consistency sampling (Song et al. 2023, algorithm 1): predicts x^ and adds new noise of time s.
 
-  z_s = alpha_s x^ + sigma_s eps; DMD2's students of several steps are sampled the same way.
+  z_s = alpha_s x^ + sigma_s eps. DMD2's students with several steps are sampled in the same way.
   """
 
   draws_noise: ClassVar[bool] = True
 
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
     if rng is None:
-      raise ValueError('renoising draws noise: it needs one key an image')
+      raise ValueError('multistep consistency sampling draws noise: it needs one key per image')
     x, _ = denoise(z, logsnr_t)
     return process.diffuse(x, normal(rng, z.shape[1:]), logsnr_s)
 
 
 class Tableau(NamedTuple):
-  """An explicit Runge-Kutta method: stage k is reached by the slopes before it, weighted by a[k]; b sums them."""
+  """An explicit Runge-Kutta method: a[k] weights the earlier slopes that lead to stage k; b weights all slopes in the sum."""
 
   a: tuple[tuple[float, ...], ...]
   b: tuple[float, ...]
 
   def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """a (S, S), b (S,) and the nodes c (S,), the row sums of a."""
+    """Returns a (S, S), b (S,) and the nodes c (S,), the row sums of a."""
     size = len(self.b)
     a = np.array([[*row, *(0.0,) * (size - len(row))] for row in self.a])
     return a, np.array(self.b), a.sum(1)
@@ -163,9 +163,9 @@ MILNE = Tableau(((), (1 / 4,), (0.0, 1 / 2), (0.0, 1 / 4, 1 / 2)), (0.0, 2 / 3, 
 class ProbabilityFlow(Sampler):
   """A Runge-Kutta step of the probability-flow ODE (Salimans & Ho 2022, appendix D), subclassed below.
 
-  In the angle phi = arctan(sigma / alpha) the ODE is dz / dphi = alpha eps^ - sigma x^ = v^; under the cosine
-  schedule phi is pi t / 2, and its steps are steps of t. A step that ends on clean data takes `last`: as many
-  calls, at nodes that stay short of the end; one order less in that one step leaves the whole its order.
+  In the angle phi = arctan(sigma / alpha) the ODE is dz / dphi = alpha eps^ - sigma x^ = v^. Under the cosine
+  schedule phi is pi t / 2, so that steps in phi are steps in t. A step that ends on clean data uses `last`, with
+  as many calls, whose nodes stay short of the end. Its order may be one less without reducing the global order.
   """
 
   tableau: ClassVar[Tableau]
@@ -195,7 +195,7 @@ class ProbabilityFlow(Sampler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Euler(ProbabilityFlow):
-  """First order: z_s = z + (phi_s - phi_t) v^. DDIM is the exact rotation by that angle."""
+  """First order: z_s = z + (phi_s - phi_t) v^. DDIM is the exact rotation by this angle."""
 
   tableau: ClassVar[Tableau] = Tableau(((),), (1.0,))
   last: ClassVar[Tableau] = tableau
@@ -203,7 +203,7 @@ class Euler(ProbabilityFlow):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heun(ProbabilityFlow):
-  """Second order: the mean of the slopes at both ends, two calls a step; the last step is the midpoint's."""
+  """Second order: the mean of the slopes at both ends, two calls per step; the last step is the midpoint method."""
 
   calls_per_step: ClassVar[int] = 2
   tableau: ClassVar[Tableau] = Tableau(((), (1.0,)), (1 / 2, 1 / 2))
@@ -212,7 +212,7 @@ class Heun(ProbabilityFlow):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RK4(ProbabilityFlow):
-  """Fourth order, the classical Runge-Kutta method, four calls a step; the last step is Milne's open formula."""
+  """Fourth order: the classical Runge-Kutta method, four calls per step; the last step is Milne's open formula."""
 
   calls_per_step: ClassVar[int] = 4
   tableau: ClassVar[Tableau] = Tableau(
@@ -225,21 +225,21 @@ class RK4(ProbabilityFlow):
 class EdmHeun(Sampler):
   """EDM's deterministic sampler (Karras et al. 2022, algorithm 1): 2N - 1 calls in N steps, 35 in 18.
 
-  In y = z / alpha and s = sigma / alpha the ODE is dy / ds = eps^. A step takes the mean of the slopes at both ends;
-  the step that ends on clean data is Euler's, one call, and returns x^. The published sampler takes its steps on the
-  grid `karras`. It starts from 80 times unit noise; here y = z / alpha at s = 80, which is 1.00008 times that.
+  In y = z / alpha and s = sigma / alpha the ODE is dy / ds = eps^. A step uses the mean of the slopes at both ends;
+  the step that ends on clean data is an Euler step with one call, and returns x^. The published sampler uses the grid
+  `karras` and starts from 80 times unit noise; here it starts from y = z / alpha at s = 80, 1.00008 times as much.
 
   Attributes:
-    sigma_max: the s at which sampling begins, or the schedule's highest if that is less. Noisier levels of a grid
-      count as this one, where z is as good as the noise that it was: in s, a step from the cosine schedule's 22026
-      would be too long for any slope.
+    sigma_max: the s at which sampling begins; the schedule's highest s if that is less. Noisier levels of a grid are
+      replaced by this one, at which z is practically pure noise: a step in s from the cosine schedule's 22026 would be
+      too long for any slope.
   """
 
   calls_per_step: ClassVar[int] = 2
   sigma_max: float = 80.0
 
   def calls(self, num_steps: int) -> int:
-    """Two a step, and one in the last."""
+    """Returns two calls per step, except one for the last step."""
     return 2 * num_steps - 1
 
   def __call__(self, rng, denoise, z, logsnr_t, logsnr_s):
@@ -253,18 +253,18 @@ class EdmHeun(Sampler):
     weight = jnp.where(widen(ends, z), 0.0, 0.5 * alpha_s * step)
 
     def call(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-      """First Euler's z_s and the slope at t; then z_s corrected by half the change of the slope."""
+      """Takes an Euler step with the slope at t, then corrects z_s by half the change of the slope."""
       at, slope = state
       x, eps = denoise(at, jnp.where((k == 0) | ends, logsnr_t, logsnr_s))
       euler = process.diffuse(x, eps, logsnr_s)
       return jnp.where(k == 0, euler, at + weight * (eps - slope)), eps
 
-    calls = jnp.where(ends.all(), 1, 2)  # of a batch whose images do not all end here, the others' count
+    calls = jnp.where(ends.all(), 1, 2)  # two if any image's step does not end here
     return jax.lax.fori_loop(0, calls, call, (z, jnp.zeros_like(z)))[0]
 
 
 class Remembered(NamedTuple):
-  """z, and where the step before came from: x^ there, (B, ...), and its logsnr, (B,)."""
+  """z, and x^ (B, ...) and logsnr (B,) at the start of the previous step."""
 
   z: jax.Array
   x: jax.Array
@@ -273,16 +273,16 @@ class Remembered(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPMSolver2M(Sampler):
-  """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order with one call a step.
+  """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order with one call per step.
 
-  In lambda = logsnr / 2 the flow is linear but for x^, which is extrapolated from this step and the one before:
-  z_s = (sigma_s / sigma_t) z - alpha_s (exp(-h) - 1) D, D = x^ + (x^ - x^_before) h / (2 h_before). The first and
-  the last step have D = x^, and are DDIM's. On equal steps of the cosine schedule the error goes as log N / N^2:
-  the steps in lambda at its ends do not shrink with N.
+  In lambda = logsnr / 2 the flow is linear except for x^, which is extrapolated from this step and the previous one:
+  z_s = (sigma_s / sigma_t) z - alpha_s (exp(-h) - 1) D, D = x^ + (x^ - x^_before) h / (2 h_before). In the first and
+  the last step D = x^, so that they are DDIM steps. With equal steps of the cosine schedule the error decreases as
+  log N / N^2, because the steps in lambda at its ends do not shrink with N.
   """
 
   def begin(self, z: jax.Array) -> Remembered:
-    """Before the first step lies a point infinitely far off, whose x^ has no weight."""
+    """Returns a state whose previous step starts infinitely far away, so that its x^ has no weight."""
     return Remembered(z, jnp.zeros_like(z), jnp.full(z.shape[:1], -jnp.inf))
 
   def end(self, z: Remembered) -> jax.Array:
@@ -322,19 +322,19 @@ def sample(
   z: jax.Array,
   rng: jax.Array,
 ) -> jax.Array:
-  """Runs `step` down the grid `times`, in one loop of as many iterations as the grid has steps.
+  """Runs `step` down the grid `times`, in one loop with one iteration per step.
 
   Args:
     step: the sampler.
     denoise: (z, logsnr) to Prediction.
     schedule: t to logsnr.
-    times: (M + 1,), increasing from 0 to 1. Zeros beyond the first are padding, in front, and cost nothing:
-      grids of different lengths padded to one length share a compiled program.
+    times: (M + 1,), increasing from 0 to 1. Leading zeros beyond the first one are padding and cost nothing:
+      grids of different lengths that are padded to the same length share a compiled program.
     z: (B, ...) standard normal noise, the state at t = 1.
-    rng: (B,) keys, one an image; step i uses fold_in(key, i), so that no image depends on its batch.
+    rng: (B,) keys, one per image; step i uses fold_in(key, i), so that images do not depend on their batch.
 
   Returns:
-    x, of the shape of z.
+    x, with the shape of z.
   """
   logsnr = schedule(times)[::-1]
 

@@ -1,4 +1,4 @@
-"""Noise schedules: time t in [0, 1] to logsnr = log(alpha^2 / sigma^2).
+"""Noise schedules, which map time t in [0, 1] to logsnr = log(alpha^2 / sigma^2).
 
 Time runs from clean data (t = 0) to noise (t = 1). At exactly t = 0 there is no noise: logsnr is +inf, so that
 alpha = 1 and sigma = 0, and the last step of a sampler returns x without a special case. At every later time logsnr is
@@ -113,7 +113,7 @@ class LinearBeta:
     return _clean_at_zero(t, -jnp.log(jnp.expm1(integral)))
 
   def inverse(self, logsnr: jax.Array) -> jax.Array:
-    """As `Cosine`: the positive root of B(t) = log(1 + exp(-logsnr))."""
+    """See `Cosine`; t is the positive root of B(t) = log(1 + exp(-logsnr))."""
     integral = jax.nn.softplus(-logsnr) - math.log1p(math.exp(-self.logsnr_max))
     slope = self.beta_max - self.beta_min
     return (
@@ -169,7 +169,7 @@ class ScheduleSection:
 
   name: str = key(
     'cosine',
-    'The schedule: cosine, cosine shifted for larger images, linear beta (DDPM), that of EDM (Karras et al.), or the betas of '
+    "The schedule: cosine, cosine shifted for larger images, linear beta (DDPM), EDM's (Karras et al.), or the betas of "
     'discrete timesteps (diffusers).',
     choices=SCHEDULES,
   )
@@ -182,8 +182,8 @@ class ScheduleSection:
   beta_max: float = key(20.0, '`linear_beta`: beta at t = 1, per unit of time.')
   s_min: float = key(0.002, '`karras`: sigma / alpha as t approaches 0.')
   s_max: float = key(80.0, '`karras`: sigma / alpha at t = 1.')
-  rho: float = key(7.0, '`karras`: the power; (sigma / alpha)^(1 / rho) is linear in t.')
-  betas: str = key('linear', '`discrete`: how the betas are spaced.', choices=BETAS)
+  rho: float = key(7.0, '`karras`: the exponent; (sigma / alpha)^(1 / rho) is linear in t.')
+  betas: str = key('linear', '`discrete`: spacing of the betas.', choices=BETAS)
   num_timesteps: int = key(1000, '`discrete`: number of timesteps.', POSITIVE)
   beta_start: float = key(1e-4, '`discrete`: beta of the first timestep.', POSITIVE)
   beta_end: float = key(0.02, '`discrete`: beta of the last timestep.', POSITIVE)
@@ -191,5 +191,5 @@ class ScheduleSection:
     False, '`discrete`: whether the betas are scaled so that no signal is left at the last timestep.'
   )
   steps_offset: int = key(
-    0, '`discrete`: is added to the timesteps of the grid `leading`.', NOT_NEGATIVE
+    0, '`discrete`: offset that is added to the timesteps of the grid `leading`.', NOT_NEGATIVE
   )

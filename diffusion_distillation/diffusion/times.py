@@ -1,4 +1,4 @@
-"""Times in [0, 1]: those that training looks at, and grids of them for samplers."""
+"""Times in [0, 1]: their distributions in training, and grids of times for samplers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from diffusion_distillation.diffusion.schedules import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-  """Draws a time in (0, 1] for each example, uniformly.
+  """Draws a uniform time in (0, 1] for each example.
 
   Attributes:
-    stratified: one offset for the whole batch, its times spread evenly from there: each is uniform still, and
-      the mean over the batch has less variance (Kingma et al. 2021, appendix I.1).
+    stratified: whether the times of a batch are evenly spaced from one random offset. Each time is still uniform,
+      and the mean over the batch has less variance (Kingma et al. 2021, appendix I.1).
   """
 
   stratified: bool = False
@@ -33,11 +33,11 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class LogNormal:
-  """EDM's law of noise levels (Karras et al. 2022, Table 1): log(sigma / alpha) is normal; cut to the schedule.
+  """EDM's distribution of noise levels (Karras et al. 2022, Table 1): log(sigma / alpha) is normal, clipped to the schedule.
 
   Attributes:
-    schedule: its `inverse` turns noise levels into times.
-    mean, std: of log(sigma / alpha).
+    schedule: the schedule, whose `inverse` maps noise levels to times.
+    mean, std: mean and standard deviation of log(sigma / alpha).
     uniform: draws the quantiles.
   """
 
@@ -81,27 +81,27 @@ class TimeSection:
 
 
 def interval(t: jax.Array, num_steps: int | jax.Array) -> jax.Array:
-  """The i in 1..N of the interval ((i - 1) / N, i / N] that holds `t` (any shape, in (0, 1])."""
+  """Returns the i in 1..N of the interval ((i - 1) / N, i / N] that contains `t` (any shape, in (0, 1])."""
   return jnp.maximum(jnp.ceil(t * num_steps), 1.0).astype(jnp.int32)
 
 
 def uniform(num_steps: int) -> np.ndarray:
-  """The grid 0, 1/N, ..., 1 that the distillation rounds train for: (N + 1,)."""
+  """Returns the grid 0, 1/N, ..., 1 that progressive distillation trains for: (N + 1,)."""
   if num_steps < 1:
-    raise ValueError(f'a sampler takes at least 1 step, got {num_steps}')
+    raise ValueError(f'a sampler needs at least 1 step, got {num_steps}')
   return np.arange(num_steps + 1, dtype=np.float32) / np.float32(num_steps)
 
 
 def quadratic(num_steps: int) -> np.ndarray:
-  """(i / N)^2: short steps near clean data (Song et al. 2021, appendix D.2)."""
+  """Returns the grid (i / N)^2, with short steps near clean data (Song et al. 2021, appendix D.2)."""
   return np.square(uniform(num_steps))
 
 
 def karras(num_steps: int, schedule: Schedule) -> np.ndarray:
-  """EDM's grid (Karras et al. 2022, Eq. 5): N noise levels from t = 1 to s = 0.002, then clean data.
+  """Returns EDM's grid (Karras et al. 2022, Eq. 5): N noise levels from t = 1 to s = 0.002, then clean data.
 
-  (s_i)^(1/7) is spaced evenly, with s = sigma / alpha from 80 or the schedule's highest, whichever is less; the first
-  time is 1 in any case, where there is nothing but noise. In one step it is `uniform`.
+  (s_i)^(1/7) is evenly spaced, with s = sigma / alpha starting at 80 or the schedule's highest s, whichever is less. The
+  first time is always 1, pure noise. For one step, the grid is `uniform`.
   """
   ends = np.exp(-0.5 * np.array(schedule(jnp.array([1.0, jnp.finfo(jnp.float32).tiny])), np.float64))
   highest, lowest = min(80.0, ends[0]), max(0.002, ends[1])
@@ -111,15 +111,15 @@ def karras(num_steps: int, schedule: Schedule) -> np.ndarray:
 
 
 def leading(num_steps: int, schedule: Schedule) -> np.ndarray:
-  """The 'leading' timesteps of a schedule in discrete time; see `Discrete.leading`."""
+  """Returns the 'leading' timesteps of a schedule in discrete time; see `Discrete.leading`."""
   if not isinstance(schedule, Discrete):
     raise ValueError("the grid 'leading' is for models in discrete time, schedule.name=discrete")
   return schedule.leading(num_steps)
 
 
 def make_grid(name: str, num_steps: int, schedule: Schedule) -> np.ndarray:
-  """The grid of that name in GRIDS, (N + 1,); ValueError if the schedule has none of that kind."""
-  uniform(num_steps)  # refuses what is no number of steps
+  """Returns the grid `name` in GRIDS, (N + 1,); raises ValueError if the schedule does not support it."""
+  uniform(num_steps)  # checks the number of steps
   if name in ('karras', 'leading'):
     return {'karras': karras, 'leading': leading}[name](num_steps, schedule)
   return {'uniform': uniform, 'quadratic': quadratic}[name](num_steps)
@@ -129,10 +129,10 @@ GRIDS = ('uniform', 'quadratic', 'karras', 'leading')
 
 
 def grid(times: Sequence[float]) -> np.ndarray:
-  """Times of one's own choice as a grid for samplers.
+  """Returns the given times as a grid for samplers.
 
   Raises:
-    ValueError: they do not rise from 0 to 1.
+    ValueError: the times do not increase from 0 to 1.
   """
   values = np.asarray(times, np.float32)
   if values.ndim != 1 or len(values) < 2 or values[0] != 0.0 or values[-1] != 1.0:

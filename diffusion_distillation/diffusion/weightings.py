@@ -63,11 +63,11 @@ WEIGHTINGS: dict[str, type] = {
 }
 
 
-AS_BASE = 'base'  # in place of a name: the weighting of base training
+AS_BASE = 'base'  # the name for the weighting of base training
 
 
 def or_base(base: Weighting) -> Mapping[str, Callable[[], Weighting]]:
-  """WEIGHTINGS, and `base` under the name AS_BASE; each is called without arguments."""
+  """Returns WEIGHTINGS and `base` under the name AS_BASE; each value is called without arguments."""
   return {AS_BASE: lambda: base, **WEIGHTINGS}
 
 

@@ -1,4 +1,4 @@
-"""Models to be used: read from a folder, sampled from and called as denoisers, without the config that made them."""
+"""Loads models from a folder, to sample from them and call them as denoisers, without their config."""
 
 import dataclasses
 import os
@@ -26,10 +26,10 @@ _BATCH = 256
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-  """A model that is ready to draw.
+  """A model that is ready to sample from.
 
   Attributes:
-    stored: what its folder holds: network, parameters, schedule, provenance and so on.
+    stored: the contents of its folder: network, parameters, schedule, provenance and so on.
   """
 
   stored: StoredModel
@@ -47,21 +47,21 @@ class LoadedModel:
     """Draws images; image k is a function of (seed, k) and its label.
 
     Args:
-      num_samples: how many.
-      seed: of the noise.
-      labels: classes to draw in turn, -1 for none; by default all, so that they are balanced.
-      steps: sampling steps per image; by default those that the model is made for.
-      sampler: a name in `samplers.SAMPLERS`; by default the one that the model is made for.
+      num_samples: number of images.
+      seed: seed of the noise.
+      labels: classes to draw in turn, -1 for no class; by default all classes, so that they are balanced.
+      steps: sampling steps per image; by default the number that the model is trained for.
+      sampler: a name in `samplers.SAMPLERS`; by default the one that the model is trained for.
       guidance: the weight W of classifier-free guidance, x + W (x - x without a class), for models that were trained with
-        label dropout; 0 for none. Elsewhere 1 + W is called the scale of guidance.
+        label dropout; 0 for no guidance. Other software often calls 1 + W the guidance scale.
       guidance_interval: noise levels sigma / alpha, (low, high), between which steps are guided; None for all.
 
     Returns:
       (num_samples, H, W, C) uint8.
 
     Raises:
-      UserError: there is no such sampler or label, a number is out of range, or the model's schedule has no grid of so
-        many steps; or the model cannot be guided.
+      UserError: the sampler or a label does not exist, a number is out of range, the model's schedule has no grid with
+        this number of steps, or the model cannot be guided.
     """
     chosen = self.check_labels(labels)
     if num_samples < 1 or (steps is not None and steps < 1):
@@ -84,7 +84,7 @@ class LoadedModel:
     return draw.draw(self.stored.params, grid, num_samples, seed, chosen)
 
   def check_labels(self, labels: Sequence[int] | None) -> Chosen:
-    """The labels as a drawer takes them; UserError for labels that the model does not know."""
+    """Returns the labels in the form that `Drawer` takes; raises UserError for unknown labels."""
     if labels is None:
       return None
     classes = conditioning.classes(self.stored.denoise.conditioning)
@@ -97,7 +97,7 @@ class LoadedModel:
   def drawer(
     self, sampler: samplers.Sampler, clip_x: bool, batch_size: int, guidance: Guidance = NONE
   ) -> Drawer:
-    """Draws from the model by a sampler."""
+    """Returns a `Drawer` for this model and the given sampler."""
     stored = self.stored
     return Drawer(
       denoise=stored.denoise,
@@ -111,7 +111,7 @@ class LoadedModel:
     )
 
   def denoise(self, z: jax.Array, logsnr: jax.Array, cond: Cond = None) -> Prediction:
-    """What the model believes of z = alpha x + sigma eps.
+    """Returns the model's estimates of x and eps in z = alpha x + sigma eps.
 
     Args:
       z: (B, ...) in the model's space.
@@ -122,33 +122,33 @@ class LoadedModel:
 
 
 def load(path: str | os.PathLike[str]) -> LoadedModel:
-  """The model in a folder, in a stage, or of the last finished stage of a workdir.
+  """Loads the model in a folder, in a stage, or of the last finished stage of a workdir.
 
   Args:
     path: a folder with `model.json`, the directory of a stage, or a workdir.
 
   Raises:
-    UserError: there is no model, or it says something that this version does not know.
-    DamagedError: it is not what was written.
+    UserError: there is no model, or it uses features that this version does not know.
+    DamagedError: a file of the model differs from what was written.
   """
   return LoadedModel(model.read(find(paths.on_disk('load: path', path))))
 
 
 def find(path: pathlib.Path) -> pathlib.Path:
-  """The model's folder at `path`, which is one, or has one in it; of several stages, that of the last one."""
+  """Returns the model's folder at or below `path`; for a workdir with several stages, the last one's."""
   for folder in (path, path / 'model'):
     if (folder / model.DESCRIPTION).is_file():
       return folder
   found = list(path.glob(f'*/model/{model.DESCRIPTION}'))
   if not found:
     raise UserError(
-      f'{path} holds no model: there is no {model.DESCRIPTION} in it, nor in a stage of it'
+      f'{path} holds no model: there is no {model.DESCRIPTION} in it or in any of its stages'
     )
   return max(found, key=lambda file: file.stat().st_mtime_ns).parent
 
 
 def chosen_classes(stored: StoredModel, given: Sequence[str], name: str = '--classes=') -> Chosen:
-  """Returns the classes to draw in turn, for a `Drawer`; None if none is given, so that all classes are drawn equally often.
+  """Returns the classes to draw in turn, for a `Drawer`; None if none are given, so that all classes are drawn equally often.
 
   Args:
     stored: the model.
@@ -156,7 +156,7 @@ def chosen_classes(stored: StoredModel, given: Sequence[str], name: str = '--cla
     name: the start of the error messages, such as the flag.
 
   Raises:
-    UserError: the model is unconditional, or has no such class.
+    UserError: the model is unconditional, or a class does not exist.
   """
   classes, text = conditioning.classes(stored.denoise.conditioning), ','.join(given)
   if not given:

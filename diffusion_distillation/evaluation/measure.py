@@ -1,4 +1,4 @@
-"""Measuring every stage: students at their own step count, the undistilled base at each of them."""
+"""Evaluates every stage: students at their own step count, the undistilled base at each of the step counts."""
 
 import dataclasses
 import logging
@@ -32,7 +32,7 @@ from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
 
-_SHOWN = 16  # images of a stage in the report
+_SHOWN = 16  # number of images per stage in the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class EvaluationSection:
   clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
   guidance: tuple[float, ...] = key(
     (0.0,),
-    'Weights W of classifier-free guidance with which the base model is evaluated; 0: none. Elsewhere the scale 1 + W is stated. '
+    'Weights W of classifier-free guidance with which the base model is evaluated; 0: none. Other software often states 1 + W. '
     'Weights above 0 need a base that was trained with `dataset.label_dropout`.',
     NOT_NEGATIVE,
     distinct=True,
@@ -85,7 +85,7 @@ class EvaluationSection:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One row to be: a model, a sampler, a number of steps, guidance; and the model's updates, None if not known."""
+  """What one row measures: a model, sampler, number of steps and guidance. `updates` of the model is None if not known."""
 
   model: Model
   sampler: str
@@ -95,10 +95,10 @@ class Setting:
 
 
 def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:
-  """What is measured: (place of the stage in the list, weights, sampler, number of steps).
+  """Yields what is measured: (index of the stage in the list, weights, sampler, number of steps).
 
-  The first stage under every sampler at every stage's step counts, each student under its own at its own, and all
-  of them there with their further moving averages; not beyond `evaluation.max_steps`.
+  The first stage is measured with every sampler at the step counts of all stages, each student with its own sampler at its
+  own step counts, and further moving averages of a stage likewise. Rows above `evaluation.max_steps` are left out.
   """
   counts = list(dict.fromkeys(steps for stage in stages for steps in stage.measured_steps))
   found = [(0, 'ema', sampler, steps) for steps in counts for sampler in config.evaluation.samplers]
@@ -110,7 +110,7 @@ def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, i
 
 
 def guidances(config: Config, place: int) -> tuple[Guidance, ...]:
-  """The guidance of each row of the stage at `place`: the config's for the base, the first stage, and none for students."""
+  """Returns the guidances to measure the stage at `place` with: the config's for the base, the first stage; else only NONE."""
   weights, interval = config.evaluation.guidance, config.evaluation.guidance_interval
   return (NONE,) if place else tuple(make_guidance(weight, interval) for weight in weights)
 
@@ -118,17 +118,17 @@ def guidances(config: Config, place: int) -> tuple[Guidance, ...]:
 def evaluate(
   config: Config, models: list[Model], train: Loader, workdir: pathlib.Path, again: bool
 ) -> dict[str, Any]:
-  """Writes `results.json`, a row at a time, and `report/`.
+  """Measures all rows and writes `results.json` and `report/`. Finished rows survive an interruption.
 
   Args:
-    config: of the run.
-    models: the base and what was distilled from it, in order.
-    train: the training split: the reference.
-    workdir: where the stages are.
-    again: whether rows that are there already are measured again.
+    config: the config of the run.
+    models: the base and the models distilled from it, in order.
+    train: the training split, which is the reference.
+    workdir: the directory of the run.
+    again: whether existing rows are measured again.
 
   Returns:
-    What `results.json` holds.
+    The content of `results.json`.
   """
   began = time.monotonic()
   stages = [model.stage for model in models]
@@ -171,14 +171,14 @@ def evaluate(
     report.write(config, results, shown, watched, workdir / 'report')
     write_json(partial, results)
     os.replace(partial, path)
-  cluster.barrier()  # the others do not leave while the first one writes
+  cluster.barrier()  # the others do not leave while the first process writes
   return results
 
 
 def _real(
   config: Config, train: Loader, workdir: pathlib.Path, labels: str | None
 ) -> tuple[features.FeatureExtractor, Real, dict[str, Any]]:
-  """The extractor, the features of real images, and results without a row."""
+  """Returns the extractor, the features of real images, and results without rows."""
   held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
   extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
   size, seed = section.num_samples, section.seed
@@ -192,7 +192,7 @@ def _real(
 
 
 def describe(config: Config, setting: Setting) -> dict[str, Any]:
-  """A row, but for what is measured: equal descriptions are equal measurements."""
+  """Returns a row without its measurements; rows with equal descriptions have equal measurements."""
   sampler, by, stage = make(config, setting.sampler), setting.guidance, setting.model.stage
   return {
     'stage': setting.model.stage.name,
@@ -217,24 +217,24 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
 
 
 def _labels(config: Config, stage: Stage) -> str | None:
-  """The law of the labels that a stage is sampled with; None for an unconditional one."""
+  """Returns the distribution of the labels that a stage is sampled with; None for an unconditional stage."""
   return config.evaluation.labels if conditioning.classes(stage.denoise.conditioning) else None
 
 
 def label_counts(config: Config, workdir: pathlib.Path) -> tuple[int, ...]:
-  """For `drawer`: images of each class, where samples are to have the data's proportions of labels; else ()."""
+  """Returns `label_counts` for `drawer`: images per class if samples should have the data's proportions of labels; else ()."""
   return workdirs.label_counts(workdir) if config.evaluation.labels == 'data' else ()
 
 
 def _watched(stage_dir: pathlib.Path) -> report.Watched:
-  """What was seen of a stage's health while it was trained."""
+  """Returns what was logged about a stage during its training."""
   picture = stage_dir / 'denoisings.png'
   lines = logs.read(stage_dir / 'metrics.jsonl')
   return report.Watched(lines, picture.read_bytes() if picture.is_file() else None)
 
 
 def make(config: Config, sampler: str) -> Sampler:
-  """A sampler as the config's evaluation has it."""
+  """Returns a sampler with the settings of the section `evaluation`."""
   return make_sampler(sampler, config.evaluation.gamma)
 
 
@@ -245,7 +245,7 @@ def drawer(
   label_counts: tuple[int, ...] = (),
   guidance: Guidance = NONE,
 ) -> Drawer:
-  """Draws from a stage as the config's evaluation says; classes in turn, unless their proportions are given."""
+  """Returns a `Drawer` for a stage with the settings of `evaluation`; without `label_counts`, classes are drawn in turn."""
   return Drawer(
     denoise=stage.denoise,
     sampler=make(config, sampler),
@@ -260,7 +260,7 @@ def drawer(
 
 
 def grid(config: Config, stage: Stage, num_steps: int) -> np.ndarray:
-  """The times of a row: those that a student was made for; the config's choice for the base."""
+  """Returns the times of a row: the grid that a student was trained for, or the config's choice for the base."""
   name = 'uniform' if stage.parent else config.evaluation.grid
   return times.make_grid(name, num_steps, stage.schedule)
 
@@ -273,10 +273,10 @@ def measure_setting(
   floor: float,
   label_counts: tuple[int, ...] = (),
 ) -> tuple[dict[str, Any], np.ndarray]:
-  """One row, and the first images of it: draws images and compares their features with the reference's.
+  """Draws images and compares their features with the reference's; returns the row and its first images.
 
-  The Frechet distance of n samples is too large by about as much as that of n real images, which falls as 1/n: from
-  `floor`, that of `evaluation.num_samples` real images, the error of fewer is known, and compared at every doubling of n.
+  The Frechet distance of n samples is too large by about the distance of n real images, which decreases as 1/n. The error is
+  therefore estimated from `floor`, the distance of `evaluation.num_samples` real images, at every doubling of n.
   """
   size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
   running, due, first = RunningFeatures(size), 2, list[np.ndarray]()
@@ -294,7 +294,7 @@ def measure_setting(
       return False
     due = 2 * running.seen
     enough = floor * size / running.seen < tolerance * frechet(running.result(), reference)
-    return bool(cluster.from_first(bool(enough)))  # the others' values may differ in their last bits
+    return bool(cluster.from_first(bool(enough)))  # processes may differ in the last bits
 
   model = setting.model
   by = grid(config, model.stage, setting.num_steps)
@@ -313,7 +313,7 @@ def measure_setting(
 
 
 def _place(setting: Setting) -> tuple:
-  """What tells the samples of two rows of one evaluation apart."""
+  """Returns a key that identifies the samples of a row within one evaluation."""
   model = setting.model
   return model.stage.name, model.weights, setting.sampler, setting.num_steps, setting.guidance
 
@@ -324,14 +324,14 @@ def grid_rows(
   drawn: Mapping[tuple, np.ndarray],
   label_counts: tuple[int, ...] = (),
 ) -> dict[str, np.ndarray]:
-  """(_SHOWN, H, W, C) uint8 images of each stage that is measured, all from the same noise, by caption.
+  """Returns images (_SHOWN, H, W, C) uint8 of each measured stage by caption, all from the same noise.
 
-  The base is shown with the first of its weights of guidance.
+  The base is shown with the first of its guidance weights.
 
   Args:
-    config: of the run.
-    models: the stages.
-    drawn: the first images of the rows that were measured just now; all others are drawn.
+    config: the config of the run.
+    models: the models of the stages.
+    drawn: the first images of newly measured rows; images of other rows are drawn.
     label_counts: see `drawer`.
   """
   shown = {}

@@ -107,7 +107,7 @@ def family(row: dict[str, Any]) -> str:
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-  """Values by network calls: each family of students, then the first stage under each sampler and guidance."""
+  """Returns value by number of network calls for each family of students, and for the base with each sampler and guidance."""
   base = rows[0]['stage']
   students: dict[str, dict[int, float]] = {}
   of_base: dict[str, dict[int, float]] = {}

@@ -85,7 +85,7 @@ _MEASURED = ('metric', 'value', 'metrics', 'num_drawn', 'seconds_per_image')
 
 
 def key_of(row: dict[str, Any]) -> tuple:
-  """What identifies a row. Rows of older versions name neither labels, which were balanced, nor guidance, which was none."""
+  """Returns a key that identifies a row. Rows of older versions lack labels, which were balanced, and guidance, which was 0."""
   described = {k: v for k, v in row.items() if k not in _MEASURED}
   if described.get('labels') != 'data':
     described.pop('labels', None)

@@ -1,4 +1,4 @@
-"""The flags of `--mode=sample` that are checked against the model: times and guidance."""
+"""Flags of `--mode=sample` that depend on the model: times and guidance."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from diffusion_distillation.stages.model import StoredModel
 
 
 def grid(stored: StoredModel, given: Sequence[str], steps: int | None, name: str | None) -> np.ndarray:
-  """The times to sample at, (N + 1,): those that are `given`, or `steps` of them by the name of a grid.
+  """Returns the times to sample at, (N + 1,): `given` if it is not empty, else the grid `name` with `steps` steps.
 
   Raises:
-    UserError: times and steps are given, the times are no grid, or the model has no grid of this name.
+    UserError: both times and steps are given, the times are not a valid grid, or the model has no grid of this name.
   """
   if given and steps:
     raise UserError('give --steps or --times, not both')
@@ -33,7 +33,7 @@ def grid(stored: StoredModel, given: Sequence[str], steps: int | None, name: str
 
 
 def guidance(stored: StoredModel, weight: float, interval: Sequence[str], chosen: Chosen) -> Guidance:
-  """The guidance that `--guidance` and `--guidance_interval` ask for.
+  """Returns the guidance that `--guidance` and `--guidance_interval` specify.
 
   Raises:
     UserError: a number is out of range, or the model cannot be guided; see `check`.

@@ -1,4 +1,4 @@
-"""Drawing images from a model: image k is a function of (seed, k), whatever the batch or the devices."""
+"""Draws images from a model. Image k is a function of (seed, k), independent of batch size and devices."""
 
 import contextlib
 import dataclasses
@@ -24,24 +24,24 @@ from diffusion_distillation.system import announcing, compilation, interrupts, s
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
 
-Chosen = Mapping[str, Sequence[Any]] | None  # values of a condition to draw in turn, by key
+Chosen = Mapping[str, Sequence[Any]] | None  # for each condition by key, values to draw in turn
 _GRID = 8192  # grids are padded to this many steps, so that one program serves all step counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawer:
-  """Draws with one denoiser, sampler and schedule; one compiled program, whatever the step count.
+  """Draws images with one denoiser, sampler and schedule; a single compiled program serves all step counts.
 
   Attributes:
     denoise: the network as a denoiser, without dropout.
-    sampler: the step.
+    sampler: the sampler, which defines one step.
     schedule: t to logsnr.
-    space: what x is.
+    space: the space of x.
     image_shape: (H, W, C).
-    batch_size: images at a time, over all devices; rounded up to a multiple of these.
-    clip_x: whether x is clipped, after each network call and its guidance, to what an image can have.
-    label_counts: images of each class, in whose proportions labels are drawn; (): all classes in turn. No part of the
-      compiled program.
+    batch_size: number of images at a time, over all devices; rounded up to a multiple of the number of devices.
+    clip_x: whether x is clipped to the range of images after each network call and its guidance.
+    label_counts: number of images of each class, to whose proportions labels are drawn; (): all classes in turn. Not
+      part of the compiled program.
     guidance: guidance towards the conditions.
   """
 
@@ -56,7 +56,7 @@ class Drawer:
   guidance: Guidance = NONE
 
   def cond(self, index: np.ndarray, seed: int, chosen: Chosen = None) -> Cond:
-    """The conditioning of the images at `index`: the chosen values in turn, or as `label_counts` says."""
+    """Returns the conditioning of the images at `index`: the chosen values in turn, or labels following `label_counts`."""
     told = self.denoise.conditioning
     if chosen:
       return conditioning.in_turn(told, index, chosen)
@@ -70,9 +70,10 @@ class Drawer:
     seed: int,
     chosen: Chosen = None,
   ) -> Iterator[tuple[jax.Array, int]]:
-    """Yields batches of one shape (B, H, W, C) uint8 on the devices, and how many of each count: `num_samples` in all.
+    """Yields batches (B, H, W, C) uint8 on the devices, and the number of images in each that are not padding.
 
-    Nobody waits for them to be drawn. `grid` (N + 1,) are the times.
+    In total, `num_samples` images are not padding. Batches are dispatched without waiting for their results. `grid`
+    (N + 1,) contains the times.
     """
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     size, params = sharding.round_up(self.batch_size), sharding.replicate(params)
@@ -94,9 +95,9 @@ class Drawer:
     chosen: Chosen = None,
     name: str | None = None,
   ) -> np.ndarray:
-    """The images of all batches, (num_samples, H, W, C) uint8, without padding.
+    """Returns the images of all batches, (num_samples, H, W, C) uint8, without padding.
 
-    With a `name`, the progress is shown under it, if there is more than one batch.
+    If `name` is given and there is more than one batch, shows a progress bar of this name.
     """
     drawn, size = [], sharding.round_up(self.batch_size)
     shown = name is not None and num_samples > size
@@ -111,7 +112,7 @@ class Drawer:
   def pairs(
     self, params: Params, grid: np.ndarray, seed: int, index: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, Cond]:
-    """Noise and x (n, ...) as the sampler leaves it, and their conditioning, of the images at `index` (n,)."""
+    """Returns the noise, the sampler's final x (both (n, ...)) and the conditioning of the images at `index` (n,)."""
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
     given = sharding.spread((padded, self.cond(padded, seed)))
@@ -130,15 +131,15 @@ class Drawer:
     """Draws `num_samples` images and processes each batch while the next one is being drawn.
 
     Args:
-      params: of the network.
+      params: the parameters of the network.
       grid: (N + 1,), the times.
-      num_samples: images to draw.
-      seed: of the noise.
-      then: is given a batch on the devices, (B, H, W, C) uint8, and returns arrays without waiting for them.
-      use: is given these, and how many of the batch count; True ends the drawing.
+      num_samples: number of images to draw.
+      seed: seed of the noise.
+      then: called with a batch on the devices, (B, H, W, C) uint8; returns arrays without waiting for them.
+      use: called with these arrays and the number of images that are not padding; returns True to stop drawing.
 
     Returns:
-      The seconds per image that the first batch took, drawn by itself, without compilation.
+      The seconds per image of the first batch, which is timed alone and without compilation.
     """
     jax.block_until_ready(next(self.batches(params, times.uniform(1), 1, 1))[0])
     began, seconds = time.monotonic(), 0.0
@@ -165,13 +166,13 @@ def _sample(
   index: jax.Array,
   cond: Cond,
 ) -> tuple[jax.Array, jax.Array]:
-  """The noise that each image starts from, and the image."""
+  """Returns the noise that each image starts from, and the image."""
   z, step_keys = noise(drawer, seed, index)
   return z, from_noise(drawer, params, grid, z, step_keys, cond)
 
 
 def noise(drawer: Drawer, seed: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the initial noise (B, ...) of the images at `index` (B,), and the keys (B,) of the noise that the sampler adds."""
+  """Returns the initial noise (B, ...) of the images at `index` (B,), and keys (B,) for the noise that the sampler adds."""
   keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.key(seed), k))(index)
   noise_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
   return samplers.normal(noise_keys, drawer.space.shape(drawer.image_shape)), step_keys
@@ -202,5 +203,5 @@ _run = compilation.jit(_sample, static_argnums=0)
 
 @functools.partial(compilation.jit, static_argnums=0)
 def _draw(drawer: Drawer, *args: Any) -> jax.Array:
-  """The images alone, uint8."""
+  """Returns only the images, uint8."""
   return drawer.space.decode(_sample(drawer, *args)[1])

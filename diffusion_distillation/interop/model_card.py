@@ -1,4 +1,4 @@
-"""The README of an exported model: a model card with the header that the Hugging Face hub reads."""
+"""The README of an exported model: a model card with the metadata header of the Hugging Face hub."""
 
 import html
 import re
@@ -9,7 +9,7 @@ from diffusion_distillation.diffusion import samplers
 
 
 class Described(Protocol):
-  """What a card needs of a format; see `exporting.Format`."""
+  """The attributes of a format that a card uses; see `exporting.Format`."""
 
   @property
   def library(self) -> str: ...
@@ -26,12 +26,12 @@ _OTHER_FILES = {
 
 
 def render(description: Mapping[str, Any], to: Described, dataset: str | None) -> str:
-  """The card, Markdown.
+  """Returns the card in Markdown.
 
   Args:
-    description: `model.json` of the model.
+    description: content of the model's `model.json`.
     to: the format of the other files.
-    dataset: name of the dataset that the run was trained on, if it is known.
+    dataset: name of the dataset that the model was trained on; None if not known.
   """
   description, dataset = _plain(description), _plain(dataset)
   made, name = description['provenance'], description['sampler']
@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
 
 
 def _origin(made: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Returns the provenance of the training; for an imported model, that of its source, if it is known."""
+  """Returns the provenance of the training; for an imported model, the provenance of its source, if known."""
   imported = made.get('imported')
   return _origin(imported.get('provenance') or {}) if imported else made
 
@@ -107,9 +107,9 @@ def _training(made: Mapping[str, Any], dataset: str | None) -> str:
 
 
 def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
-  """A row for each sampler that the model was measured with."""
+  """Returns a table with one row per measurement of the model."""
   if not rows:
-    return 'None are recorded with the model.\n'
+    return 'No measurements are recorded with the model.\n'
   table = [
     (
       f'{row.get("num_steps")} {row.get("sampler")} ({row.get("grid")})'
@@ -124,8 +124,8 @@ def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
   return (
     _table(columns, table)
     + f'\n`frechet` is the Fréchet distance {", ".join(names)} between features of generated images and of training images; '
-    'what follows `FD-` names the feature extractor. Smaller is better, and distances are only comparable if extractor and '
-    'number of samples are the same.\n'
+    'the name of the feature extractor follows `FD-`. Smaller is better; distances are only comparable for the same extractor '
+    'and number of samples.\n'
   )
 
 

@@ -1,4 +1,4 @@
-"""Distribution matching distillation: a generator whose samples, noised, look to the teacher like its own."""
+"""Distribution matching distillation: a generator whose noised samples match the teacher's distribution."""
 
 import dataclasses
 from typing import Any
@@ -68,7 +68,7 @@ class DMDSection(GanSection, StudentSection):
   )
   fake_law: str = key(
     'uniform',
-    "Distribution of the times of the fake score's training: uniform over [0, 1], or that of base training, see `time.law`.",
+    'Distribution of the times at which the fake score is trained: uniform over [0, 1], or as in base training (`time.law`).',
     choices=('uniform', 'base'),
   )
   fake_weighting: str = key(
@@ -78,12 +78,12 @@ class DMDSection(GanSection, StudentSection):
   )
   simulated: bool = key(
     True,
-    "For generators of several steps: whether their inputs in training come from the generator's own earlier steps, or "
-    'are noised data.',
+    "For generators of several steps: whether their inputs in training come from the generator's own earlier steps "
+    'instead of noised data.',
   )
   clip_x: bool = key(
     True,
-    'For generators of several steps: whether x is clipped to [-1, 1] between their steps in training.',
+    'For generators of several steps: whether x is clipped to [-1, 1] between the steps in training.',
   )
 
 
@@ -100,25 +100,25 @@ class DMD2Section(DMDSection):
 
 @flax.struct.dataclass
 class DMD(Student):
-  """DMD (Yin et al. 2023) and, by its options, DMD2 (Yin et al. 2024); all of it static.
+  """DMD (Yin et al. 2023) and, depending on its options, DMD2 (Yin et al. 2024). All attributes are static.
 
-  The student is the generator G, the frozen teacher the score of the data, and the fake score, a network like the
-  teacher that is trained meanwhile, the score of G's samples.
+  The student is the generator G. The frozen teacher provides the score of the data. The fake score, a network like the
+  teacher that is trained alongside G, provides the score of G's samples.
 
   Attributes:
     schedule: t to logsnr.
     weighting: logsnr to the weight on the fake score's error in x.
-    law: of t in the fake score's training.
-    first_t, last_t: between which the scores are compared.
-    regression: weight of the distance from the teacher's stored images; 0 for none.
-    distance: of that regression.
-    fake_updates: updates of the fake score for each one of the generator (two time scales).
+    law: distribution of t in the fake score's training.
+    first_t, last_t: range of times at which the scores are compared.
+    regression: weight of the distance from the teacher's stored images; 0 for no regression.
+    distance: distance of the regression.
+    fake_updates: updates of the fake score per update of the generator (two time scales).
     num_steps: N, the generator's steps, at t = 1, (N-1)/N, ..., 1/N.
-    simulated: where N > 1, whether its inputs come from its own earlier steps, or are noised data.
-    clip: where N > 1, applied to x between the generator's steps, such as `Space.clip`; None: x is left as it is.
+    simulated: for N > 1, whether its inputs come from its own earlier steps instead of noised data.
+    clip: for N > 1, applied to x between the generator's steps, such as `Space.clip`; None for no clipping.
     gan: DMD2's GAN, or None.
     guidance: the weight W of guidance in the teacher's score (Yin et al. 2023, section 3.4).
-    generator_turn: whether this update changes the generator, too; see `at`.
+    generator_turn: whether this update also changes the generator; see `at`.
   """
 
   schedule: Schedule = flax.struct.field(pytree_node=False)
@@ -146,7 +146,7 @@ class DMD(Student):
       )
     if self.num_steps > 1 and self.regression:
       raise ValueError(
-        'stored pairs are of one step: regression must be 0 where num_steps is more than 1'
+        'stored pairs are for one step: regression must be 0 if num_steps is greater than 1'
       )
 
   @classmethod
@@ -155,7 +155,7 @@ class DMD(Student):
     if section.num_updates % section.fake_updates:
       raise UserError(
         f'{name}.num_updates={section.num_updates} must be a multiple of {name}.fake_updates='
-        f'{section.fake_updates}: the generator is updated once in as many'
+        f'{section.fake_updates}, the number of updates per update of the generator'
       )
     distance = make_distance(name, section)
     law = choose(f'{name}.fake_law', section.fake_law, {'uniform': context.uniform, 'base': context.law})
@@ -175,19 +175,19 @@ class DMD(Student):
 
   @staticmethod
   def sampling(section: Any) -> Sampling:
-    """The generator's own steps."""
+    """Returns how to sample the generator in its own number of steps."""
     steps = section.num_steps
     return Sampling(steps, 'multistep_consistency' if steps > 1 else 'ddim', (steps,))
 
   @staticmethod
   def learning_rates(section: Any) -> dict[str, float]:
-    """The generator's, and that of the networks beside it."""
+    """Returns the learning rates of the generator, the fake score and the GAN's head."""
     fake = dict.fromkeys(('fake_score', 'head'), section.fake_learning_rate)
     return {**fake, 'student': section.learning_rate}
 
   @property
   def needs(self) -> frozenset[str]:
-    """Images for the GAN, and for the inputs of several steps that are not simulated; pairs for the regression."""
+    """Images for the GAN and for inputs that are not simulated; pairs for the regression."""
     images = self.gan is not None or (self.num_steps > 1 and not self.simulated)
     return frozenset(
       {'labels'} | ({'images'} if images else set()) | ({'pairs'} if self.regression else set())
@@ -195,24 +195,24 @@ class DMD(Student):
 
   @property
   def trained(self) -> tuple[str, ...]:
-    """The fake score and the GAN's head always, the student in its turn."""
+    """The fake score and the GAN's head in every update, the student only in its turn."""
     trained = ('fake_score',) if self.gan is None else ('fake_score', 'head')
     return ('student', *trained) if self.generator_turn else trained
 
   @property
   def period(self) -> int:
-    """One update of the generator."""
+    """The number of updates per update of the generator."""
     return self.fake_updates
 
   @property
   def calls(self) -> float:
-    """Generator and fake score always; in its turn, the generator's regression and both scores, a guided one twice."""
+    """Generator and fake score in every update; in the generator's turn its regression and both scores, a guided one twice."""
     always = 2.0 + (self.num_steps - 1) * self.simulated + (0.0 if self.gan is None else 1.0)
     in_turn = 2.0 + bool(self.guidance) + bool(self.regression) + (0.0 if self.gan is None else 0.5)
     return always + in_turn / self.fake_updates
 
   def at(self, step: int) -> 'DMD':
-    """The generator is updated after the fake score has been `fake_updates` - 1 times, together with it."""
+    """Updates the generator, along with the fake score, in the last of every `fake_updates` updates."""
     turn = step % self.fake_updates == self.fake_updates - 1
     return dataclasses.replace(self, generator_turn=turn)
 
@@ -225,12 +225,12 @@ class DMD(Student):
     return nets if self.gan is None else nets | {'head': self.gan.head}
 
   def init(self, student: Params, teacher: Params, rng: jax.Array) -> dict[str, Params]:
-    """The generator where the student starts, the fake score where the teacher is, and a new head."""
+    """Initializes the generator from `student`, the fake score from `teacher`, and a new head."""
     networks = {'student': student, 'fake_score': teacher}
     return networks if self.gan is None else networks | {'head': self.gan.init(rng)}
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
-    """`z`, the generator's noise, and times and noise for each of the networks that look at its samples."""
+    """Draws `z`, the generator's noise, and times and noise for each network that receives its samples."""
     size, rngs = shape[0], iter(jax.random.split(rng, 9))
 
     def normal() -> jax.Array:
@@ -250,10 +250,10 @@ class DMD(Student):
     return drawn
 
   def generate(self, student: BoundDenoiser, batch: Batch, rng: jax.Array | None) -> jax.Array:
-    """G's images (B, H, W, C): of noise, or of what its own earlier steps leave of noise.
+    """Returns G's images (B, H, W, C), generated from noise, from its own earlier steps, or from noised data.
 
-    Each example is at one of the steps, drawn for it (Yin et al. 2024, sections 4.4 and 4.5); no gradient goes to
-    the steps before.
+    Each example is at a step drawn at random (Yin et al. 2024, sections 4.4 and 4.5); no gradient flows into earlier
+    steps.
     """
     z, cond, count = batch['z'], batch['cond'], self.num_steps
     logsnr = [self.schedule(jnp.full(z.shape[0], k / count)) for k in range(1, count + 1)]
@@ -278,10 +278,10 @@ class DMD(Student):
     return student(inputs, logsnr_at, cond, rng).x
 
   def matching_losses(self, nets: Nets, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """A loss whose gradient with respect to x is that of KL(fake || real), weighted; and its size; both (B,).
+    """Returns a loss whose gradient in x is the weighted gradient of KL(fake || real), and the gradient's size, both (B,).
 
-    Yin et al. 2023, Eq. 7 and 8 as computed: (mu_fake - mu_real) / mean|x - mu_real| at a noised x, over the number
-    of pixels. x alone is moved by it.
+    The gradient is (mu_fake - mu_real) / mean|x - mu_real| at a noised x, divided by the number of pixels (Yin et al.
+    2023, Eq. 7 and 8). It flows only into x.
     """
     logsnr = self.schedule(batch['t'])
     z = jax.lax.stop_gradient(diffuse(x, batch['eps'], logsnr))
@@ -297,7 +297,7 @@ class DMD(Student):
   def fake_losses(
     self, fake_score: BoundDenoiser, x: jax.Array, batch: Batch, rng: jax.Array | None
   ) -> jax.Array:
-    """The fake score's denoising loss on generated x, (B,), which is data to it."""
+    """Returns the fake score's denoising loss, (B,), with generated x as its data."""
     data = {
       'x': jax.lax.stop_gradient(x),
       'cond': batch['cond'],
@@ -307,7 +307,7 @@ class DMD(Student):
     return Denoising(self.schedule, self.weighting).losses(fake_score, data, rng)
 
   def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
-    """The sum of all networks' losses, each of which moves one network; see `Method.loss`."""
+    """Returns the sum of the networks' losses, each of which only has gradients for one network; see `Method.loss`."""
     del step
     student = nets['student']
     x = self.generate(student, batch, rng)

@@ -1,4 +1,4 @@
-"""Progressive distillation: a student whose one step does two steps of its teacher, or more."""
+"""Progressive distillation: one step of the student replaces two or more steps of its teacher."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ from diffusion_distillation.networks.guidance import guide
 
 @dataclasses.dataclass(frozen=True)
 class DistillSection(TrainingSection):
-  """Every round of progressive distillation.
+  """The rounds of progressive distillation.
 
   A key that is "per round" is a tuple whose last entry is for the last round, whose second to last entry is for the round
   before, and so on. Its first entry also serves all earlier rounds: `distill.num_updates=(50_000, 100_000)` gives
@@ -57,8 +57,8 @@ class DistillSection(TrainingSection):
   learning_rate: tuple[float, ...] = key((1e-4,), 'Peak learning rate, per round.', POSITIVE)
   guidance: float = key(
     0.0,
-    "Weight W of classifier-free guidance of the first round's teacher, the base; 0: none. Later rounds learn from students, "
-    'which have learned it. Weights above 0 need a base that was trained with `dataset.label_dropout`.',
+    "Weight W of classifier-free guidance of the first round's teacher, the base; 0: none. The teachers of later rounds are "
+    'students that have learned the guidance. Weights above 0 need a base that was trained with `dataset.label_dropout`.',
     NOT_NEGATIVE,
   )
   decay: str = 'linear'
@@ -70,11 +70,11 @@ class Progressive(OneNetwork):
   """One round of progressive distillation (Salimans & Ho 2022, algorithm 2).
 
   Attributes:
-    num_steps: N, the student's sampling steps. An argument of the compiled step.
-    schedule: t to logsnr, the teacher's.
+    num_steps: N, the student's number of sampling steps. A dynamic argument of the compiled step.
+    schedule: t to logsnr, the same as the teacher's.
     weighting: logsnr to the weight on the error in x.
-    factor: teacher steps that the student does in one; the teacher has factor * N.
-    law: of t, before it is rounded up to i / N.
+    factor: number of teacher steps per student step; the teacher has factor * N steps.
+    law: distribution of t before it is rounded up to i / N.
     guidance: the weight W of the teacher's guidance.
   """
 
@@ -90,7 +90,7 @@ class Progressive(OneNetwork):
 
   @property
   def calls(self) -> float:
-    """The student's, and one of the teacher for each of its steps, or two if it is guided."""
+    """One call of the student, and one of the teacher per teacher step, or two if it is guided."""
     return 1 + self.factor * (1 + bool(self.guidance))
 
   def networks(self, student: Any, teacher: Any) -> dict[str, Any]:
@@ -98,13 +98,13 @@ class Progressive(OneNetwork):
     return {'student': student, 'teacher': guide(teacher, make_guidance(self.guidance))}
 
   def draw(self, rng: jax.Array, shape: tuple[int, ...]) -> Batch:
-    """`i` (B,) integers in 1..N, for t = i / N, and `eps` (B, H, W, C)."""
+    """Draws `i` (B,), integers in 1..N with t = i / N, and `eps` (B, H, W, C)."""
     rng_i, rng_eps = jax.random.split(rng)
     i = times.interval(self.law(rng_i, shape[0]), self.num_steps)
     return {'i': i, 'eps': jax.random.normal(rng_eps, shape)}
 
   def losses(self, nets: Nets, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-    """Weighted error of each example against the teacher's target, (B,)."""
+    """Returns the weighted error of each example against the teacher's target, (B,)."""
     i, cond = batch['i'], batch['cond']
     logsnr_t = self.schedule(i / self.num_steps)
     z_t = diffuse(batch['x'], batch['eps'], logsnr_t)
@@ -113,14 +113,14 @@ class Progressive(OneNetwork):
     return weighted_mse(self.weighting, logsnr_t, target, prediction)
 
   def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
-    """The mean of `losses`; see `Method.loss`."""
+    """Returns the mean of `losses`; see `Method.loss`."""
     del step
     return jnp.mean(self.losses(nets, batch, rng)), {}
 
   def target_x(self, teacher: BoundDenoiser, z_t: jax.Array, i: jax.Array, cond: Cond) -> jax.Array:
-    """The x that takes the student in one step where unclipped DDIM steps take the teacher.
+    """Returns the x with which one student step arrives where unclipped DDIM steps of the teacher arrive.
 
-    From t = i / N in `factor` equal steps to (i - 1) / N; i: (B,) integers in 1..N.
+    The teacher takes `factor` equal steps from t = i / N to (i - 1) / N; i: (B,) integers in 1..N.
     """
     ddim = DDIM()
 

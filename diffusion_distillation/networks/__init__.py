@@ -1,4 +1,4 @@
-"""Networks, and what they work on: Flax modules by name, denoisers, conditioning and spaces."""
+"""Networks as Flax modules by name, denoisers, conditioning, and the spaces that networks work on."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What networks ask of their hyper-parameters and of the images, each refused in one sentence."""
+"""Checks of hyper-parameters and image shapes that networks share; errors are one sentence."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,13 +15,13 @@ def check_sides(image_shape: tuple[int, ...], levels: int, name: str) -> None:
   """Raises ValueError unless images (H, W, C) can be halved `levels` - 1 times.
 
   Args:
-    image_shape: of the images.
+    image_shape: shape of the images.
     levels: number of resolutions.
-    name: of the hyper-parameter that sets it.
+    name: name of the hyper-parameter that sets the number of resolutions.
   """
   height, width = image_shape[:2]
   factor = 2 ** (levels - 1)
   if height % factor or width % factor:
     raise ValueError(
-      f'{levels} levels ({name}) need images whose sides divide by {factor}; these are {height}x{width}'
+      f'{levels} levels ({name}) need images whose sides are divisible by {factor}; these are {height}x{width}'
     )

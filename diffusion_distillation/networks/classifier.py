@@ -13,7 +13,7 @@ _LAYERS = 'layers'
 
 
 class Classifier(nn.Module):
-  """Convolutions down to at most 4x4, then two dense layers; the features are the 64 inputs of the last one."""
+  """Convolutions down to at most 4x4, then two dense layers. The features are the 64 inputs of the last dense layer."""
 
   num_classes: int
 
@@ -31,19 +31,19 @@ class Classifier(nn.Module):
 
 
 def apply(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Logits and features of images x (B, H, W, C) in [-1, 1]."""
+  """Returns logits and features of images x (B, H, W, C) in [-1, 1]."""
   outputs: Any = Classifier(params['logits']['bias'].shape[0]).apply({'params': params}, x)
   return outputs
 
 
 def layers(params: Params, x: jax.Array) -> tuple[jax.Array, ...]:
-  """The activations of every layer except the last: (B, h, w, 32 or 64), and the features (B, 64)."""
+  """Returns the activations of every layer except the last: (B, h, w, 32 or 64), and the features (B, 64)."""
   model = Classifier(params['logits']['bias'].shape[0])
   return model.apply({'params': params}, x, mutable=[_LAYERS])[1][_LAYERS]['h']
 
 
 def shapes(num_classes: int, image_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-  """The shape of each parameter of a classifier for images (H, W, C), by path."""
+  """Returns the shape of each parameter of a classifier for images (H, W, C), by path."""
   x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   params = jax.eval_shape(Classifier(num_classes).init, jax.random.key(0), x)['params']
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}

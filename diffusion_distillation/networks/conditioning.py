@@ -1,7 +1,7 @@
-"""Conditioning: what a network is told beside z and the time.
+"""Conditioning: the inputs of a network other than z and the time.
 
-A `Cond` is None or a dict of arrays with a leading batch axis, by key: `label`, later others. A network declares the
-keys that it takes as a `Conditioning`; only networks and datasets know what a key means.
+A `Cond` is None or a dict of arrays with a leading batch axis, by key, such as `label`. A network declares the keys that it
+takes as a `Conditioning`; only networks and datasets know what a key means.
 """
 
 import dataclasses
@@ -15,28 +15,28 @@ import numpy as np
 
 Cond = Mapping[str, Any] | None
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / phi
-LABELS = ('data', 'balanced')  # laws of the labels of what is drawn
+LABELS = ('data', 'balanced')  # distributions of the labels of drawn images
 
 
 class Condition(Protocol):
   """One key of a conditioning; a frozen dataclass, thus static under jit."""
 
   def zeros(self, count: int) -> np.ndarray:
-    """Valid values of `count` examples, for shapes and types."""
+    """Returns valid values for `count` examples, for shapes and dtypes."""
     ...
 
   def in_turn(self, index: np.ndarray, chosen: Sequence[Any] = ()) -> np.ndarray:
-    """Values of the samples at `index` (B,): the chosen ones in turn, or all there are."""
+    """Returns the values of the samples at `index` (B,), cycling through `chosen` or, by default, all values."""
     ...
 
   def withheld(self, values: jax.Array) -> jax.Array:
-    """What stands for "not told" in place of `values` (B, ...)."""
+    """Returns the values that represent "no condition", with the shape of `values` (B, ...)."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-  """The class of an image, an integer (B,) below `count`; NONE where it is not told."""
+  """The class of an image, an integer (B,) below `count`, or NONE for no class."""
 
   count: int
   NONE: ClassVar[int] = -1
@@ -46,19 +46,20 @@ class Classes:
     return np.zeros(count, np.int32)
 
   def in_turn(self, index: np.ndarray, chosen: Sequence[int] = ()) -> np.ndarray:
-    """See `Condition.in_turn`; all classes in turn are balanced."""
+    """See `Condition.in_turn`; by default classes are balanced."""
     values = np.asarray(chosen or range(self.count), np.int32)
     return values[index % len(values)]
 
   def proportional(self, index: np.ndarray, seed: int, counts: Sequence[int]) -> np.ndarray:
-    """Classes of the samples at `index` (B,) in the proportions of `counts`, by class; a function of (seed, index).
+    """Returns classes of the samples at `index` (B,) in the proportions of `counts`; a function of (seed, index).
 
-    Sample k has the class whose part of [0, 1) holds frac(k phi + offset), with the golden ratio phi and an offset of the
-    seed. This sequence fills [0, 1) evenly (Kuipers & Niederreiter 1974, theorem 2.3.4): of any n samples in a row a class
-    has its share of n, but for 3 + 3.6 log(n) at most. In integers, so that it is the same on every machine.
+    Sample k has the class whose part of [0, 1) contains frac(k phi + offset), with the golden ratio phi and an offset that
+    depends on the seed. This sequence fills [0, 1) evenly (Kuipers & Niederreiter 1974, theorem 2.3.4): among any n
+    consecutive samples, a class deviates from its share of n by at most 3 + 3.6 log(n). The positions are computed in
+    integers, so that they are the same on every machine.
 
     Raises:
-      ValueError: there are more counts than classes, or no image at all.
+      ValueError: there are more counts than classes, or the counts are all 0.
     """
     edges = np.cumsum(np.asarray(counts, np.float64))
     if len(edges) > self.count or not edges[-1]:
@@ -78,7 +79,7 @@ Conditioning = Mapping[str, Condition]
 
 
 def classes(conditioning: Conditioning) -> Classes | None:
-  """The classes that a network is told; None if it is told none."""
+  """Returns the classes that a network is conditioned on; None if it is not conditioned on classes."""
   found = conditioning.get('label')
   return found if isinstance(found, Classes) else None
 
@@ -87,13 +88,13 @@ _NUMBER = re.compile(r'[+-]?\d+([.,]\d+)?')
 
 
 def labels_by_name(count: int, names: Sequence[str]) -> dict[str, int]:
-  """Labels by what a user may call them: the names of the classes and, unless one of these is a number, the numbers.
+  """Returns labels by the texts that users may give: class names and, unless a name is a number, label numbers.
 
-  Of folders called 1 to 12, the first has the label 0: there a number can only be a name.
+  If folders are called 1 to 12, the first one has the label 0, so a number can only be a name.
 
   Args:
-    count: of the classes.
-    names: by label; empty where the classes have none.
+    count: number of classes.
+    names: class names by label; empty if the classes have no names.
   """
   named = {name: label for label, name in enumerate(names)}
   numbered = {} if _are_numbers(names) else {str(label): label for label in range(count)}
@@ -101,7 +102,7 @@ def labels_by_name(count: int, names: Sequence[str]) -> dict[str, int]:
 
 
 def choices(count: int, names: Sequence[str]) -> str:
-  """What `labels_by_name` knows, in words."""
+  """Describes the texts that `labels_by_name` accepts, for error messages."""
   if _are_numbers(names):
     some = ', '.join(names[:12]) + (', ...' if count > 12 else '')
     return f'the {count} classes are called {some}, and a number is the name of a class here'
@@ -114,22 +115,22 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 
 def zeros(conditioning: Conditioning, count: int) -> Cond:
-  """A conditioning of `count` examples, for shapes and types; None for an unconditional network."""
+  """Returns a conditioning of `count` examples, for shapes and dtypes; None for an unconditional network."""
   return {key: condition.zeros(count) for key, condition in conditioning.items()} or None
 
 
 def in_turn(
   conditioning: Conditioning, index: np.ndarray, chosen: Mapping[str, Sequence[Any]] | None = None
 ) -> Cond:
-  """The conditioning of the samples at `index` (B,): for each key its chosen values in turn, or all there are."""
+  """Returns the conditioning of the samples at `index` (B,), cycling through each key's chosen values or, by default, all."""
   values = chosen or {}
   return {key: c.in_turn(index, values.get(key, ())) for key, c in conditioning.items()} or None
 
 
 def draw(conditioning: Conditioning, index: np.ndarray, seed: int, label_counts: Sequence[int]) -> Cond:
-  """The conditioning of the samples at `index` (B,): labels in the proportions of `label_counts`, all else in turn.
+  """Returns the conditioning of the samples at `index` (B,).
 
-  Without counts labels come in turn, too, so that they are balanced.
+  Labels have the proportions of `label_counts` or, without counts, are balanced. All other values are taken in turn.
   """
   told, found = classes(conditioning), in_turn(conditioning, index)
   if told is None or not label_counts:
@@ -138,7 +139,7 @@ def draw(conditioning: Conditioning, index: np.ndarray, seed: int, label_counts:
 
 
 def select(conditioning: Conditioning, cond: Cond) -> Cond:
-  """The part of `cond` that a network takes; raises ValueError if a key of its conditioning is missing."""
+  """Returns the part of `cond` that a network takes; raises ValueError if a key of its conditioning is missing."""
   missing = [key for key in conditioning if key not in (cond or {})]
   if missing:
     raise ValueError(f'the network is conditioned on {missing[0]!r}, which the data does not have')
@@ -146,12 +147,12 @@ def select(conditioning: Conditioning, cond: Cond) -> Cond:
 
 
 def withheld(conditioning: Conditioning, cond: Cond) -> Cond:
-  """What stands for "not told" in place of all of `cond`."""
+  """Returns `cond` with all values replaced by "no condition"."""
   return None if cond is None else {key: conditioning[key].withheld(v) for key, v in cond.items()}
 
 
 def drop(rng: jax.Array, conditioning: Conditioning, cond: Cond, probability: float) -> Cond:
-  """Withholds all conditions of an example with the given probability (Ho & Salimans 2022, algorithm 1)."""
+  """Drops all conditions of an example with the given probability (Ho & Salimans 2022, algorithm 1)."""
   if cond is None:
     return None
   size = next(iter(cond.values())).shape[:1]

@@ -1,4 +1,4 @@
-"""Networks as denoisers, E[x | z], and networks bound to their parameters: what methods and samplers call."""
+"""Networks as denoisers, E[x | z], and networks bound to their parameters, as methods and samplers call them."""
 
 import dataclasses
 import functools
@@ -16,8 +16,8 @@ from diffusion_distillation.networks.spaces import SPACES
 
 Params = Any
 BOTTLENECK = 'bottleneck'  # the collection into which a network sows activations for GAN heads
-INNERMOST = 'h'  # the name there of the innermost activations
-ENCODED = 'encoded'  # and of those after the encoder, in networks that have one
+INNERMOST = 'h'  # the innermost activations in this collection
+ENCODED = 'encoded'  # the activations after the encoder, in networks that have one
 
 
 class Network(Protocol):
@@ -77,7 +77,7 @@ def _apply(
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-  """A network as an estimate of E[x | z]. Nothing beyond this class knows the parameterization.
+  """A network as an estimate of E[x | z]. Only this class knows the parameterization.
 
   Attributes:
     network: a linen module that implements `Network`.
@@ -115,13 +115,13 @@ class Denoiser:
   def bottleneck(
     self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond, place: str = INNERMOST
   ) -> jax.Array:
-    """The network's activations at `place`, INNERMOST or ENCODED, (B, h, w, c); what comes after them is not computed."""
+    """Returns the activations (B, h, w, c) at `place`, INNERMOST or ENCODED; later layers are not computed."""
     args = ({'params': params}, self._input(z, logsnr), logsnr, cond)
     _, sown = self.network.apply(*args, mutable=[BOTTLENECK])
     return sown[BOTTLENECK][place][0]
 
   def bottleneck_shape(self, shape: tuple[int, ...], place: str = INNERMOST) -> tuple[int, ...]:
-    """(h, w, c) of the activations at `place` for x of `shape`; ValueError if the network does not sow them."""
+    """Returns (h, w, c) of the activations at `place` for x of `shape`; raises ValueError if the network does not sow them."""
 
     def call(rng: jax.Array) -> jax.Array:
       z, logsnr = jnp.zeros((1, *shape)), jnp.zeros((1,))

@@ -1,4 +1,4 @@
-"""ADM (Dhariwal & Nichol 2021) as Karras et al. (2022) have it, the network of EDM's ImageNet-64 model."""
+"""ADM (Dhariwal & Nichol 2021) in the version of Karras et al. (2022), the network of EDM's ImageNet-64 model."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ from diffusion_distillation.networks.unet import DTYPES
 class DhariwalUNet(EdmUNet):
   """Maps (z, logsnr, cond) to an output of `out_ch` channels; see `denoiser.Network` and `edm_blocks.EdmUNet`.
 
-  It has one attention head for every 64 channels; where there are fewer, there is no attention.
+  There is one attention head for every 64 channels; layers with fewer channels have no attention.
   """
 
   Section = EdmSection
@@ -72,7 +72,7 @@ class DhariwalUNet(EdmUNet):
     return -out if self.preconditioning == 've' else out
 
   def _embed(self, logsnr: jax.Array, cond: Cond) -> jax.Array:
-    """The embedding of time and class, (B, emb_ch)."""
+    """Returns the embedding of time and class, (B, emb_ch)."""
     sines, cosines = sinusoids(self.noise_input(logsnr), octaves(self.ch // 2, endpoint=False))
     emb = jnp.concatenate([cosines, sines], axis=-1)
     init = self.STYLE.init

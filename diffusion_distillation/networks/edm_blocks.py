@@ -1,4 +1,4 @@
-"""What the networks of Karras et al. (2022) have in common: their blocks, resampling, and what they are told of the noise.
+"""The common parts of the networks of Karras et al. (2022): blocks, resampling, and noise conditioning.
 
 Modules have the names of the released checkpoints: 'enc.32x32_block0' with 'norm0', 'conv0', 'affine' and so on.
 """
@@ -27,27 +27,27 @@ uniform = nn.initializers.variance_scaling
 
 @dataclasses.dataclass(frozen=True)
 class EdmSection:
-  """What EDM's networks have beside the hyper-parameters that they share with the U-Net."""
+  """The hyper-parameters of EDM's networks that the U-Net does not have."""
 
   preconditioning: str = key(
     'edm',
-    'Input scaling and time input (Karras et al. 2022, Table 1) of the networks `song_unet` and `dhariwal_unet`: those '
-    "of EDM, of the VP or of the VE models. A network with output F of EDM's preconditioning has `edm`.",
+    'Input scaling and time input (Karras et al. 2022, Table 1) of the networks `song_unet` and `dhariwal_unet`: as in '
+    "EDM, or as in the VP or VE models. Networks that predict F of EDM's preconditioning use `edm`.",
     choices=PRECONDITIONINGS,
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """In what the blocks of two architectures differ.
+  """The differences between the blocks of the two architectures.
 
   Attributes:
-    epsilon: of group norms.
+    epsilon: epsilon of group norms.
     residual_scale: factor of the sum of shortcut and residual.
-    scale_shift: whether the embedding scales and shifts after the second norm, or is added before it.
-    project: whether the shortcut of a block that resamples has a 1x1 convolution even if the width stays.
-    head_dim: channels of an attention head, at least; None for one head.
-    init, init_last, init_qkv: of the weights; of the last convolution of a block and of a network; of attention.
+    scale_shift: whether the embedding scales and shifts after the second norm instead of being added before it.
+    project: whether the shortcut of a resampling block has a 1x1 convolution even if the width does not change.
+    head_dim: minimum number of channels per attention head; None for one head.
+    init, init_last, init_qkv: initializers of weights in general; of the last convolution of a block or network; of attention.
   """
 
   epsilon: float
@@ -60,23 +60,23 @@ class Style:
   init_qkv: Callable[..., jax.Array]
 
   def num_heads(self, ch: int) -> int:
-    """Heads at a width of `ch`: none, and thus no attention, for a width below `head_dim`."""
+    """Returns the number of heads at a width of `ch`: 0, and thus no attention, for a width below `head_dim`."""
     return 1 if self.head_dim is None else ch // self.head_dim
 
 
 def num_groups(ch: int) -> int:
-  """Groups of every group norm: 32, or so many that each has 4 channels."""
+  """Returns the number of groups of a group norm: 32, or fewer so that each has at least 4 channels."""
   return min(32, ch // 4)
 
 
 def resample(h: jax.Array, way: str | None, taps: tuple[int, ...], pad: bool = True) -> jax.Array:
-  """Halves ('down') or doubles ('up') height and width by a separable filter; `way` None leaves them as they are.
+  """Halves ('down') or doubles ('up') height and width with a separable filter; for `way` None, returns h unchanged.
 
   Args:
     h: (B, H, W, C).
     way: 'down', 'up' or None.
-    taps: of the filter, an even number of them; their sum does not matter.
-    pad: whether 'down' pads with zeros, so that it halves; else there are only pixels that the filter covers.
+    taps: taps of the filter, an even number of them; they are normalized.
+    pad: whether 'down' pads with zeros, so that it halves exactly; else the result has only fully covered pixels.
   """
   size, ch = len(taps), h.shape[-1]
   if way is None:
@@ -102,17 +102,17 @@ def resample(h: jax.Array, way: str | None, taps: tuple[int, ...], pad: bool = T
 
 
 class Block(nn.Module):
-  """A residual block with resampling and self-attention where asked.
+  """A residual block with optional resampling and self-attention.
 
   Attributes:
     out_ch: width of the output.
     style: see `Style`.
     way: 'down', 'up' or None.
-    taps: of the resampling filter.
+    taps: taps of the resampling filter.
     attends: whether self-attention over all pixels follows.
-    dropout: before the second convolution.
-    dtype: of activations.
-    kernel: of attention.
+    dropout: dropout rate before the second convolution.
+    dtype: dtype of activations.
+    kernel: kernel of attention.
   """
 
   out_ch: int
@@ -126,7 +126,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
-    """x: (B, H, W, C); emb: (B, E), activated already."""
+    """x: (B, H, W, C); emb: (B, E), already activated."""
     style, dtype, ch = self.style, self.dtype, self.out_ch
     h = resample(nn.swish(self._norm(x.shape[-1], 'norm0')(x)), self.way, self.taps)
     h = nn.Conv(ch, (3, 3), kernel_init=style.init, dtype=dtype, name='conv0')(h)
@@ -160,12 +160,12 @@ class Block(nn.Module):
 
 
 class Layer(NamedTuple):
-  """A block of a network.
+  """The description of a block.
 
   Attributes:
     level: 0 for the finest.
     name: 'block0' and so on, 'down', 'up', 'in0', 'in1'.
-    in_ch, out_ch: widths; of a block on the way up, the first counts the skip connection.
+    in_ch, out_ch: widths; in the decoder, in_ch includes the skip connection.
   """
 
   level: int
@@ -182,12 +182,12 @@ class Layer(NamedTuple):
 def layers_of(
   first: int, widths: tuple[int, ...], num_res_blocks: int
 ) -> tuple[list[Layer], list[Layer]]:
-  """The blocks on the way down and on the way up; the latter's 'block's are given the skip connections, last first.
+  """Returns the blocks of the encoder and of the decoder, whose 'block's take the skip connections in reverse order.
 
   Args:
     first: width of the first convolution.
-    widths: of the levels, the finest first.
-    num_res_blocks: a level on the way down; one more on the way up.
+    widths: widths of the levels, from the finest to the coarsest.
+    num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
   """
   down: list[Layer] = []
   width, skips = first, [first]
@@ -208,20 +208,20 @@ def layers_of(
 
 
 class EdmUNet(nn.Module):
-  """Base of the two networks; see `denoiser.Network`.
+  """Base class of the two networks; see `denoiser.Network`.
 
   Attributes:
     out_ch: channels of the output.
-    ch: width of level i is ch * ch_mult[i].
+    ch: base width; level i has ch * ch_mult[i] channels.
     emb_ch: width of the embedding of time and class.
-    ch_mult: one factor a level.
-    num_res_blocks: residual blocks a level on the way down; one more on the way up.
-    attn_resolutions: heights at which there is attention; in the innermost block it is in any case.
-    dropout: rate inside residual blocks.
-    num_classes: 0 for an unconditional network.
+    ch_mult: one factor per level.
+    num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+    attn_resolutions: heights at which there is attention; the innermost block always has attention.
+    dropout: dropout rate inside residual blocks.
+    num_classes: number of classes; 0 for an unconditional network.
     preconditioning: 'edm', 'vp' or 've'; see `noise_input`.
-    beta_d, beta_min, timesteps: of 'vp': beta rises from beta_min by beta_d, and t = 1 counts as timesteps - 1.
-    dtype, remat, attention: as of `unet.UNet`.
+    beta_d, beta_min, timesteps: for 'vp': beta rises from beta_min by beta_d, and t = 1 is timestep timesteps - 1.
+    dtype, remat, attention: see `unet.UNet`.
   """
 
   STYLE: ClassVar[Style]
@@ -258,7 +258,7 @@ class EdmUNet(nn.Module):
     raise NotImplementedError
 
   def check(self, image_shape: tuple[int, ...]) -> None:
-    """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
+    """Raises ValueError, saying what to change, unless the network accepts images of shape (H, W, C)."""
     check_choices(
       {
         'dtype': (self.dtype, DTYPES),
@@ -291,10 +291,10 @@ class EdmUNet(nn.Module):
         raise ValueError(f'attention heads do not divide a width of {layer.out_ch} channels')
 
   def noise_input(self, logsnr: jax.Array) -> jax.Array:
-    """c_noise (Karras et al. 2022, Table 1), of s = sigma / alpha: (B,).
+    """Returns c_noise (Karras et al. 2022, Table 1) of s = sigma / alpha: (B,).
 
-    EDM: log(s) / 4. VE: log(s / 2). VP: (timesteps - 1) t(s), with the sum 1 + s^2 rounded as the released code does,
-    which is what its models were trained with; at the least noise this counts.
+    EDM: log(s) / 4. VE: log(s / 2). VP: (timesteps - 1) t(s). For VP, the sum 1 + s^2 is rounded as in the released code,
+    with which its models were trained; this matters at low noise.
     """
     if self.preconditioning == 'edm':
       return -0.125 * logsnr
@@ -305,13 +305,13 @@ class EdmUNet(nn.Module):
     return (self.timesteps - 1) * ((root - self.beta_min) / self.beta_d)
 
   def scaled_input(self, z: jax.Array, logsnr: jax.Array) -> jax.Array:
-    """c_in y of y = z / alpha (Table 1): y itself for VE; z for VP. EDM's is scaled before it comes here."""
+    """Returns c_in y for y = z / alpha (Table 1): y itself for VE, z for VP. EDM's input is already scaled."""
     if self.preconditioning != 've':
       return z
     return z * jnp.sqrt(1.0 + jnp.exp(-logsnr))[:, None, None, None]
 
   def one_hot(self, cond: Cond) -> jax.Array:
-    """The class as (B, num_classes); zeros where it is not told."""
+    """Returns the class as one-hot vectors (B, num_classes); zeros for no class."""
     if cond is None:
       raise ValueError(f'a network with {self.num_classes} classes needs labels')
     return jax.nn.one_hot(cond['label'], self.num_classes)
@@ -319,7 +319,7 @@ class EdmUNet(nn.Module):
   def block(
     self, layer: Layer, height: int, part: str, attends: bool, taps: tuple[int, ...] = (1, 1)
   ) -> Callable[..., jax.Array]:
-    """The module of a layer, called with (x, emb, deterministic); `height` is that of its output."""
+    """Returns the module of a layer, to be called with (x, emb, deterministic); `height` is the height of its output."""
     cls = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
     size = f'{height}x{height}'
     args = (layer.out_ch, self.STYLE, layer.way, taps, attends, self.dropout, DTYPES[self.dtype])
@@ -331,12 +331,12 @@ class EdmUNet(nn.Module):
 
 
 def sinusoids(c_noise: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-  """Sines and cosines of c_noise (B,) times each of the frequencies (F,): (B, F) each."""
+  """Returns sines and cosines of c_noise (B,) times each of the frequencies (F,), each (B, F)."""
   angles = c_noise[:, None] * jnp.asarray(frequencies, c_noise.dtype)[None, :]
   return jnp.sin(angles), jnp.cos(angles)
 
 
 def octaves(count: int, endpoint: bool) -> np.ndarray:
-  """Frequencies from 1 to 1/10000, the latter included if `endpoint`; (count,) float32."""
+  """Returns frequencies from 1 to 1/10000, which is included if `endpoint`; (count,) float32."""
   exponent = np.arange(count, dtype=np.float32) / np.float32(count - endpoint)
   return np.power(np.float32(1e-4), exponent)

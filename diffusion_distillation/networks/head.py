@@ -1,4 +1,4 @@
-"""The head of a discriminator: from a network's activations to one logit per example."""
+"""Heads of a discriminator, which map a network's activations to one logit per example."""
 
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from diffusion_distillation.networks.denoiser import ENCODED, INNERMOST
 
 
 class Head(nn.Module):
-  """Innermost activations (B, h, w, c) to logits (B,): positive for what it takes for real."""
+  """Maps innermost activations (B, h, w, c) to logits (B,), which are positive for images classified as real."""
 
   place: ClassVar[str] = INNERMOST
 
@@ -18,12 +18,14 @@ class Head(nn.Module):
   def check(shape: tuple[int, ...]) -> None:
     """Raises ValueError unless activations of `shape` (h, w, c) go through it."""
     if shape[-1] % 8:
-      raise ValueError(f'it needs innermost channels that divide by 8; the model has {shape[-1]}')
+      raise ValueError(
+        f'its number of innermost channels must be divisible by 8; the model has {shape[-1]}'
+      )
 
   @nn.compact
   def __call__(self, h: jax.Array) -> jax.Array:
     width = h.shape[-1]
-    # At least two channels per group: normalized alone, a channel says nothing about its size.
+    # At least two channels per group: normalizing a single channel discards its magnitude.
     groups = min(8, width // 2)
     for k in range(2):
       h = nn.Conv(width, (3, 3), name=f'conv{k}')(h)
@@ -32,11 +34,11 @@ class Head(nn.Module):
 
 
 class StridedHead(nn.Module):
-  """The head of DMD2's code (Yin et al. 2024), on activations after the encoder (B, 8, 8, c): logits (B,).
+  """The head of DMD2's code (Yin et al. 2024): maps activations after the encoder, (B, 8, 8, c), to logits (B,).
 
-  Larger activations have a logit in several places, whose mean is taken. 32 groups, or as many as there are pairs of channels:
-  after the second convolution of 8x8 activations, a group of one channel has a single number, which would be
-  normalized to 0.
+  Larger activations give logits at several positions, which are averaged. There are 32 groups, or at most one for every
+  two channels: after the second convolution of 8x8 activations, a group of one channel would contain a single number, which
+  would be normalized to 0.
   """
 
   place: ClassVar[str] = ENCODED
@@ -47,12 +49,12 @@ class StridedHead(nn.Module):
     height, width, channels = shape
     if min(height, width) < 8:
       raise ValueError(
-        f'it needs activations of 8x8 or more after the encoder; those of the model are {height}x{width}: choose '
+        f'it needs activations of at least 8x8 after the encoder, but the model has {height}x{width}: choose '
         'gan_head=pooled, or a network with fewer levels'
       )
     if channels < 4 or channels % min(32, channels // 2):
       raise ValueError(
-        f'32 groups, or as many as half of the channels, must divide the channels; the model has {channels}'
+        f'32 groups, or half as many as channels, must divide the channels; the model has {channels}'
       )
 
   @nn.compact

@@ -1,4 +1,4 @@
-"""DDPM++ and NCSN++ (Song et al. 2021) as Karras et al. (2022) have them, the networks of EDM's CIFAR-10 models."""
+"""DDPM++ and NCSN++ (Song et al. 2021) in the versions of Karras et al. (2022), the networks of EDM's CIFAR-10 models."""
 
 import dataclasses
 import functools
@@ -36,37 +36,37 @@ SCALE = 16.0  # standard deviation of random frequencies
 
 @dataclasses.dataclass(frozen=True)
 class SongUNetSection(EdmSection):
-  """The hyper-parameters of a SongUNet that no other network has."""
+  """The hyper-parameters that only a SongUNet has."""
 
   embedding: str = key(
     'positional',
-    '`song_unet`: embedding of time, sinusoids at fixed (DDPM++) or at random frequencies (NCSN++).',
+    '`song_unet`: embedding of time: sinusoids of fixed (DDPM++) or random frequencies (NCSN++).',
     choices=EMBEDDINGS,
   )
   noise_mult: int = key(
-    1, '`song_unet`: width of the embedding of time in multiples of `model.ch`; NCSN++ has 2.', POSITIVE
+    1, '`song_unet`: width of the embedding of time in multiples of `model.ch`; 2 for NCSN++.', POSITIVE
   )
   encoder: str = key(
     'standard',
-    '`song_unet`: whether a pyramid of the input joins the way down, by 1x1 convolutions of the image (`skip`) or by '
-    'convolutions level after level (`residual`, NCSN++).',
+    '`song_unet`: whether a pyramid of the input is added in the encoder, through 1x1 convolutions of the image (`skip`) or '
+    'through successive convolutions, one per level (`residual`, NCSN++).',
     choices=ENCODERS,
   )
   decoder: str = key(
     'standard',
-    '`song_unet`: whether every level adds to the output (`skip`), or the last one alone makes it.',
+    '`song_unet`: whether every level contributes to the output (`skip`), or only the last one.',
     choices=DECODERS,
   )
   resample_filter: tuple[int, ...] = key(
     (1, 1),
-    '`song_unet`: taps of the resampling filter, an even number of them; NCSN++ has 1, 3, 3, 1.',
+    '`song_unet`: taps of the resampling filter, an even number of them; (1, 3, 3, 1) for NCSN++.',
     POSITIVE,
   )
 
 
 @functools.cache
 def random_frequencies(count: int) -> tuple[float, ...]:
-  """The same normal numbers, times SCALE, at each call."""
+  """Returns normal random numbers times SCALE, the same ones at each call."""
   numbers = np.random.Generator(np.random.Philox(0)).standard_normal(count)
   return tuple(float(number) for number in (SCALE * numbers).astype(np.float32))
 
@@ -77,10 +77,10 @@ class SongUNet(EdmUNet):
   Attributes:
     embedding: 'positional' or 'fourier'.
     noise_mult: width of the embedding of time in multiples of `ch`, unless `frequencies` says otherwise.
-    frequencies: of 'fourier', per unit of c_noise; none for `random_frequencies`. They are not trained.
+    frequencies: frequencies of 'fourier' per unit of c_noise; empty for `random_frequencies`. They are not trained.
     encoder: 'standard', 'skip' or 'residual'.
     decoder: 'standard' or 'skip'.
-    resample_filter: taps, an even number of them.
+    resample_filter: taps of the resampling filter, an even number of them.
   """
 
   Section = SongUNetSection
@@ -165,7 +165,7 @@ class SongUNet(EdmUNet):
     return -out if self.preconditioning == 've' else out
 
   def _embed(self, logsnr: jax.Array, cond: Cond) -> jax.Array:
-    """The embedding of time and class, (B, emb_ch)."""
+    """Returns the embedding of time and class, (B, emb_ch)."""
     frequencies = octaves(self.ch * self.noise_mult // 2, endpoint=True)
     if self.embedding == 'fourier':
       drawn = self.frequencies or random_frequencies(self.ch * self.noise_mult // 2)
@@ -180,7 +180,7 @@ class SongUNet(EdmUNet):
     return emb
 
   def _join(self, h: jax.Array, aux: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-    """The pyramid of the input at the next level, added to h; and the pyramid itself."""
+    """Adds the pyramid of the input at the next level to h; returns the sum and the pyramid."""
     ch, dtype, taps, init = h.shape[-1], DTYPES[self.dtype], self.resample_filter, self.STYLE.init
     if self.encoder == 'skip':
       aux = resample(aux, 'down', taps)
@@ -192,7 +192,7 @@ class SongUNet(EdmUNet):
     return h, h
 
   def _head(self, h: jax.Array, name: str, dtype: jnp.dtype) -> jax.Array:
-    """What a level says of the output."""
+    """Returns a level's contribution to the output."""
     norm = GroupNorm(num_groups(h.shape[-1]), DTYPES[self.dtype], 1e-6, name=f'{name}_norm')
     h = nn.swish(norm(h)).astype(dtype)
     return self.conv(self.out_ch, f'{name}_conv', self.STYLE.init_last)(h)

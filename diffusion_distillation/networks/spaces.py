@@ -1,4 +1,4 @@
-"""Spaces: what x is. Only this file knows the range of the data and how images are converted to x and back."""
+"""Spaces of x. Only this file knows the range of the data and how images are converted to x and back."""
 
 import dataclasses
 from typing import Protocol

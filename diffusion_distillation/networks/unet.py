@@ -39,26 +39,26 @@ def sigmoid(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
 
 
 def c_noise(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
-  """EDM's c_noise (Karras et al. 2022, Table 1), a quarter of log(sigma / alpha); here over 1000, which the embedding takes
-  it times: the angles are c_noise times the frequencies, as in EDM's networks."""
+  """EDM's c_noise (Karras et al. 2022, Table 1), a quarter of log(sigma / alpha), divided by 1000, by which the embedding
+  multiplies it: the angles are c_noise times the frequencies, as in EDM's networks."""
   del schedule
   return -0.125e-3 * logsnr
 
 
 def edm(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
-  """c_noise itself, so that the angles are 1000 times EDM's; for models that were trained so."""
+  """c_noise itself, so that the angles are 1000 times EDM's; for models that were trained with it."""
   del schedule
   return -0.125 * logsnr
 
 
 def schedule_time(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
-  """The schedule's own t, of which the embedding takes 1000 t: DDPM's timestep, at whatever fraction of a step."""
+  """The schedule's own t, which the embedding multiplies by 1000: DDPM's timestep, including fractions of a step."""
   if schedule is None:
     raise ValueError("time_input='t' needs the schedule of the network")
   return schedule.inverse(logsnr)
 
 
-DTYPES = {'float32': None, 'bfloat16': jnp.bfloat16}  # None: as the input and the parameters are
+DTYPES = {'float32': None, 'bfloat16': jnp.bfloat16}  # None: the dtype of the input and the parameters
 TIME_INPUTS = {
   'inv_cos': inverse_cosine,
   'linear': linear,
@@ -112,10 +112,10 @@ class UNetSection:
 
 
 def time_embedding(u: jax.Array, dim: int) -> jax.Array:
-  """Sinusoids of 1000 times the time input `u` (B,): (B, dim), sines first.
+  """Returns sinusoids of 1000 times the time input `u` (B,): (B, dim), sines first.
 
-  The frequencies run from 1 to 1e-4 with both ends, as in the papers' networks and in EDM's DDPM++, whose order this is,
-  too. EDM's ADM leaves out the last one, (1e-4)^(k / half), and has its cosines first.
+  The frequencies range from 1 to 1e-4 inclusive, as in the papers' networks and in EDM's DDPM++, which also has this order.
+  EDM's ADM leaves out the last frequency, with (1e-4)^(k / half), and has the cosines first.
   """
   half = dim // 2
   frequencies = jnp.exp(-jnp.arange(half) * (math.log(10000.0) / (half - 1)))
@@ -137,7 +137,7 @@ RESAMPLE = {'down': downsample, 'up': upsample, None: lambda h: h}
 
 
 class ResBlock(nn.Module):
-  """Residual block with scale-shift GroupNorm, resampling inside it where asked (BigGAN)."""
+  """Residual block with scale-shift GroupNorm and optional resampling inside it (BigGAN)."""
 
   out_ch: int
   num_groups: int
@@ -191,22 +191,22 @@ class UNet(nn.Module):
 
   Attributes:
     out_ch: channels of the output.
-    ch: channels at the finest level; level i has ch * ch_mult[i].
+    ch: base number of channels; level i has ch * ch_mult[i] channels.
     emb_ch: width of the time and class embedding.
-    ch_mult: one factor a level.
-    num_res_blocks: residual blocks a level on the way down; one more on the way up.
+    ch_mult: one factor per level.
+    num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
     attn_resolutions: heights at which each block is followed by attention.
     num_heads, head_dim: attention heads, by number or by size; at most one of them.
     num_groups: groups of every GroupNorm; must divide every width.
-    dropout: rate inside residual blocks.
-    num_classes: 0 for an unconditional network.
-    time_input: how the network is told the time: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2), 'c_noise' (EDM),
-      'edm' (1000 times that), or 't', the schedule's time.
-    resblock_resample: resample inside residual blocks, or by a convolution beside them.
-    dtype: of activations, 'float32' or 'bfloat16'; parameters, the embedding of time and class, and the output stay
+    dropout: dropout rate inside residual blocks.
+    num_classes: number of classes; 0 for an unconditional network.
+    time_input: time input of the network: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2), 'c_noise' (EDM), 'edm'
+      (1000 times c_noise), or 't', the schedule's time.
+    resblock_resample: whether to resample inside residual blocks instead of by separate convolutions.
+    dtype: dtype of activations, 'float32' or 'bfloat16'; parameters, the embedding of time and class, and the output stay
       float32, as do the statistics of norms and the softmax of attention.
-    remat: whether each block's activations are computed again on the way back instead of being kept.
-    attention: what computes attention, a name in `layers.ATTENTION_KERNELS`.
+    remat: whether each block's activations are recomputed in the backward pass instead of being stored.
+    attention: attention kernel, a name in `layers.ATTENTION_KERNELS`.
     schedule: t to logsnr, for the time input 't'.
   """
 
@@ -236,7 +236,7 @@ class UNet(nn.Module):
     return {'label': Classes(self.num_classes)} if self.num_classes else {}
 
   def check(self, image_shape: tuple[int, ...]) -> None:
-    """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
+    """Raises ValueError, saying what to change, unless the network accepts images of shape (H, W, C)."""
     check_choices(
       {
         'dtype': (self.dtype, DTYPES),

@@ -45,13 +45,13 @@ RESAMPLING = ('conv', 'resnet')
 
 @dataclasses.dataclass(frozen=True)
 class UNet2DSection:
-  """No keys: the files of a model say what its network is."""
+  """No keys: the network is described by the files of the model."""
 
 
 def timestep_embedding(
   timestep: jax.Array, dim: int, cosines_first: bool, freq_shift: float
 ) -> jax.Array:
-  """Sinusoids of `timestep` (B,), at frequencies from 1 to 1e-4: (B, dim); an odd `dim` ends with a zero."""
+  """Returns sinusoids of `timestep` (B,) at frequencies from 1 to 1e-4, (B, dim); for odd `dim`, the last entry is zero."""
   half = dim // 2
   frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - freq_shift))
   angles = timestep[:, None] * frequencies[None, :]
@@ -62,7 +62,7 @@ def timestep_embedding(
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """What all blocks of a network share; see `UNet2D`."""
+  """The hyper-parameters that all blocks of a network share; see `UNet2D`."""
 
   num_groups: int
   epsilon: float
@@ -73,16 +73,16 @@ class Style:
   kernel: str
 
   def norm(self, name: str, num_groups: int | None = None) -> GroupNorm:
-    """A group normalisation."""
+    """Returns a group normalization."""
     return GroupNorm(num_groups or self.num_groups, self.dtype, self.epsilon, shifted=True, name=name)
 
   def act(self, h: jax.Array) -> jax.Array:
-    """The activation function."""
+    """Applies the activation function."""
     return ACTIVATIONS[self.activation](h)
 
 
 class Resnet(nn.Module):
-  """Residual block, resampling inside it where asked; its output is divided by `divisor`."""
+  """Residual block with optional resampling; its output is divided by `divisor`."""
 
   out_ch: int
   style: Style
@@ -111,7 +111,7 @@ class Resnet(nn.Module):
 
 
 class Attention(nn.Module):
-  """Self-attention over all pixels with heads of `head_dim` channels; without a norm where `num_groups` is None."""
+  """Self-attention over all pixels with heads of `head_dim` channels; without a norm if `num_groups` is None."""
 
   head_dim: int
   style: Style
@@ -137,29 +137,29 @@ class UNet2D(nn.Module):
   Attributes:
     out_ch: channels of the output.
     block_out_channels: channels of each level, from the finest to the coarsest.
-    down_block_types: names in DOWN_BLOCKS, one a level.
-    up_block_types: names in UP_BLOCKS, one a level, from the coarsest to the finest.
-    layers_per_block: residual blocks a level on the way down; one more on the way up.
-    attention_head_dim: channels of an attention head; None for one head.
+    down_block_types: names in DOWN_BLOCKS, one per level.
+    up_block_types: names in UP_BLOCKS, one per level, from the coarsest to the finest.
+    layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+    attention_head_dim: channels per attention head; None for one head.
     norm_num_groups: groups of every GroupNorm.
-    norm_eps: is added to the variance of every GroupNorm.
-    act_fn: the activation function of the residual blocks, a name in ACTIVATIONS; that of embedding and output is SiLU.
-    resnet_time_scale_shift: how residual blocks are told the time: 'default' adds a shift, 'scale_shift' scales, too.
-    downsample_padding: of the convolutions that halve the resolution: 1 on all sides, or 0, which pads right and bottom only.
-    downsample_type, upsample_type: 'conv' or 'resnet'; of blocks with attention.
+    norm_eps: added to the variance of every GroupNorm.
+    act_fn: activation function of residual blocks, a name in ACTIVATIONS; the embedding and the output use SiLU.
+    resnet_time_scale_shift: time conditioning of residual blocks: 'default' adds a shift, 'scale_shift' scales as well.
+    downsample_padding: padding of convolutions that halve the resolution: 1 on all sides, or 0, which only pads right and bottom.
+    downsample_type, upsample_type: resampling of blocks with attention: 'conv' or 'resnet'.
     flip_sin_to_cos: whether the time embedding has its cosines first.
-    freq_shift: 1 if its lowest frequency is 1e-4, 0 if it would be the next one.
+    freq_shift: 1 if the lowest frequency of the time embedding is 1e-4, 0 if 1e-4 would be the next one.
     time_embedding_dim: width of the embedding of time and class; None for four times the first level's channels.
-    mid_block_scale_factor: by which the outputs of the middle blocks are divided.
-    add_attention: whether there is attention in the middle.
-    attn_norm_num_groups: groups of its norm; None: as everywhere, but none under 'scale_shift'.
-    center_input_sample: whether the network maps its input from [0, 1] to [-1, 1] first.
-    dropout: rate inside residual blocks.
-    num_classes: 0 for an unconditional network.
-    dtype: of activations, 'float32' or 'bfloat16'; see `unet.UNet`.
-    remat: whether each block's activations are computed again on the way back instead of being kept.
-    attention: what computes attention, a name in `layers.ATTENTION_KERNELS`.
-    schedule: t to logsnr, in discrete time; the network is told the timestep.
+    mid_block_scale_factor: divisor of the outputs of the middle blocks.
+    add_attention: whether the middle has attention.
+    attn_norm_num_groups: groups of the middle attention's norm; None: norm_num_groups, or no norm under 'scale_shift'.
+    center_input_sample: whether the network first maps its input from [0, 1] to [-1, 1].
+    dropout: dropout rate inside residual blocks.
+    num_classes: number of classes; 0 for an unconditional network.
+    dtype: dtype of activations, 'float32' or 'bfloat16'; see `unet.UNet`.
+    remat: whether each block's activations are recomputed in the backward pass instead of being stored.
+    attention: attention kernel, a name in `layers.ATTENTION_KERNELS`.
+    schedule: t to logsnr, in discrete time; the network's time input is the timestep.
   """
 
   Section = UNet2DSection
@@ -197,7 +197,7 @@ class UNet2D(nn.Module):
     return {'label': Classes(self.num_classes)} if self.num_classes else {}
 
   def check(self, image_shape: tuple[int, ...]) -> None:
-    """Raises ValueError, saying what to change, unless images (H, W, C) go through this network."""
+    """Raises ValueError, saying what to change, unless the network accepts images of shape (H, W, C)."""
     if not isinstance(self.schedule, Discrete):
       raise ValueError('a UNet2DModel takes a timestep as input and needs a schedule in discrete time')
     check_choices(
@@ -235,7 +235,7 @@ class UNet2D(nn.Module):
       )
 
   def _attending(self) -> list[int]:
-    """The widths at which there is attention."""
+    """Returns the widths at which there is attention."""
     widths = self.block_out_channels
     down = [ch for ch, block in zip(widths, self.down_block_types, strict=True) if DOWN_BLOCKS[block][0]]
     up = [ch for ch, block in zip(widths[::-1], self.up_block_types, strict=True) if UP_BLOCKS[block][0]]
@@ -261,7 +261,7 @@ class UNet2D(nn.Module):
     return cls(self.attention_head_dim or ch, self._style(), num_groups, divisor, name=name)
 
   def _embedding(self, logsnr: jax.Array, cond: Cond) -> jax.Array:
-    """The embedding of time and class, (B, D) float32."""
+    """Returns the embedding of time and class, (B, D) float32."""
     assert isinstance(self.schedule, Discrete)
     first = self.block_out_channels[0]
     width = self.time_embedding_dim or 4 * first

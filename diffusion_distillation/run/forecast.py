@@ -1,4 +1,4 @@
-"""The plan of a run as it is shown before it runs: stages, updates, network calls, and the time they will take."""
+"""Shows the plan of a run before it starts: stages, updates, network calls, and estimated times."""
 
 import contextlib
 import pathlib
@@ -28,17 +28,17 @@ def show(
   workdir: pathlib.Path,
   distances: Mapping[str, Params] | None = None,
 ) -> None:
-  """Prints on stderr the plan, what it needs of memory and disk, and the images; nothing is compiled.
+  """Prints the plan, its memory and disk requirements, and a summary of the images to stderr. Compiles nothing.
 
   Args:
-    stages: of the run.
-    finished: names of those that need no training any more.
-    config: of the run.
-    workdir: of the run; it need not be there.
-    distances: weights of a stage's distance, by stage, where it has some.
+    stages: the stages of the run.
+    finished: names of the finished stages.
+    config: the config of the run.
+    workdir: the workdir of the run; it need not exist.
+    distances: weights of the distance, for each stage that has one with weights.
 
   Raises:
-    UserError: it cannot be had; see `preflight.needs`.
+    UserError: the requirements cannot be met; see `preflight.needs`.
   """
   for line in table(stages, finished, config):
     _print(line)
@@ -56,16 +56,16 @@ def show_times(
   config: Config,
   distances: Mapping[str, Params] | None = None,
 ) -> None:
-  """Prints on stderr, from a few updates of each kind, the time of what is not finished.
+  """Times a few updates of each kind and prints estimates for the unfinished stages to stderr.
 
-  A stage that has begun, and the evaluation, count from their start.
+  Partly trained stages and the evaluation are counted in full.
 
   Args:
-    stages: of the run.
-    finished: names of those that need no training any more.
+    stages: the stages of the run.
+    finished: names of the finished stages.
     step: the compiled `train_step`.
-    config: of the run; `log.measured_updates` = 0 leaves the estimate out.
-    distances: weights of a stage's distance, by stage, where it has some.
+    config: the config of the run; `log.measured_updates` = 0 disables the estimate.
+    distances: weights of the distance, for each stage that has one with weights.
   """
   repeats = config.log.measured_updates
   if not repeats:
@@ -95,7 +95,7 @@ def show_times(
 
 
 def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[str]:
-  """Lines: the network, then a stage each with its updates and network calls, then the evaluation."""
+  """Yields lines: the network, then each stage with its updates and network calls, then the evaluation."""
   first = stages[0]
   count = parameter_overview.count_parameters(first.abstract_params())
   yield f'{count:,} parameters; {sharding.describe()}'
@@ -118,12 +118,15 @@ def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[s
 
 
 def network_calls(stage: Stage) -> float:
-  """Forward calls of one image that its training makes; those of trained networks are differentiated as well."""
+  """Returns the number of forward calls per image in a stage's training; calls of trained networks are also differentiated."""
   return stage.num_updates * stage.batch_size * stage.recipe.method.calls
 
 
 def work_after(stages: list[Stage], finished: set[str], config: Config) -> dict[str, float]:
-  """The work that follows each unfinished stage, in multiples of its own; a differentiated call counts as three calls."""
+  """Returns the work that remains after each unfinished stage, in multiples of the stage's own work.
+
+  A differentiated call counts as three calls.
+  """
   todo = [stage for stage in stages if stage.name not in finished]
   own = [network_calls(stage) * (1.0 + 2.0 / stage.recipe.method.calls) for stage in todo]
   rest = float(evaluation_calls(stages, config))
@@ -135,7 +138,7 @@ def work_after(stages: list[Stage], finished: set[str], config: Config) -> dict[
 
 
 def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
-  """Network calls of one image that the pairs of stages take which are not finished; all have the same pairs."""
+  """Returns the number of single-image network calls to draw the unfinished stages' pairs, which they all share."""
   for stage in stages:
     if stage.pairs is not None and stage.name not in finished:
       pairs = stage.pairs
@@ -145,7 +148,7 @@ def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
 
 
 def evaluation_calls(stages: list[Stage], config: Config) -> int:
-  """Network calls of one image that measuring every stage takes, if nothing is measured yet; 0 without images."""
+  """Returns the number of single-image network calls of a complete evaluation; 0 if there are no images."""
   if config.dataset.name == datasets.NONE:
     return 0
   return config.evaluation.num_samples * sum(
@@ -160,7 +163,7 @@ def evaluation_calls(stages: list[Stage], config: Config) -> int:
 
 
 def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Params = None) -> float:
-  """The mean over some updates on noise, in whole periods of the method, compilation excluded."""
+  """Returns the mean time of an update on random inputs, over whole periods of the method, without compilation."""
   key = jax.random.key(0)
   params, teacher = sharding.to_host((stage.init_params(key), stage.init_teacher(key)))
   state = sharding.create(stage.recipe.create_state, params, teacher)
@@ -172,7 +175,7 @@ def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Par
   for k in range(period + timed):
     interrupts.check()
     began = time.monotonic() if k == period else began
-    first = k < period  # of its kind, so that it is compiled
+    first = k < period  # the first update of its kind, which is compiled
     with announcing.compiling(f'stage {stage.name}') if first else contextlib.nullcontext():
       state, _ = step(stage.recipe.at(k), state, frozen, batch)
       jax.block_until_ready(state)
@@ -180,7 +183,7 @@ def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Par
 
 
 def seconds_per_call(stage: Stage, config: Config) -> float:
-  """One network call of a sampler, for one image of a full batch."""
+  """Returns the time of one network call per image, when a sampler draws full batches."""
   params = sharding.to_host(stage.init_params(jax.random.key(0)))
   draw = measure.drawer(config, stage, config.evaluation.samplers[0])
   size = sharding.round_up(config.evaluation.batch_size)

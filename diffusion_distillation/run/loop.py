@@ -55,7 +55,7 @@ def fit(
     The finished model; immediately, if the stage was already finished.
 
   Raises:
-    DamagedError: the stage was finished, but no whole checkpoint of it is left.
+    DamagedError: the stage was finished, but no complete checkpoint of it is left.
     NumericalError: too many updates in a row were skipped, and again after going back to the last checkpoint and drawing
       other batches and other noise.
     Preempted: a signal was received; the state is saved.
@@ -73,7 +73,7 @@ def fit(
         state, seconds = _restore_or_start(checkpoints, stage, inputs)
       if not int(state.step) and provenance.was_finished(workdir, stage):
         raise DamagedError(
-          f'{workdir / stage.name} was finished, but no whole checkpoint is left; restore one, or remove '
+          f'{workdir / stage.name} was finished, but no complete checkpoint is left; restore one, or remove '
           'the directory to train the stage again'
         )
       if int(state.step) < stage.num_updates:

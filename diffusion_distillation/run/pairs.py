@@ -1,6 +1,6 @@
-"""Stored (noise, image) pairs of a teacher: what its deterministic sampler makes of noise, drawn once.
+"""Stored (noise, image) pairs: noise and the images that a teacher's deterministic sampler draws from it. Drawn only once.
 
-workdir/pairs/pairs.json   whose they are, and a digest of each file that is there
+workdir/pairs/pairs.json   the teacher and settings that the pairs were drawn with, and a digest of each file
 workdir/pairs/00000.npy    a batch: records of noise, image (float32) and the teacher's conditioning, such as label (int32)
 """
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class PairsSection:
-  """Stored pairs of noise and the image that the base model makes of it, for `knowledge` and `dmd.regression`."""
+  """Stored pairs of noise and the image that the base model draws from it, for `knowledge` and `dmd.regression`."""
 
   num_pairs: int = key(100_000, 'Number of pairs.', POSITIVE)
   sampler: str = key('heun', 'Deterministic sampler that draws the images.', choices=DETERMINISTIC)
@@ -44,7 +44,7 @@ class PairsSection:
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
   labels: str = key(
     'data',
-    'Class labels that a conditional model is told: in the proportions of the training images, or balanced.',
+    'Class labels that a conditional model is given: in the proportions of the training images, or balanced.',
     choices=LABELS,
   )
   guidance: float = key(
@@ -60,7 +60,7 @@ class StoredPairs:
 
   Attributes:
     digest: sha256 over the digests of all files.
-    seconds: that drawing them took.
+    seconds: time that it took to draw them.
   """
 
   def __init__(self, paths: list[pathlib.Path], digest: str, seconds: float) -> None:
@@ -71,7 +71,7 @@ class StoredPairs:
     return sum(map(len, self._parts))
 
   def read(self, indices: np.ndarray) -> dict[str, Any]:
-    """`noise` and `image` (n, ...), and their `cond`."""
+    """Returns `noise` and `image` (n, ...), and their `cond`."""
     parts, places = np.divmod(indices, len(self._parts[0]))
     found = np.stack([self._parts[part][place] for part, place in zip(parts, places, strict=True)])
     keys = [name for name in found.dtype.names or () if name not in ('noise', 'image')]
@@ -79,7 +79,7 @@ class StoredPairs:
     return {'noise': found['noise'], 'image': found['image'], 'cond': cond}
 
   def shuffled(self, seed: int, batch_size: int, start: int, stop: int) -> Generator[dict[str, Any]]:
-    """This process's part of batches `start` to `stop` of an endless stream of shuffled epochs."""
+    """Yields this process's part of batches `start` to `stop` of an endless stream of shuffled epochs."""
     order, (index, count) = Shuffled(len(self), seed, batch_size), sharding.part()
     for i in range(start, stop):
       size = batch_size // count
@@ -87,18 +87,18 @@ class StoredPairs:
 
 
 def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
-  """The pairs in `workdir`, drawn as far as they are not there; a file that fails its check is drawn again.
+  """Returns the pairs in `workdir`. Draws missing files, and draws files that do not match their digests again.
 
   Raises:
-    UserError: those that are there are of another teacher, or were drawn in another way.
-    Preempted: a signal came; what is drawn is kept.
+    UserError: the existing pairs come from another teacher, or were drawn with other settings.
+    Preempted: a signal was received; the files drawn so far are kept.
   """
   directory = workdir / 'pairs'
   directory.mkdir(exist_ok=True)
   counts = label_counts(workdir) if pairs.labels == 'data' else ()
   path, lineage = directory / 'pairs.json', describe(pairs, teacher, counts)
   stored = read_json(path) if path.exists() else lineage | {'digests': [], 'seconds': 0.0}
-  if 'labels' not in stored:  # as all were drawn before they had a law
+  if 'labels' not in stored:  # older versions always drew balanced labels
     stored['labels'] = lineage['labels'] and 'balanced'
   stored.setdefault('guidance', 0.0)
   differing = [key for key in lineage if stored.get(key) != lineage[key]]
@@ -148,7 +148,7 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
 
 
 def describe(pairs: Pairs, teacher: Model, label_counts: Sequence[int] = ()) -> dict[str, Any]:
-  """What makes them what they are; without counts labels are balanced."""
+  """Returns everything that determines the pairs; without `label_counts`, labels are balanced."""
   return {
     'teacher': {'stage': teacher.stage.name, 'weights': teacher.weights, 'digest': teacher.digest},
     'num_pairs': pairs.count,
@@ -166,7 +166,7 @@ def describe(pairs: Pairs, teacher: Model, label_counts: Sequence[int] = ()) -> 
 
 
 def _save(path: pathlib.Path, noise: np.ndarray, image: np.ndarray, cond: Cond) -> None:
-  """Writes a file whole or not at all."""
+  """Writes a file atomically."""
   columns = {'noise': noise, 'image': image, **(cond or {})}
   records = np.empty(
     len(noise), [(name, values.dtype, values.shape[1:]) for name, values in columns.items()]
@@ -180,7 +180,7 @@ def _save(path: pathlib.Path, noise: np.ndarray, image: np.ndarray, cond: Cond) 
 
 
 def _digest(path: pathlib.Path) -> str:
-  """sha256 of a file; '' if there is none."""
+  """Returns the sha256 of a file; '' if it does not exist."""
   if not path.is_file():
     return ''
   with path.open('rb') as file:

@@ -1,7 +1,7 @@
-"""Whether the config of a run agrees with the one that made what is in its workdir.
+"""Checks that the config of a run agrees with the configs that its workdir was made with.
 
-Each stage is compared with the config in its own stage.json. A stage is refused only if a key that made it has changed; keys that
-only measure, log or lay out may always change. Configs of older versions are read as they were meant.
+Each stage is compared with the config in its own stage.json. A stage is refused only if a key that affects its parameters has
+changed; keys that only affect evaluation, logging or device layout may always change. Configs of older versions are converted.
 """
 
 import json
@@ -15,7 +15,7 @@ from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.methods import METHODS, Student
 from diffusion_distillation.stages.plan import PER_ROUND, of_round, rounds
 
-# Prefixes of the keys that may change between two runs in one workdir: they touch no parameter of any stage.
+# Prefixes of the keys that may change between two runs in one workdir, because they affect the parameters of no stage.
 FREE = (
   *('evaluation.', 'log.', 'checkpoint.', 'consistency.sample_steps'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
@@ -25,11 +25,11 @@ FREE = (
 
 
 def _is_free(key: str, stage: str) -> bool:
-  """Whether a key may differ from the one that `stage` was made with; '': from that of the workdir.
+  """Returns whether a key may differ from the config that `stage` was made with or, for '', from the workdir's config.
 
   Keys in FREE may differ, and so may the sections of other stages, which are compared with their own stage.json.
   """
-  if key == 'distill.start_steps':  # the base is sampled in as many
+  if key == 'distill.start_steps':  # also the base model's number of sampling steps
     return False
   of_students = {name for name, cls in METHODS.items() if issubclass(cls, Student)} | {'distill'}
   others = of_students - {'distill' if _is_round(stage) else stage}
@@ -41,7 +41,10 @@ def _is_round(stage: str) -> bool:
 
 
 def of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
-  """A stored config in the keys of this version; `consistency.target` was `ema`, the first average, or `last`."""
+  """Converts a stored config to the keys of this version.
+
+  Older versions had `consistency.target`: `ema`, the first moving average, or `last`.
+  """
   section = values.get('consistency')
   if not isinstance(section, Mapping) or 'target' not in section:
     return dict(values)
@@ -52,9 +55,9 @@ def of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The values with which an older version trained, for keys that its flat config lacks.
+  """Returns the values that an older version trained with, for keys that its flat config lacks.
 
-  Keys whose default is that value are left out, and so may change, except for the weights of guidance.
+  Keys whose default is that value are left out, so they may change; the weights of guidance are the exception.
   """
   found: dict[str, Any] = {
     'distill.weighting': AS_BASE,
@@ -74,7 +77,7 @@ def implied(values: Mapping[str, Any]) -> dict[str, Any]:
   return {key: value for key, value in found.items() if key not in values}
 
 
-# Keys that may be 'base', each with the key of base training that this stands for.
+# Keys that may be 'base', each with the key of base training that 'base' refers to.
 _FOLLOWS = {'distill.weighting': 'weighting'} | {
   f'{name}.{key}': of_base
   for name in ('dmd', 'dmd2')
@@ -83,10 +86,10 @@ _FOLLOWS = {'distill.weighting': 'weighting'} | {
 
 
 def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
-  """Returns a flat config as it is compared with others.
+  """Normalizes a flat config for comparison.
 
-  'base' is replaced by what it stands for; for a round of progressive distillation, each tuple of PER_ROUND is replaced
-  by the round's entry.
+  'base' is replaced by the value that it refers to; for a round of progressive distillation, each tuple of PER_ROUND is
+  replaced by the round's entry.
   """
   follows = {key: of_base for key, of_base in _FOLLOWS.items() if values.get(key) == AS_BASE}
   values = values | {key: values[of_base] for key, of_base in follows.items() if of_base in values}
@@ -105,24 +108,24 @@ def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(key: str, values: Mapping[str, Any], made: Any) -> Any:
-  """A key's value in an error message: 'base' with what it stands for."""
+  """Formats a key's value for an error message; 'base' is followed by the value that it refers to."""
   return f'{AS_BASE} ({made})' if key in _FOLLOWS and values.get(key) == AS_BASE else made
 
 
 def _updates_key(stage: str) -> str:
-  """The key of the number of updates of a stage; '': of the base, which all of a workdir comes from."""
+  """Returns the key that sets a stage's number of updates; '', the whole workdir, uses the key of the base."""
   sections = {'': 'train', 'base': 'train'}
   return f'{"distill" if _is_round(stage) else sections.get(stage, stage)}.num_updates'
 
 
 def _is_raised(key: str, stage: str, old: Any, new: Any) -> bool:
-  """Whether `key` is the stage's number of updates, which may grow."""
+  """Returns whether `key` is the stage's number of updates and has grown, which is allowed."""
   numbers = all(isinstance(value, int) for value in (old, new))
   return key == _updates_key(stage) and numbers and new > old
 
 
 def raised_updates(stage: str, made_with: Mapping[str, Any], config: Config) -> tuple[int, int] | None:
-  """A stage's number of updates in the config that made it, and in `config`, if that is larger; else None."""
+  """Returns a stage's number of updates in its own config and in `config`, if the latter is larger; else None."""
   if not isinstance(made_with, Mapping):
     return None
   key, given = _updates_key(stage), dict(flatten(json.loads(config.to_json())))
@@ -136,10 +139,10 @@ def raised_updates(stage: str, made_with: Mapping[str, Any], config: Config) -> 
 def check_config(
   path: pathlib.Path, made_with: Mapping[str, Any], config: Config, stage: str = ''
 ) -> None:
-  """Raises UserError, with the differing keys, if what `path` belongs to was made with another config.
+  """Raises UserError, listing the differing keys, if the stage or workdir of `path` was made with another config.
 
-  Keys that `_is_free` names may differ, and where nothing else does the stage's number of updates may grow; keys that an older version did not
-  have are not compared.
+  Keys for which `_is_free` is true may differ. If nothing else differs, the stage's number of updates may grow. Keys that an
+  older version did not have are not compared.
   """
   if not isinstance(made_with, Mapping):
     raise DamagedError(f'{path} is damaged (no config in it); restore it from a copy')
@@ -171,16 +174,16 @@ _CHECKED = (
   *('method', 'output', 'network_name', 'network', 'space', 'schedule', 'sampler', 'num_steps'),
   'image_shape',
 )
-_BEFORE = {'network_name': 'unet', 'space': 'pixels'}  # of workdirs that do not name them yet
+_BEFORE = {'network_name': 'unet', 'space': 'pixels'}  # what older versions used
 
 
 def check_lineage(
   path: pathlib.Path, found: dict[str, Any], expected: dict[str, Any], config: Config
 ) -> None:
-  """Raises UserError if a stage's lineage `found` is that of another config, or of another stage than `expected`."""
+  """Raises UserError if the lineage `found` belongs to another config, or differs from the `expected` lineage."""
   check_config(path, found.get('config') or {}, config, path.parent.name)
   expected = json.loads(json.dumps(expected))
-  if expected['method'] == 'dmd2' and found.get('method') == 'dmd':  # as it was recorded before
+  if expected['method'] == 'dmd2' and found.get('method') == 'dmd':  # older versions recorded 'dmd'
     found = {**found, 'method': 'dmd2'}
   for key in _CHECKED:
     if found.get(key, _BEFORE.get(key)) != expected[key]:

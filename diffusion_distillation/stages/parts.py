@@ -1,4 +1,4 @@
-"""From the sections of a config to the parts of a stage. Pure."""
+"""Builds the parts of a stage from the sections of a config. All functions are pure."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from diffusion_distillation.training.optimizers import DECAYS, Adam, LearningRat
 from diffusion_distillation.training.recipe import Recipe
 
 LAWS = {'uniform': times.Uniform, 'lognormal': times.LogNormal}
-# Without noise of their own: a stored image is a function of its noise.
+# Samplers that add no noise, so that a stored image is a function of its initial noise.
 DETERMINISTIC = {
   name: samplers.SAMPLERS[name] for name in ('ddim', 'euler', 'heun', 'rk4', 'edm_heun', 'dpm_solver_2m')
 }
@@ -34,11 +34,11 @@ DETERMINISTIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What a plan knows of the data.
+  """The properties of the data that a plan depends on.
 
   Attributes:
     image_shape: (H, W, C).
-    num_classes: 0 without labels.
+    num_classes: number of classes; 0 if there are no labels.
   """
 
   image_shape: tuple[int, ...]
@@ -46,10 +46,10 @@ class Data:
 
 
 def make_sampler(name: str, gamma: float = 0.0) -> samplers.Sampler:
-  """A sampler by name; `gamma` only applies to ancestral sampling.
+  """Returns a sampler by name; `gamma` only applies to ancestral sampling.
 
   Raises:
-    UserError: there is none of that name, or gamma is not in [0, 1].
+    UserError: no sampler has this name, or gamma is not in [0, 1].
   """
   cls = choose('evaluation.samplers', name, samplers.SAMPLERS)
   known = {field.name for field in dataclasses.fields(cls)}
@@ -58,7 +58,7 @@ def make_sampler(name: str, gamma: float = 0.0) -> samplers.Sampler:
 
 
 def make_space(section: Mapping[str, Any]) -> Space:
-  """The space of a network by name."""
+  """Returns the space that a network works on."""
   space: Space = choose('model.space', section['space'], SPACES)()
   return space
 
@@ -69,18 +69,18 @@ def make_denoiser(
   data: Data,
   schedule: Schedule,
 ) -> Denoiser:
-  """The network that `section` describes, as a denoiser of x for this data.
+  """Returns the network that `section` describes, as a denoiser of x for this data.
 
-  The network is given those keys of the section that it has as fields, and of `out_ch`, `num_classes`, `schedule`,
-  `dtype`, `remat` and `attention`, too.
+  The network receives the keys of the section that match its fields, and likewise `out_ch`, `num_classes`, `schedule`,
+  `dtype`, `remat` and `attention`.
 
   Raises:
-    UserError: the network does not fit the section, or the data.
+    UserError: the network does not fit the section or the data.
   """
   output = section['output']
   choose('model.output', output, OUTPUTS)
   cls = choose('model.name', section['name'], NETWORKS)
-  for network_cls in NETWORKS.values():  # also of those whose keys this network does not have
+  for network_cls in NETWORKS.values():  # also check keys that only other networks have
     for name, declared in keys(network_cls.Section).items():
       if declared.choices and name in section:
         choose(f'model.{name}', section[name], dict.fromkeys(declared.choices))
@@ -117,7 +117,7 @@ def make_denoiser(
 
 
 def as_computed(config: Config, denoise: Denoiser) -> Denoiser:
-  """A network from elsewhere, computed as the section `compute` says: its type of activations, `remat` and `attention`."""
+  """Returns an imported network with the activation dtype, `remat` and `attention` of the section `compute`."""
   sharding.check_attention(config.compute.attention, config.compute.dtype)
   network = denoise.network
   own = {key: config.compute[key] for key in ('dtype', 'remat', 'attention') if hasattr(network, key)}
@@ -125,7 +125,7 @@ def as_computed(config: Config, denoise: Denoiser) -> Denoiser:
 
 
 def make_context(config: Config, base: Stage) -> Context:
-  """What the methods that follow `base` are built from."""
+  """Returns the context that the methods after `base` are built from."""
   return Context(
     schedule=base.schedule,
     weighting=choose('weighting', config.weighting, WEIGHTINGS)(),
@@ -138,7 +138,7 @@ def make_context(config: Config, base: Stage) -> Context:
 
 
 def guidance_of(section: str, weight: float, base: Stage, interval: Sequence[float] = ()) -> Guidance:
-  """The guidance of the base that a section of the config asks for.
+  """Returns the guidance of the base that a section of the config asks for.
 
   Raises:
     UserError: the base cannot be guided because of how it is trained, or the interval is not valid.
@@ -162,22 +162,22 @@ def make_recipe(
   space: Space,
   image_shape: tuple[int, ...],
 ) -> Recipe:
-  """What the step of a stage needs.
+  """Returns the recipe of a stage's training step.
 
   Args:
-    config: of the run.
-    section: of the config that the stage's training is in.
-    seeds: what tells the stage's noise from that of others with the same `config.seed`.
-    networks: the student, and the teacher.
-    method: its loss.
-    rates: the highest learning rate, by network.
-    num_updates: of the stage.
-    space: what x is.
+    config: the config of the run.
+    section: name of the config section that configures the stage's training.
+    seeds: numbers that make the stage's noise differ from other stages with the same `config.seed`.
+    networks: the student and the teacher.
+    method: the method, which defines the loss.
+    rates: the peak learning rate of each network.
+    num_updates: number of updates of the stage.
+    space: the space of x.
     image_shape: (H, W, C).
   """
   of = config[section]
   choose(f'{section}.decay', of.decay, DECAYS)
-  target_decay = of.get('target_decay', 0.0)  # 0: the student itself; the first average is there already
+  target_decay = of.get('target_decay', 0.0)  # 0: the student; the first average always exists
   adam = dict(config.optimizer) | ({'clip_norm': of.clip_norm} if 'clip_norm' in of else {})
   if 'joint_clip' in of and of.joint_clip:
     adam['clipped_together'] = tuple(name for name in method.trained if name != 'student')
@@ -202,7 +202,7 @@ def make_recipe(
 
 
 def make_pairs(config: Config, base: Stage) -> Pairs:
-  """The stored pairs of the base."""
+  """Returns the description of the base's stored pairs."""
   section = config.pairs
   choose('pairs.grid', section.grid, dict.fromkeys(times.GRIDS))
   choose('pairs.labels', section.labels, dict.fromkeys(conditioning.LABELS))
@@ -220,22 +220,22 @@ def make_pairs(config: Config, base: Stage) -> Pairs:
 
 
 def make_seed(config: Config, *numbers: int) -> int:
-  """A seed of its own for what `numbers` stand for, below 2^31."""
+  """Returns a seed below 2^31 that is derived from `config.seed` and `numbers`."""
   return int(np.random.SeedSequence([config.seed, *numbers]).generate_state(1)[0] >> 1)
 
 
 def make_law(config: Config, schedule: Schedule) -> times.Law:
-  """The law of t in base training."""
+  """Returns the distribution of t in base training."""
   section, uniform = config.time, times.Uniform(config.time.stratified)
   if choose('time.law', section.law, LAWS) is times.Uniform:
     return uniform
   if section.num_steps:
-    raise UserError('time.law=lognormal is of continuous time: set time.num_steps=0')
+    raise UserError('time.law=lognormal needs continuous time: set time.num_steps=0')
   return times.LogNormal(schedule, section.log_mean, section.log_std, uniform)
 
 
 def make_schedule(config: Config, image_shape: tuple[int, ...]) -> Schedule:
-  """The schedule by name, from those keys of its section that it knows."""
+  """Returns the schedule that the config names, built from the keys of the section that match its fields."""
   cls = choose('schedule.name', config.schedule.name, SCHEDULES)
   choose('schedule.betas', config.schedule.betas, BETAS)
   given: Mapping[str, Any] = {**config.schedule, 'image_size': image_shape[0]}

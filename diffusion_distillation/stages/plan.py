@@ -1,4 +1,4 @@
-"""From a config to the list of stages: base training, then rounds and other students of it. Pure."""
+"""Plans the stages of a run from its config: base training, then its rounds and other students. All functions are pure."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ from diffusion_distillation.stages.stage import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """A model from elsewhere, as the first stage of a plan: what its files say, whatever the config has.
+  """An imported model as the first stage of a plan. Its files take precedence over the config.
 
   Attributes:
     denoise: the network as a denoiser.
     schedule: t to logsnr.
-    space: what x is.
+    space: the space of x.
     image_shape: (H, W, C).
-    num_steps: that it is sampled in.
-    sampler: that it is sampled by.
-    times: how its steps are spaced, a name in `times.GRIDS`; None: as in the evaluation.
+    num_steps: number of sampling steps.
+    sampler: name of its sampler.
+    times: spacing of its steps, a name in `times.GRIDS`; None: as in the evaluation.
     clip_x: whether x is clipped while sampling; None: as in the evaluation.
-    cond_dropout: the share of examples whose conditions were withheld in its training.
+    cond_dropout: probability with which conditions were dropped in its training.
   """
 
   denoise: Denoiser
@@ -50,9 +50,10 @@ class Origin:
   cond_dropout: float
 
 
-# The most that a student may multiply errors of eps by at t = 1, where its x is (z - sigma eps) / alpha. At 1000 an error
-# of 0.001 in eps, about what training leaves, is one of 1 in x, half the range of an image. DDPM's linear betas have 157,
-# and students have been distilled from such teachers; the cosine schedule, cut at logsnr = -20, has 22026.
+# The largest factor by which a student may amplify errors in eps at t = 1, where its x is (z - sigma eps) / alpha. With a
+# factor of 1000, an error of 0.001 in eps, which training typically leaves, becomes an error of 1 in x, half the range of an
+# image. The factor is 157 for DDPM's linear betas, whose models have been distilled, and 22026 for the cosine schedule,
+# which is clipped at logsnr = -20.
 MAX_GAIN = 1000.0
 
 # Keys of the section `distill` that hold one entry per round.
@@ -60,17 +61,17 @@ PER_ROUND = ('factor', 'num_updates', 'learning_rate')
 
 
 def of_round(values: Sequence[Any], from_the_end: int) -> Any:
-  """A round's entry of a tuple that ends with the last round's; its first serves all rounds before."""
+  """Returns a round's entry of a tuple whose last entry is the last round's and whose first also serves all earlier rounds."""
   return values[max(0, len(values) - 1 - from_the_end)]
 
 
 def rounds(start_steps: int, end_steps: int, factor: Sequence[int] = (2,)) -> list[tuple[int, int]]:
-  """The students' step counts, from the first round to the last, each with its round's factor.
+  """Returns each round's number of student steps and its factor, from the first round to the last.
 
   Args:
-    start_steps: the base model's.
-    end_steps: the last student's.
-    factor: of each round, the last round's last; the first one also for all rounds before.
+    start_steps: number of steps of the base model.
+    end_steps: number of steps of the last student.
+    factor: factor per round, the last round's last; the first entry also serves all earlier rounds.
 
   Raises:
     UserError: these factors do not lead from start_steps to end_steps.
@@ -91,16 +92,16 @@ def rounds(start_steps: int, end_steps: int, factor: Sequence[int] = (2,)) -> li
 def plan(
   config: Config, image_shape: tuple[int, ...], num_classes: int, origin: Origin | None = None
 ) -> list[Stage]:
-  """All stages of a run, in order; nothing is read, compiled or written.
+  """Returns all stages of a run, in order, without reading, compiling or writing anything.
 
   Args:
-    config: with exactly the keys of configs/default.py.
+    config: a config with exactly the keys of configs/default.py.
     image_shape: (H, W, C) of the data.
-    num_classes: of the data; 0 without labels.
-    origin: the base, if it comes from elsewhere; else the config describes it.
+    num_classes: number of classes of the data; 0 if there are no labels.
+    origin: the imported base; None if the config describes the base.
 
   Raises:
-    UserError: something in the config does not fit; the message names the key.
+    UserError: a value in the config is not valid; the message names the key.
   """
   check_numbers(config)
   _check_measuring(config)
@@ -128,7 +129,7 @@ def plan(
 
 
 def _students() -> dict[str, type]:
-  """The methods that may follow the base."""
+  """Returns the methods that may follow the base."""
   return {
     name: cls for name, cls in METHODS.items() if name == 'progressive' or issubclass(cls, Student)
   }
@@ -139,13 +140,13 @@ def _check_measuring(config: Config) -> None:
   choose('evaluation.grid', evaluation.grid, dict.fromkeys(times.GRIDS))
   choose('evaluation.labels', evaluation.labels, dict.fromkeys(conditioning.LABELS))
   if not evaluation.samplers:
-    raise UserError('evaluation.samplers=() must name one at least, such as ddim')
+    raise UserError('evaluation.samplers=() must name at least one sampler, such as ddim')
   for name in evaluation.samplers:
     parts.make_sampler(name, evaluation.gamma)
 
 
 def _check_grids(config: Config, stages: list[Stage]) -> None:
-  """Raises UserError unless the base's schedule has the grids that the config names, at all numbers of steps."""
+  """Raises UserError unless the base's schedule supports the grids that the config names, at all numbers of steps."""
   most = config.evaluation.max_steps
   counts = {steps for stage in stages for steps in stage.measured_steps if steps <= most}
   wanted = [('evaluation.grid', config.evaluation.grid, counts)]
@@ -161,7 +162,7 @@ def _check_grids(config: Config, stages: list[Stage]) -> None:
 
 
 def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
-  """The first stage: what teaches all others."""
+  """Returns the first stage, the base, from which all others are distilled."""
   train = config.train
   if origin is None:
     schedule = parts.make_schedule(config, data.image_shape)
@@ -199,13 +200,13 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
 
 
 def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
-  """The students' network: the base's without dropout, but for what the section `student` says otherwise."""
+  """Returns the students' network: the base's without dropout, with the changes of the section `student`."""
   otherwise = {key: value for key, value in config.student.items() if value is not None}
   if not otherwise:
     return base.denoise
   name = otherwise.get('space', name_in(SPACES, base.space))
   if choose('student.space', name, SPACES) is not type(base.space):
-    raise UserError('student.space: a student works on what its teacher works on')
+    raise UserError('student.space: a student must use the space of its teacher')
   own = {
     'name': name_in(NETWORKS, base.denoise.network),
     'output': base.denoise.output,
@@ -215,12 +216,12 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
   data = dataclasses.replace(data, image_shape=base.image_shape)
   network = parts.make_denoiser(config, {**config.model, **own, **otherwise}, data, base.schedule)
   if network.conditioning != base.denoise.conditioning:
-    raise UserError('student.conditional: a student is told what its teacher is told')
+    raise UserError('student.conditional: a student must have the conditioning of its teacher')
   return network.without_dropout()
 
 
 def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage:
-  """A stage of the base's student, trained by the method and as the section of this name say."""
+  """Returns the stage of a student of the base, trained by the method `name` with its section of the config."""
   section, cls = config[name], METHODS[name]
   parts.guidance_of(name, section.get('guidance', 0.0), base)
   method = cls.from_config(name, section, parts.make_context(config, base))
@@ -230,7 +231,7 @@ def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage
   if 'pairs' in method.needs and section.get('guidance', config.pairs.guidance) != config.pairs.guidance:
     raise UserError(
       f'{name}.guidance={section.guidance:g} and pairs.guidance={config.pairs.guidance:g} must be the same: the '
-      f"regression's pairs are of the teacher that {name} matches; or set {name}.regression=0"
+      f"regression's pairs must come from the teacher that {name} matches; or set {name}.regression=0"
     )
   return dataclasses.replace(
     base,
@@ -252,10 +253,10 @@ def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage
 
 
 def check_output(stage: Stage) -> None:
-  """Raises UserError if a stage yet to be trained predicts eps where the schedule leaves too little of x: at t = 1.
+  """Raises UserError if an untrained stage predicts eps and its schedule leaves too little signal at t = 1.
 
-  The rounds of progressive distillation are not checked. Under the weighting `snr` their loss counts an error in eps once,
-  whatever alpha is, and samplers of several steps clip x at t = 1; the paper's table of outputs has such bases.
+  The rounds of progressive distillation are not checked: under the weighting `snr` their loss weights errors in eps
+  independently of alpha, samplers of several steps clip x at t = 1, and the paper's table of outputs includes such bases.
   """
   if stage.denoise.output != 'eps' or not issubclass(METHODS[stage.method], Student):
     return
@@ -264,17 +265,17 @@ def check_output(stage: Stage) -> None:
     raise UserError(
       f'{stage.name}: a student that predicts eps turns an error in it into one in x that is {gain:,.0f} times as large at t = 1 '
       f'(1 / alpha; at most {MAX_GAIN:,.0f}); set student.output (or model.output) to v or x, or choose a schedule that '
-      'leaves more signal there, such as schedule.logsnr_min=-13'
+      'leaves more signal at t = 1, such as schedule.logsnr_min=-13'
     )
 
 
 def _start(base: Stage, student: Denoiser, start: str) -> str | None:
-  """The stage that a student starts from; none where that is the base and its network is another."""
+  """Returns the stage that a student starts from; None if that is the base, but the networks differ."""
   return None if start == base.name and student != base.denoise else start
 
 
 def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
-  """The rounds of progressive distillation, each the teacher of the next."""
+  """Returns the rounds of progressive distillation; each student is the teacher of the next."""
   distill = config.distill
   steps = rounds(distill.start_steps, distill.end_steps, distill.factor)
   if len(distill.factor) > max(1, len(steps)):
@@ -315,7 +316,7 @@ def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
 
 
 def _check_starts(stages: list[Stage]) -> None:
-  """Raises UserError unless every stage's student starts from a stage before it that has its network."""
+  """Raises UserError unless every student starts from an earlier stage with the same network."""
   before: dict[str, Stage] = {}
   for stage in stages:
     if stage.start is not None:

@@ -283,7 +283,7 @@ def _read_set(workdir: pathlib.Path, stage: Stage, weights: str) -> Params:
   restored = Checkpoints(folder.parent).restore(stage.abstract_state(), set_aside=False)
   if restored is None:
     raise DamagedError(
-      f'{folder.parent}: no whole checkpoint is left to read the weights {weights!r} from'
+      f'{folder.parent}: no complete checkpoint is left to read the weights {weights!r} from'
     )
   return sharding.to_host(sets_of(stage, restored[0])[weights])
 

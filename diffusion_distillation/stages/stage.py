@@ -1,4 +1,4 @@
-"""What a stage is: the recipe of its training step, and its place in the run."""
+"""A stage of a run: the recipe of its training step, and how it depends on other stages."""
 
 import dataclasses
 import itertools
@@ -22,14 +22,14 @@ class Pairs:
   """Stored (noise, image) pairs of a teacher's deterministic sampler.
 
   Attributes:
-    count: how many.
-    sampler: of the teacher; deterministic.
+    count: number of pairs.
+    sampler: the teacher's sampler; deterministic.
     clip_x: whether x is clipped while sampling.
     num_steps: sampling steps per image.
-    grid: how they are spaced, a name in `times.GRIDS`.
-    seed: of the noise.
-    batch_size: images that are drawn at a time.
-    labels: law of the labels that a conditional teacher is told, one of `conditioning.LABELS`.
+    grid: spacing of the steps, a name in `times.GRIDS`.
+    seed: seed of the noise.
+    batch_size: number of images drawn at a time.
+    labels: distribution of a conditional teacher's labels, one of `conditioning.LABELS`.
     guidance: guidance towards these labels.
   """
 
@@ -46,28 +46,28 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One directory of the workdir: what is trained there, from whom, for how long.
+  """One stage, which has a directory of its own in the workdir: what is trained, from which teacher, and for how long.
 
   Attributes:
-    name: of the stage and its directory.
-    parent: the stage that teaches it, or None.
-    parent_weights: which of the parent's weights: 'ema' or 'last'.
-    recipe: what the compiled step needs.
-    num_steps: sampling steps that its model is made for.
-    num_updates: updates until it is finished.
+    name: name of the stage and of its directory.
+    parent: the stage that is its teacher, or None.
+    parent_weights: which of the parent's weights to use: 'ema' or 'last'.
+    recipe: the static description of the compiled step.
+    num_steps: number of sampling steps that its model is trained for.
+    num_updates: number of updates until the stage is finished.
     schedule: t to logsnr.
     image_shape: (H, W, C).
     teacher: the parent's denoiser, or None.
-    start: the stage whose weights it starts from; None: its parent, or new parameters where its network is another.
-    pairs: of its parent, that it learns from, or None.
-    distance_weights: file of the weights of its method's distance; '' for none.
-    sampler: that its model is made for.
-    times: how the steps of an imported model are spaced, a name in `times.GRIDS`; None: as in the evaluation.
+    start: the stage whose weights it starts from; None: its parent, or new parameters if its network differs.
+    pairs: its parent's stored pairs, if it is trained on them; else None.
+    distance_weights: file with the weights of its method's distance; '' for none.
+    sampler: name of the sampler that its model is trained for.
+    times: spacing of an imported model's steps, a name in `times.GRIDS`; None: as in the evaluation.
     clip_x: whether an imported model's x is clipped while sampling; None: as in the evaluation.
-    measured_steps: step counts that its model is measured at.
-    teacher_dtype: that the frozen teacher is kept in, 'float32' or 'bfloat16'.
-    attempts: the updates that training went back to because those after it were not finite; from each of them on,
-      batches and noise are drawn with another seed.
+    measured_steps: step counts at which its model is evaluated.
+    teacher_dtype: dtype in which the frozen teacher is stored, 'float32' or 'bfloat16'.
+    attempts: the updates that training went back to because later ones were not finite; from each of them on, batches
+      and noise are drawn with another seed.
   """
 
   name: str
@@ -91,7 +91,7 @@ class Stage:
 
   @property
   def method(self) -> str:
-    """The name of its method."""
+    """The name of the stage's method."""
     return self.recipe.method.name
 
   @property
@@ -101,74 +101,74 @@ class Stage:
 
   @property
   def space(self) -> Space:
-    """What x is."""
+    """The space of x."""
     return self.recipe.space
 
   @property
   def weights(self) -> tuple[str, ...]:
-    """Names of the weights that can be sampled: 'ema', then 'ema_0.99' and so on for further averages, and 'last'."""
+    """Names of the weights that can be sampled from: 'ema', then 'ema_0.99' and so on for further averages, and 'last'."""
     return ('ema', *(f'ema_{decay}' for decay in self.recipe.ema_decay[1:]), 'last')
 
   @property
   def denoise(self) -> Denoiser:
-    """The stage's model as it is sampled from: without dropout."""
+    """The stage's model for sampling, without dropout."""
     return self.recipe.student.without_dropout()
 
   @property
   def starts_anew(self) -> bool:
-    """Whether its student starts from new parameters: nobody before it has the same network."""
+    """Whether the student starts from new parameters, because no earlier stage has the same network."""
     return self.start is None and (self.teacher is None or self.teacher != self.denoise)
 
   def seed_at(self, update: int) -> int:
-    """The seed of the batch and the noise of an update: the recipe's, unless training went back to it or before it."""
+    """Returns the seed of an update's batch and noise: the recipe's, unless training went back to it or to an earlier update."""
     seed, attempt = int(self.recipe.seed), sum(first <= update for first in self.attempts)
     return (
       seed if not attempt else int(np.random.SeedSequence((seed, attempt)).generate_state(1)[0]) // 2
     )
 
   def recipe_at(self, update: int) -> Recipe:
-    """The recipe of an update, with its seed; see `Recipe.at`."""
+    """Returns the recipe of an update, with its seed; see `Recipe.at`."""
     recipe = self.recipe.at(update)
     if not any(first <= update for first in self.attempts):
       return recipe
     return dataclasses.replace(recipe, seed=self.seed_at(update))
 
   def streams(self, done: int) -> Iterator[tuple[int, int, int]]:
-    """The updates from `done` to the end by their seeds: (seed, first, one after the last)."""
+    """Yields the updates from `done` to the end as ranges with the same seed: (seed, start, stop)."""
     between = {first for first in self.attempts if done < first < self.num_updates}
     for start, stop in itertools.pairwise(sorted({done, *between, self.num_updates})):
       yield self.seed_at(start), start, stop
 
   def without_parents(self) -> 'Stage':
-    """The stage as it stands where its model came from elsewhere: nothing of the run has made it."""
+    """Returns the stage for a model that was not trained in this run: it has no parent, teacher, start or pairs."""
     nobody: dict[str, Any] = {'parent': None, 'teacher': None, 'start': None, 'pairs': None}
     return dataclasses.replace(self, parent_weights='', distance_weights='', **nobody)
 
   def frozen(self, teacher: Params, distance: Params) -> dict[str, Params]:
-    """The parameters that the step only reads, of those networks that its method calls; the teacher as it is kept."""
+    """Returns the frozen parameters of the networks that the method calls; the teacher's in `teacher_dtype`."""
     if self.teacher_dtype != 'float32':
       teacher = jax.tree.map(lambda leaf: leaf.astype(self.teacher_dtype), teacher)
     found = {'teacher': teacher, 'distance': distance}
     return {name: params for name, params in found.items() if name in self.recipe.networks}
 
   def init_params(self, rng: jax.Array) -> Params:
-    """New parameters of its network."""
+    """Returns new parameters of the stage's network."""
     return self.denoise.init(rng, self.recipe.shape[1:])
 
   def init_teacher(self, rng: jax.Array) -> Params:
-    """Parameters of its teacher's network, for their shapes; None without a teacher."""
+    """Returns parameters of the teacher's network, for their shapes; None if the stage has no teacher."""
     return None if self.teacher is None else self.teacher.init(rng, self.recipe.shape[1:])
 
   def abstract_params(self) -> Params:
-    """Shapes and types of the stage's parameters; nothing is computed."""
+    """Returns shapes and dtypes of the stage's parameters, without computing them."""
     return jax.eval_shape(self.init_params, jax.random.key(0))
 
   def abstract_teacher(self) -> Params:
-    """Shapes and types of the teacher's parameters; None without a teacher."""
+    """Returns shapes and dtypes of the teacher's parameters; None if the stage has no teacher."""
     return jax.eval_shape(self.init_teacher, jax.random.key(0))
 
   def abstract_state(self) -> TrainState:
-    """Shapes and types of the stage's training state; nothing is computed."""
+    """Returns shapes and dtypes of the stage's training state, without computing it."""
     return jax.eval_shape(
       lambda rng: self.recipe.create_state(self.init_params(rng), self.init_teacher(rng)),
       jax.random.key(0),

@@ -132,7 +132,7 @@ class Checkpoints:
         *(waited, step, self._directory),
       )
     if not self.stage_dir.is_dir():
-      raise StorageError(f'{self.stage_dir} has vanished; bring it back, and run the same command again')
+      raise StorageError(f'{self.stage_dir} has vanished; restore it, and run the same command again')
     self._saving, state = step, sharding.snapshot(state)
     if sharding.part()[1] == 1:
       thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')

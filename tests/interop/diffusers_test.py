@@ -175,7 +175,7 @@ REFUSED = {
   'levels': ('unet/config.json', {'block_out_channels': [32]}, 'down_block_types has 2 entries'),
   'heads': ('unet/config.json', {'attention_head_dim': 48}, 'attention_head_dim=48 does not divide'),
   'size': ('unet/config.json', {'sample_size': None}, 'sample_size=None'),
-  'odd': ('unet/config.json', {'sample_size': 15}, 'sides divide by 2'),
+  'odd': ('unet/config.json', {'sample_size': 15}, 'sides are divisible by 2'),
   'groups': ('unet/config.json', {'norm_num_groups': None}, 'norm_num_groups'),
   'learned': (
     'scheduler/scheduler_config.json',

@@ -199,7 +199,7 @@ MISFITS = {
   'too many': ({'img_resolution': 10**9}, 'img_resolution=1000000000 is not supported'),
   'blocks without end': ({'num_blocks': 99999}, 'num_blocks=99999 are more blocks than'),
   'another encoder': ({'encoder_type': 'round'}, "encoder='round' is not one of"),
-  'levels that do not fit': ({'channel_mult': [1] * 6}, 'sides divide by 32'),
+  'levels that do not fit': ({'channel_mult': [1] * 6}, 'sides are divisible by 32'),
   'noise levels the wrong way': ({'sigma_min': 200.0}, 'sigma_min=200.0'),
   'another width': ({'channel_mult': [1, 3]}, 'has shape'),
   'a tensor too few': ({'drop': [BIAS]}, f'{BIAS} is missing'),

@@ -49,5 +49,5 @@ def test_what_does_not_fit_is_named():
   NETWORK.check(SHAPE)
   with pytest.raises(ValueError, match='attention heads do not divide a width of 224'):
     dataclasses.replace(NETWORK, ch=224, ch_mult=(1,)).check(SHAPE)
-  with pytest.raises(ValueError, match='sides divide by 2'):
+  with pytest.raises(ValueError, match='sides are divisible by 2'):
     NETWORK.check((7, 8, 1))

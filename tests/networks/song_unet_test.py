@@ -97,7 +97,7 @@ def test_the_way_it_is_computed_changes_no_parameter(dtype):
 
 
 MISFITS = {
-  'sides': ({'ch_mult': (1, 1, 1, 1, 1)}, 'sides divide by 16'),
+  'sides': ({'ch_mult': (1, 1, 1, 1, 1)}, 'sides are divisible by 16'),
   'groups': ({'ch': 130}, 'a width of 130 channels'),
   'few channels': ({'ch': 2}, 'ch=2 must be even and at least 4'),
   'odd filter': ({'resample_filter': (1, 2, 1)}, 'an even number of taps'),

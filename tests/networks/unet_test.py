@@ -312,8 +312,8 @@ def test_check_takes_what_goes_through():
 @pytest.mark.parametrize(
   ('change', 'shape', 'message'),
   [
-    ({}, (7, 8, 1), '2 levels .* divide by 2; these are 7x8'),
-    ({'ch_mult': (1, 1, 1)}, (8, 6, 1), '3 levels .* divide by 4; these are 8x6'),
+    ({}, (7, 8, 1), '2 levels .* divisible by 2; these are 7x8'),
+    ({'ch_mult': (1, 1, 1)}, (8, 6, 1), '3 levels .* divisible by 4; these are 8x6'),
     ({'num_groups': 3}, SHAPE, 'num_groups=3 does not divide a width of 8'),
     ({'ch_mult': (2, 1), 'num_groups': 16}, SHAPE, 'num_groups=16 does not divide a width of 8'),
     ({'num_heads': 3}, SHAPE, 'heads do not divide a width of 8'),

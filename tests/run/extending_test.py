@@ -85,7 +85,7 @@ def test_an_extension_whose_checkpoints_are_damaged_does_not_begin_anew(step, of
   workdir = shutil.copytree(of_4, tmp_path / 'extended')
   for path in (workdir / 'base' / 'checkpoints').rglob('_METADATA'):
     path.write_bytes(b'')
-  with pytest.raises(DamagedError, match='no whole checkpoint is left'):
+  with pytest.raises(DamagedError, match='no complete checkpoint is left'):
     loop.fit(step, OF_8, INPUTS, workdir, LONG)
   assert model.read(workdir / 'base' / 'model').provenance['updates'] == 4
 

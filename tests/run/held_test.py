@@ -114,7 +114,9 @@ def test_what_is_not_held_is_read_where_it_is_asked_for(workdir):
   assert digest(last.params) == last.digest != model.digest and not last.all.held
   assert list(last.hold().all) == ['last']
   shutil.rmtree(workdir / 'base' / 'checkpoints')
-  with pytest.raises(DamagedError, match="no whole checkpoint is left to read the weights 'last' from"):
+  with pytest.raises(
+    DamagedError, match="no complete checkpoint is left to read the weights 'last' from"
+  ):
     _ = last.params
 
 

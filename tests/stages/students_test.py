@@ -198,7 +198,7 @@ BAD = [
   ('dmd.start', {'dmd__start': 'progresive_0001'}, "did you mean 'progressive_0001'"),
   ('dmd2.gan_generator', {'dmd2__gan_fake': 0.0}, 'must both be positive, or both be 0'),
   ('dmd2.gan_fake', {'dmd2__gan_generator': 0.0}, 'must both be positive, or both be 0'),
-  ('dmd2.gan_fake', {'model__ch': 12}, 'divide by 8; the model has 12'),
+  ('dmd2.gan_fake', {'model__ch': 12}, 'divisible by 8; the model has 12'),
   ('dmd2.num_updates', {'dmd2__num_updates': 9}, 'multiple of dmd2.fake_updates=5'),
   ('dmd', {'dmd__num_steps': 2}, 'regression must be 0'),
   ('dmd2', {'dmd2__num_steps': 2, 'dmd2__regression': 0.5}, 'regression must be 0'),
