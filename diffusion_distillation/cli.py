@@ -89,7 +89,7 @@ def _run(options: Options) -> int:
     if error.errno not in _OF_THE_DISK:
       return _fail(str(error), UserError.exit_code)
     where = error.filename or options.workdir or 'the output'
-    advice = 'free space or repair the disk, and run the same command again'
+    advice = 'free up space or repair the disk, and run the same command again'
     return _fail(f'{where}: {error.strerror}; {advice}', StorageError.exit_code)
   return 0
 
