@@ -67,7 +67,7 @@ def test_a_strided_head_is_of_the_width_of_the_encoder():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'model__ch_mult': (1, 1)}, r'dmd2\.gan_head=strided: .* 8x8 .* are 4x4: choose gan_head=pooled'),
+    ({'model__ch_mult': (1, 1)}, r'dmd2\.gan_head=strided: .* 8x8 .* has 4x4: choose gan_head=pooled'),
     ({'model__ch': 100, 'model__num_groups': 4}, 'must divide the channels; the model has 100'),
   ],
   ids=str,
