@@ -89,6 +89,7 @@ def test_classes_are_drawn_in_turn_and_decide_what_is_drawn(sample):
   assert same.tolist() == [k in (0, 1) for k in range(12)]
 
 
+@pytest.mark.slow
 def test_every_sampler_is_at_hand_and_its_network_calls_are_told(sample):
   calls = {'ddim': 3, 'ddim_keep_eps': 3, 'ancestral': 3, 'multistep_consistency': 3, 'euler': 3}
   calls |= {'heun': 6, 'rk4': 12, 'edm_heun': 5, 'dpm_solver_2m': 3}

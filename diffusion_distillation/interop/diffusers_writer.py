@@ -41,16 +41,7 @@ other noise from it. For a class-conditional model, call `pipeline.unet(z, times
 
 
 def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path) -> Draw:
-  """Writes a pipeline folder.
-
-  Args:
-    drawer: the model and its sampler.
-    params: weights of the network.
-    grid: (N + 1,), the times.
-    folder: the folder to write to.
-
-  Returns:
-    A function that draws with the model that was written, on DDIMScheduler's timesteps.
+  """Writes a pipeline folder; see `exporting.Format.write`.
 
   Raises:
     UserError: a part of the model cannot be expressed in diffusers; the message names it.

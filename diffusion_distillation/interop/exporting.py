@@ -30,8 +30,8 @@ class Format(NamedTuple):
   """A format that models are exported to.
 
   Attributes:
-    write: receives a drawer, weights, times (N + 1,) and a folder; writes the files, and returns a function that draws with
-      them, see `stablehlo.Draw`.
+    write: receives the model and its sampler as a drawer, the weights of the network, the times (N + 1,) and the folder to
+      write to; returns a function that draws with the files that were written, see `stablehlo.Draw`.
     library: name of the library on the Hugging Face hub, for the model card.
     files: name and meaning of each file.
     usage: receives the description of the model; returns instructions for running the files, in Markdown.

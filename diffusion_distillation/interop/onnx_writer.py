@@ -52,16 +52,7 @@ def usage(description: Mapping[str, Any]) -> str:
 
 
 def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path) -> Draw:
-  """Writes the graph, with the sampler's steps unrolled and the weights as constants.
-
-  Args:
-    drawer: the model and its sampler.
-    params: weights of the network.
-    grid: (N + 1,), the times.
-    folder: the folder to write to.
-
-  Returns:
-    A function that draws with onnxruntime and the graph that was written.
+  """Writes the graph, with the sampler's steps unrolled and the weights as constants; see `exporting.Format.write`.
 
   Raises:
     UserError: a package is missing, the sampler adds noise, or jax2onnx does not support an operation.

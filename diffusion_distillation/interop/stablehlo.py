@@ -49,16 +49,7 @@ def usage(description: Mapping[str, Any]) -> str:
 
 
 def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path) -> Draw:
-  """Writes the program, its weights and the script that runs it.
-
-  Args:
-    drawer: the model and its sampler.
-    params: weights of the network.
-    grid: (N + 1,), the times; a constant of the program.
-    folder: the folder to write to.
-
-  Returns:
-    A function that draws with the program and the weights that were written.
+  """Writes the program, its weights and the script that runs it; see `exporting.Format.write`.
 
   Raises:
     UserError: the package that JAX needs to serialize programs is missing.

@@ -72,7 +72,9 @@ class Gallery:
     self._compiled: set[Drawer] = set()
 
   def stages(self) -> dict[str, pathlib.Path]:
-    """The folder of each stage's model: the teacher first, then by method, with the most steps first; damaged ones last.
+    """Returns the folder of each stage's model: the teacher, then the students by method and falling number of steps.
+
+    Damaged models come last.
 
     Raises:
       UserError: there is no model.
@@ -125,7 +127,7 @@ class Gallery:
       label: a class by name or number, or 'none' for images without a class; '' for all classes in turn.
       seed: seed of the noise, 0 to MAX_SEED.
       num: number of images, one of NUM_IMAGES.
-      report: is given a line before each step that takes time.
+      report: called with a line of progress before each step that takes time.
 
     Returns:
       The teacher's images, if there is a teacher, and those of the stage.

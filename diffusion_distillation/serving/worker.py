@@ -20,16 +20,16 @@ class Done(NamedTuple, Generic[T]):
 
 
 class MainThreadWorker:
-  """A queue of work for the main thread, which is the one that receives signals: there they even end a compilation."""
+  """Runs queued work in the main thread, the only one that receives signals, so that a signal can end even a compilation."""
 
   def __init__(self) -> None:
     self._queue: queue.Queue[tuple[Callable[..., Any], queue.SimpleQueue[Any]]] = queue.Queue()
 
   def submit(self, work: Callable[[Report], T]) -> Iterator[str | Done[T]]:
-    """Yields the lines that `work` reports while it runs, then its result; raises what it raises.
+    """Yields the lines that `work` reports while it runs, then its result. Exceptions of `work` are raised here.
 
     Args:
-      work: is given a function that takes a line.
+      work: called with a function that reports a line of progress.
     """
     answers: queue.SimpleQueue[str | Done[T] | Exception] = queue.SimpleQueue()
     self._queue.put((work, answers))

@@ -18,7 +18,7 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-  """A network that is called with sharded parameters; everything else about it is that of `network`.
+  """A network that is called with sharded parameters. All other attributes are those of `network`.
 
   Attributes:
     network: called as network(params, x, ...).
@@ -48,7 +48,7 @@ class Gathered:
     def call(params: Params, x: jax.Array) -> Any:
       return function(self._gather(params, types), x, *args, **kwargs)
 
-    # The barrier keeps the compiler from sharing what one call has gathered with the next, which would hold it in between.
+    # Without the barrier, the compiler may keep gathered parameters in memory from one call to the next.
     params, x = jax.lax.optimization_barrier((params, x))
     params = jax.lax.with_sharding_constraint(params, self._parts(params))  # for the backward pass, too
     return jax.checkpoint(call, policy=_is_kept)(params, x)
@@ -75,7 +75,7 @@ class Gathered:
 
 
 def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
-  """Whether the backward pass has the forward pass's result of a primitive: of all but `Gathered._gather`."""
+  """Whether the backward pass reuses a primitive's result instead of computing it again; false only for gathered parameters."""
   return primitive.name not in ('custom_vjp_call', 'sharding_constraint')
 
 
@@ -94,7 +94,7 @@ def _narrower(types: set[np.dtype], own: np.dtype) -> np.dtype:
 
 
 def _uses(jaxpr: core.Jaxpr, var: Any) -> set[np.dtype]:
-  """The types that `var` is read in: what it is converted to, and its own for any other use."""
+  """Returns the types that `var` is read in: the target of each conversion, and its own type for every other use."""
   found = {var.aval.dtype} if var in jaxpr.outvars else set()
   for equation in jaxpr.eqns:
     for k in [k for k, other in enumerate(equation.invars) if other is var]:

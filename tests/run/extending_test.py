@@ -41,6 +41,7 @@ def of_4(tmp_path_factory, step):
   return workdir
 
 
+@pytest.mark.slow
 def test_an_extended_stage_that_was_interrupted_equals_one_trained_in_one_go(
   step, of_4, tmp_path, caplog
 ):

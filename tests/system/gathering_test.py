@@ -1,4 +1,4 @@
-"""Networks with sharded parameters compute what the whole ones do, and never hold more than a layer of them."""
+"""Networks with sharded parameters compute the same as without sharding, and gather one layer at a time."""
 
 import functools
 import re
@@ -70,17 +70,17 @@ def gathers(function, calls, params, x):
   return len(re.findall(rf'\[{WIDTH},{WIDTH}\]\S* all-gather\(', compiled.as_text()))
 
 
-def test_each_call_and_each_way_back_gathers_anew(gathered):
-  """One call: every layer twice, but the first, whose input needs no gradient. What is shared would be held in between."""
+def test_every_forward_and_backward_pass_gathers_the_parameters_again(gathered):
+  """In one call every layer is gathered twice, except the first, whose input needs no gradient."""
   function, (params, x) = gathered(network), params_and_x()
   assert gathers(function, 1, params, x) == 2 * LAYERS - 1
   assert gathers(function, 2, params, x) == 4 * LAYERS - 1
-  # The barriers say so to compilers that share more than this one does.
+  # Compilers that share more than this one does are kept from it by the barriers.
   twice = jax.jit(lambda params, x: function(params, x) + function(params, 2 * x))
   assert twice.lower(params, x).as_text().count('optimization_barrier') == 2
 
 
-def test_what_the_way_back_keeps_of_the_parameters_is_sharded(gathered):
+def test_the_backward_pass_keeps_only_shards_of_the_parameters(gathered):
   params, x = params_and_x()
   kept = jax.jit(lambda params, x: jax.vjp(functools.partial(gathered(network)), params, x)[1])
   leaves = jax.tree.leaves(kept(sharding.place(params), sharding.spread(x)))
@@ -89,7 +89,7 @@ def test_what_the_way_back_keeps_of_the_parameters_is_sharded(gathered):
   assert all(leaf.addressable_shards[0].data.size == leaf.size // 8 for leaf in layers)
 
 
-def test_parameters_are_sent_in_the_type_that_they_are_read_in(gathered):
+def test_parameters_are_gathered_in_the_type_that_they_are_read_in(gathered):
   params, x = sharding.place(params_and_x()[0]), sharding.spread(params_and_x()[1])
   function = gathered(functools.partial(network, dtype=jnp.bfloat16))
   text = jax.jit(function).lower(params, x).as_text()
@@ -120,7 +120,7 @@ def test_the_type_in_which_a_parameter_is_read(function, dtype):
   assert read_types(function, jnp.ones((4, 4))) == np.dtype(dtype)
 
 
-def test_a_narrow_parameter_is_sent_as_it_is():
+def test_a_narrow_parameter_is_gathered_in_its_own_type():
   narrow = jnp.ones((4, 4), jnp.bfloat16)
   assert read_types(lambda w: w.astype(jnp.float32), narrow) == jnp.bfloat16
 
