@@ -28,6 +28,12 @@ class StorageError(UserError):
   exit_code = 5
 
 
+class QualityError(UserError):
+  """A student falls short of its teacher by more than the config allows."""
+
+  exit_code = 6
+
+
 class Preempted(UserError):
   """The process was asked to stop (SIGTERM, SIGINT). Everything is saved; the same command resumes."""
 

@@ -215,7 +215,7 @@ def _dispatches(
   """Yields groups of `compute.updates_per_dispatch` batches, aligned to multiples of it, and other batches one by one."""
   count = config.compute.updates_per_dispatch
   while True:
-    together = done % count == 0 and done + count <= stage.num_updates
+    together = done % count == 0 and done + count <= stage.end_after(done)
     group = tuple(itertools.islice(batches, count if together else 1))
     if not group:
       return

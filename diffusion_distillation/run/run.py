@@ -10,8 +10,8 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.run import forecast, monitor
-from diffusion_distillation.run.inputs import gather, load_distance, needed
+from diffusion_distillation.run import forecast, gate, monitor
+from diffusion_distillation.run.inputs import Inputs, gather, load_distance, needed
 from diffusion_distillation.run.loop import fit
 from diffusion_distillation.stages import extending, provenance
 from diffusion_distillation.stages import workdir as workdirs
@@ -54,6 +54,7 @@ def _check(
 ) -> tuple[set[str], dict[str, Params]]:
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
+  gate.check(config)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
   for stage in stages:
@@ -99,6 +100,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   Raises:
     UserError: the config is not valid, or does not match the workdir; raised before anything is compiled or changed.
     Preempted, NumericalError: see `fit`.
+    QualityError: a student falls short of its teacher; see `gate`.
   """
   stages, images = workdirs.plan_for(workdir, config)
   done, distances_of = _check(config, workdir, stages)
@@ -130,15 +132,20 @@ def _train(
   """Trains the unfinished stages; keeps only those weights in memory that later stages need."""
   step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
   models: dict[str, Model] = {}
+  judge = gate.make_gate(config, workdir, images)
   for k, stage in enumerate(stages):
     inputs = gather(stage, models, images, workdir, distances_of[stage.name])
-    if stage.name not in done:
-      inputs = inputs.held()
-      if monitor.watches(config, stage) and inputs.teacher is not None and images is not None:
-        found = monitor.begin(config, stage, workdir, images)
-        inputs = dataclasses.replace(inputs, monitor=found)
-    models[stage.name] = fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
-    del inputs
+
+    def train(stage: Stage, inputs: Inputs = inputs) -> Model:
+      if not provenance.is_finished(workdir, stage):
+        inputs = inputs.held()
+        if monitor.watches(config, stage) and inputs.teacher is not None and images is not None:
+          found = monitor.begin(config, stage, workdir, images)
+          inputs = dataclasses.replace(inputs, monitor=found)
+      return fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
+
+    models[stage.name] = gate.until_it_passes(judge, train, stage, inputs.teacher)
+    del inputs, train
     left = [later for later in stages[k + 1 :] if later.name not in done]
     models = {
       name: provenance.release(workdir, model, needed(left, name)) for name, model in models.items()

@@ -17,7 +17,7 @@ from diffusion_distillation.stages.plan import PER_ROUND, of_round, rounds
 
 # Prefixes of the keys that may change between two runs in one workdir, because they affect the parameters of no stage.
 FREE = (
-  *('evaluation.', 'log.', 'checkpoint.', 'consistency.sample_steps'),
+  *('evaluation.', 'log.', 'gate.', 'checkpoint.', 'consistency.sample_steps'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
   *('methods', 'pairs.', 'student.', 'distill.end_steps', 'max_skipped'),
   *('mesh.', 'compute.'),

@@ -68,6 +68,8 @@ class Stage:
     teacher_dtype: dtype in which the frozen teacher is stored, 'float32' or 'bfloat16'.
     attempts: the updates that training went back to because later ones were not finite; from each of them on, batches
       and noise are drawn with another seed.
+    earlier_ends: the numbers of updates, ascending, at which the stage was finished before it was trained for longer.
+    planned_updates: the number of updates in the config, if `num_updates` is larger because the quality gate raised it.
   """
 
   name: str
@@ -88,6 +90,8 @@ class Stage:
   measured_steps: tuple[int, ...] = ()
   teacher_dtype: str = 'float32'
   attempts: tuple[int, ...] = ()
+  earlier_ends: tuple[int, ...] = ()
+  planned_updates: int | None = None
 
   @property
   def method(self) -> str:
@@ -127,11 +131,29 @@ class Stage:
     )
 
   def recipe_at(self, update: int) -> Recipe:
-    """Returns the recipe of an update, with its seed; see `Recipe.at`."""
+    """Returns the recipe of an update, with its seed; see `Recipe.at`.
+
+    The updates before each of `earlier_ends` keep the learning rates of the shorter stage, so that they can be repeated.
+    """
     recipe = self.recipe.at(update)
+    if self.earlier_ends:
+      recipe = recipe.ending_at(self.end_after(update))
     if not any(first <= update for first in self.attempts):
       return recipe
     return dataclasses.replace(recipe, seed=self.seed_at(update))
+
+  def end_after(self, update: int) -> int:
+    """Returns the number of updates at which the stage, as it was when `update` was trained, was to end."""
+    return next((end for end in self.earlier_ends if update < end), self.num_updates)
+
+  def lengthened(self, num_updates: int) -> 'Stage':
+    """Returns the stage with more updates, the first of which are trained as they are now."""
+    return dataclasses.replace(
+      self,
+      num_updates=num_updates,
+      earlier_ends=(*self.earlier_ends, self.num_updates),
+      planned_updates=self.planned_updates or self.num_updates,
+    )
 
   def streams(self, done: int) -> Iterator[tuple[int, int, int]]:
     """Yields the updates from `done` to the end as ranges with the same seed: (seed, start, stop)."""
