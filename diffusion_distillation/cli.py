@@ -22,7 +22,7 @@ from diffusion_distillation.config import (
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import Preempted, StorageError, UserError
-from diffusion_distillation.evaluation import measure, pictures, sample_flags
+from diffusion_distillation.evaluation import comparing, measure, pictures, sample_flags
 from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
@@ -280,6 +280,14 @@ def _evaluate(options: Options) -> None:
     print(directory / 'results.json')
 
 
+def _compare(options: Options) -> None:
+  if options.workdir is not None:
+    raise UserError(
+      '--mode=compare takes --workdirs=A,B, the directories of the runs, instead of --workdir'
+    )
+  print(comparing.compare(options.workdirs, options.default, options.out))
+
+
 def _serve(options: Options) -> None:
   directory = _workdir(options)
   if flag := options.given(('stage', *_OF_SAMPLING)):
@@ -313,7 +321,7 @@ _OF_SAMPLING = (
   *('weights', 'sampler', 'steps', 'grid', 'times', 'classes'),
   *(*_GUIDANCE, 'clip_x', 'gamma'),
 )
-_WITHOUT_DEVICES = ('prepare', 'keys')
+_WITHOUT_DEVICES = ('prepare', 'compare', 'keys')
 
 MODES: dict[str, Callable[[Options], None]] = {
   'train': _train,
@@ -324,6 +332,7 @@ MODES: dict[str, Callable[[Options], None]] = {
   'export': _export,
   'evaluate': _evaluate,
   'replay': _replay,
+  'compare': _compare,
   'serve': _serve,
   'keys': _keys,
 }

@@ -30,7 +30,10 @@ def _integer(
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Directory of the run; all modes except prepare and keys need it.'
+  'workdir', None, 'Directory of the run; all modes except prepare, compare and keys need it.'
+)
+_WORKDIRS = flags.DEFINE_list(
+  'workdirs', [], 'compare: the directories of two or more finished runs, A,B.'
 )
 _MODE = flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
 _STAGE = flags.DEFINE_string(
@@ -74,7 +77,8 @@ _GUIDANCE_INTERVAL = flags.DEFINE_list(
 _OUT = flags.DEFINE_string(
   'out',
   None,
-  'sample: a .png (a grid), a .npz (the arrays), or a folder, FOLDER/ (a .png for each image). export: a new folder.',
+  'sample: a .png (a grid), a .npz (the arrays), or a folder, FOLDER/ (a .png for each image). export: a new folder. '
+  'compare: the folder of the page.',
 )
 _FORMAT = flags.DEFINE_string(
   'format', 'jax', 'export: the format, jax (a program that needs only JAX), diffusers or onnx.'
@@ -137,6 +141,7 @@ def run(argv: list[str]) -> None:
     config=_CONFIG.value,
     default=_default(),
     workdir=_WORKDIR.value or None,
+    workdirs=_WORKDIRS.value,
     stage=_STAGE.value,
     weights=_WEIGHTS.value,
     num_samples=_NUM_SAMPLES.value,

@@ -16,6 +16,7 @@ class Options:
   config: Config | None
   default: Config
   workdir: str | os.PathLike[str] | None
+  workdirs: Sequence[str] = ()
   stage: str | None = None
   weights: str = 'ema'
   num_samples: int = 64

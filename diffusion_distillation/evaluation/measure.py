@@ -16,23 +16,21 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
-from diffusion_distillation.evaluation import features, report
+from diffusion_distillation.evaluation import by_class, features, looks, report
 from diffusion_distillation.evaluation.metrics import METRICS, Features, RunningFeatures, frechet
 from diffusion_distillation.evaluation.reference import Real, load_or_compute
 from diffusion_distillation.evaluation.results import header, key_of, known_rows, origins, record
-from diffusion_distillation.evaluation.sampling import Drawer
+from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.stages.provenance import Model, updates_done
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.system import cluster, files, logs, sharding
+from diffusion_distillation.system import cluster, files, sharding
 from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
-
-_SHOWN = 16  # number of images per stage in the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +78,15 @@ class EvaluationSection:
   guidance_interval: tuple[float, ...] = key(
     (),
     'Noise levels sigma / alpha, (low, high), between which the sampling steps of the base model are guided; empty: all.',
+  )
+  neighbours: int = key(
+    50_000,
+    'Number of training images, evenly spread, among which the report looks for those nearest to samples; 0: the report does '
+    'not show them.',
+    NOT_NEGATIVE,
+  )
+  neighbours_of: str = key(
+    '', 'Stage whose samples the report shows beside the nearest training images; empty: the last stage.'
   )
 
 
@@ -137,6 +144,9 @@ def evaluate(
   results['seconds'] = {model.stage.name: model.seconds for model in models}
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
+  size = config.evaluation.num_samples
+  classes = by_class.classes(workdir / 'features', extractor, train, size if labels else 0)
+  results['class_shares'] = classes.shares(real.reference.some)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, extractor) | known_rows(partial, extractor)
   cluster.barrier()  # before the first process writes these files anew
@@ -149,14 +159,14 @@ def evaluate(
   ]
   drawn: dict[tuple, np.ndarray] = {}
   steps = sum(s.num_steps for s in todo)
-  size, floor = config.evaluation.num_samples, results['floor']['value']
+  floor = results['floor']['value']
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
       row = describe(config, setting)
       if (measured := known.get(key_of(row))) is not None:
         row |= measured
       else:
-        row, images = measure_setting(config, setting, extractor, real.reference, floor, counts)
+        row, images = measure_setting(config, setting, extractor, real.reference, floor, counts, classes)
         drawn[_place(setting)] = images
       results['rows'].append(row)
       write_json(partial, results)
@@ -165,10 +175,10 @@ def evaluate(
       bar.advance(setting.num_steps)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
-  watched = {model.stage.name: _watched(workdir / model.stage.name) for model in models}
-  shown = grid_rows(config, models, drawn, counts)
+  draw, held_out = _drawing(config, counts, drawn), workdirs.open_images(config, 'eval')
+  seen = looks.gather(todo, draw, extractor, train, held_out, config.evaluation, workdir)
   if files.writes():
-    report.write(config, results, shown, watched, workdir / 'report')
+    report.write(config, results, seen, workdir / 'report')
     write_json(partial, results)
     os.replace(partial, path)
   cluster.barrier()  # the others do not leave while the first process writes
@@ -226,13 +236,6 @@ def label_counts(config: Config, workdir: pathlib.Path) -> tuple[int, ...]:
   return workdirs.label_counts(workdir) if config.evaluation.labels == 'data' else ()
 
 
-def _watched(stage_dir: pathlib.Path) -> report.Watched:
-  """Returns what was logged about a stage during its training."""
-  picture = stage_dir / 'denoisings.png'
-  lines = logs.read(stage_dir / 'metrics.jsonl')
-  return report.Watched(lines, picture.read_bytes() if picture.is_file() else None)
-
-
 def make(config: Config, sampler: str) -> Sampler:
   """Returns a sampler with the settings of the section `evaluation`."""
   return make_sampler(sampler, config.evaluation.gamma)
@@ -272,6 +275,7 @@ def measure_setting(
   reference: Features,
   floor: float,
   label_counts: tuple[int, ...] = (),
+  classes: by_class.Classes = by_class.NO_CLASSES,
 ) -> tuple[dict[str, Any], np.ndarray]:
   """Draws images and compares their features with the reference's; returns the row and its first images.
 
@@ -280,6 +284,7 @@ def measure_setting(
   """
   size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
   running, due, first = RunningFeatures(size), 2, list[np.ndarray]()
+  tally = classes.tally(setting.model.stage.denoise.conditioning)
 
   def then(images: jax.Array) -> tuple[jax.Array, jax.Array]:
     return extractor.of(images), images
@@ -287,9 +292,11 @@ def measure_setting(
   def is_enough(made: tuple[jax.Array, jax.Array], count: int) -> bool:
     nonlocal due
     found, images = made
-    if running.seen < _SHOWN:
-      first.append(sharding.to_host(images)[:count][: _SHOWN - running.seen])
-    running.add(sharding.to_host(found)[:count])
+    if running.seen < looks.SHOWN:
+      first.append(sharding.to_host(images)[:count][: looks.SHOWN - running.seen])
+    host = sharding.to_host(found)[:count]
+    tally.add(host, draw.cond(np.arange(running.seen, running.seen + count), config.evaluation.seed))
+    running.add(host)
     if not tolerance or running.seen < due:
       return False
     due = 2 * running.seen
@@ -308,6 +315,7 @@ def measure_setting(
     'metrics': values,
     'num_drawn': running.seen,
     'seconds_per_image': seconds,
+    **tally.result(),
   }
   return row, np.concatenate(first)
 
@@ -318,32 +326,17 @@ def _place(setting: Setting) -> tuple:
   return model.stage.name, model.weights, setting.sampler, setting.num_steps, setting.guidance
 
 
-def grid_rows(
-  config: Config,
-  models: list[Model],
-  drawn: Mapping[tuple, np.ndarray],
-  label_counts: tuple[int, ...] = (),
-) -> dict[str, np.ndarray]:
-  """Returns images (_SHOWN, H, W, C) uint8 of each measured stage by caption, all from the same noise.
+def _drawing(
+  config: Config, label_counts: tuple[int, ...], drawn: Mapping[tuple, np.ndarray]
+) -> looks.Draw:
+  """Returns a function that draws the images of a setting; `drawn` are the first ones of new rows, by `_place`."""
 
-  The base is shown with the first of its guidance weights.
+  def draw(setting: Setting, count: int, chosen: Chosen) -> np.ndarray:
+    known, stage = drawn.get(_place(setting)), setting.model.stage
+    if chosen is None and known is not None and len(known) >= count:
+      return known[:count]
+    by = drawer(config, stage, setting.sampler, label_counts, setting.guidance)
+    at = grid(config, stage, setting.num_steps)
+    return by.draw(setting.model.params, at, count, config.evaluation.seed, chosen)
 
-  Args:
-    config: the config of the run.
-    models: the models of the stages.
-    drawn: the first images of newly measured rows; images of other rows are drawn.
-    label_counts: see `drawer`.
-  """
-  shown = {}
-  for place, model in enumerate(models):
-    if (steps := model.stage.num_steps) > config.evaluation.max_steps:
-      continue
-    caption = f'{model.stage.name}\n{steps} step{"s" * (steps > 1)}'
-    by = guidances(config, place)[0]
-    setting = Setting(model, model.stage.sampler, steps, guidance=by)
-    images = drawn.get(_place(setting))
-    if images is None or len(images) < _SHOWN:
-      draw = drawer(config, model.stage, setting.sampler, label_counts, by).draw
-      images = draw(model.params, grid(config, model.stage, steps), _SHOWN, config.evaluation.seed)
-    shown[caption] = images
-  return shown
+  return draw

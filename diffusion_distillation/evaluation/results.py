@@ -81,7 +81,10 @@ def origins(
   return found
 
 
-_MEASURED = ('metric', 'value', 'metrics', 'num_drawn', 'seconds_per_image')
+_MEASURED = (
+  *('metric', 'value', 'error', 'metrics', 'num_drawn', 'seconds_per_image'),
+  *('class_accuracy', 'by_class'),
+)
 
 
 def key_of(row: dict[str, Any]) -> tuple:

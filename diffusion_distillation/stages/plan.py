@@ -119,6 +119,8 @@ def plan(
     stages += _rounds(config, base, student) if many else [_student(config, base, student, name)]
   _check_starts(stages)
   _check_grids(config, stages)
+  if of := config.evaluation.neighbours_of:
+    choose('evaluation.neighbours_of', of, {stage.name: stage for stage in stages})
   least = min(steps for stage in stages for steps in stage.measured_steps)
   if least > config.evaluation.max_steps:
     raise UserError(

@@ -45,7 +45,7 @@ def asked(monkeypatch):
   """Every image that is drawn is a training image, from another one on for each number of steps."""
   found, real = Asked(), tiny.plan()[1].images.images
 
-  def draw(self, params, grid, num_samples, seed):
+  def draw(self, params, grid, num_samples, seed, chosen=None):
     found.append((self, num_samples))
     return real[len(grid) :][:num_samples]
 
@@ -71,7 +71,7 @@ def read(monkeypatch):
 
 def evaluate(workdir, again=False, **overrides):
   """Of the tiny config's stages, three of them, with a row by ddim for each of two step counts of the base."""
-  overrides = {'evaluation__samplers': ('ddim',)} | overrides
+  overrides = {'evaluation__samplers': ('ddim',), 'evaluation__neighbours': 0} | overrides
   stages, images = tiny.plan(**overrides)
   models = []
   for stage in stages:
@@ -120,7 +120,9 @@ def test_rows_of_before_had_balanced_labels_or_none(workdir, asked):
 
 def test_nothing_is_drawn_twice(workdir, asked, monkeypatch):
   shown = []
-  monkeypatch.setattr(measure.report, 'write', lambda config, results, rows, *_: shown.append(rows))
+  monkeypatch.setattr(
+    measure.report, 'write', lambda config, results, seen, *_: shown.append(seen.samples)
+  )
   evaluate(workdir)
   assert len(asked.rows()) == 3 + 2 and not asked.shown()
   asked.clear()

@@ -11,7 +11,7 @@ from diffusion_distillation import cli
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import measure, report, results
+from diffusion_distillation.evaluation import curves, measure, results
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import NETWORKS
@@ -139,7 +139,7 @@ def test_rows_of_before_had_no_guidance():
 def test_curves_tell_guidance_apart():
   row = {'stage': 'base', 'weights': 'ema', 'sampler': 'ddim', 'method': 'denoising'}
   rows = [{**row, 'nfe': 4, 'value': 3.0}, {**row, 'nfe': 8, 'value': 1.0, 'guidance': 1.5}]
-  assert report.curves(rows) == {'Base, DDIM': {4: 3.0}, 'Base, DDIM, guidance 1.5': {8: 1.0}}
+  assert curves.curves(rows) == {'Base, DDIM': {4: 3.0}, 'Base, DDIM, guidance 1.5': {8: 1.0}}
 
 
 @pytest.mark.parametrize(
