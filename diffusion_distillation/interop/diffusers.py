@@ -24,7 +24,7 @@ from diffusion_distillation.interop import diffusers_config
 from diffusion_distillation.interop.brief import brief
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Pixels
-from diffusion_distillation.networks.unet2d import UNet2D
+from diffusion_distillation.networks.unet2d import TIME_EMBEDDINGS, UNet2D
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.training.state import Params
 
@@ -34,7 +34,7 @@ WEIGHTS = 'diffusion_pytorch_model.safetensors'
 # Supported values of these keys, diffusers' default first.
 _ONLY = {
   '_class_name': ('UNet2DModel',),
-  'time_embedding_type': ('positional',),
+  'time_embedding_type': TIME_EMBEDDINGS,
   'class_embed_type': (None,),
   'mid_block_type': ('UNetMidBlock2D',),
 }
@@ -121,9 +121,8 @@ def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete
   betas = settings.get('beta_schedule', 'linear')
   if betas not in BETAS:
     raise _refuse(path, 'beta_schedule', betas, BETAS)
-  if settings.get('trained_betas') is not None:
-    raise UserError(f'{path}: trained_betas is not supported; supported: beta_schedule')
-  if settings and 'beta_schedule' not in settings and 'beta_start' not in settings:
+  trained = tuple(settings.get('trained_betas') or ())
+  if settings and not trained and 'beta_schedule' not in settings and 'beta_start' not in settings:
     name = settings.get('_class_name')
     raise UserError(
       f'{path}: _class_name={name!r} has no betas; supported: DDPMScheduler, DDIMScheduler and others'
@@ -132,7 +131,7 @@ def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete
     _log.warning('%s: thresholding and clip_sample_range do not apply: x is clipped to [-1, 1]', path)
   given = {ours: settings[theirs] for theirs, ours in _SCHEDULE.items() if theirs in settings}
   try:
-    return Discrete(**given), _OUTPUTS[prediction]
+    return Discrete(**given, trained_betas=trained), _OUTPUTS[prediction]
   except (TypeError, ValueError) as error:
     raise UserError(f'{path}: {error}') from error
 
@@ -188,6 +187,9 @@ def _check_widths(network: UNet2D, found: Mapping[str, np.ndarray], path: pathli
   sizes = {
     'block_out_channels': max(network.block_out_channels),
     'time_embedding_dim': network.time_embedding_dim or 0,
+    'num_train_timesteps': network.num_train_timesteps or 0
+    if network.time_embedding_type == 'learned'
+    else 0,
     'num_class_embeds': network.num_classes,
     'out_channels': network.out_ch,
   }

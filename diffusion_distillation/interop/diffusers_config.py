@@ -45,6 +45,13 @@ _RATE = Kind('a number in [0, 1)', lambda value: _is_number(value) and 0 <= valu
 _BOOL = Kind('true or false', lambda value: isinstance(value, bool))
 _WORD = Kind('a string', lambda value: isinstance(value, str))
 _COUNTS = Kind('a list of positive integers', _list_of(lambda value: _is_int(value, 1)))
+_BETAS = Kind(
+  'null or a list of numbers between 0 and 1',
+  lambda betas: (
+    betas is None
+    or (isinstance(betas, list) and bool(betas) and all(_is_number(b) and 0 < b < 1 for b in betas))
+  ),
+)
 _WORDS = Kind('a list of strings', _list_of(lambda value: isinstance(value, str)))
 
 # Keys of a network's config.json that are also fields of `UNet2D`.
@@ -64,6 +71,8 @@ FIELDS = {
   'flip_sin_to_cos': _BOOL,
   'freq_shift': _NUMBER,
   'time_embedding_dim': _OPTIONAL,
+  'time_embedding_type': _WORD,
+  'num_train_timesteps': _OPTIONAL,
   'mid_block_scale_factor': _POSITIVE,
   'add_attention': _BOOL,
   'attn_norm_num_groups': _OPTIONAL,
@@ -77,6 +86,7 @@ SCHEDULE = {
   'beta_schedule': _WORD,
   'beta_start': _POSITIVE,
   'beta_end': _POSITIVE,
+  'trained_betas': _BETAS,
   'num_train_timesteps': _COUNT,
   'rescale_betas_zero_snr': _BOOL,
   'steps_offset': _INT,

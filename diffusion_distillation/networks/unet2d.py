@@ -41,6 +41,7 @@ UP_BLOCKS = {
   'AttnUpBlock2D': (True, None),
 }
 RESAMPLING = ('conv', 'resnet')
+TIME_EMBEDDINGS = ('positional', 'learned')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,9 @@ class UNet2D(nn.Module):
     flip_sin_to_cos: whether the time embedding has its cosines first.
     freq_shift: 1 if the lowest frequency of the time embedding is 1e-4, 0 if 1e-4 would be the next one.
     time_embedding_dim: width of the embedding of time and class; None for four times the first level's channels.
+    time_embedding_type: features of the timestep: 'positional', sinusoids; or 'learned', a row of a table for each timestep,
+      where a fractional timestep has the row of the nearest one.
+    num_train_timesteps: rows of the table of 'learned'.
     mid_block_scale_factor: divisor of the outputs of the middle blocks.
     add_attention: whether the middle has attention.
     attn_norm_num_groups: groups of the middle attention's norm; None: norm_num_groups, or no norm under 'scale_shift'.
@@ -180,6 +184,8 @@ class UNet2D(nn.Module):
   flip_sin_to_cos: bool = True
   freq_shift: float = 0
   time_embedding_dim: int | None = None
+  time_embedding_type: str = 'positional'
+  num_train_timesteps: int | None = None
   mid_block_scale_factor: float = 1.0
   add_attention: bool = True
   attn_norm_num_groups: int | None = None
@@ -208,9 +214,16 @@ class UNet2D(nn.Module):
         'resnet_time_scale_shift': (self.resnet_time_scale_shift, ('default', 'scale_shift')),
         'downsample_type': (self.downsample_type, RESAMPLING),
         'upsample_type': (self.upsample_type, RESAMPLING),
+        'time_embedding_type': (self.time_embedding_type, TIME_EMBEDDINGS),
         'downsample_padding': (self.downsample_padding, (0, 1)),
       }
     )
+    if self.time_embedding_type == 'learned':
+      rows, timesteps = self.num_train_timesteps or 0, self.schedule.num_timesteps
+      if rows < timesteps:
+        raise ValueError(
+          f'num_train_timesteps={self.num_train_timesteps} is less than the {timesteps} timesteps of the schedule'
+        )
     levels = len(self.block_out_channels)
     for name, types, known in (
       ('down_block_types', self.down_block_types, DOWN_BLOCKS),
@@ -266,7 +279,11 @@ class UNet2D(nn.Module):
     first = self.block_out_channels[0]
     width = self.time_embedding_dim or 4 * first
     timestep = self.schedule.timestep(logsnr)
-    emb = timestep_embedding(timestep, first, self.flip_sin_to_cos, self.freq_shift)
+    if self.time_embedding_type == 'learned':
+      rows = nn.Embed(self.num_train_timesteps or 0, first, name='time_proj')
+      emb = rows(jnp.round(timestep).astype(jnp.int32))
+    else:
+      emb = timestep_embedding(timestep, first, self.flip_sin_to_cos, self.freq_shift)
     emb = nn.silu(nn.Dense(width, name='time_embedding.linear_1')(emb))
     emb = nn.Dense(width, name='time_embedding.linear_2')(emb)
     if self.num_classes:

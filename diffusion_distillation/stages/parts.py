@@ -239,5 +239,6 @@ def make_schedule(config: Config, image_shape: tuple[int, ...]) -> Schedule:
   cls = choose('schedule.name', config.schedule.name, SCHEDULES)
   choose('schedule.betas', config.schedule.betas, BETAS)
   given: Mapping[str, Any] = {**config.schedule, 'image_size': image_shape[0]}
-  schedule: Schedule = build('schedule', cls, **{f.name: given[f.name] for f in dataclasses.fields(cls)})
+  fields = [field.name for field in dataclasses.fields(cls) if field.name in given]
+  schedule: Schedule = build('schedule', cls, **{name: given[name] for name in fields})
   return schedule
