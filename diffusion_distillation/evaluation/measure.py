@@ -5,7 +5,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,12 +14,13 @@ import numpy as np
 from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, SHARE, Config, key
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
+from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.metrics import METRICS, Features, RunningFeatures, frechet
 from diffusion_distillation.evaluation.reference import Real, load_or_compute
 from diffusion_distillation.evaluation.results import header, key_of, known_rows, origins, record
+from diffusion_distillation.evaluation.rows import guidances, rows
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import workdir as workdirs
@@ -92,27 +93,6 @@ class Setting:
   num_steps: int
   updates: int | None = None
   guidance: Guidance = NONE
-
-
-def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:
-  """Yields what is measured: (index of the stage in the list, weights, sampler, number of steps).
-
-  The first stage is measured with every sampler at the step counts of all stages, each student with its own sampler at its
-  own step counts, and further moving averages of a stage likewise. Rows above `evaluation.max_steps` are left out.
-  """
-  counts = list(dict.fromkeys(steps for stage in stages for steps in stage.measured_steps))
-  found = [(0, 'ema', sampler, steps) for steps in counts for sampler in config.evaluation.samplers]
-  for place, stage in enumerate(stages):
-    for weights in stage.weights[:-1]:
-      if place or weights != 'ema':
-        found += [(place, weights, stage.sampler, steps) for steps in stage.measured_steps]
-  yield from (row for row in found if row[-1] <= config.evaluation.max_steps)
-
-
-def guidances(config: Config, place: int) -> tuple[Guidance, ...]:
-  """Returns the guidances to measure the stage at `place` with: the config's for the base, the first stage; else only NONE."""
-  weights, interval = config.evaluation.guidance, config.evaluation.guidance_interval
-  return (NONE,) if place else tuple(make_guidance(weight, interval) for weight in weights)
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from diffusion_distillation import datasets
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets import survey
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.evaluation import measure
+from diffusion_distillation.evaluation import measure, rows
 from diffusion_distillation.run import preflight
 from diffusion_distillation.run.inputs import stand_in
 from diffusion_distillation.stages.stage import Stage
@@ -157,8 +157,8 @@ def evaluation_calls(stages: list[Stage], config: Config) -> int:
       measure.grid(config, stages[place], num_steps),
       stages[place].schedule,
     )
-    for place, _, sampler, num_steps in measure.rows(stages, config)
-    for guidance in measure.guidances(config, place)
+    for place, _, sampler, num_steps in rows.rows(stages, config)
+    for guidance in rows.guidances(config, place)
   )
 
 
