@@ -23,6 +23,7 @@ from diffusion_distillation.evaluation.results import header, key_of, known_rows
 from diffusion_distillation.evaluation.rows import guidances, rows
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.guidance import calls_per_image
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.stages.provenance import Model, updates_done
@@ -73,8 +74,9 @@ class EvaluationSection:
   clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
   guidance: tuple[float, ...] = key(
     (0.0,),
-    'Weights W of classifier-free guidance with which the base model is evaluated; 0: none. Other software often states 1 + W. '
-    'Weights above 0 need a base that was trained with `dataset.label_dropout`.',
+    'Weights W of classifier-free guidance with which the base model is evaluated, and students that take the weight as an '
+    'input if it is in their range; 0: none. Other software often states 1 + W. Weights above 0 need a base that was trained '
+    'with `dataset.label_dropout`.',
     NOT_NEGATIVE,
     distinct=True,
   )
@@ -125,7 +127,7 @@ def evaluate(
       models[place].use(weights), sampler, num_steps, updates_done(workdir, models[place]), guidance
     )
     for place, weights, sampler, num_steps in rows(stages, config)
-    for guidance in guidances(config, place)
+    for guidance in guidances(config, place, stages[place])
   ]
   drawn: dict[tuple, np.ndarray] = {}
   steps = sum(s.num_steps for s in todo)
@@ -174,6 +176,7 @@ def _real(
 def describe(config: Config, setting: Setting) -> dict[str, Any]:
   """Returns a row without its measurements; rows with equal descriptions have equal measurements."""
   sampler, by, stage = make(config, setting.sampler), setting.guidance, setting.model.stage
+  told = stage.denoise.conditioning
   return {
     'stage': setting.model.stage.name,
     'weights': setting.model.weights,
@@ -183,7 +186,7 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'grid': 'uniform' if setting.model.stage.parent else config.evaluation.grid,
     'guidance': by.weight,
     'guidance_interval': by.interval,
-    'nfe': by.calls(sampler, grid(config, stage, setting.num_steps), stage.schedule),
+    'nfe': calls_per_image(told, by, sampler, grid(config, stage, setting.num_steps), stage.schedule),
     'num_samples': config.evaluation.num_samples,
     'tolerance': config.evaluation.tolerance,
     'seed': config.evaluation.seed,
@@ -319,7 +322,7 @@ def grid_rows(
     if (steps := model.stage.num_steps) > config.evaluation.max_steps:
       continue
     caption = f'{model.stage.name}\n{steps} step{"s" * (steps > 1)}'
-    by = guidances(config, place)[0]
+    by = guidances(config, place, model.stage)[0]
     setting = Setting(model, model.stage.sampler, steps, guidance=by)
     images = drawn.get(_place(setting))
     if images is None or len(images) < _SHOWN:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages.stage import Stage
 
 
@@ -22,7 +23,14 @@ def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, i
   yield from (row for row in found if row[-1] <= config.evaluation.max_steps)
 
 
-def guidances(config: Config, place: int) -> tuple[Guidance, ...]:
-  """Returns the guidances to measure the stage at `place` with: the config's for the base, the first stage; else only NONE."""
-  weights, interval = config.evaluation.guidance, config.evaluation.guidance_interval
-  return (NONE,) if place else tuple(make_guidance(weight, interval) for weight in weights)
+def guidances(config: Config, place: int, stage: Stage) -> tuple[Guidance, ...]:
+  """Returns the guidances to measure a stage with, the one at `place` in the list.
+
+  The base, the first stage, is measured with those of the config. A student that takes the weight as an input is measured
+  with the weights of the config in its range, or else with its smallest weight; other students only without guidance.
+  """
+  wanted, interval = config.evaluation.guidance, config.evaluation.guidance_interval
+  if known := conditioning.weights(stage.denoise.conditioning):
+    inside = [weight for weight in wanted if known.low <= weight <= known.high]
+    return tuple(make_guidance(weight) for weight in inside or [known.low])
+  return (NONE,) if place else tuple(make_guidance(weight, interval) for weight in wanted)
