@@ -69,7 +69,6 @@ def compare(given: Sequence[str], default: Config, out: str | os.PathLike[str] |
       metric=runs[0].results['metric'],
       figure=picture,
       table=lines,
-      guided=any(line['guidance'] for line in lines),
       notes=notes,
       differences=differences(runs),
       samples=_samples(runs),

@@ -154,12 +154,14 @@ def _finish(figure: 'Figure', axes: 'Axes', results: Mapping[str, Any], theme: T
 
 
 def _plain_numbers(axis: 'Axis') -> None:
-  """Writes the numbers of a logarithmic axis without powers; adds 2 and 5 where it spans at most two decades."""
+  """Writes the numbers of a logarithmic axis without powers, and so many that a short axis has some."""
   from matplotlib import ticker
 
   low, high = axis.get_view_interval()
-  steps = (1, 2, 5) if high / max(low, 1e-12) < 200 else (1,)
-  axis.set_major_locator(ticker.LogLocator(subs=steps))
+  ratio = high / max(low, 1e-12)
+  steps = (1, 2, 5) if ratio < 200 else (1,)
+  few = ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])  # of a range that may have a single power of ten
+  axis.set_major_locator(few if ratio < 6 else ticker.LogLocator(subs=steps))
   axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:g}'))
   axis.set_minor_formatter(ticker.NullFormatter())
 
@@ -199,6 +201,7 @@ def side_by_side(
         linestyle=line,
         marker=marker,
         markersize=5,
+        markerfacecolor=colours[caption] if line == '-' else theme.paper,
         capsize=2.5 if any(p.error for p in points) else 0,
         linewidth=1.6,
       )

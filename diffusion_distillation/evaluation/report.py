@@ -1,6 +1,7 @@
 """The report: a self-contained HTML page with figures, samples and tables, for light and dark screens of any width."""
 
 import functools
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,8 +44,16 @@ def number(value: float | None) -> str:
 
 
 def measured(value: float | None, error: float | None = None) -> str:
-  """Formats a value with its standard error, if that is known; '' for None."""
-  return number(value) if value is None or not error else f'{number(value)} ± {error:.2g}'
+  """Formats a value with its standard error, if that is known, to two digits of the error; '' for None."""
+  if value is None or not error:
+    return number(value)
+  digits = _digits(error)
+  return f'{value:.{digits}f} ± {error:.{digits}f}'
+
+
+def _digits(error: float) -> int:
+  """Returns the number of decimals that show two significant digits of an error."""
+  return max(0, 1 - math.floor(math.log10(error)))
 
 
 def signed(difference: tuple[float, float | None] | None) -> str:
@@ -52,7 +61,7 @@ def signed(difference: tuple[float, float | None] | None) -> str:
   if difference is None:
     return ''
   value, error = difference
-  return f'{value:+.3g}' + (f' ± {error:.2g}' if error else '')
+  return f'{value:+.{_digits(error)}f} ± {error:.{_digits(error)}f}' if error else f'{value:+.3g}'
 
 
 def write(config: Config, results: Mapping[str, Any], seen: Looks, directory: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.datasets.image_set import InMemory
-from diffusion_distillation.evaluation import features, measure, reference, sampling
+from diffusion_distillation.evaluation import by_class, features, figures, measure, reference, sampling
 from diffusion_distillation.stages.provenance import Model
 from tests import tiny
 
@@ -56,6 +56,7 @@ def asked(monkeypatch):
 
   monkeypatch.setattr(sampling.Drawer, 'seconds_per_image', seconds_per_image)
   monkeypatch.setattr(sampling.Drawer, 'draw', draw)
+  monkeypatch.setattr(figures, 'to_png', lambda figure, theme: b'png')  # drawing takes long
   return found
 
 
@@ -95,6 +96,38 @@ def test_conditional_models_are_drawn_with_the_labels_of_the_data_or_balanced_on
   assert balanced['labels'] == 'balanced' and {row['labels'] for row in balanced['rows']} == {'balanced'}
   assert balanced['floor'] == results['floor']
   assert 'labels of the samples are balanced' in (workdir / 'report' / 'index.html').read_text()
+
+
+def test_rows_of_conditional_models_have_the_classifier_s_view_of_their_classes(workdir, asked):
+  """Every image that is drawn is a training image, whose class the classifier has hardly learned."""
+  results, images = evaluate(workdir, model__conditional=True)
+  extractor = features.load_or_train(workdir / 'extractor.safetensors', None, None)
+  predicted = by_class.predictor(extractor)(extractor(images.images))
+  for row in results['rows']:
+    start = row['num_steps'] + 1
+    drawn = slice(start, start + NUM_SAMPLES)
+    labels = asked.rows()[0].cond(np.arange(NUM_SAMPLES), row['seed'])['label']
+    assert row['class_accuracy'] == pytest.approx(np.mean(predicted[drawn] == labels))
+    assert row['by_class']['count'] == np.bincount(labels, minlength=10).tolist()
+    assert 'frechet' not in row['by_class']  # of five samples
+  assert sum(results['class_shares']) == pytest.approx(1.0)
+  unconditional, _ = evaluate(workdir, again=True)
+  for row in unconditional['rows']:
+    shares = np.bincount(predicted[row['num_steps'] + 1 :][:NUM_SAMPLES], minlength=10) / NUM_SAMPLES
+    assert row['by_class'] == {'share': pytest.approx(shares.tolist())} and 'class_accuracy' not in row
+
+
+def test_samples_that_are_training_images_are_told_to_be_copies(workdir, asked, monkeypatch):
+  found = []
+  monkeypatch.setattr(measure.report, 'write', lambda config, results, seen, *_: found.append(seen))
+  evaluate(workdir, evaluation__neighbours=50_000)
+  evaluate(workdir, evaluation__neighbours=100, evaluation__neighbours_of='base')
+  last, some = found
+  assert last.neighbours_of == 'progressive_0001' and last.neighbours.searched == 1437
+  assert last.neighbours.pixels.ratio == 0.0 and last.neighbours.pixels.closer == 1.0
+  np.testing.assert_array_equal(last.neighbours.by_pixels[:, 0], last.neighbours.samples)
+  assert some.neighbours_of == 'base' and some.neighbours.searched == 100
+  assert some.neighbours.pixels.ratio > 0.5
 
 
 def forget_the_law(workdir):

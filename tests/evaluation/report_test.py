@@ -87,6 +87,22 @@ def watched(**stages):
   return looks.Looks({}, {name: looks.Watched(*found) for name, found in stages.items()})
 
 
+@pytest.mark.parametrize(
+  ('value', 'error', 'text', 'signed'),
+  [
+    (52.1827, 1.56, '52.2 ± 1.6', '+52.2 ± 1.6'),
+    (20.019, 0.6, '20.02 ± 0.60', '+20.02 ± 0.60'),
+    (1056.6, 32.1, '1057 ± 32', '+1057 ± 32'),
+    (0.0123456, 0.0001, '0.01235 ± 0.00010', '+0.01235 ± 0.00010'),
+    (7.320832, None, '7.321', '+7.32'),
+    (-0.5, 0.0, '-0.5', '-0.5'),
+  ],
+)
+def test_a_value_has_the_digits_that_its_error_leaves(value, error, text, signed):
+  assert report.measured(value, error) == text and report.signed((value, error)) == signed
+  assert report.measured(None) == report.signed(None) == ''
+
+
 def test_what_the_page_shows_is_escaped(tmp_path):
   text, _ = written(tmp_path / 'report', ROWS)
   assert 'FD-&lt;b&gt;' in text and 'FD-<b>' not in text
@@ -106,7 +122,13 @@ def test_every_metric_has_a_column_and_errors_stand_beside_values(tmp_path):
   rows = [ROWS[0] | {'error': 0.25, 'metrics': {'frechet': 2.0, 'kid': 0.125, 'recall': 0.5}}, *ROWS[1:]]
   text, _ = written(tmp_path / 'report', rows)
   table = text.partition('All rows')[2].partition('</table>')[0]
-  for cell in ('<th>KID</th>', '<th>recall</th>', '<td>2 ± 0.25</td>', '<td>0.125</td>', '<td>0.5</td>'):
+  for cell in (
+    '<th>KID</th>',
+    '<th>recall</th>',
+    '<td>2.00 ± 0.25</td>',
+    '<td>0.125</td>',
+    '<td>0.5</td>',
+  ):
     assert table.count(cell) == 1, cell
   assert 'frechet' not in table and 'one standard error' in text
 
@@ -143,7 +165,7 @@ def test_guidance_is_shown_by_weight_and_class(tmp_path):
   text, found = written(tmp_path / 'report', guided_rows(), seen)
   assert 'guidance' in found and text.count('<td class="pixels"><img') == 6
   assert '<th></th><th>0</th><th>1</th><th>2</th>' in text
-  assert '<th class="small">dog</th>' in text and '<td>75.0 %</td>' in text
+  assert 'title="dog">dog</span></th>' in text and '<td>75.0 %</td>' in text
   text, found = written(tmp_path / 'none', ROWS)
   assert 'guidance' not in found and '<h2>Guidance' not in text
 
