@@ -17,9 +17,18 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.evaluation import features, report
-from diffusion_distillation.evaluation.metrics import METRICS, Features, RunningFeatures, frechet
-from diffusion_distillation.evaluation.reference import Real, load_or_compute
-from diffusion_distillation.evaluation.results import header, key_of, known_rows, origins, record
+from diffusion_distillation.evaluation.extracted import Extracted, Extractor
+from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
+from diffusion_distillation.evaluation.reference import Real, describe_images, load_or_compute
+from diffusion_distillation.evaluation.results import (
+  header,
+  key_of,
+  known_rows,
+  measured,
+  note_missing,
+  origins,
+  record,
+)
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import workdir as workdirs
@@ -90,7 +99,7 @@ def evaluate(
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
-  known = {} if again else known_rows(path, extractor) | known_rows(partial, extractor)
+  known = {} if again else known_rows(path, results) | known_rows(partial, results)
   cluster.barrier()  # before the first process writes these files anew
   todo = [
     Setting(
@@ -105,8 +114,8 @@ def evaluate(
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
       row = describe(config, setting)
-      if (measured := known.get(key_of(row))) is not None:
-        row |= measured
+      if (earlier := known.get(key_of(row))) is not None:
+        row |= earlier
       else:
         row, images = measure_setting(config, setting, extractor, real.reference, floor, counts)
         drawn[_place(setting)] = images
@@ -115,6 +124,7 @@ def evaluate(
       guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}{guided}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
+  note_missing(results)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
   watched = {model.stage.name: _watched(workdir / model.stage.name) for model in models}
@@ -129,13 +139,13 @@ def evaluate(
 
 def _real(
   config: Config, train: Loader, workdir: pathlib.Path, labels: str | None
-) -> tuple[features.FeatureExtractor, Real, dict[str, Any]]:
+) -> tuple[Extractor, Real, dict[str, Any]]:
   """Returns the extractor, the features of real images, and results without rows."""
   held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
   extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
   size, seed = section.num_samples, section.seed
   real = load_or_compute(workdir / 'features', extractor, train, held_out, size, seed)
-  results = header(extractor, real, train, held_out, seed, labels)
+  results = header(extractor, real, describe_images(train, real), train, held_out, seed, labels)
   for loader, role in ((train, 'train'), (held_out, 'held_out')):
     loader.close()
     if broken := results['skipped'][role]:
@@ -220,7 +230,7 @@ def grid(config: Config, stage: Stage, num_steps: int) -> np.ndarray:
 def measure_setting(
   config: Config,
   setting: Setting,
-  extractor: features.FeatureExtractor,
+  extractor: Extractor,
   reference: Features,
   floor: float,
   label_counts: tuple[int, ...] = (),
@@ -233,15 +243,15 @@ def measure_setting(
   size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
   running, due, first = RunningFeatures(size), 2, list[np.ndarray]()
 
-  def then(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def then(images: jax.Array) -> tuple[Extracted, jax.Array]:
     return extractor.of(images), images
 
-  def is_enough(made: tuple[jax.Array, jax.Array], count: int) -> bool:
+  def is_enough(made: tuple[Extracted, jax.Array], count: int) -> bool:
     nonlocal due
     found, images = made
     if running.seen < _SHOWN:
       first.append(sharding.to_host(images)[:count][: _SHOWN - running.seen])
-    running.add(sharding.to_host(found)[:count])
+    running.take(found, slice(count))
     if not tolerance or running.seen < due:
       return False
     due = 2 * running.seen
@@ -252,12 +262,9 @@ def measure_setting(
   by = grid(config, model.stage, setting.num_steps)
   draw = drawer(config, model.stage, setting.sampler, label_counts, setting.guidance)
   seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, then, is_enough)
-  samples = running.result()
-  values = {name: metric(samples, reference) for name, metric in METRICS.items()}
   row = describe(config, setting) | {
-    'metric': f'FD-{extractor.name}',
-    'value': values['frechet'],
-    'metrics': values,
+    'metric': extractor.metric,
+    **measured(running.result(), reference),
     'num_drawn': running.seen,
     'seconds_per_image': seconds,
   }
