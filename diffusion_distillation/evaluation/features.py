@@ -32,6 +32,7 @@ from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
 
+DIMENSION = 64  # number of features of the classifier
 _PIXELS = Pixels()  # the classifier's input, for models in any space
 _UPDATES, _BATCH, _LEARNING_RATE, _SHOWN = 600, 128, 2e-3, 500
 
@@ -61,7 +62,7 @@ class FeatureExtractor:
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """Maps (n, H, W, C) uint8 images, the same in every process, to (n, 64) float32 features, in batches of one shape."""
-    parts, size = [], _shown()
+    parts, size = [], batch_size()
     for start in range(0, len(images), size):
       part = images[start : start + size]
       padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
@@ -83,7 +84,7 @@ class FeatureExtractor:
 
 def summary(extractor: Extractor, images: Loader, indices: np.ndarray | None = None) -> Features:
   """Computes the features of all images, or of those at `indices`; unreadable images are left out."""
-  size, number = _shown(), len(images) if indices is None else len(indices)
+  size, number = batch_size(), len(images) if indices is None else len(indices)
   running, count = RunningFeatures(number), math.ceil(number / size)
   batches, name = images.in_order(size, indices), f'features of {images.images.name}'
   with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
@@ -96,7 +97,7 @@ def summary(extractor: Extractor, images: Loader, indices: np.ndarray | None = N
   return running.result()
 
 
-def _shown() -> int:
+def batch_size() -> int:
   """Returns the batch size, a multiple of the number of devices."""
   return sharding.round_up(_SHOWN)
 
@@ -148,7 +149,7 @@ def _train(train: Loader) -> Params:
 
 def _accuracy(params: Params, held_out: Loader) -> float:
   right = count = 0
-  with contextlib.closing(held_out.in_order(_shown())) as batches:
+  with contextlib.closing(held_out.in_order(batch_size())) as batches:
     for batch in batches:
       interrupts.check()
       image, label = sharding.put(_task(batch))

@@ -19,7 +19,7 @@ from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.evaluation import features, report
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
-from diffusion_distillation.evaluation.reference import Real, describe_images, load_or_compute
+from diffusion_distillation.evaluation.reference import Real, describe_images, from_file, load_or_compute
 from diffusion_distillation.evaluation.results import (
   header,
   key_of,
@@ -94,7 +94,7 @@ def evaluate(
   began = time.monotonic()
   stages = [model.stage for model in models]
   labels = _labels(config, stages[0])
-  extractor, real, results = _real(config, train, workdir, labels)
+  extractor, real, results = real_images(config, train, workdir, labels)
   results['seconds'] = {model.stage.name: model.seconds for model in models}
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
@@ -119,6 +119,8 @@ def evaluate(
       else:
         row, images = measure_setting(config, setting, extractor, real.reference, floor, counts)
         drawn[_place(setting)] = images
+      if 'file' in results['reference']:
+        row['reference'] = results['reference']['file']
       results['rows'].append(row)
       write_json(partial, results)
       guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
@@ -137,19 +139,36 @@ def evaluate(
   return results
 
 
-def _real(
-  config: Config, train: Loader, workdir: pathlib.Path, labels: str | None
+def real_images(
+  config: Config,
+  train: Loader,
+  workdir: pathlib.Path,
+  labels: str | None,
+  num_samples: int | None = None,
 ) -> tuple[Extractor, Real, dict[str, Any]]:
-  """Returns the extractor, the features of real images, and results without rows."""
+  """Returns the extractor, the features of real images, and results without rows.
+
+  Args:
+    config: the config of the run.
+    train: the training images.
+    workdir: the directory of the run, for extractor and features.
+    labels: see `header`.
+    num_samples: number of images of the floor; None: `evaluation.num_samples`.
+  """
   held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
-  extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
-  size, seed = section.num_samples, section.seed
-  real = load_or_compute(workdir / 'features', extractor, train, held_out, size, seed)
-  results = header(extractor, real, describe_images(train, real), train, held_out, seed, labels)
+  extractor: Extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
+  directory, size, seed = workdir / 'features', num_samples or section.num_samples, section.seed
+  given = from_file(directory, extractor, train.images.image_shape, section.reference)
+  floor = 'floor' if size == section.num_samples else f'floor_{size}'
+  real = load_or_compute(directory, extractor, train, held_out, size, seed, given.features, floor)
+  described = given.described or describe_images(train, real)
+  results = header(extractor, real, described, train, held_out, seed, labels)
   for loader, role in ((train, 'train'), (held_out, 'held_out')):
     loader.close()
     if broken := results['skipped'][role]:
       _log.warning('%d of %d images of %s were skipped', broken, len(loader), loader.images.name)
+  for sentence in results['warnings'] if extractor.metric == 'FID' else ():
+    _log.warning('%s', sentence)
   return extractor, real, results
 
 

@@ -130,7 +130,7 @@ def origins(
 
 
 _MEASURED = (
-  *('metric', 'value', 'error', 'bias', 'metrics', 'errors'),
+  *('metric', 'value', 'error', 'bias', 'metrics', 'errors', 'reference'),
   *('num_drawn', 'seconds_per_image'),
 )
 

@@ -13,6 +13,12 @@ class EvaluationSection:
   """How stages are evaluated, and sampled from."""
 
   num_samples: int = key(50_000, 'Number of samples per row of `results.json`.', AT_LEAST_TWO)
+  reference: str = key(
+    '',
+    'File of reference statistics, a .npz of EDM, pytorch-fid, ADM or `--mode=features`, with which samples are compared instead '
+    'of the training images. Its features must be those of the extractor.',
+    path='disk',
+  )
   tolerance: float = key(
     0.0,
     'Relative error at which a row stops drawing samples early. The error after n samples is estimated as '
