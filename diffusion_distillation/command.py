@@ -74,11 +74,16 @@ _GUIDANCE_INTERVAL = flags.DEFINE_list(
   [],
   'sample: noise levels sigma / alpha, LOW,HIGH, between which steps are guided; by default all.',
 )
+_IMAGES = flags.DEFINE_string(
+  'images',
+  None,
+  "evaluate: images from elsewhere to measure instead of a run's stages; a folder, a .zip, or an .npz of uint8 images.",
+)
 _OUT = flags.DEFINE_string(
   'out',
   None,
   'sample: a .png (a grid), a .npz (the arrays), or a folder, FOLDER/ (a .png for each image). export: a new folder. '
-  'compare: the folder of the page.',
+  'compare: the folder of the page. evaluate, with --images or the folder of a model: a .json.',
 )
 _FORMAT = flags.DEFINE_string(
   'format', 'jax', 'export: the format, jax (a program that needs only JAX), diffusers or onnx.'
@@ -155,6 +160,7 @@ def run(argv: list[str]) -> None:
     classes=_CLASSES.value,
     guidance=_GUIDANCE.value,
     guidance_interval=_GUIDANCE_INTERVAL.value,
+    images=_IMAGES.value or None,
     out=_OUT.value or None,
     format=_FORMAT.value,
     source=_SOURCE.value,

@@ -16,8 +16,10 @@ import safetensors
 import safetensors.numpy
 
 from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
+from diffusion_distillation.evaluation.reference import dimension as dimension_of
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond, Conditioning
 from diffusion_distillation.system import cluster, files, interrupts, sharding
@@ -53,19 +55,19 @@ def suffices(count: float, dimension: int) -> bool:
   return count >= 2 * dimension
 
 
-def predictor(extractor: FeatureExtractor) -> Predict | None:
+def predictor(extractor: Extractor) -> Predict | None:
   """Returns the map from features (n, D) to the classes (n,) that the classifier sees; None if it tells no classes apart.
 
   The features are the inputs of the classifier's last layer, so the images are not needed.
   """
-  if extractor.task != 'classes':
+  if not isinstance(extractor, FeatureExtractor) or extractor.task != 'classes':
     return None
   kernel, bias = (np.asarray(extractor.params['logits'][name]) for name in ('kernel', 'bias'))
   return lambda features: np.argmax(features @ kernel + bias[None, :], axis=1)
 
 
 def load_or_compute(
-  directory: pathlib.Path, extractor: FeatureExtractor, train: Loader, num_samples: int
+  directory: pathlib.Path, extractor: Extractor, train: Loader, num_samples: int
 ) -> Reference | None:
   """Returns the training images' features by class, from the file in `directory` or computed and written there.
 
@@ -79,7 +81,7 @@ def load_or_compute(
     The features; None if the images have no classes, or too many for `num_samples` samples to suffice for each.
   """
   number = len(train.images.classes)
-  dimension = extractor(np.zeros((1, *train.images.image_shape), np.uint8)).shape[1] if number else 0
+  dimension = dimension_of(extractor, train.images.image_shape) if number else 0
   if not number or number > _MOST or not suffices(num_samples / number, dimension):
     return None
   path = directory / 'by_class.safetensors'
@@ -102,7 +104,7 @@ def load_or_compute(
   return made
 
 
-def _compute(extractor: FeatureExtractor, train: Loader, number: int, dimension: int) -> Reference:
+def _compute(extractor: Extractor, train: Loader, number: int, dimension: int) -> Reference:
   tally = _Moments(number)
   size = sharding.round_up(_BATCH)
   batches, count = train.in_order(size), math.ceil(len(train) / size)
@@ -114,7 +116,7 @@ def _compute(extractor: FeatureExtractor, train: Loader, number: int, dimension:
       interrupts.check()
       mask, labels = sharding.whole((batch['mask'], batch['cond']['label']))
       if mask.any():
-        features = sharding.to_host(extractor.of(sharding.put(batch['image'])))
+        features = sharding.to_host(extractor.of(sharding.put(batch['image'])).features)
         tally.add(features[mask], labels[mask])
       progress.advance()
   mean, cov = np.zeros((number, dimension)), np.zeros((number, dimension, dimension))
@@ -231,9 +233,9 @@ class Classes(NamedTuple):
   number: int
   reference: Reference | None
 
-  def shares(self, features: np.ndarray) -> list[float] | None:
+  def shares(self, features: np.ndarray | None) -> list[float] | None:
     """Returns the share of features (n, D) that the classifier assigns to each class; None if it tells none apart."""
-    if self.predict is None or self.number > _MOST:
+    if features is None or self.predict is None or self.number > _MOST:
       return None
     counts = np.bincount(self.predict(features), minlength=self.number)
     return [float(n) for n in counts / len(features)]
@@ -247,9 +249,7 @@ class Classes(NamedTuple):
 NO_CLASSES = Classes(None, 0, None)
 
 
-def classes(
-  directory: pathlib.Path, extractor: FeatureExtractor, train: Loader, num_samples: int
-) -> Classes:
+def classes(directory: pathlib.Path, extractor: Extractor, train: Loader, num_samples: int) -> Classes:
   """Returns what is known about the training images' classes.
 
   Args:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation.features import FeatureExtractor
+from diffusion_distillation.evaluation.extracted import Extractor
+from diffusion_distillation.evaluation.features import features_of
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.progress import Progress
 
@@ -108,7 +109,7 @@ class Nearest:
 
 def find(
   samples: np.ndarray,
-  extractor: FeatureExtractor,
+  extractor: Extractor,
   train: Loader,
   held_out: Loader,
   most: int,
@@ -124,7 +125,7 @@ def find(
   """
   unseen = _some(held_out, COMPARED)
   queries, shown = np.concatenate([samples, unseen]), min(SHOWN, len(samples))
-  by_features = Nearest(extractor(queries), shown, NEAREST)
+  by_features = Nearest(features_of(extractor, queries), shown, NEAREST)
   by_pixels = Nearest(_flat(queries), shown, NEAREST)
   searched = 0
   chosen = _spread(len(train), most)
@@ -139,7 +140,7 @@ def find(
       images = sharding.put(batch['image'])
       mask = sharding.whole(batch['mask'])
       if mask.any():
-        features, pixels = sharding.to_host((extractor.of(images), images))
+        features, pixels = sharding.to_host((extractor.of(images).features, images))
         by_features.add(features[mask], pixels[mask])
         by_pixels.add(_flat(pixels[mask]), pixels[mask])
         searched += int(mask.sum())

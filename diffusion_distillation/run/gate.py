@@ -239,6 +239,7 @@ class Gate:
     of_teacher = self._features(extractor, teacher, guidance)
     of_student = self._features(extractor, model)
     if self._floor is None:
+      assert reference.some is not None  # the reference of the gate is the training images
       self._floor = floor_of(reference.some, described['samples'], described['seed'])
     measured = shortfall(of_student, of_teacher, reference.moments, self._floor, described['factor'])
     found = Shortfall(*cluster.from_first(list(measured)))  # processes may differ in the last bits
@@ -279,7 +280,7 @@ def features_of(extractor: FeatureExtractor, batches: Any, size: int, name: str)
   found: list[np.ndarray] = []
   with Progress(name, size) as progress:
     for images, count in batches:
-      found.append(sharding.to_host(extractor.of(images))[:count])
+      found.append(sharding.to_host(extractor.of(images).features)[:count])
       progress.advance(count)
   return np.concatenate(found)
 
