@@ -11,15 +11,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, SHARE, Config, key
+from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
-from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
+from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.evaluation import features, report
-from diffusion_distillation.evaluation.metrics import METRICS, Features, RunningFeatures, frechet
-from diffusion_distillation.evaluation.reference import Real, load_or_compute
-from diffusion_distillation.evaluation.results import header, key_of, known_rows, origins, record
+from diffusion_distillation.evaluation.extracted import Extracted, Extractor
+from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
+from diffusion_distillation.evaluation.reference import Real, describe_images, load_or_compute
+from diffusion_distillation.evaluation.results import (
+  header,
+  key_of,
+  known_rows,
+  measured,
+  note_missing,
+  origins,
+  record,
+)
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import workdir as workdirs
@@ -33,54 +42,6 @@ from diffusion_distillation.system.progress import Progress
 _log = logging.getLogger(__name__)
 
 _SHOWN = 16  # number of images per stage in the report
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationSection:
-  """How stages are evaluated, and sampled from."""
-
-  num_samples: int = key(50_000, 'Number of samples per row of `results.json`.', AT_LEAST_TWO)
-  tolerance: float = key(
-    0.0,
-    'Relative error at which a row stops drawing samples early. The error after n samples is estimated as '
-    '`floor * num_samples / n`; 0: every row draws `num_samples`.',
-    SHARE,
-  )
-  batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
-  seed: int = key(1, 'Seed of the sampling noise, the same for every row.', NOT_NEGATIVE)
-  samplers: tuple[str, ...] = key(
-    ('ddim', 'ancestral'),
-    'Samplers with which the base model is evaluated.',
-    choices=SAMPLERS,
-    distinct=True,
-  )
-  grid: str = key('uniform', "Spacing of the base model's sampling steps in t.", choices=times.GRIDS)
-  max_steps: int = key(
-    1024, 'Largest number of sampling steps; rows with more steps are left out.', POSITIVE
-  )
-  gamma: float = key(
-    0.0,
-    '`ancestral`: interpolates the variance of the noise from its lower bound (0) to its upper bound (1).',
-    SHARE,
-  )
-  labels: str = key(
-    'data',
-    'Class labels of the samples of a conditional model: in the proportions of the training images, as the reference '
-    'has them, or balanced.',
-    choices=conditioning.LABELS,
-  )
-  clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
-  guidance: tuple[float, ...] = key(
-    (0.0,),
-    'Weights W of classifier-free guidance with which the base model is evaluated; 0: none. Other software often states 1 + W. '
-    'Weights above 0 need a base that was trained with `dataset.label_dropout`.',
-    NOT_NEGATIVE,
-    distinct=True,
-  )
-  guidance_interval: tuple[float, ...] = key(
-    (),
-    'Noise levels sigma / alpha, (low, high), between which the sampling steps of the base model are guided; empty: all.',
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +99,7 @@ def evaluate(
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
-  known = {} if again else known_rows(path, extractor) | known_rows(partial, extractor)
+  known = {} if again else known_rows(path, results) | known_rows(partial, results)
   cluster.barrier()  # before the first process writes these files anew
   todo = [
     Setting(
@@ -153,8 +114,8 @@ def evaluate(
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
       row = describe(config, setting)
-      if (measured := known.get(key_of(row))) is not None:
-        row |= measured
+      if (earlier := known.get(key_of(row))) is not None:
+        row |= earlier
       else:
         row, images = measure_setting(config, setting, extractor, real.reference, floor, counts)
         drawn[_place(setting)] = images
@@ -163,6 +124,7 @@ def evaluate(
       guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}{guided}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
+  note_missing(results)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
   watched = {model.stage.name: _watched(workdir / model.stage.name) for model in models}
@@ -177,13 +139,13 @@ def evaluate(
 
 def _real(
   config: Config, train: Loader, workdir: pathlib.Path, labels: str | None
-) -> tuple[features.FeatureExtractor, Real, dict[str, Any]]:
+) -> tuple[Extractor, Real, dict[str, Any]]:
   """Returns the extractor, the features of real images, and results without rows."""
   held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
   extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
   size, seed = section.num_samples, section.seed
   real = load_or_compute(workdir / 'features', extractor, train, held_out, size, seed)
-  results = header(extractor, real, train, held_out, seed, labels)
+  results = header(extractor, real, describe_images(train, real), train, held_out, seed, labels)
   for loader, role in ((train, 'train'), (held_out, 'held_out')):
     loader.close()
     if broken := results['skipped'][role]:
@@ -268,7 +230,7 @@ def grid(config: Config, stage: Stage, num_steps: int) -> np.ndarray:
 def measure_setting(
   config: Config,
   setting: Setting,
-  extractor: features.FeatureExtractor,
+  extractor: Extractor,
   reference: Features,
   floor: float,
   label_counts: tuple[int, ...] = (),
@@ -281,15 +243,15 @@ def measure_setting(
   size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
   running, due, first = RunningFeatures(size), 2, list[np.ndarray]()
 
-  def then(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def then(images: jax.Array) -> tuple[Extracted, jax.Array]:
     return extractor.of(images), images
 
-  def is_enough(made: tuple[jax.Array, jax.Array], count: int) -> bool:
+  def is_enough(made: tuple[Extracted, jax.Array], count: int) -> bool:
     nonlocal due
     found, images = made
     if running.seen < _SHOWN:
       first.append(sharding.to_host(images)[:count][: _SHOWN - running.seen])
-    running.add(sharding.to_host(found)[:count])
+    running.take(found, slice(count))
     if not tolerance or running.seen < due:
       return False
     due = 2 * running.seen
@@ -300,12 +262,9 @@ def measure_setting(
   by = grid(config, model.stage, setting.num_steps)
   draw = drawer(config, model.stage, setting.sampler, label_counts, setting.guidance)
   seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, then, is_enough)
-  samples = running.result()
-  values = {name: metric(samples, reference) for name, metric in METRICS.items()}
   row = describe(config, setting) | {
-    'metric': f'FD-{extractor.name}',
-    'value': values['frechet'],
-    'metrics': values,
+    'metric': extractor.metric,
+    **measured(running.result(), reference),
     'num_drawn': running.seen,
     'seconds_per_image': seconds,
   }

@@ -17,7 +17,8 @@ import safetensors
 import safetensors.numpy
 
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation.features import FeatureExtractor
+from diffusion_distillation.evaluation.extracted import Extractor
+from diffusion_distillation.evaluation.features import summary
 from diffusion_distillation.evaluation.frechet import Moments
 from diffusion_distillation.evaluation.metrics import Features
 from diffusion_distillation.system import cluster, files
@@ -25,7 +26,7 @@ from diffusion_distillation.system.checkpoints import digest
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 1  # version of the files; increase it when features are summarized in another way
+FORMAT = 2  # version of the files; increase it when features are summarized in another way
 
 
 class Real(NamedTuple):
@@ -45,7 +46,7 @@ class Real(NamedTuple):
 
 def load_or_compute(
   directory: pathlib.Path,
-  extractor: FeatureExtractor,
+  extractor: Extractor,
   train: Loader,
   held_out: Loader,
   size: int,
@@ -67,7 +68,7 @@ def load_or_compute(
 
   def of(name: str, images: Loader, indices: np.ndarray | None = None, **drawn: int) -> Features:
     path, described = directory / f'{name}.safetensors', _describe(extractor, images) | drawn
-    return _kept(path, described, lambda: extractor.summary(images, indices))
+    return _kept(path, described, lambda: summary(extractor, images, indices))
 
   return Real(
     reference=of('reference', train),
@@ -76,7 +77,18 @@ def load_or_compute(
   )
 
 
-def _describe(extractor: FeatureExtractor, images: Loader) -> dict[str, Any]:
+def describe_images(train: Loader, real: Real) -> dict[str, Any]:
+  """Returns what `results.json` says of a reference that is the training images."""
+  images = train.images
+  return {
+    'split': 'train',
+    'name': images.name,
+    'digest': images.identity,
+    'num_images': real.reference.count,
+  }
+
+
+def _describe(extractor: Extractor, images: Loader) -> dict[str, Any]:
   """Returns the cache key: everything that the features depend on."""
   return {
     'format': FORMAT,
@@ -94,7 +106,7 @@ def _kept(path: pathlib.Path, described: dict[str, Any], compute: Callable[[], F
     return found
   made = compute()
   if files.writes():
-    arrays = {'mean': made.moments.mean, 'cov': made.moments.cov, 'some': made.some}
+    arrays = _arrays(made)
     meta = {'of': json.dumps(described), 'count': str(made.count), 'digest': digest(arrays)}
     temporary = path.with_suffix('.tmp')
     safetensors.numpy.save_file(arrays, temporary, meta)
@@ -109,12 +121,33 @@ def _read(path: pathlib.Path, described: dict[str, Any]) -> Features | None:
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
       meta = file.metadata()
-      arrays = {key: file.get_tensor(key) for key in ('mean', 'cov', 'some')}
+      arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if json.loads(meta['of']) != described:
       return None
     if digest(arrays) != meta['digest']:
       raise ValueError('its digest differs')
-    return Features(Moments(arrays['mean'], arrays['cov']), arrays['some'], int(meta['count']))
+    return _features(arrays, int(meta['count']))
   except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
     _log.warning('%s is damaged (%s); computing its features again', path, error)
     return None
+
+
+def _arrays(features: Features, prefix: str = '') -> dict[str, np.ndarray]:
+  """Returns the arrays of features by name; those of the spatial features begin with 'spatial_'."""
+  found = {'mean': features.moments.mean, 'cov': features.moments.cov}
+  found |= {} if features.some is None else {'some': features.some}
+  found |= {} if features.posterior is None else {'posterior': features.posterior}
+  found = {prefix + key: array for key, array in found.items()}
+  return found | ({} if features.spatial is None else _arrays(features.spatial, 'spatial_'))
+
+
+def _features(arrays: dict[str, np.ndarray], count: int, prefix: str = '') -> Features:
+  """The inverse of `_arrays`; raises KeyError if there are no moments."""
+  spatial = None if prefix or 'spatial_mean' not in arrays else _features(arrays, count, 'spatial_')
+  return Features(
+    Moments(arrays[prefix + 'mean'], arrays[prefix + 'cov']),
+    arrays.get(prefix + 'some'),
+    count,
+    arrays.get(prefix + 'posterior'),
+    spatial,
+  )

@@ -89,7 +89,7 @@ def write(
   html = environment.get_template('report.html').render(
     results=results,
     table=comparison(results['rows']),
-    metrics=[name for name in results['rows'][0].get('metrics', ()) if name != 'frechet'],
+    metrics=[name for name in _metrics(results['rows']) if name != 'frechet'],
     guided=any(row.get('guidance') for row in results['rows']),
     config=list(flatten(config)),
     curves=list(curves(results['rows'])),
@@ -119,6 +119,11 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
     elif row['weights'] == 'ema':
       students.setdefault(family(row), {})[row['nfe']] = row['value']
   return students | of_base
+
+
+def _metrics(rows: list[dict[str, Any]]) -> list[str]:
+  """Returns the metrics that any row has; rows of older versions lack some."""
+  return list(dict.fromkeys(name for row in rows for name in row.get('metrics', ())))
 
 
 def comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
