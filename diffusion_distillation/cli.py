@@ -22,7 +22,7 @@ from diffusion_distillation.config import (
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import Preempted, StorageError, UserError
-from diffusion_distillation.evaluation import measure, pictures, sample_flags
+from diffusion_distillation.evaluation import feature_files, measure, pictures, sample_flags
 from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
@@ -280,6 +280,11 @@ def _evaluate(options: Options) -> None:
     print(directory / 'results.json')
 
 
+def _features(options: Options) -> None:
+  compilation.use()
+  print(feature_files.write(options.images, options.inception, options.out))
+
+
 def _serve(options: Options) -> None:
   directory = _workdir(options)
   if flag := options.given(('stage', *_OF_SAMPLING)):
@@ -323,6 +328,7 @@ MODES: dict[str, Callable[[Options], None]] = {
   'sample': _sample,
   'export': _export,
   'evaluate': _evaluate,
+  'features': _features,
   'replay': _replay,
   'serve': _serve,
   'keys': _keys,

@@ -5,12 +5,14 @@ names of its PyTorch port, pytorch-fid. It differs from other Inceptions: 1008 l
 the mean, and a max pool in the last block. Batch normalization is folded into the convolutions.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Array = TypeVar('Array', jax.Array, np.ndarray)
 
 SIDE = 299  # height and width of the images inside the network
 NUM_LOGITS = 1008
@@ -19,7 +21,7 @@ _SPATIAL = 7  # number of channels of the spatial features
 
 
 class Outputs(NamedTuple):
-  """Outputs for n images; all are float32.
+  """Outputs for n images, float32; the last three serve to compare the network with others.
 
   Attributes:
     pool3: (n, 2048), the features of the FID.
@@ -34,9 +36,9 @@ class Outputs(NamedTuple):
   pool3: jax.Array
   logits: jax.Array | None
   spatial: jax.Array
-  pool64: jax.Array
-  pool192: jax.Array
-  mixed768: jax.Array
+  pool64: jax.Array | None
+  pool192: jax.Array | None
+  mixed768: jax.Array | None
 
 
 def _taps(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -49,21 +51,25 @@ def _taps(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return low, np.minimum(low + 1, length - 1), np.clip(at - low, 0.0, 1.0).astype(np.float32)
 
 
-def resize(images: jax.Array) -> jax.Array:
-  """Resizes images (n, H, W, C), also smaller, to (n, SIDE, SIDE, C): bilinear with half-pixel centers, not antialiased."""
+def resize(images: Array) -> Array:
+  """Resizes images (n, H, W, C) to (n, SIDE, SIDE, C): bilinear with half-pixel centers, and not antialiased if they shrink."""
+  if images.shape[1:3] == (SIDE, SIDE):
+    return images
+  low, high, weight = _taps(images.shape[2])
+  weight = weight[None, None, :, None]
+  images = images[:, :, low] * (1.0 - weight) + images[:, :, high] * weight
+  low, high, weight = _taps(images.shape[1])
+  weight = weight[None, :, None, None]
+  return images[:, low] * (1.0 - weight) + images[:, high] * weight
 
-  def along(x: jax.Array, axis: int) -> jax.Array:
-    low, high, weight = _taps(x.shape[axis])
-    weight = weight.reshape(-1, *(1,) * (x.ndim - 1 - axis))[(None,) * axis]
-    return jnp.take(x, low, axis) * (1.0 - weight) + jnp.take(x, high, axis) * weight
 
-  return images if images.shape[1:3] == (SIDE, SIDE) else along(along(images, 2), 1)
+def preprocess(images: Array) -> Array:
+  """Maps images (n, H, W, 1 or 3) uint8 to the network's input, (n, SIDE, SIDE, 3) float32 in [-1, 1].
 
-
-def preprocess(images: jax.Array) -> jax.Array:
-  """Maps images (n, H, W, 1 or 3) uint8 to the network's input, (n, SIDE, SIDE, 3) float32 in [-1, 1]."""
-  resized = 2.0 * resize(images.astype(jnp.float32) / 255.0) - 1.0
-  return jnp.broadcast_to(resized, (*resized.shape[:3], 3))
+  Arrays of NumPy are mapped by NumPy, so that images of any size need no program of their own.
+  """
+  resized = 2.0 * resize(images.astype(np.float32) / np.float32(255.0)) - 1.0
+  return resized if resized.shape[-1] == 3 else resized.repeat(3, -1)
 
 
 class Kernel(nn.Module):
@@ -86,7 +92,7 @@ def _convolve(
   found = jax.lax.conv_general_dilated(
     x, kernel, (stride, stride), padding, dimension_numbers=layout, precision='highest'
   )
-  return found + bias
+  return found + bias[None, None, None]
 
 
 def _conv(x: jax.Array, name: str, features: int, size: int, stride: int = 1) -> jax.Array:

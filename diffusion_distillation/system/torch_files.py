@@ -134,8 +134,10 @@ def _folder(members: Mapping[str, zipfile.ZipInfo]) -> str:
       'is a TorchScript program, which is not executed; name the .pth file of a state dict instead, or save '
       'torch.jit.load(FILE).state_dict() with torch.save'
     )
-  (folder,) = {parts[0] for parts in inside if parts[1:] == ['data.pkl']}
-  return folder
+  folders = {parts[0] for parts in inside if parts[1:] == ['data.pkl']}
+  if len(folders) != 1:
+    raise ValueError('the zip has no data.pkl' if not folders else 'the zip has several data.pkl')
+  return folders.pop()
 
 
 # Before torch 1.6: pickles, and numbers behind them.
