@@ -16,7 +16,7 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.diffusion.samplers import Sampler
-from diffusion_distillation.evaluation import features, report
+from diffusion_distillation.evaluation import features, inception, report
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
 from diffusion_distillation.evaluation.reference import Real, describe_images, load_or_compute
@@ -142,7 +142,11 @@ def _real(
 ) -> tuple[Extractor, Real, dict[str, Any]]:
   """Returns the extractor, the features of real images, and results without rows."""
   held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
-  extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
+  extractor: Extractor
+  if section.inception:
+    extractor = inception.load(section.inception)
+  else:
+    extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
   size, seed = section.num_samples, section.seed
   real = load_or_compute(workdir / 'features', extractor, train, held_out, size, seed)
   results = header(extractor, real, describe_images(train, real), train, held_out, seed, labels)
