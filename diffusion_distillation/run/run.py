@@ -8,7 +8,7 @@ import pathlib
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import measure, reference
+from diffusion_distillation.evaluation import inception, measure, reference
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import forecast, gate, monitor
 from diffusion_distillation.run.inputs import Inputs, gather, load_distance, needed
@@ -56,6 +56,10 @@ def _check(
   check_batches(config)
   gate.check(config)
   reference.check(config)
+  if config.evaluation.inception:
+    inception.load(
+      config.evaluation.inception
+    )  # raises if evaluation could not read it after the training
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
   for stage in stages:
