@@ -17,6 +17,7 @@ from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.progress import Progress
 
 _BATCH = 500
+_SIDE = 64  # pixels
 NEAREST = 3  # number of training images that are shown beside a sample
 SHOWN = 8  # number of samples that are shown
 COMPARED = 256  # number of samples, and of held-out images, whose distances are compared
@@ -51,7 +52,8 @@ class Neighbours(NamedTuple):
   Attributes:
     samples: (SHOWN, H, W, C) uint8.
     by_features, by_pixels: (SHOWN, NEAREST, H, W, C) uint8, the nearest training images, in ascending order of distance.
-    features, pixels: the distances of all samples that were compared; in pixels, the root mean square difference from 0 to 255.
+    features, pixels: the distances of all samples that were compared; in pixels, the root mean square difference from 0 to 255,
+      of large images after they are reduced; see `_flat`.
     searched: number of training images among which the nearest were looked for.
   """
 
@@ -177,5 +179,14 @@ def _spread(count: int, most: int) -> np.ndarray:
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
-  """Returns (n, H W C) vectors whose Euclidean distance is the root mean square difference of uint8 pixels."""
-  return images.reshape(len(images), -1) / np.sqrt(images[0].size)
+  """Returns (n, D) vectors whose Euclidean distance is the root mean square difference of uint8 pixels (n, H, W, C).
+
+  Larger images are reduced to between _SIDE and 2 _SIDE pixels a side, by averaging squares, which bounds the memory.
+  """
+  count, height, width, channels = images.shape
+  factor = max(1, min(height, width) // _SIDE)
+  rows, columns = height // factor, width // factor
+  squares = images[:, : rows * factor, : columns * factor]
+  squares = squares.reshape(count, rows, factor, columns, factor, channels)
+  flat = squares.mean(axis=(2, 4), dtype=np.float32).reshape(count, -1)
+  return flat / np.float32(np.sqrt(flat.shape[1]))

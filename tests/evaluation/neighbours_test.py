@@ -59,6 +59,16 @@ def test_the_nearest_are_those_of_an_exhaustive_search():
     np.testing.assert_array_equal(shown, TRAIN[order])
 
 
+def test_large_images_are_compared_at_a_size_that_bounds_the_memory():
+  images = np.random.default_rng(6).integers(0, 256, (3, 128, 128, 3)).astype(np.uint8)
+  flat = neighbours._flat(images)
+  assert flat.shape == (3, 64 * 64 * 3)
+  means = images.reshape(3, 64, 2, 64, 2, 3).astype(float).mean((2, 4))
+  expected = np.sqrt(np.square(means[0] - means[1]).mean())
+  assert np.linalg.norm(flat[0] - flat[1]) == pytest.approx(expected, rel=1e-5)
+  assert neighbours._flat(images[:, :100, :127]).shape == (3, 100 * 127 * 3)
+
+
 def test_copies_of_training_images_are_noticed():
   copies = TRAIN[5::37][:30]
   found = find(copies)
