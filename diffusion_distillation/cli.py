@@ -22,7 +22,13 @@ from diffusion_distillation.config import (
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import Preempted, UserError, of_disk
-from diffusion_distillation.evaluation import elsewhere, given_images, pictures, sample_flags
+from diffusion_distillation.evaluation import (
+  elsewhere,
+  feature_files,
+  given_images,
+  pictures,
+  sample_flags,
+)
 from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
@@ -275,6 +281,11 @@ def _show_measured(results: dict[str, Any], path: pathlib.Path) -> None:
     print(f'{elsewhere.table(results)}\n{path}')
 
 
+def _features(options: Options) -> None:
+  compilation.use()
+  print(feature_files.write(options.images, options.inception, options.out))
+
+
 def _serve(options: Options) -> None:
   directory = _workdir(options)
   if flag := options.given(('stage', *_OF_SAMPLING)):
@@ -318,6 +329,7 @@ MODES: dict[str, Callable[[Options], None]] = {
   'sample': _sample,
   'export': _export,
   'evaluate': _evaluate,
+  'features': _features,
   'replay': _replay,
   'serve': _serve,
   'keys': _keys,

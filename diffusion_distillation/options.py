@@ -29,7 +29,6 @@ class Options:
   classes: Sequence[str] = ()
   guidance: float | None = None
   guidance_interval: Sequence[str] = ()
-  images: str | os.PathLike[str] | None = None
   out: str | os.PathLike[str] | None = None
   format: str = 'jax'
   source: str | None = None
@@ -40,6 +39,8 @@ class Options:
   peer_timeout: int = 100
   step: int | None = None
   port: int = 7860
+  images: str | os.PathLike[str] | None = None
+  inception: str | os.PathLike[str] | None = None
   rest: Sequence[str] = ()
 
   def on_disk(self) -> 'Options':

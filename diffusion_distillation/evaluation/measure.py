@@ -16,7 +16,7 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.diffusion.samplers import Sampler
-from diffusion_distillation.evaluation import features, report
+from diffusion_distillation.evaluation import features, inception, report
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
 from diffusion_distillation.evaluation.reference import Real, describe_images, from_file, load_or_compute
@@ -156,7 +156,11 @@ def real_images(
     num_samples: number of images of the floor; None: `evaluation.num_samples`.
   """
   held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
-  extractor: Extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
+  extractor: Extractor
+  if section.inception:
+    extractor = inception.load(section.inception)
+  else:
+    extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
   directory, size, seed = workdir / 'features', num_samples or section.num_samples, section.seed
   given = from_file(directory, extractor, train.images.image_shape, section.reference)
   floor = 'floor' if size == section.num_samples else f'floor_{size}'

@@ -27,6 +27,7 @@ from diffusion_distillation.evaluation.features import DIMENSION, batch_size, su
 from diffusion_distillation.evaluation.frechet import Moments
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.evaluation.reference_files import StoredStatistics
+from diffusion_distillation.networks.inception import NUM_FEATURES
 from diffusion_distillation.system import cluster, files
 from diffusion_distillation.system.checkpoints import digest
 
@@ -120,8 +121,11 @@ def from_file(
 def check(config: Config) -> None:
   """Raises UserError unless `evaluation.reference`, if it is set, is a file of statistics of the extractor's features."""
   if path := config.evaluation.reference:
-    file, metric = pathlib.Path(path), f'FD-{config.dataset.name}'
-    reference_files.check_dimension(file, reference_files.read(file), metric, DIMENSION)
+    file, found = pathlib.Path(path), reference_files.read(pathlib.Path(path))
+    inception = ('FID', NUM_FEATURES) if config.evaluation.inception else None
+    reference_files.check_dimension(
+      file, found, *(inception or (f'FD-{config.dataset.name}', DIMENSION))
+    )
 
 
 def _of_statistics(

@@ -27,6 +27,12 @@ class EvaluationSection:
   )
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
   seed: int = key(1, 'Seed of the sampling noise, the same for every row.', NOT_NEGATIVE)
+  inception: str = key(
+    '',
+    'Weight file of the Inception of the FID (`pt_inception-2015-12-05-*.pth` of pytorch-fid, or its state dict as '
+    '.safetensors); if empty, distances are measured in the features of a classifier that is trained on the dataset.',
+    path='disk',
+  )
   samplers: tuple[str, ...] = key(
     ('ddim', 'ancestral'),
     'Samplers with which the base model is evaluated.',
