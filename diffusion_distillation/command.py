@@ -74,12 +74,6 @@ _GUIDANCE_INTERVAL = flags.DEFINE_list(
   [],
   'sample: noise levels sigma / alpha, LOW,HIGH, between which steps are guided; by default all.',
 )
-_IMAGES = flags.DEFINE_string(
-  'images',
-  None,
-  "evaluate: images from elsewhere to measure instead of a run's stages. features: images to compute features of. A folder, a "
-  '.zip, or an .npz of uint8 images (N, H, W, C).',
-)
 _OUT = flags.DEFINE_string(
   'out',
   None,
@@ -94,6 +88,12 @@ _SOURCE = flags.DEFINE_string(
   None,
   'import: where the model comes from: google (the released code), diffusers (a folder that it saved), edm (NVIDIA), workdir (a stage '
   'of a run) or model (the folder of a finished stage).',
+)
+_IMAGES = flags.DEFINE_string(
+  'images',
+  None,
+  "evaluate: images from elsewhere to measure instead of a run's stages; features: the images. A folder or .zip of image files, or "
+  'an .npz with uint8 images (N, H, W, C).',
 )
 _INCEPTION = flags.DEFINE_string(
   'inception', None, 'features: the weights of the Inception of the FID, .pth or .safetensors.'
@@ -164,7 +164,6 @@ def run(argv: list[str]) -> None:
     classes=_CLASSES.value,
     guidance=_GUIDANCE.value,
     guidance_interval=_GUIDANCE_INTERVAL.value,
-    images=_IMAGES.value or None,
     out=_OUT.value or None,
     format=_FORMAT.value,
     source=_SOURCE.value,

@@ -30,7 +30,6 @@ class Options:
   classes: Sequence[str] = ()
   guidance: float | None = None
   guidance_interval: Sequence[str] = ()
-  images: str | os.PathLike[str] | None = None
   out: str | os.PathLike[str] | None = None
   format: str = 'jax'
   source: str | None = None

@@ -65,7 +65,8 @@ def measure_images(
       '--images needs --workdir, whose classifier and images it uses, or --config and --out=FILE.json'
     )
   with _place(config, workdir) as (train, directory):
-    given.check(images, train.images.image_shape, f'FD-{train.images.name}')
+    own_shape = None if config.evaluation.inception else train.images.image_shape
+    given.check(images, own_shape, f'FD-{train.images.name}')
     extractor, real, header = measure.real_images(config, train, directory, None, len(images))
     found, digest = given.features_of(extractor, images, train.images.image_shape)
   described = {'images': images.source.partition('=')[2], 'digest': digest, 'num_images': len(images)}

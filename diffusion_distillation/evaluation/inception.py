@@ -23,6 +23,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.networks.inception import (
   BATCH_NORM_EPSILON,
+  NUM_FEATURES,
   NUM_LOGITS,
   SIDE,
   Inception,
@@ -35,7 +36,6 @@ from diffusion_distillation.training.state import Params
 
 Arrays = dict[str, np.ndarray]
 
-DIMENSION = 2048  # number of features
 AT_ONCE = 64  # maximum number of images per device at a time, which bounds the memory
 _FC = ('fc.weight', 'fc.bias')
 _NORMS = ('weight', 'bias', 'running_mean', 'running_var')
@@ -99,7 +99,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
       height, width, inputs, outputs = leaf.shape
       found[f'{layer}.conv.weight'] = (outputs, inputs, height, width)
       found |= {f'{layer}.bn.{name}': (outputs,) for name in _NORMS}
-  return found | {'fc.weight': (NUM_LOGITS, DIMENSION), 'fc.bias': (NUM_LOGITS,)}
+  return found | {'fc.weight': (NUM_LOGITS, NUM_FEATURES), 'fc.bias': (NUM_LOGITS,)}
 
 
 def _checked(found: Mapping[str, np.ndarray], source: str) -> Arrays:

@@ -86,8 +86,11 @@ class RunningFeatures:
 
 
 def frechet(samples: Features, reference: Features) -> float:
-  """Returns the Frechet distance of two normal distributions with these moments; see `frechet.frechet_distance`."""
-  return frechet_distance(samples.moments, reference.moments)
+  """Returns the Frechet distance of two normal distributions with these moments; see `frechet.frechet_distance`.
+
+  The distance is symmetric; the reference comes first because its root is the same for all samples.
+  """
+  return frechet_distance(reference.moments, samples.moments)
 
 
 def frechet_estimate(samples: Features, reference: Features) -> Estimate:

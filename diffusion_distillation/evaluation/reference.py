@@ -21,12 +21,13 @@ import safetensors.numpy
 
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation import features, given, given_images, inception, reference_files
+from diffusion_distillation.evaluation import given, given_images, reference_files
 from diffusion_distillation.evaluation.extracted import Extractor
-from diffusion_distillation.evaluation.features import batch_size, summary
+from diffusion_distillation.evaluation.features import DIMENSION, batch_size, summary
 from diffusion_distillation.evaluation.frechet import Moments
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.evaluation.reference_files import StoredStatistics
+from diffusion_distillation.networks.inception import NUM_FEATURES
 from diffusion_distillation.system import cluster, files
 from diffusion_distillation.system.checkpoints import digest
 
@@ -120,10 +121,11 @@ def from_file(
 def check(config: Config) -> None:
   """Raises UserError unless `evaluation.reference`, if it is set, is a file of statistics of the extractor's features."""
   if path := config.evaluation.reference:
-    file, by_inception = pathlib.Path(path), bool(config.evaluation.inception)
+    file, found = pathlib.Path(path), reference_files.read(pathlib.Path(path))
+    by_inception = bool(config.evaluation.inception)
     metric = 'FID' if by_inception else f'FD-{config.dataset.name}'
-    dimension = inception.DIMENSION if by_inception else features.DIMENSION
-    reference_files.check_dimension(file, reference_files.read(file), metric, dimension)
+    number = NUM_FEATURES if by_inception else DIMENSION
+    reference_files.check_dimension(file, found, metric, number)
 
 
 def _of_statistics(

@@ -126,8 +126,6 @@ def check_dimension(path: pathlib.Path, found: StoredStatistics, metric: str, di
   size = found.features.shape[1] if found.features is not None else size
   if size not in (None, dimension):
     remedy = (
-      ''
-      if metric == 'FID'
-      else '; statistics of Inception features need the Inception network as extractor'
+      '' if metric == 'FID' else '; for statistics of Inception features, name evaluation.inception=FILE'
     )
     raise UserError(f'{KEY}={path} describes {size} features, but {metric} compares {dimension}{remedy}')

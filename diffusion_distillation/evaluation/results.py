@@ -70,6 +70,7 @@ def header(
   return {
     'rows': [],
     'metric': extractor.metric,
+    'dataset': train.images.name,
     'metrics': {name: {'better': entry(name).better} for name in names},
     'floor': of_floor | {'num_samples': floor.count, 'seed': seed},
     'held_out': of_unseen | {'num_samples': unseen.count},

@@ -1,13 +1,14 @@
 """Quality by class, with a classifier and features whose answers are known."""
 
-import types
-
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion_distillation.datasets.image_set import InMemory
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.evaluation import by_class
+from diffusion_distillation.evaluation.extracted import Extracted
+from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import RunningMoments, frechet_distance
 from diffusion_distillation.networks.conditioning import Classes
 
@@ -18,14 +19,11 @@ def extractor(task='classes'):
   """A classifier that tells the class by the largest of three features; bias against the last."""
   logits = {'kernel': np.eye(DIMENSION), 'bias': np.array([0.0, 0.0, -1.0])}
 
-  def of(images):
-    return np.asarray(images, np.float32)[:, 0, :3, 0] / 16
+  class Known(FeatureExtractor):
+    def of(self, images):
+      return Extracted(jnp.asarray(images, jnp.float32)[:, 0, :3, 0] / 16)
 
-  class Extractor(types.SimpleNamespace):
-    def __call__(self, images):
-      return of(images)
-
-  return Extractor(task=task, params={'logits': logits}, digest='d', of=of)
+  return Known(name='known', digest='d', task=task, accuracy=1.0, params={'logits': logits})
 
 
 def test_the_classifier_sees_what_its_last_layer_says():

@@ -186,6 +186,32 @@ def test_rows_have_errors_and_the_header_says_what_they_are_compared_with(workdi
   assert len(results['warnings']) == 2 and '48 samples' in results['warnings'][0]
 
 
+def test_a_file_is_the_reference_and_its_name_and_digest_stand_beside_the_numbers(
+  workdir, asked, tmp_path
+):
+  first, _ = evaluate(workdir)
+  path, rng = tmp_path / 'published.npz', np.random.default_rng(0)
+  measured = []
+  for shift in (0.0, 1.0):
+    np.savez(path, mu=np.full(64, 3.0 + shift), sigma=np.cov(rng.normal(size=(200, 64)).T))
+    asked.clear()
+    results, _ = evaluate(workdir, evaluation__reference=str(path))
+    assert len(asked.rows()) == 5  # rows of another reference are other rows
+    assert results['reference']['file'] == 'published.npz'
+    assert results['reference']['num_images'] is None and len(results['reference']['digest']) == 64
+    for row in results['rows']:
+      assert row['reference'] == 'published.npz' and row['value'] != first['rows'][0]['value']
+      assert row['metrics'].keys() == {'frechet', 'inception_score'}
+    assert results['floor']['value'] > first['floor']['value']
+    assert 'the statistics in published.npz' in (workdir / 'report' / 'index.html').read_text()
+    measured.append(results)
+  assert measured[0]['reference']['digest'] != measured[1]['reference']['digest']
+  asked.clear()
+  again, _ = evaluate(workdir, evaluation__reference=str(path))
+  assert not asked.rows() and again['rows'] == measured[1]['rows']
+  assert again['skipped'] == {'train': 0, 'held_out': 0}
+
+
 def test_nothing_is_drawn_twice(workdir, asked, monkeypatch):
   shown = []
   monkeypatch.setattr(

@@ -150,12 +150,14 @@ def test_a_run_refuses_statistics_of_other_features_before_it_begins(tmp_path):
   """Those of Inception for the small classifier, which is the usual mistake."""
   path = tmp_path / 'cifar10.npz'
   np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
-  section = types.SimpleNamespace(reference=str(path))
+  section = types.SimpleNamespace(reference=str(path), inception='')
   config = types.SimpleNamespace(evaluation=section, dataset=types.SimpleNamespace(name='digits'))
   with pytest.raises(
-    UserError, match='2048 features, but FD-digits compares 64; statistics of Inception'
+    UserError, match='2048 features, but FD-digits compares 64; for statistics of Inception'
   ):
     reference.check(config)
+  section.inception = 'weights.pth'
+  reference.check(config)
   section.reference = ''
   reference.check(config)
 
