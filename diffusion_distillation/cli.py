@@ -108,6 +108,11 @@ def _join(options: Options) -> None:
     raise UserError(
       f'--mode={options.mode} runs in one process; remove --coordinator, --num_processes and --process_id'
     )
+  elif options.mode == 'export' and options.num_processes is None and (source := cluster.several()):
+    raise UserError(
+      f'--mode=export runs in one process, but {source}; start a single process, or set --num_processes=1 if this is the '
+      'only one'
+    )
 
 
 def _config(options: Options) -> Config:

@@ -170,6 +170,7 @@ def run(argv: list[str]) -> None:
     checkpoint=_CHECKPOINT.value or None,
     step=_STEP.value,
     port=_PORT.value,
+    images=_IMAGES.value or None,
     inception=_INCEPTION.value or None,
     coordinator=_COORDINATOR.value,
     num_processes=_NUM_PROCESSES.value,

@@ -20,6 +20,7 @@ from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.guidance import check, default_weight
 from diffusion_distillation.stages import model
 from diffusion_distillation.stages.model import StoredModel
+from diffusion_distillation.system import files
 
 _BATCH = 256
 
@@ -137,7 +138,7 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
 
 
 def find(path: pathlib.Path) -> pathlib.Path:
-  """Returns the model's folder at or below `path`; for a workdir with several stages, the last one's."""
+  """Returns the model's folder at or below `path`; for a workdir with several stages, that of the last one in its plan."""
   for folder in (path, path / 'model'):
     if (folder / model.DESCRIPTION).is_file():
       return folder
@@ -146,7 +147,30 @@ def find(path: pathlib.Path) -> pathlib.Path:
     raise UserError(
       f'{path} holds no model: there is no {model.DESCRIPTION} in it or in any of its stages'
     )
-  return max(found, key=lambda file: file.stat().st_mtime_ns).parent
+  methods = _methods(path)
+  return max(
+    found, key=lambda file: (*_place(file.parent.parent.name, methods), file.stat().st_mtime_ns)
+  ).parent
+
+
+def _methods(workdir: pathlib.Path) -> list[str]:
+  """Returns the methods of the run in a directory, in the order of its plan; [] if there is no run, or no valid config."""
+  path = workdir / 'config.json'
+  try:
+    found = files.read_json(path).get('methods') if path.is_file() else None
+  except (UserError, AttributeError):
+    return []
+  return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def _place(stage: str, methods: Sequence[str]) -> tuple[int, int]:
+  """Returns the place of a stage in the plan of these methods; first comes the base, then stages of other methods."""
+  method, _, steps = stage.rpartition('_')
+  if not method or not steps.isdecimal():
+    method, steps = stage, '0'
+  if method not in methods:
+    return -2 if stage == 'base' else -1, 0
+  return methods.index(method), -int(steps)
 
 
 def chosen_classes(stored: StoredModel, given: Sequence[str], name: str = '--classes=') -> Chosen:

@@ -177,6 +177,7 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'seed': config.evaluation.seed,
     'labels': _labels(config, setting.model.stage),
     'clip_x': config.evaluation.clip_x,
+    'dtype': getattr(stage.denoise.network, 'dtype', 'float32'),
     **dataclasses.asdict(sampler),
     'batch_size': config.evaluation.batch_size,
     'updates': setting.updates,

@@ -129,6 +129,8 @@ def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete
     )
   if settings.get('thresholding') or settings.get('clip_sample_range', 1.0) != 1.0:
     _log.warning('%s: thresholding and clip_sample_range do not apply: x is clipped to [-1, 1]', path)
+  if settings.get('set_alpha_to_one') is False:
+    _log.warning('%s: set_alpha_to_one=false does not apply: the last step ends at clean data', path)
   given = {ours: settings[theirs] for theirs, ours in _SCHEDULE.items() if theirs in settings}
   try:
     return Discrete(**given, trained_betas=trained), _OUTPUTS[prediction]

@@ -19,7 +19,7 @@ from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.interop import diffusers_writer, model_card, onnx_writer, stablehlo
 from diffusion_distillation.stages import model
-from diffusion_distillation.system import files
+from diffusion_distillation.system import files, interrupts
 from diffusion_distillation.training.state import Params
 
 SEED = 0  # seed of the images that are compared and shown
@@ -61,7 +61,7 @@ def export(
 
   Args:
     workdir: a workdir, the directory of a stage, or the folder of a model.
-    stage: name of a stage of the workdir; by default, the last finished stage.
+    stage: name of a stage of the workdir; by default, the last finished stage of its plan.
     out: a folder that does not exist yet, or is empty.
     format: a name in FORMATS.
 
@@ -82,15 +82,20 @@ def export(
   temporary = into.with_name(f'.{into.name}.tmp')
   made = [parent for parent in into.parents if not parent.exists()]
   shutil.rmtree(temporary, ignore_errors=True)
-  try:
-    temporary.mkdir(parents=True)
-    _write(to, loaded, folder, temporary)
-    os.replace(temporary, into)
-  except BaseException:
+
+  def discard() -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     for parent in made:
       with contextlib.suppress(OSError):
         parent.rmdir()
+
+  try:
+    with interrupts.cleaning(discard):
+      temporary.mkdir(parents=True)
+      _write(to, loaded, folder, temporary)
+      os.replace(temporary, into)
+  except BaseException:
+    discard()
     raise
   stored = loaded.stored
   calls = samplers.SAMPLERS[stored.sampler]().calls(stored.num_steps)

@@ -21,6 +21,7 @@ from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.interop import exporting, model_card, stablehlo
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.stages import model
+from diffusion_distillation.system import interrupts
 from tests import tiny
 from tests.evaluation.sampling_test import assert_same_images
 from tests.networks.denoiser_test import Small
@@ -164,6 +165,34 @@ def test_the_card_says_what_it_was_made_from_and_how_it_was_measured(exported):
     assert '- Updates: 7\n- Teacher: teacher (weights ema, digest abcdefabcdef)\n' in card
     assert '- Imported from: model, teacher\n' in card and '- Dataset: not recorded' in card
     assert '| 3 ddim (uniform) | 3 | ema | 500 | frechet 1.25 |' in card and 'distance FD-digits' in card
+
+
+def test_the_card_says_under_which_circumstances_a_row_was_measured():
+  low = {'guidance': 1.5, 'guidance_interval': [0.3, None], 'dtype': 'bfloat16'}
+  rows = (ROW | {'guidance': 0.0, 'dtype': 'float32'}, ROW | low)
+  card = model_card.render(
+    model.describe(dataclasses.replace(MODELS['unconditional'], metrics=rows)),
+    exporting.FORMATS['jax'],
+    None,
+  )
+  assert '| 3 ddim (uniform) | 3 |' in card
+  assert '| 3 ddim (uniform), guidance W = 1.5 for 0.3 < sigma / alpha, bfloat16 | 3 |' in card
+  assert 'these files draw without guidance' in card and 'these files compute in float32' in card
+
+
+def test_a_signal_during_a_compilation_leaves_nothing_behind(workdir, tmp_path, monkeypatch):
+  def write(drawer, params, grid, folder):
+    (folder / 'half').write_text('')
+    for cleanup in interrupts._cleanups:  # as before a signal ends the process
+      cleanup()
+    found.extend(tmp_path.iterdir())
+    raise KeyboardInterrupt
+
+  found = []
+  monkeypatch.setitem(exporting.FORMATS, 'slow', exporting.FORMATS['jax']._replace(write=write))
+  with pytest.raises(KeyboardInterrupt):
+    exporting.export(workdir, 'unconditional', tmp_path / 'a' / 'b', 'slow')
+  assert not found and not interrupts._cleanups
 
 
 def test_text_from_a_model_is_neither_markdown_nor_html_nor_yaml():
