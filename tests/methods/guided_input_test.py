@@ -270,11 +270,12 @@ def test_the_weighted_error_counts_noise_and_classes_alike():
   method = GuidedDistillation(SCHEDULE, Constant())
   batch = {'x': jnp.zeros((3, 2, 2, 1)), 'cond': LABELS | {'guidance': jnp.array([1.0, 2.0, 3.0])}}
   batch |= method.draw(jax.random.key(0), (3, 2, 2, 1))
-  nets = {name: Bound(net, STUDENT.init()) for name, net in method.networks(STUDENT, TEACHER).items()}
+  params = {'bias': jnp.array([0.1, 0.2, 0.3]), 'gain': jnp.array([0.3, -0.2, 0.1])}
+  nets = {name: Bound(net, params) for name, net in method.networks(STUDENT, TEACHER).items()}
   logsnr = SCHEDULE(batch['t'])
   z = diffuse(batch['x'], batch['eps'], logsnr)
   target = exact(z, logsnr, batch['cond']['label'], batch['cond']['guidance']).x
-  x = STUDENT(STUDENT.init(), z, logsnr, batch['cond']).x
+  x = STUDENT(params, z, logsnr, batch['cond']).x
   np.testing.assert_allclose(
     method.losses(nets, batch), jnp.mean((target - x) ** 2, (1, 2, 3)), rtol=1e-4
   )
