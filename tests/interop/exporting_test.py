@@ -178,6 +178,8 @@ def test_the_card_says_what_it_was_made_from_and_how_it_was_measured(exported):
   assert card.startswith(
     '---\nlibrary_name: jax\npipeline_tag: unconditional-image-generation\ntags:\n- diffusion\n'
   )
+  told = 'evaluations. It takes the weight of guidance as an input: 0 to 4.\n' in card
+  assert told == bool(conditioning.weights(loaded.stored.denoise.conditioning))
   assert '](samples.png)' in card
   if loaded.stored.class_names:
     assert '- Dataset: digits\n' in card
