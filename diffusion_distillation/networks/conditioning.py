@@ -101,7 +101,7 @@ class Weights:
   def in_turn(self, index: np.ndarray, chosen: Sequence[float] = ()) -> np.ndarray:
     """See `Condition.in_turn`; by default, the smallest weight."""
     values = np.asarray(chosen or (self.low,), np.float32)
-    return values[index % len(values)]
+    return np.take(values, index, mode='wrap')
 
   def spread(self, index: np.ndarray) -> np.ndarray:
     """Returns weights of the samples at `index` (B,) that fill the range evenly: low + (high - low) frac(k sqrt(2))."""

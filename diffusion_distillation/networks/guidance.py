@@ -193,7 +193,6 @@ def _check_input(key: str, guidance: Guidance, known: Weights) -> None:
     )
   if not known.low <= guidance.weight <= known.high:
     _log.warning(
-      '%s: this model was trained with weights from %g to %g; outside of them its images are not guided as '
-      'asked',
+      '%s: this model was trained with weights from %g to %g; its images at other weights are not reliable',
       *(asked, known.low, known.high),
     )

@@ -144,9 +144,7 @@ def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
     if stage.pairs is not None and stage.name not in finished:
       pairs = stage.pairs
       grid = times.make_grid(pairs.grid, pairs.num_steps, stage.schedule)
-      return pairs.count * pairs.guidance.calls(
-        pairs.sampler, grid, stage.schedule
-      )  # NONE if it is an input
+      return pairs.count * pairs.guidance.calls(pairs.sampler, grid, stage.schedule)
   return 0
 
 

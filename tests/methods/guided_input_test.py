@@ -1,6 +1,7 @@
 """Students that take the weight of guidance as an input, where the guided denoiser is known in closed form."""
 
 import dataclasses
+import types
 from typing import ClassVar
 
 import jax
@@ -21,6 +22,7 @@ from diffusion_distillation.networks.conditioning import Weights, conditions, wi
 from diffusion_distillation.networks.denoiser import Bound
 from diffusion_distillation.networks.guidance import Guided, GuidedByExample
 from diffusion_distillation.networks.spaces import Pixels
+from diffusion_distillation.stages import extending, provenance
 from diffusion_distillation.training import step as update
 from diffusion_distillation.training.optimizers import Adam, LearningRate
 from diffusion_distillation.training.recipe import Recipe
@@ -270,12 +272,26 @@ def test_the_weighted_error_counts_noise_and_classes_alike():
   method = GuidedDistillation(SCHEDULE, Constant())
   batch = {'x': jnp.zeros((3, 2, 2, 1)), 'cond': LABELS | {'guidance': jnp.array([1.0, 2.0, 3.0])}}
   batch |= method.draw(jax.random.key(0), (3, 2, 2, 1))
-  nets = {name: Bound(net, STUDENT.init()) for name, net in method.networks(STUDENT, TEACHER).items()}
+  params = {'bias': jnp.array([0.1, 0.2, 0.3]), 'gain': jnp.array([0.3, -0.2, 0.1])}
+  nets = {name: Bound(net, params) for name, net in method.networks(STUDENT, TEACHER).items()}
   logsnr = SCHEDULE(batch['t'])
   z = diffuse(batch['x'], batch['eps'], logsnr)
   target = exact(z, logsnr, batch['cond']['label'], batch['cond']['guidance']).x
-  x = STUDENT(STUDENT.init(), z, logsnr, batch['cond']).x
+  x = STUDENT(params, z, logsnr, batch['cond']).x
   np.testing.assert_allclose(
     method.losses(nets, batch), jnp.mean((target - x) ** 2, (1, 2, 3)), rtol=1e-4
   )
   assert isinstance(method.law, times.Uniform)
+
+
+def test_rounds_of_the_base_are_not_taken_for_those_of_the_first_stage(tmp_path):
+  """Before anything is trained: `methods` may change in a workdir, and so may who teaches a round."""
+  before = STAGES | {'methods': ('progressive',)}
+  config, (_, first, _) = tiny.config(**before), tiny.plan(**before)[0]
+  teacher = types.SimpleNamespace(stage=types.SimpleNamespace(name='base'), weights='ema', digest='a')
+  provenance.begin_stage(tmp_path, first, provenance.Parents(teacher, teacher), config)
+  extending.check_configs(tmp_path, tiny.plan(**before)[0], config)
+  with pytest.raises(
+    UserError, match='its teacher was base, but with these methods it is guided; remove'
+  ):
+    extending.check_configs(tmp_path, tiny.plan(**STAGES)[0], tiny.config(**STAGES))
