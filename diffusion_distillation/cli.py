@@ -23,7 +23,13 @@ from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import Preempted, StorageError, UserError
 from diffusion_distillation.evaluation import measure, pictures, sample_flags
-from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
+from diffusion_distillation.evaluation.loading import (
+  LoadedModel,
+  batch_size,
+  chosen_classes,
+  load,
+  with_texts,
+)
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
 from diffusion_distillation.run import replay
@@ -191,7 +197,8 @@ def _export(options: Options) -> None:
 
 
 def _sample(options: Options) -> None:
-  out, directory = pictures.check_out(options.out, options.num_samples), _workdir(options)
+  count = options.num_samples or len(options.prompts) or 64
+  out, directory = pictures.check_out(options.out, count), _workdir(options)
   if options.sampler is not None:
     choose('--sampler', options.sampler, samplers.SAMPLERS)
   if options.gamma is not None and options.sampler != 'ancestral':
@@ -204,16 +211,18 @@ def _sample(options: Options) -> None:
   grid = sample_flags.grid(stored, options.times, options.steps, options.grid)
   chosen = chosen_classes(stored, options.classes)
   guidance = sample_flags.guidance(stored, options.guidance or 0.0, options.guidance_interval, chosen)
-  draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size, guidance)
-  images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen, 'sample')
+  chosen = with_texts(stored, chosen, options.prompts, bool(guidance))
+  size = batch_size(stored, settings.batch_size, count)
+  draw = LoadedModel(stored).drawer(step, clip_x, size, guidance)
+  images = draw.draw(stored.params, grid, count, options.seed, chosen, 'sample')
   if not files.writes():
     return
-  cond = draw.cond(np.arange(options.num_samples), options.seed, chosen)
+  cond = draw.cond(np.arange(count), options.seed, chosen)
   pictures.save(out, images, None if cond is None else cond.get('label'))
   steps, calls, made = len(grid) - 1, guidance.calls(step, grid, stored.schedule), stored.provenance
   updates = 'an unknown number of' if made.get('updates') is None else made['updates']
   print(
-    f'{out.path}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} '
+    f'{out.path}: {count} images of {made.get("stage", directory.name)} in {steps} {sampler} '
     f'step{"s" * (steps > 1)}, {calls} network call{"s" * (calls > 1)} each ({updates} updates)'
   )
 
@@ -310,7 +319,7 @@ This page is the output of `python main.py --mode=keys`.
 
 _GUIDANCE = ('guidance', 'guidance_interval')
 _OF_SAMPLING = (
-  *('weights', 'sampler', 'steps', 'grid', 'times', 'classes'),
+  *('weights', 'sampler', 'steps', 'grid', 'times', 'classes', 'prompts'),
   *(*_GUIDANCE, 'clip_x', 'gamma'),
 )
 _WITHOUT_DEVICES = ('prepare', 'keys')

@@ -76,7 +76,7 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
     )
   schedule, output = read_schedule(scheduler, settings)
   network = _network(unet / 'config.json', config, schedule)
-  shape = (*_size(unet / 'config.json', config), network.out_ch)
+  shape = (*image_size(unet / 'config.json', config), network.out_ch)
   try:
     network.check(shape)
   except ValueError as error:
@@ -94,8 +94,8 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
   )
 
 
-def _size(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, int]:
-  """Returns the height and width of the images."""
+def image_size(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, int]:
+  """Returns the height and width of a network's input."""
   size: Any = config.get('sample_size')
   sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
   if not all(type(side) is int and 0 < side <= 10_000 for side in sides):

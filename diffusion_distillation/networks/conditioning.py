@@ -100,7 +100,7 @@ class Text:
   def in_turn(self, index: np.ndarray, chosen: Sequence[Any] = ()) -> np.ndarray:
     """See `Condition.in_turn`; raises UserError without `chosen`, because there are no texts to choose from."""
     if not len(chosen):
-      raise UserError('this model draws what a text says, and no text was given; see --prompts')
+      raise UserError('this model draws what a text says: give --prompts, or prompts=[...] in Python')
     return np.asarray(chosen, np.float32)[index % len(chosen)]
 
   def withheld(self, values: jax.Array) -> jax.Array:
