@@ -30,7 +30,13 @@ from diffusion_distillation.evaluation import (
   pictures,
   sample_flags,
 )
-from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
+from diffusion_distillation.evaluation.loading import (
+  LoadedModel,
+  batch_size,
+  chosen_classes,
+  load,
+  with_texts,
+)
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
 from diffusion_distillation.run import evaluating, replay
@@ -182,7 +188,8 @@ def _export(options: Options) -> None:
 
 
 def _sample(options: Options) -> None:
-  out, directory = pictures.check_out(options.out, options.num_samples), _workdir(options)
+  count = options.num_samples or len(options.prompts) or 64
+  out, directory = pictures.check_out(options.out, count), _workdir(options)
   if options.sampler is not None:
     choose('--sampler', options.sampler, samplers.SAMPLERS)
   if options.gamma is not None and options.sampler != 'ancestral':
@@ -195,16 +202,18 @@ def _sample(options: Options) -> None:
   grid = sample_flags.grid(stored, options.times, options.steps, options.grid)
   chosen = chosen_classes(stored, options.classes)
   guidance = sample_flags.guidance(stored, options.guidance, options.guidance_interval, chosen)
-  draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size, guidance)
-  images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen, 'sample')
+  chosen = with_texts(stored, chosen, options.prompts, bool(guidance))
+  size = batch_size(stored, settings.batch_size, count)
+  draw = LoadedModel(stored).drawer(step, clip_x, size, guidance)
+  images = draw.draw(stored.params, grid, count, options.seed, chosen, 'sample')
   if not files.writes():
     return
-  cond = draw.cond(np.arange(options.num_samples), options.seed, chosen)
+  cond = draw.cond(np.arange(count), options.seed, chosen)
   pictures.save(out, images, None if cond is None else cond.get('label'))
   steps, calls, made = len(grid) - 1, draw.calls(grid), stored.provenance
   updates = 'an unknown number of' if made.get('updates') is None else made['updates']
   print(
-    f'{out.path}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} '
+    f'{out.path}: {count} images of {made.get("stage", directory.name)} in {steps} {sampler} '
     f'step{"s" * (steps > 1)}, {calls} network call{"s" * (calls > 1)} each ({updates} updates)'
   )
 
@@ -330,7 +339,7 @@ This page is the output of `python main.py --mode=keys`.
 
 _GUIDANCE = ('guidance', 'guidance_interval')
 _OF_SAMPLING = (
-  *('weights', 'sampler', 'steps', 'grid', 'times', 'classes'),
+  *('weights', 'sampler', 'steps', 'grid', 'times', 'classes', 'prompts'),
   *(*_GUIDANCE, 'clip_x', 'gamma'),
 )
 _WITHOUT_DEVICES = ('prepare', 'compare', 'keys')

@@ -42,7 +42,9 @@ _STAGE = flags.DEFINE_string(
 _WEIGHTS = flags.DEFINE_string(
   'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last."
 )
-_NUM_SAMPLES = _integer('num_samples', 64, 'sample: number of images.', 1)
+_NUM_SAMPLES = _integer(
+  'num_samples', None, 'sample: number of images; by default 64, or one for each prompt.', 1
+)
 _SEED = _integer('seed', 0, 'sample: seed of the noise.', 0, 2**31 - 1)
 _SAMPLER = flags.DEFINE_string(
   'sampler',
@@ -62,6 +64,11 @@ _TIMES = flags.DEFINE_list(
 )
 _CLASSES = flags.DEFINE_list(
   'classes', [], 'sample: classes to draw in turn, by number or name, or `none`; by default all.'
+)
+_PROMPTS = flags.DEFINE_multi_string(
+  'prompts',
+  [],
+  'sample: what to draw, for models that are conditioned on text; given several times, the prompts are drawn in turn.',
 )
 _GUIDANCE = flags.DEFINE_float(
   'guidance',
@@ -86,8 +93,8 @@ _FORMAT = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_string(
   'source',
   None,
-  'import: where the model comes from: google (the released code), diffusers (a folder that it saved), edm (NVIDIA), workdir (a stage '
-  'of a run) or model (the folder of a finished stage).',
+  'import: where the model comes from: google (the released code), diffusers (a folder that it saved), '
+  'stable_diffusion (a folder that diffusers saved), edm (NVIDIA), workdir (a stage of a run) or model (the folder of a finished stage).',
 )
 _IMAGES = flags.DEFINE_string(
   'images',
@@ -162,6 +169,7 @@ def run(argv: list[str]) -> None:
     grid=_GRID.value,
     times=_TIMES.value,
     classes=_CLASSES.value,
+    prompts=_PROMPTS.value,
     guidance=_GUIDANCE.value,
     guidance_interval=_GUIDANCE_INTERVAL.value,
     out=_OUT.value or None,

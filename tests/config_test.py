@@ -143,6 +143,10 @@ ELSEWHERE = {
   ('compute.attention', 'cudnn'): 'needs',
   ('evaluation.grid', 'leading'): 'discrete time',
   ('pairs.grid', 'leading'): 'discrete time',
+  ('evaluation.grid', 'leading_to_first'): 'discrete time',
+  ('pairs.grid', 'leading_to_first'): 'discrete time',
+  ('model.space', 'latents'): 'only for imported models',
+  ('student.space', 'latents'): 'must use the space of its teacher',
 }
 
 

@@ -93,7 +93,7 @@ class Drawer:
     In total, `num_samples` images are not padding. Batches are dispatched without waiting for their results. `grid`
     (N + 1,) contains the times.
     """
-    grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
+    grid = _padded(grid)
     size, params = sharding.round_up(self.batch_size), sharding.replicate(params)
     for start in range(0, num_samples, size):
       interrupts.check()
@@ -101,7 +101,7 @@ class Drawer:
       count = min(size, num_samples - start)
       index, cond = sharding.spread((index, self.cond(index, seed, chosen)))
       with contextlib.nullcontext() if start else announcing.compiling('the sampler'):
-        images = _draw(self.program, params, grid, np.int32(seed), index, cond)
+        images = _images(self.program, params, grid, np.int32(seed), index, cond)
       yield images, count
 
   def draw(
@@ -131,7 +131,7 @@ class Drawer:
     self, params: Params, grid: np.ndarray, seed: int, index: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, Cond]:
     """Returns the noise, the sampler's final x (both (n, ...)) and the conditioning of the images at `index` (n,)."""
-    grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
+    grid = _padded(grid)
     padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
     given = sharding.spread((padded, self.cond(padded, seed)))
     arrays = (sharding.replicate(params), grid, np.int32(seed), *given)
@@ -177,6 +177,11 @@ class Drawer:
     return seconds
 
 
+def _padded(grid: np.ndarray) -> np.ndarray:
+  """Returns a grid of times that is padded to the length of all grids; see `samplers.sample`."""
+  return np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0), mode='edge')
+
+
 def _sample(
   drawer: Drawer,
   params: Params,
@@ -218,6 +223,13 @@ def from_noise(
 
 
 _run = compilation.jit(_sample, static_argnums=0)
+
+
+def _images(drawer: Drawer, *args: Any) -> jax.Array:
+  """Returns only the images, uint8, in one program or, if the space decodes with a network, in two."""
+  if drawer.space.own_programs:
+    return drawer.space.decode(_run(drawer, *args)[1])
+  return _draw(drawer, *args)
 
 
 @functools.partial(compilation.jit, static_argnums=0)

@@ -89,7 +89,7 @@ class Style:
 
 
 class Resnet(nn.Module):
-  """Residual block with optional resampling; its output is divided by `divisor`."""
+  """Residual block with optional resampling; its output is divided by `divisor`. Without `emb`, it is not told the time."""
 
   out_ch: int
   style: Style
@@ -97,18 +97,21 @@ class Resnet(nn.Module):
   divisor: float = 1.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, emb: jax.Array | None, deterministic: bool) -> jax.Array:
     style, dtype = self.style, self.style.dtype
     resample = {'down': downsample, 'up': upsample, None: lambda h: h}[self.way]
     h = resample(style.act(style.norm('norm1')(x)))
     h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv1')(h)
-    width = 2 * self.out_ch if style.scale_shift else self.out_ch
-    told = nn.Dense(width, dtype=dtype, name='time_emb_proj')(style.act(emb))
-    if style.scale_shift:
-      scale, shift = jnp.split(told, 2, axis=-1)
-      h = style.norm('norm2')(h, scale, shift)
+    if emb is None:
+      h = style.norm('norm2')(h)
     else:
-      h = style.norm('norm2')(h + told[:, None, None, :])
+      width = 2 * self.out_ch if style.scale_shift else self.out_ch
+      told = nn.Dense(width, dtype=dtype, name='time_emb_proj')(style.act(emb))
+      if style.scale_shift:
+        scale, shift = jnp.split(told, 2, axis=-1)
+        h = style.norm('norm2')(h, scale, shift)
+      else:
+        h = style.norm('norm2')(h + told[:, None, None, :])
     h = Dropout(style.dropout)(style.act(h), deterministic)
     h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv2')(h)
     x = resample(x)

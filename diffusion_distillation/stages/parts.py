@@ -59,7 +59,12 @@ def make_sampler(name: str, gamma: float = 0.0) -> samplers.Sampler:
 
 def make_space(section: Mapping[str, Any]) -> Space:
   """Returns the space that a network works on."""
-  space: Space = choose('model.space', section['space'], SPACES)()
+  cls = choose('model.space', section['space'], SPACES)
+  if any(field.default is dataclasses.MISSING for field in dataclasses.fields(cls)):
+    raise UserError(
+      f'model.space={section["space"]} is only for imported models (--mode=import), whose files give its autoencoder'
+    )
+  space: Space = cls()
   return space
 
 

@@ -21,6 +21,7 @@ from diffusion_distillation.stages import parts
 from diffusion_distillation.stages.model import name_in, network_arguments
 from diffusion_distillation.stages.parts import Data
 from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.stages.texts import TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Origin:
     times: spacing of its steps, a name in `times.GRIDS`; None: as in the evaluation.
     clip_x: whether x is clipped while sampling; None: as in the evaluation.
     cond_dropout: probability with which conditions were dropped in its training.
+    text: its text encoder, if it is conditioned on text.
   """
 
   denoise: Denoiser
@@ -48,6 +50,7 @@ class Origin:
   times: str | None
   clip_x: bool | None
   cond_dropout: float
+  text: TextEncoder | None = None
 
 
 # The largest factor by which a student may amplify errors in eps at t = 1, where its x is (z - sigma eps) / alpha. With a
@@ -110,6 +113,10 @@ def plan(
     choose('methods', name, _students())
   choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
   base = _base(config, data, origin)
+  if base.space.own_programs and config.methods:
+    raise UserError(
+      f'methods={tuple(config.methods)}: models of latents can be imported and sampled, but not distilled yet; set methods=()'
+    )
   for weight in config.evaluation.guidance:
     parts.guidance_of('evaluation', weight, base, config.evaluation.guidance_interval)
   student, teacher = _student_network(config, base, data), base
@@ -201,6 +208,7 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
     sampler=origin.sampler,
     times=origin.times,
     clip_x=origin.clip_x,
+    text=origin.text,
     measured_steps=(origin.num_steps,),
     teacher_dtype=config.compute.teacher_dtype,
   )

@@ -137,6 +137,7 @@ def to_stored(
     times=stage.times or ('uniform' if stage.parent else config.evaluation.grid),
     clip_x=config.evaluation.clip_x if stage.clip_x is None else stage.clip_x,
     cond_dropout=stage.recipe.cond_dropout,
+    text=stage.text,
     class_names=tuple(class_names(workdir)),
     label_counts=label_counts(workdir),
     provenance={

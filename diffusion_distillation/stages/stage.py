@@ -14,6 +14,7 @@ from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.guidance import adds_input
 from diffusion_distillation.networks.spaces import Space
+from diffusion_distillation.stages.texts import TextEncoder
 from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.state import Params, TrainState
 
@@ -65,6 +66,7 @@ class Stage:
     sampler: name of the sampler that its model is trained for.
     times: spacing of an imported model's steps, a name in `times.GRIDS`; None: as in the evaluation.
     clip_x: whether an imported model's x is clipped while sampling; None: as in the evaluation.
+    text: its model's text encoder, if it is conditioned on text.
     measured_steps: step counts at which its model is evaluated.
     teacher_dtype: dtype in which the frozen teacher is stored, 'float32' or 'bfloat16'.
     attempts: the updates that training went back to because later ones were not finite; from each of them on, batches
@@ -88,6 +90,7 @@ class Stage:
   sampler: str = 'ddim'
   times: str | None = None
   clip_x: bool | None = None
+  text: TextEncoder | None = None
   measured_steps: tuple[int, ...] = ()
   teacher_dtype: str = 'float32'
   attempts: tuple[int, ...] = ()

@@ -148,6 +148,7 @@ def origin_of(stored: model.StoredModel) -> Origin:
     times=stored.times,
     clip_x=stored.clip_x,
     cond_dropout=stored.cond_dropout,
+    text=stored.text,
   )
 
 
