@@ -76,6 +76,7 @@ def test_nothing_is_wider_than_the_window_or_fetched(pages, shown, name, scheme)
     shown.resize(width, 900)
     shown.call('Page.navigate', url=address)
     shown.wait(f'location.href == "{address}" && document.readyState == "complete"')
+    shown.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert shown.evaluate('document.documentElement.scrollWidth') <= width
     assert shown.evaluate(WIDER) == ''
     # What is wider than its box can be scrolled there, and every picture is drawn.
