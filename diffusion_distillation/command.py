@@ -37,7 +37,7 @@ _STAGE = flags.DEFINE_string(
   'stage', None, 'sample, export: the stage; by default the last one with a checkpoint.'
 )
 _WEIGHTS = flags.DEFINE_string(
-  'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last."
+  'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last, best."
 )
 _NUM_SAMPLES = _integer('num_samples', 64, 'sample: number of images.', 1)
 _SEED = _integer('seed', 0, 'sample: seed of the noise.', 0, 2**31 - 1)
