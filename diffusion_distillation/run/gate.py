@@ -172,11 +172,18 @@ class Gate:
     config: the config of the run, with `gate.factor` above 0.
     workdir: the directory of the run.
     images: the training images.
+    real: the feature extractor and the features of the training images; None: those of the run.
   """
 
-  def __init__(self, config: Config, workdir: pathlib.Path, images: Loader) -> None:
+  def __init__(
+    self,
+    config: Config,
+    workdir: pathlib.Path,
+    images: Loader,
+    real: tuple[FeatureExtractor, Features] | None = None,
+  ) -> None:
     self._config, self._workdir, self._images = config, workdir, images
-    self._real: tuple[FeatureExtractor, Features] | None = None
+    self._real = real
     self._floor: Floor | None = None
     self._drawn: dict[tuple, np.ndarray] = {}  # features by model, so that each is drawn only once
 
