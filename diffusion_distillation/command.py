@@ -40,7 +40,7 @@ _STAGE = flags.DEFINE_string(
   'stage', None, 'sample, export: the stage; by default the last one with a checkpoint.'
 )
 _WEIGHTS = flags.DEFINE_string(
-  'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last."
+  'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last, best."
 )
 _NUM_SAMPLES = _integer(
   'num_samples', None, 'sample: number of images; by default 64, or one for each prompt.', 1

@@ -36,7 +36,7 @@ from diffusion_distillation.evaluation.loading import (
 )
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
-from diffusion_distillation.run import evaluating, replay
+from diffusion_distillation.run import evaluating, replay, tracking
 from diffusion_distillation.run import run as run_module
 from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, provenance, workdir
@@ -162,7 +162,10 @@ def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config)
   planned = {stage.name: stage for stage in workdir.stored_plan(directory, config)}
   if options.stage is not None and options.stage not in planned:
     raise UserError(f'--stage={options.stage} is not one of {", ".join(planned)}')
-  for name in [options.stage] if options.stage else reversed(planned):
+  names = [options.stage] if options.stage else [*reversed(planned)]
+  if options.weights == tracking.BEST:
+    return tracking.read_best(directory, names)
+  for name in names:
     model = provenance.load_model(directory, planned[name], config, (options.weights,))
     if model is not None:
       return provenance.to_stored(directory, model.use(options.weights), config)

@@ -22,7 +22,7 @@ import logging
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,20 +33,17 @@ from diffusion_distillation.config import (
   key,
 )
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
+from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.errors import QualityError, UserError
-from diffusion_distillation.evaluation import measure
-from diffusion_distillation.evaluation.features import FeatureExtractor, load_or_train
+from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
 from diffusion_distillation.evaluation.metrics import Features
-from diffusion_distillation.evaluation.reference import load_or_compute
+from diffusion_distillation.run import samples
 from diffusion_distillation.stages import extending
-from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.system import cluster, sharding
+from diffusion_distillation.system import cluster
 from diffusion_distillation.system.files import read_json, write_json
-from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -175,11 +172,18 @@ class Gate:
     config: the config of the run, with `gate.factor` above 0.
     workdir: the directory of the run.
     images: the training images.
+    real: the feature extractor and the features of the training images; None: those of the run.
   """
 
-  def __init__(self, config: Config, workdir: pathlib.Path, images: Loader) -> None:
+  def __init__(
+    self,
+    config: Config,
+    workdir: pathlib.Path,
+    images: Loader,
+    real: tuple[FeatureExtractor, Features] | None = None,
+  ) -> None:
     self._config, self._workdir, self._images = config, workdir, images
-    self._real: tuple[FeatureExtractor, Features] | None = None
+    self._real = real
     self._floor: Floor | None = None
     self._drawn: dict[tuple, np.ndarray] = {}  # features by model, so that each is drawn only once
 
@@ -250,39 +254,18 @@ class Gate:
   def _prepared(self) -> tuple[FeatureExtractor, Features]:
     """Returns the extractor and the features of the training images."""
     if self._real is None:
-      seed, directory = self._config.evaluation.seed, self._workdir / 'features'
-      held_out = workdirs.open_images(self._config, 'eval')
-      extractor = load_or_train(self._workdir / 'extractor.safetensors', self._images, held_out)
-      size = self._config.evaluation.num_samples  # as in the evaluation, which reads the same files
-      real = load_or_compute(directory, extractor, self._images, held_out, size, seed)
-      held_out.close()
-      self._real = extractor, real.reference
+      self._real = samples.prepare(self._config, self._workdir, self._images)
     return self._real
 
   def _features(
-    self, extractor: FeatureExtractor, model: Model, guidance: Guidance | None = None
+    self, extractor: FeatureExtractor, model: Model, guidance: Guidance = NONE
   ) -> np.ndarray:
     """Draws samples of a model in its own number of steps and returns their features, (n, D)."""
-    stage, config = model.stage, self._config
-    by = make_guidance(0.0) if guidance is None else guidance
-    known = (stage.name, model.digest, by)
+    stage, known = model.stage, (model.stage.name, model.digest, guidance)
     if known not in self._drawn:
-      counts = measure.label_counts(config, self._workdir)
-      draw = measure.drawer(config, stage, stage.sampler, counts, by)
-      grid, size = measure.grid(config, stage, stage.num_steps), config.gate.samples
-      batches = draw.batches(model.params, grid, size, config.evaluation.seed)
-      self._drawn[known] = features_of(extractor, batches, size, f'samples of {stage.name}')
+      args = (self._config, self._workdir, extractor, stage, model.params, self._config.gate.samples)
+      self._drawn[known] = samples.features_of(*args, guidance, f'samples of {stage.name}')
     return self._drawn[known]
-
-
-def features_of(extractor: FeatureExtractor, batches: Any, size: int, name: str) -> np.ndarray:
-  """Returns the features (n, D) of batches of images as `Drawer.batches` yields them, with a progress line."""
-  found: list[np.ndarray] = []
-  with Progress(name, size) as progress:
-    for images, count in batches:
-      found.append(sharding.to_host(extractor.of(images).features)[:count])
-      progress.advance(count)
-  return np.concatenate(found)
 
 
 def guidance_of(stage: Stage) -> Guidance:

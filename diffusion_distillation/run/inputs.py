@@ -15,6 +15,7 @@ from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import with_new_params
 from diffusion_distillation.run.monitor import Monitor
 from diffusion_distillation.run.pairs import StoredPairs, ensure
+from diffusion_distillation.run.tracking import Tracker
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.provenance import Model
@@ -35,6 +36,7 @@ class Inputs:
     pairs: stored pairs of the teacher, or None if the stage needs none.
     distance: weights of the method's distance, or None if it has none.
     monitor: checks the student's samples during training, or None.
+    tracker: measures the stage's samples during training, or None.
     label_counts: number of images of each class; a stage without images draws its labels in these proportions, or takes
       all classes in turn if this is ().
   """
@@ -45,6 +47,7 @@ class Inputs:
   pairs: StoredPairs | None = None
   distance: Params = None
   monitor: Monitor | None = None
+  tracker: Tracker | None = None
   label_counts: tuple[int, ...] = ()
 
   def parents(self, stage: Stage) -> provenance.Parents:
@@ -56,6 +59,10 @@ class Inputs:
       None if self.pairs is None else self.pairs.digest,
       None if self.distance is None else digest(self.distance),
     )
+
+  def watchers(self, done: int) -> list[Monitor | Tracker]:
+    """Returns those of monitor and tracker that look at the samples after update `done`."""
+    return [found for found in (self.monitor, self.tracker) if found is not None and found.due(done)]
 
   def held(self) -> 'Inputs':
     """Returns the inputs with the weights of their models in memory."""

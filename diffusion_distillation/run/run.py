@@ -10,7 +10,7 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import inception, measure, reference
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.run import forecast, gate, monitor
+from diffusion_distillation.run import forecast, gate, monitor, tracking
 from diffusion_distillation.run.inputs import Inputs, gather, load_distance, needed
 from diffusion_distillation.run.loop import fit
 from diffusion_distillation.stages import extending, provenance
@@ -31,7 +31,7 @@ def check_batches(config: Config) -> None:
   for section in ('train', *(names.get(name, name) for name in config.methods)):
     sharding.check_batch(section, config[section].batch_size, config[section].micro_batches)
   count = config.compute.updates_per_dispatch
-  for key in ('log.every', 'log.health_every', 'checkpoint.every'):
+  for key in ('log.every', 'log.health_every', 'log.frechet_every', 'checkpoint.every'):
     section, name = key.split('.')
     if config[section][name] % count:
       raise UserError(
@@ -145,6 +145,9 @@ def _train(
         if monitor.watches(config, stage) and inputs.teacher is not None and images is not None:
           found = monitor.begin(config, stage, workdir, images)
           inputs = dataclasses.replace(inputs, monitor=found)
+        if config.log.frechet_every and images is not None:
+          tracker = tracking.begin(config, stage, workdir, images, inputs.parents(stage))
+          inputs = dataclasses.replace(inputs, tracker=tracker)
       return fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
 
     models[stage.name] = gate.until_it_passes(judge, train, stage, inputs.teacher)

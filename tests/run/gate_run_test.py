@@ -17,7 +17,7 @@ from diffusion_distillation.errors import Preempted, QualityError
 from diffusion_distillation.evaluation import features as extractors
 from diffusion_distillation.evaluation.metrics import Features
 from diffusion_distillation.networks.spaces import Pixels
-from diffusion_distillation.run import gate, run
+from diffusion_distillation.run import gate, run, samples
 from diffusion_distillation.run.gate import Gate
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.system import interrupts
@@ -75,12 +75,17 @@ UNTRAINED, GOOD = (model(stage('student', 1), f'{exact}', exact) for exact in (F
 SPOILED = model(stage('student', 1), 'spoiled', exact=True, shift=0.2)
 
 
+def of_data():
+  """Features of images whose pixels have the law `DATA`."""
+  pixels = np.random.default_rng(7).normal(DATA.mean, DATA.std, (4000, 8, 8, 1)).astype(np.float32)
+  found = np.asarray(Pooled().of(np.asarray(Pixels().decode(jnp.asarray(pixels)))))
+  return Features(gate.moments_of(found), found, len(found))
+
+
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
   """A gate of the factor 2 whose training images have pixels of the law `DATA`."""
-  pixels = np.random.default_rng(7).normal(DATA.mean, DATA.std, (4000, 8, 8, 1)).astype(np.float32)
-  found = np.asarray(Pooled().of(np.asarray(Pixels().decode(jnp.asarray(pixels)))))
-  real = Features(gate.moments_of(found), found, len(found))
+  real = of_data()
   monkeypatch.setattr(Gate, '_prepared', lambda self: (Pooled(), real))
   (tmp_path / 'student').mkdir()
   config = tiny.config(gate__factor=2.0, gate__samples=500, evaluation__batch_size=256)
@@ -136,7 +141,7 @@ def runs(monkeypatch, step):
   def extractor(path, train, held_out):
     return Pooled()
 
-  for module in (gate, extractors):
+  for module in (samples, extractors):
     monkeypatch.setattr(module, 'load_or_train', extractor)
 
   def start(workdir, stop=None, crash=False, **changes):
