@@ -12,7 +12,7 @@ from diffusion_distillation.datasets.settings import DatasetSection
 from diffusion_distillation.diffusion.schedules import ScheduleSection
 from diffusion_distillation.diffusion.times import TimeSection
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS
-from diffusion_distillation.evaluation.measure import EvaluationSection
+from diffusion_distillation.evaluation.section import EvaluationSection
 from diffusion_distillation.methods import METHODS, Student
 from diffusion_distillation.methods.denoising import TrainSection
 from diffusion_distillation.methods.progressive import DistillSection

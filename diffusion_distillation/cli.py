@@ -1,12 +1,12 @@
 """The command line behind `command.py`: one function per mode. Errors become one line and an exit code."""
 
 import contextlib
-import errno
 import json
 import os
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -21,19 +21,24 @@ from diffusion_distillation.config import (
 )
 from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers
-from diffusion_distillation.errors import Preempted, StorageError, UserError
-from diffusion_distillation.evaluation import comparing, measure, pictures, sample_flags
+from diffusion_distillation.errors import Preempted, UserError, of_disk
+from diffusion_distillation.evaluation import (
+  comparing,
+  elsewhere,
+  feature_files,
+  given_images,
+  pictures,
+  sample_flags,
+)
 from diffusion_distillation.evaluation.loading import LoadedModel, chosen_classes, load
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
-from diffusion_distillation.run import replay
+from diffusion_distillation.run import evaluating, replay
 from diffusion_distillation.run import run as run_module
 from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
-from diffusion_distillation.stages.provenance import Model
-from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import (
   cluster,
   compilation,
@@ -82,28 +87,9 @@ def _run(options: Options) -> int:
   except BrokenPipeError:
     raise
   except OSError as error:
-    workdir = None if options.workdir is None else pathlib.Path(options.workdir)
-    if (gone := _vanished(error, workdir)) is not None:
-      message = f'{gone} has vanished; restore it, and run the same command again'
-      return _fail(message, StorageError.exit_code)
-    if error.errno not in _OF_THE_DISK:
-      return _fail(str(error), UserError.exit_code)
-    where = error.filename or options.workdir or 'the output'
-    advice = 'free up space or repair the disk, and run the same command again'
-    return _fail(f'{where}: {error.strerror}; {advice}', StorageError.exit_code)
+    translated = of_disk(error, options.workdir)
+    return _fail(str(translated), translated.exit_code)
   return 0
-
-
-# Errors of a disk that is full, read-only, broken, gone, or over its quota.
-_OF_THE_DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EDQUOT)
-
-
-def _vanished(error: OSError, workdir: pathlib.Path | None) -> pathlib.Path | None:
-  """Returns the directory in the workdir that no longer exists, if that caused the error; else None."""
-  if error.errno != errno.ENOENT or error.filename is None or workdir is None:
-    return None
-  directory = pathlib.Path(error.filename).parent
-  return directory if workdir in directory.parents and not directory.exists() else None
 
 
 def _fail(message: str, code: int) -> int:
@@ -253,31 +239,52 @@ def _replay(options: Options) -> None:
   print(f'{replay.told(found)}; details are in {directory / options.stage / "nonfinite.json"}')
 
 
-def _released(directory: pathlib.Path, stage: Stage, config: Config) -> Model | None:
-  """Returns a stage's verified model, whose weights are loaded again when needed; None without a complete checkpoint."""
-  model = provenance.load_model(directory, stage, config, stage.weights[:-1])
-  return None if model is None else provenance.release(directory, model, ())
-
-
 def _evaluate(options: Options) -> None:
+  out = elsewhere.check_out(options.out)
+  if options.images is not None:
+    given = given_images.open_images(options.images)
+    own = options.workdir is None and options.config is not None
+    config = _checked_config(options) if own else _config_of_run(options, _workdir(options))
+    directory = None if options.workdir is None else pathlib.Path(options.workdir)
+    return _show_measured(*elsewhere.measure_images(config, given, directory, out))
   directory = _workdir(options)
-  stored = _stored_config(options, directory)
-  config = stored
-  if options.config is not None:
-    config = _config(options)
-    check_numbers(config)
-    comparison.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
-  planned, images = workdir.plan_for(directory, config)
-  if images is None:
-    raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')
-  with workdir.lock_workdir(directory):
-    found = [_released(directory, stage, config) for stage in planned]
-    models = [model for model in found if model is not None]
-    if found[0] is None:
-      raise UserError(f'--workdir={directory}: no complete checkpoint of {planned[0].name} yet')
-    measure.evaluate(config, models, images, directory, again=True)
+  if options.config is not None and (directory / 'model.json').is_file():
+    return _show_measured(
+      *elsewhere.measure_model(_checked_config(options), load(directory), directory, out)
+    )
+  if out is not None:
+    raise UserError(
+      f'--out={out} only applies to --images and to the folder of a model; a run writes results.json'
+    )
+  path = evaluating.evaluate(_config_of_run(options, directory), directory)
   if files.writes():
-    print(directory / 'results.json')
+    print(path)
+
+
+def _checked_config(options: Options) -> Config:
+  config = _config(options)
+  check_numbers(config)
+  return config
+
+
+def _config_of_run(options: Options, directory: pathlib.Path) -> Config:
+  """Returns the config to evaluate a run with: its own, or the given one if only such keys differ as may change."""
+  stored = _stored_config(options, directory)
+  if options.config is None:
+    return stored
+  config = _checked_config(options)
+  comparison.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
+  return config
+
+
+def _show_measured(results: dict[str, Any], path: pathlib.Path) -> None:
+  if files.writes():
+    print(f'{elsewhere.table(results)}\n{path}')
+
+
+def _features(options: Options) -> None:
+  compilation.use()
+  print(feature_files.write(options.images, options.inception, options.out))
 
 
 def _compare(options: Options) -> None:
@@ -331,6 +338,7 @@ MODES: dict[str, Callable[[Options], None]] = {
   'sample': _sample,
   'export': _export,
   'evaluate': _evaluate,
+  'features': _features,
   'replay': _replay,
   'compare': _compare,
   'serve': _serve,

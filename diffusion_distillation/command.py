@@ -30,7 +30,7 @@ def _integer(
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Directory of the run; all modes except prepare, compare and keys need it.'
+  'workdir', None, 'Directory of the run; all modes except prepare, features, compare and keys need it.'
 )
 _WORKDIRS = flags.DEFINE_list(
   'workdirs', [], 'compare: the directories of two or more finished runs, A,B.'
@@ -78,7 +78,7 @@ _OUT = flags.DEFINE_string(
   'out',
   None,
   'sample: a .png (a grid), a .npz (the arrays), or a folder, FOLDER/ (a .png for each image). export: a new folder. '
-  'compare: the folder of the page.',
+  'evaluate, with --images or the folder of a model: a .json. features: a .npz. compare: the folder of the page.',
 )
 _FORMAT = flags.DEFINE_string(
   'format', 'jax', 'export: the format, jax (a program that needs only JAX), diffusers or onnx.'
@@ -88,6 +88,15 @@ _SOURCE = flags.DEFINE_string(
   None,
   'import: where the model comes from: google (the released code), diffusers (a folder that it saved), edm (NVIDIA), workdir (a stage '
   'of a run) or model (the folder of a finished stage).',
+)
+_IMAGES = flags.DEFINE_string(
+  'images',
+  None,
+  "evaluate: images from elsewhere to measure instead of a run's stages; features: the images. A folder or .zip of image files, or "
+  'an .npz with uint8 images (N, H, W, C).',
+)
+_INCEPTION = flags.DEFINE_string(
+  'inception', None, 'features: the weights of the Inception of the FID, .pth or .safetensors.'
 )
 _STEP = _integer('step', None, 'replay: the update to look at.', 0)
 _PORT = _integer('port', 7860, 'serve: the port on 127.0.0.1; 0 for any free one.', 0, 65535)
@@ -161,6 +170,8 @@ def run(argv: list[str]) -> None:
     checkpoint=_CHECKPOINT.value or None,
     step=_STEP.value,
     port=_PORT.value,
+    images=_IMAGES.value or None,
+    inception=_INCEPTION.value or None,
     coordinator=_COORDINATOR.value,
     num_processes=_NUM_PROCESSES.value,
     process_id=_PROCESS_ID.value,

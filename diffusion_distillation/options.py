@@ -40,6 +40,8 @@ class Options:
   peer_timeout: int = 100
   step: int | None = None
   port: int = 7860
+  images: str | os.PathLike[str] | None = None
+  inception: str | os.PathLike[str] | None = None
   rest: Sequence[str] = ()
 
   def on_disk(self) -> 'Options':

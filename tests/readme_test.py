@@ -260,7 +260,7 @@ def test_the_examples_of_a_method_a_network_and_a_dataset_make_stages_that_can_b
 
 def test_the_example_of_a_metric_is_the_largest_difference(examples):
   samples, reference = (types.SimpleNamespace(some=np.array(a)) for a in ([[1.0, 2.0]], [[1.5, 0.0]]))
-  assert METRICS['mean_gap'](samples, reference) == 2.0
+  assert METRICS['mean_gap'](samples, reference).value == 2.0
 
 
 def test_the_example_of_a_reader_averages(examples, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -93,26 +94,7 @@ class Decoder:
 
   def __call__(self, data: bytes) -> np.ndarray:
     """Decodes an image; raises BrokenImage if it is not a complete image, or too large, or its short side is below `size`."""
-    if not data:
-      raise BrokenImage('is empty')
-    try:
-      with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        # Checked before decoding, because a small file may have very many pixels.
-        if image.width * image.height > MOST_PIXELS:
-          raise BrokenImage(
-            f'is {image.width}x{image.height}, larger than {MOST_PIXELS // 10**6} megapixels'
-          )
-        if min(image.size) < self.size:
-          raise BrokenImage(
-            f'is {image.width}x{image.height}, smaller than dataset.image_size={self.size}'
-          )
-        return self.fit(as_seen(image, self.channels))
-    except BrokenImage:
-      raise
-    except UnidentifiedImageError as error:
-      raise BrokenImage(f'is none of {", ".join(FORMATS)}') from error
-    except Exception as error:  # with a damaged file, Pillow may raise anything
-      raise BrokenImage(f'cannot be decoded: {error}') from error
+    return _decode(data, self.channels, self.fit, self.size)
 
   def fit(self, image: Image.Image) -> np.ndarray:
     """Crops an image to its central square, and resizes it."""
@@ -122,11 +104,54 @@ class Decoder:
     image = image.crop((left, top, left + side, top + side))
     if side != self.size and self.resize in FILTERS:
       image = image.resize((self.size, self.size), FILTERS[self.resize])
-    pixels = np.asarray(image).reshape(*image.size[::-1], self.channels)
+    pixels = _pixels(image, self.channels)
     if side != self.size and self.resize == 'area':
       halves_up = 0.5 + 1e-6  # rounds the same on all machines, regardless of the last bit
       pixels = np.floor(area(pixels, self.size) + halves_up).astype(np.uint8)
     return pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeDecoder:
+  """Decodes the bytes of a file to (H, W, channels) uint8, without cropping or resizing.
+
+  Attributes:
+    channels: 1 (grey) or 3.
+  """
+
+  channels: int
+
+  def __call__(self, data: bytes) -> np.ndarray:
+    """Decodes an image; raises BrokenImage if it is not a complete image, or too large."""
+    return _decode(data, self.channels, lambda image: _pixels(image, self.channels))
+
+
+def _pixels(image: Image.Image, channels: int) -> np.ndarray:
+  return np.asarray(image).reshape(*image.size[::-1], channels)
+
+
+def _decode(
+  data: bytes, channels: int, convert: Callable[[Image.Image], np.ndarray], smallest: int = 1
+) -> np.ndarray:
+  """Returns `convert` of the decoded image; raises BrokenImage for all errors, or if the short side is below `smallest`."""
+  if not data:
+    raise BrokenImage('is empty')
+  try:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+      # Checked before decoding, because a small file may have very many pixels.
+      if image.width * image.height > MOST_PIXELS:
+        raise BrokenImage(
+          f'is {image.width}x{image.height}, larger than {MOST_PIXELS // 10**6} megapixels'
+        )
+      if min(image.size) < smallest:
+        raise BrokenImage(f'is {image.width}x{image.height}, smaller than dataset.image_size={smallest}')
+      return convert(as_seen(image, channels))
+  except BrokenImage:
+    raise
+  except UnidentifiedImageError as error:
+    raise BrokenImage(f'is none of {", ".join(FORMATS)}') from error
+  except Exception as error:  # with a damaged file, Pillow may raise anything
+    raise BrokenImage(f'cannot be decoded: {error}') from error
 
 
 def as_seen(image: Image.Image, channels: int) -> Image.Image:

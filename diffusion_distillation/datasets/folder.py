@@ -98,7 +98,7 @@ class Folder(ImageSet):
 
   files: list[tuple[str, int]]
   system: fsspec.AbstractFileSystem
-  decoder: decoding.Decoder
+  decoder: decoding.Decoder | decoding.NativeDecoder
   left_out: LeftOut
 
   def __len__(self) -> int:

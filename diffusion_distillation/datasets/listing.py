@@ -76,7 +76,7 @@ class Listing:
   left_out: LeftOut
 
 
-def list_images(path: str, max_bytes: int) -> Listing:
+def list_images(path: str, max_bytes: int, key: str = 'dataset.path') -> Listing:
   """Lists the images at an absolute path or URL.
 
   An image is a file with one of `decoding.SUFFIXES`, in upper or lower case, or a file whose first bytes are those of an
@@ -85,6 +85,7 @@ def list_images(path: str, max_bytes: int) -> Listing:
   Args:
     path: a directory, a zip, or a URL of either.
     max_bytes: maximum size of a file; larger files are left out.
+    key: the config key or flag that the path comes from, for messages.
 
   Raises:
     UserError: the path cannot be listed, or is an unsupported archive, or a zip with paths outside of it.
@@ -95,7 +96,7 @@ def list_images(path: str, max_bytes: int) -> Listing:
       system, entries = fsspec.filesystem('file'), _walk(path, left_out)
     elif is_zip(path):
       system = fsspec.filesystem('zip', fo=path)
-      entries = _members(path, system.zip.infolist(), left_out)
+      entries = _members(f'{key}={path}', system.zip.infolist(), left_out)
     else:
       system, root = fsspec.core.url_to_fs(path)
       entries = _remote(system, root)
@@ -105,7 +106,7 @@ def list_images(path: str, max_bytes: int) -> Listing:
   except (
     Exception
   ) as error:  # from any file system: no such bucket, not a zip, not allowed, not installed
-    raise UserError(f'dataset.path={path} cannot be listed: {error}') from error
+    raise UserError(f'{key}={path} cannot be listed: {error}') from error
   return Listing(system, found, left_out)
 
 
@@ -129,18 +130,18 @@ def is_damage(error: Exception) -> bool:
   )
 
 
-def check_kind(path: str) -> None:
-  """Raises UserError, naming the config key, for a file or archive that is not a zip."""
+def check_kind(path: str, key: str = 'dataset.path') -> None:
+  """Raises UserError, naming the config key or flag, for a file or archive that is not a zip."""
   if is_zip(path) or os.path.isdir(path):
     return
   if path.lower().endswith(_ARCHIVES) or (os.path.isfile(path) and tarfile.is_tarfile(path)):
     raise UserError(
-      f'dataset.path={path} is an archive of an unsupported kind; unpack it and name the directory, or repack it as '
+      f'{key}={path} is an archive of an unsupported kind; unpack it and name the directory, or repack it as '
       '.zip'
     )
   if os.path.isfile(path):
     raise UserError(
-      f'dataset.path={path} is a single file that is not a .zip; name the directory that holds the images'
+      f'{key}={path} is a single file that is not a .zip; name the directory that holds the images'
     )
 
 
@@ -190,7 +191,7 @@ def _remote(system: fsspec.AbstractFileSystem, root: str) -> Iterator[Entry]:
     yield path[len(root) :].lstrip('/'), path, int(info['size'])
 
 
-def _members(path: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -> Iterator[Entry]:
+def _members(source: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -> Iterator[Entry]:
   """Yields the files of a zip, with normalized names; raises UserError if a file is unsafe to read or not readable."""
   seen: dict[str, str] = {}
   for info in infos:
@@ -206,7 +207,7 @@ def _members(path: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -> 
     elif info.compress_type not in _UNPACKED:
       problem = f'uses an unsupported compression ({name}); unpack it and name the directory'
     if problem or name is None:
-      raise UserError(f'dataset.path={path} {shown(problem)}')
+      raise UserError(f'{source} {shown(problem)}')
     seen[name] = info.filename
     if stat.S_ISLNK(info.external_attr >> 16):
       left_out.add('links in a zip', name)

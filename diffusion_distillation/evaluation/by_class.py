@@ -16,8 +16,9 @@ import safetensors
 import safetensors.numpy
 
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation.features import FeatureExtractor
+from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
+from diffusion_distillation.evaluation.reference import dimension
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond, Conditioning
 from diffusion_distillation.system import cluster, files, interrupts, sharding
@@ -53,19 +54,20 @@ def suffices(count: float, dimension: int) -> bool:
   return count >= 2 * dimension
 
 
-def predictor(extractor: FeatureExtractor) -> Predict | None:
+def predictor(extractor: Extractor) -> Predict | None:
   """Returns the map from features (n, D) to the classes (n,) that the classifier sees; None if it tells no classes apart.
 
   The features are the inputs of the classifier's last layer, so the images are not needed.
   """
-  if extractor.task != 'classes':
+  if getattr(extractor, 'task', None) != 'classes':  # another network, or a classifier of quarter turns
     return None
-  kernel, bias = (np.asarray(extractor.params['logits'][name]) for name in ('kernel', 'bias'))
+  params: Any = getattr(extractor, 'params')  # noqa: B009 (only the dataset's classifier has them)
+  kernel, bias = (np.asarray(params['logits'][name]) for name in ('kernel', 'bias'))
   return lambda features: np.argmax(features @ kernel + bias[None, :], axis=1)
 
 
 def load_or_compute(
-  directory: pathlib.Path, extractor: FeatureExtractor, train: Loader, num_samples: int
+  directory: pathlib.Path, extractor: Extractor, train: Loader, num_samples: int
 ) -> Reference | None:
   """Returns the training images' features by class, from the file in `directory` or computed and written there.
 
@@ -79,8 +81,10 @@ def load_or_compute(
     The features; None if the images have no classes, or too many for `num_samples` samples to suffice for each.
   """
   number = len(train.images.classes)
-  dimension = extractor(np.zeros((1, *train.images.image_shape), np.uint8)).shape[1] if number else 0
-  if not number or number > _MOST or not suffices(num_samples / number, dimension):
+  if not number or number > _MOST:
+    return None
+  width = dimension(extractor, train.images.image_shape)
+  if not suffices(num_samples / number, width):
     return None
   path = directory / 'by_class.safetensors'
   described = {
@@ -92,7 +96,7 @@ def load_or_compute(
   found = _read(path, described)
   if cluster.agree(found is not None):
     return found
-  made = _compute(extractor, train, number, dimension)
+  made = _compute(extractor, train, number, width)
   if files.writes():
     arrays = {'counts': made.counts, 'mean': made.moments.mean, 'cov': made.moments.cov}
     meta = {'of': json.dumps(described), 'digest': digest(arrays)}
@@ -102,7 +106,7 @@ def load_or_compute(
   return made
 
 
-def _compute(extractor: FeatureExtractor, train: Loader, number: int, dimension: int) -> Reference:
+def _compute(extractor: Extractor, train: Loader, number: int, width: int) -> Reference:
   tally = _Moments(number)
   size = sharding.round_up(_BATCH)
   batches, count = train.in_order(size), math.ceil(len(train) / size)
@@ -114,10 +118,10 @@ def _compute(extractor: FeatureExtractor, train: Loader, number: int, dimension:
       interrupts.check()
       mask, labels = sharding.whole((batch['mask'], batch['cond']['label']))
       if mask.any():
-        features = sharding.to_host(extractor.of(sharding.put(batch['image'])))
+        features = sharding.to_host(extractor.of(sharding.put(batch['image'])).features)
         tally.add(features[mask], labels[mask])
       progress.advance()
-  mean, cov = np.zeros((number, dimension)), np.zeros((number, dimension, dimension))
+  mean, cov = np.zeros((number, width)), np.zeros((number, width, width))
   for label in range(number):
     if tally.counts[label] > 1:
       moments = tally.of(label)
@@ -231,9 +235,9 @@ class Classes(NamedTuple):
   number: int
   reference: Reference | None
 
-  def shares(self, features: np.ndarray) -> list[float] | None:
-    """Returns the share of features (n, D) that the classifier assigns to each class; None if it tells none apart."""
-    if self.predict is None or self.number > _MOST:
+  def shares(self, features: np.ndarray | None) -> list[float] | None:
+    """Returns the share of features (n, D) that the classifier assigns to each class; None if either is missing."""
+    if self.predict is None or features is None or self.number > _MOST:
       return None
     counts = np.bincount(self.predict(features), minlength=self.number)
     return [float(n) for n in counts / len(features)]
@@ -247,9 +251,7 @@ class Classes(NamedTuple):
 NO_CLASSES = Classes(None, 0, None)
 
 
-def classes(
-  directory: pathlib.Path, extractor: FeatureExtractor, train: Loader, num_samples: int
-) -> Classes:
+def classes(directory: pathlib.Path, extractor: Extractor, train: Loader, num_samples: int) -> Classes:
   """Returns what is known about the training images' classes.
 
   Args:

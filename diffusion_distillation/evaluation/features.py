@@ -23,6 +23,7 @@ from flax import traverse_util
 
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
+from diffusion_distillation.evaluation.extracted import Extracted, Extractor
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.networks import classifier
 from diffusion_distillation.networks.spaces import Pixels
@@ -31,6 +32,7 @@ from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
 
+DIMENSION = 64  # number of features of the classifier
 _PIXELS = Pixels()  # the classifier's input, for models in any space
 _UPDATES, _BATCH, _LEARNING_RATE, _SHOWN = 600, 128, 2e-3, 500
 
@@ -53,35 +55,49 @@ class FeatureExtractor:
   accuracy: float
   params: Params
 
+  @property
+  def metric(self) -> str:
+    """Name of the Frechet distance in these features."""
+    return f'FD-{self.name}'
+
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """Maps (n, H, W, C) uint8 images, the same in every process, to (n, 64) float32 features, in batches of one shape."""
-    parts, size = [], _shown()
+    parts, size = [], batch_size()
     for start in range(0, len(images), size):
       part = images[start : start + size]
       padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
-      parts.append(sharding.to_host(self.of(sharding.spread(padded)))[: len(part)])
+      parts.append(sharding.to_host(self.of(sharding.spread(padded)).features)[: len(part)])
     return np.concatenate(parts)
 
-  def of(self, images: jax.Array) -> jax.Array:
-    """Maps (n, H, W, C) uint8 images on the devices to (n, 64) float32 features, without waiting for the result."""
-    return _apply(self.params, images)[1]
+  def of(self, images: jax.Array) -> Extracted:
+    """Maps (n, H, W, C) uint8 images on the devices to (n, 64) float32 features, without waiting for the result.
+
+    The logits are those of the dataset's classes; a classifier of quarter turns has none, since these are not classes.
+    """
+    logits, features = _apply(self.params, images)
+    return Extracted(features, logits if self.task == 'classes' else None)
 
   def summary(self, images: Loader, indices: np.ndarray | None = None) -> Features:
-    """Computes the features of all images, or of those at `indices`; unreadable images are left out."""
-    size, number = _shown(), len(images) if indices is None else len(indices)
-    running, count = RunningFeatures(number), math.ceil(number / size)
-    batches, name = images.in_order(size, indices), f'features of {images.images.name}'
-    with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
-      for batch in batches:
-        interrupts.check()
-        mask = sharding.whole(batch['mask'])
-        if mask.any():
-          running.add(sharding.to_host(self.of(sharding.put(batch['image'])))[mask])
-        progress.advance()
-    return running.result()
+    """Computes the features of all images, or of those at `indices`; see `summary`."""
+    return summary(self, images, indices)
 
 
-def _shown() -> int:
+def summary(extractor: Extractor, images: Loader, indices: np.ndarray | None = None) -> Features:
+  """Computes the features of all images, or of those at `indices`; unreadable images are left out."""
+  size, number = batch_size(), len(images) if indices is None else len(indices)
+  running, count = RunningFeatures(number), math.ceil(number / size)
+  batches, name = images.in_order(size, indices), f'features of {images.images.name}'
+  with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
+    for batch in batches:
+      interrupts.check()
+      mask = sharding.whole(batch['mask'])
+      if mask.any():
+        running.take(extractor.of(sharding.put(batch['image'])), mask)
+      progress.advance()
+  return running.result()
+
+
+def batch_size() -> int:
   """Returns the batch size, a multiple of the number of devices."""
   return sharding.round_up(_SHOWN)
 
@@ -133,7 +149,7 @@ def _train(train: Loader) -> Params:
 
 def _accuracy(params: Params, held_out: Loader) -> float:
   right = count = 0
-  with contextlib.closing(held_out.in_order(_shown())) as batches:
+  with contextlib.closing(held_out.in_order(batch_size())) as batches:
     for batch in batches:
       interrupts.check()
       image, label = sharding.put(_task(batch))

@@ -1,6 +1,7 @@
 """The Frechet distance between two sets of features, computed from their first two moments."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -11,6 +12,13 @@ class Moments:
 
   mean: np.ndarray
   cov: np.ndarray
+
+  @functools.cached_property
+  def root(self) -> np.ndarray:
+    """The symmetric root of the covariance, (D, D)."""
+    values, vectors = np.linalg.eigh(self.cov)
+    root: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0.0))[None, :]) @ vectors.T
+    return root
 
 
 class RunningMoments:
@@ -45,11 +53,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
   """Returns |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, Eq. 6).
 
   The trace of the root is computed as tr (C_a^(1/2) C_b C_a^(1/2))^(1/2), whose argument is symmetric and positive
-  semidefinite: this takes two eigendecompositions, no complex numbers, and allows singular covariances.
+  semidefinite: this takes two eigendecompositions, no complex numbers, and allows singular covariances. Other implementations
+  take the root of the product C_a C_b itself, and add 1e-6 I to both where that fails, which changes the value; nothing is
+  added here.
   """
-  values, vectors = np.linalg.eigh(a.cov)
-  root_a = (vectors * np.sqrt(np.maximum(values, 0.0))[None, :]) @ vectors.T
-  product = root_a @ b.cov @ root_a
+  product = a.root @ b.cov @ a.root
   roots = np.sqrt(np.maximum(np.linalg.eigvalsh((product + product.T) / 2.0), 0.0))
   distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov) - 2.0 * roots.sum()
   return float(max(distance, 0.0))

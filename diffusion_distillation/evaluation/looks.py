@@ -11,7 +11,7 @@ import numpy as np
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion.guidance import Guidance
 from diffusion_distillation.evaluation import neighbours
-from diffusion_distillation.evaluation.features import FeatureExtractor
+from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.evaluation.neighbours import Neighbours
 from diffusion_distillation.evaluation.sampling import Chosen
 from diffusion_distillation.networks import conditioning
@@ -138,7 +138,7 @@ def by_guidance(measured: Sequence[Measured], draw: Draw) -> tuple[ByGuidance, .
 def gather(
   measured: Sequence[Measured],
   draw: Draw,
-  extractor: FeatureExtractor,
+  extractor: Extractor,
   train: Loader,
   held_out: Loader,
   section: Any,

@@ -11,15 +11,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, SHARE, Config, key
+from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
-from diffusion_distillation.diffusion.samplers import SAMPLERS, Sampler
-from diffusion_distillation.evaluation import by_class, features, looks, report
-from diffusion_distillation.evaluation.metrics import METRICS, Features, RunningFeatures, frechet
-from diffusion_distillation.evaluation.reference import Real, load_or_compute
-from diffusion_distillation.evaluation.results import header, key_of, known_rows, origins, record
+from diffusion_distillation.diffusion.samplers import Sampler
+from diffusion_distillation.evaluation import by_class, features, inception, looks, report
+from diffusion_distillation.evaluation.extracted import Extracted, Extractor
+from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
+from diffusion_distillation.evaluation.reference import Real, describe_images, from_file, load_or_compute
+from diffusion_distillation.evaluation.results import (
+  header,
+  key_of,
+  known_rows,
+  measured,
+  note_missing,
+  origins,
+  record,
+)
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import workdir as workdirs
@@ -31,63 +40,6 @@ from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationSection:
-  """How stages are evaluated, and sampled from."""
-
-  num_samples: int = key(50_000, 'Number of samples per row of `results.json`.', AT_LEAST_TWO)
-  tolerance: float = key(
-    0.0,
-    'Relative error at which a row stops drawing samples early. The error after n samples is estimated as '
-    '`floor * num_samples / n`; 0: every row draws `num_samples`.',
-    SHARE,
-  )
-  batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
-  seed: int = key(1, 'Seed of the sampling noise, the same for every row.', NOT_NEGATIVE)
-  samplers: tuple[str, ...] = key(
-    ('ddim', 'ancestral'),
-    'Samplers with which the base model is evaluated.',
-    choices=SAMPLERS,
-    distinct=True,
-  )
-  grid: str = key('uniform', "Spacing of the base model's sampling steps in t.", choices=times.GRIDS)
-  max_steps: int = key(
-    1024, 'Largest number of sampling steps; rows with more steps are left out.', POSITIVE
-  )
-  gamma: float = key(
-    0.0,
-    '`ancestral`: interpolates the variance of the noise from its lower bound (0) to its upper bound (1).',
-    SHARE,
-  )
-  labels: str = key(
-    'data',
-    'Class labels of the samples of a conditional model: in the proportions of the training images, as the reference '
-    'has them, or balanced.',
-    choices=conditioning.LABELS,
-  )
-  clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
-  guidance: tuple[float, ...] = key(
-    (0.0,),
-    'Weights W of classifier-free guidance with which the base model is evaluated; 0: none. Other software often states 1 + W. '
-    'Weights above 0 need a base that was trained with `dataset.label_dropout`.',
-    NOT_NEGATIVE,
-    distinct=True,
-  )
-  guidance_interval: tuple[float, ...] = key(
-    (),
-    'Noise levels sigma / alpha, (low, high), between which the sampling steps of the base model are guided; empty: all.',
-  )
-  neighbours: int = key(
-    50_000,
-    'Number of training images, evenly spread, among which the report looks for those nearest to samples; 0: the report does '
-    'not show them.',
-    NOT_NEGATIVE,
-  )
-  neighbours_of: str = key(
-    '', 'Stage whose samples the report shows beside the nearest training images; empty: the last stage.'
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +92,7 @@ def evaluate(
   began = time.monotonic()
   stages = [model.stage for model in models]
   labels = _labels(config, stages[0])
-  extractor, real, results = _real(config, train, workdir, labels)
+  extractor, real, results = real_images(config, train, workdir, labels)
   results['seconds'] = {model.stage.name: model.seconds for model in models}
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
@@ -148,7 +100,7 @@ def evaluate(
   classes = by_class.classes(workdir / 'features', extractor, train, size if labels else 0)
   results['class_shares'] = classes.shares(real.reference.some)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
-  known = {} if again else known_rows(path, extractor) | known_rows(partial, extractor)
+  known = {} if again else known_rows(path, results) | known_rows(partial, results)
   cluster.barrier()  # before the first process writes these files anew
   todo = [
     Setting(
@@ -163,16 +115,19 @@ def evaluate(
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
       row = describe(config, setting)
-      if (measured := known.get(key_of(row))) is not None:
-        row |= measured
+      if (earlier := known.get(key_of(row))) is not None:
+        row |= earlier
       else:
         row, images = measure_setting(config, setting, extractor, real.reference, floor, counts, classes)
         drawn[_place(setting)] = images
+      if 'file' in results['reference']:
+        row['reference'] = results['reference']['file']
       results['rows'].append(row)
       write_json(partial, results)
       guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}{guided}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
+  note_missing(results)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
   draw, held_out = _drawing(config, counts, drawn), workdirs.open_images(config, 'eval')
@@ -185,19 +140,40 @@ def evaluate(
   return results
 
 
-def _real(
-  config: Config, train: Loader, workdir: pathlib.Path, labels: str | None
-) -> tuple[features.FeatureExtractor, Real, dict[str, Any]]:
-  """Returns the extractor, the features of real images, and results without rows."""
+def real_images(
+  config: Config,
+  train: Loader,
+  workdir: pathlib.Path,
+  labels: str | None,
+  num_samples: int | None = None,
+) -> tuple[Extractor, Real, dict[str, Any]]:
+  """Returns the extractor, the features of real images, and results without rows.
+
+  Args:
+    config: the config of the run.
+    train: the training images.
+    workdir: the directory of the run, for extractor and features.
+    labels: see `header`.
+    num_samples: number of images of the floor; None: `evaluation.num_samples`.
+  """
   held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
-  extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
-  size, seed = section.num_samples, section.seed
-  real = load_or_compute(workdir / 'features', extractor, train, held_out, size, seed)
-  results = header(extractor, real, train, held_out, seed, labels)
+  extractor: Extractor
+  if section.inception:
+    extractor = inception.load(section.inception)
+  else:
+    extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
+  directory, size, seed = workdir / 'features', num_samples or section.num_samples, section.seed
+  given = from_file(directory, extractor, train.images.image_shape, section.reference)
+  floor = 'floor' if size == section.num_samples else f'floor_{size}'
+  real = load_or_compute(directory, extractor, train, held_out, size, seed, given.features, floor)
+  described = given.described or describe_images(train, real)
+  results = header(extractor, real, described, train, held_out, seed, labels)
   for loader, role in ((train, 'train'), (held_out, 'held_out')):
     loader.close()
     if broken := results['skipped'][role]:
       _log.warning('%d of %d images of %s were skipped', broken, len(loader), loader.images.name)
+  for sentence in results['warnings'] if extractor.metric == 'FID' else ():
+    _log.warning('%s', sentence)
   return extractor, real, results
 
 
@@ -271,7 +247,7 @@ def grid(config: Config, stage: Stage, num_steps: int) -> np.ndarray:
 def measure_setting(
   config: Config,
   setting: Setting,
-  extractor: features.FeatureExtractor,
+  extractor: Extractor,
   reference: Features,
   floor: float,
   label_counts: tuple[int, ...] = (),
@@ -286,17 +262,18 @@ def measure_setting(
   running, due, first = RunningFeatures(size), 2, list[np.ndarray]()
   tally = classes.tally(setting.model.stage.denoise.conditioning)
 
-  def then(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def then(images: jax.Array) -> tuple[Extracted, jax.Array]:
     return extractor.of(images), images
 
-  def is_enough(made: tuple[jax.Array, jax.Array], count: int) -> bool:
+  def is_enough(made: tuple[Extracted, jax.Array], count: int) -> bool:
     nonlocal due
     found, images = made
     if running.seen < looks.SHOWN:
       first.append(sharding.to_host(images)[:count][: looks.SHOWN - running.seen])
-    host = sharding.to_host(found)[:count]
-    tally.add(host, draw.cond(np.arange(running.seen, running.seen + count), config.evaluation.seed))
-    running.add(host)
+    index = np.arange(running.seen, running.seen + count)
+    found = sharding.to_host(found)
+    tally.add(np.asarray(found.features)[:count], draw.cond(index, config.evaluation.seed))
+    running.take(found, slice(count))
     if not tolerance or running.seen < due:
       return False
     due = 2 * running.seen
@@ -307,12 +284,9 @@ def measure_setting(
   by = grid(config, model.stage, setting.num_steps)
   draw = drawer(config, model.stage, setting.sampler, label_counts, setting.guidance)
   seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, then, is_enough)
-  samples = running.result()
-  values = {name: metric(samples, reference) for name, metric in METRICS.items()}
   row = describe(config, setting) | {
-    'metric': f'FD-{extractor.name}',
-    'value': values['frechet'],
-    'metrics': values,
+    'metric': extractor.metric,
+    **measured(running.result(), reference),
     'num_drawn': running.seen,
     'seconds_per_image': seconds,
     **tally.result(),

@@ -1,7 +1,8 @@
 """Metrics that compare the features of samples with those of real images.
 
-A metric is a function `metric(samples, reference) -> float` of two `Features`; smaller is better. Every metric in METRICS is
-computed for every row of results.json; the first one is the row's `value`, which the figures show.
+A metric is a function of two `Features`, of the samples and of the reference, which returns a number or an `Estimate`, or None
+if there are too few features. METRICS lists all of them. Each is computed for every row of results.json, except where its
+input is missing; the first one is the row's `value`, which the figures show.
 """
 
 import dataclasses
@@ -10,7 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from diffusion_distillation.evaluation import manifold
+from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
+from diffusion_distillation.evaluation.inception_score import RunningScore, inception_score
+from diffusion_distillation.evaluation.kernel_distance import kernel_distance
+from diffusion_distillation.evaluation.uncertainty import Estimate, error_and_bias
+from diffusion_distillation.system import sharding
 
 _KEPT = 10_000  # maximum number of individual features that are kept
 
@@ -21,37 +28,164 @@ class Features:
 
   Attributes:
     moments: moments of all features.
-    some: (n, D) float32, individual features at even intervals over the set, at most _KEPT.
-    count: number of images in the set.
+    some: (n, D) float32, individual features at even intervals over the set, at most _KEPT; None if only moments are known.
+    count: number of images in the set; None if it is not known.
+    posterior: sums over the class probabilities, see `RunningScore`; None if the extractor has no logits.
+    spatial: the spatial features of the same images; None if the extractor has none.
   """
 
   moments: Moments
-  some: np.ndarray
-  count: int
+  some: np.ndarray | None
+  count: int | None
+  posterior: np.ndarray | None = None
+  spatial: 'Features | None' = None
 
 
 class RunningFeatures:
-  """Accumulates the features of at most `count` images from batches; `seen` is their number so far."""
+  """Accumulates the features of at most `count` images from batches; `seen` is their number so far.
+
+  The memory that this takes does not depend on `count`.
+  """
 
   def __init__(self, count: int) -> None:
     self._moments, self._some, self.seen = RunningMoments(), list[np.ndarray](), 0
-    self._stride = math.ceil(count / _KEPT)
+    self._count, self._stride = count, math.ceil(count / _KEPT)
+    self._score: RunningScore | None = None
+    self._spatial: RunningFeatures | None = None
 
-  def add(self, features: np.ndarray) -> None:
-    """Adds a batch (n, D)."""
+  def add(
+    self, features: np.ndarray, logits: np.ndarray | None = None, spatial: np.ndarray | None = None
+  ) -> None:
+    """Adds a batch of features (n, D) and, if the extractor has them, logits (n, K) and spatial features (n, S)."""
     self._moments.add(features)
     self._some.append(features[-self.seen % self._stride :: self._stride])
     self.seen += len(features)
+    if logits is not None:
+      self._score = self._score or RunningScore()
+      self._score.add(logits)
+    if spatial is not None:
+      self._spatial = self._spatial or RunningFeatures(self._count)
+      self._spatial.add(spatial)
+
+  def take(self, extracted: Extracted, chosen: np.ndarray | slice) -> None:
+    """Adds the chosen images of a batch on the devices."""
+    found: Extracted = sharding.to_host(extracted)
+    features, logits, spatial = (None if x is None else np.asarray(x)[chosen] for x in found)
+    assert features is not None
+    self.add(features, logits, spatial)
 
   def result(self) -> Features:
     """Returns the features of all images; raises ValueError if there are fewer than two."""
-    moments = self._moments.result()
-    return Features(moments, np.concatenate(self._some), self.seen)
+    return Features(
+      moments=self._moments.result(),
+      some=np.concatenate(self._some),
+      count=self.seen,
+      posterior=None if self._score is None else self._score.result(),
+      spatial=None if self._spatial is None else self._spatial.result(),
+    )
 
 
 def frechet(samples: Features, reference: Features) -> float:
-  """Returns the Frechet distance of two normal distributions with these moments; see `frechet.frechet_distance`."""
-  return frechet_distance(samples.moments, reference.moments)
+  """Returns the Frechet distance of two normal distributions with these moments; see `frechet.frechet_distance`.
+
+  The distance is symmetric; the reference comes first because its root is the same for all samples.
+  """
+  return frechet_distance(reference.moments, samples.moments)
 
 
-METRICS: dict[str, Callable[[Features, Features], float]] = {'frechet': frechet}
+def frechet_estimate(samples: Features, reference: Features) -> Estimate:
+  """Returns `frechet` with its standard error and bias as an estimate of the distance of the distributions."""
+  value = frechet(samples, reference)
+  if samples.some is None or samples.count is None:
+    return Estimate(value)
+  moments = samples.moments, samples.some, samples.count, reference.moments
+  return Estimate(value, *error_and_bias(*moments))
+
+
+def _of_individuals(
+  metric: Callable[[np.ndarray, np.ndarray], 'float | Estimate | None'],
+) -> 'Measure':
+  """Returns a metric of `Features` that only needs the individual features (n, D) of both sets."""
+
+  def measure(samples: Features, reference: Features) -> float | Estimate | None:
+    assert (
+      samples.some is not None and reference.some is not None
+    )  # because the metric needs 'individual'
+    return metric(samples.some, reference.some)
+
+  return measure
+
+
+def _inception_score(samples: Features, reference: Features) -> Estimate:
+  del reference
+  assert samples.posterior is not None  # because the metric needs 'classes'
+  return inception_score(samples.posterior)
+
+
+def _sfid(samples: Features, reference: Features) -> Estimate:
+  assert (
+    samples.spatial is not None and reference.spatial is not None
+  )  # because the metric needs 'spatial'
+  return frechet_estimate(samples.spatial, reference.spatial)
+
+
+Measure = Callable[[Features, Features], float | Estimate | None]
+
+# What a metric can need beyond the moments of both sets.
+_INPUTS: dict[str, Callable[[Features, Features], bool]] = {
+  'individual': lambda samples, reference: samples.some is not None and reference.some is not None,
+  'classes': lambda samples, reference: samples.posterior is not None,
+  'spatial': lambda samples, reference: samples.spatial is not None and reference.spatial is not None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """An entry of METRICS.
+
+  Attributes:
+    measure: the function.
+    better: 'lower' or 'higher', the direction of better samples.
+    needs: inputs without which the metric is left out: 'individual' features of both sets, 'classes' (logits of the samples),
+      or 'spatial' features of both sets.
+  """
+
+  measure: Measure
+  better: str = 'lower'
+  needs: tuple[str, ...] = ()
+
+  def __call__(self, samples: Features, reference: Features) -> Estimate | None:
+    """Returns the estimate; None if there are too few features."""
+    found = self.measure(samples, reference)
+    return found if found is None or isinstance(found, Estimate) else Estimate(float(found))
+
+  def applies(self, samples: Features, reference: Features) -> bool:
+    """Whether these features have all inputs of the metric."""
+    return all(_INPUTS[name](samples, reference) for name in self.needs)
+
+
+METRICS: dict[str, Metric | Measure] = {
+  'frechet': Metric(frechet_estimate),
+  'kid': Metric(_of_individuals(kernel_distance), needs=('individual',)),
+  'precision': Metric(_of_individuals(manifold.precision), 'higher', ('individual',)),
+  'recall': Metric(_of_individuals(manifold.recall), 'higher', ('individual',)),
+  'inception_score': Metric(_inception_score, 'higher', ('classes',)),
+  'sfid': Metric(_sfid, needs=('spatial',)),
+}
+
+
+def entry(name: str) -> Metric:
+  """Returns an entry of METRICS; a function that somebody entered by itself needs individual features, and lower is better."""
+  found = METRICS[name]
+  return found if isinstance(found, Metric) else Metric(found, needs=('individual',))
+
+
+def measure_all(samples: Features, reference: Features) -> dict[str, Estimate]:
+  """Returns the estimate of every metric in METRICS by name, without those whose inputs are missing."""
+  found = {}
+  for name in METRICS:
+    metric = entry(name)
+    estimate = metric(samples, reference) if metric.applies(samples, reference) else None
+    if estimate is not None:
+      found[name] = estimate
+  return found

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation.features import FeatureExtractor
+from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.progress import Progress
 
@@ -110,7 +110,7 @@ class Nearest:
 
 def find(
   samples: np.ndarray,
-  extractor: FeatureExtractor,
+  extractor: Extractor,
   train: Loader,
   held_out: Loader,
   most: int,
@@ -126,7 +126,7 @@ def find(
   """
   unseen = _some(held_out, COMPARED)
   queries, shown = np.concatenate([samples, unseen]), min(SHOWN, len(samples))
-  by_features = Nearest(extractor(queries), shown, NEAREST)
+  by_features = Nearest(_features(extractor, queries), shown, NEAREST)
   by_pixels = Nearest(_flat(queries), shown, NEAREST)
   searched = 0
   chosen = _spread(len(train), most)
@@ -141,7 +141,7 @@ def find(
       images = sharding.put(batch['image'])
       mask = sharding.whole(batch['mask'])
       if mask.any():
-        features, pixels = sharding.to_host((extractor.of(images), images))
+        features, pixels = sharding.to_host((extractor.of(images).features, images))
         by_features.add(features[mask], pixels[mask])
         by_pixels.add(_flat(pixels[mask]), pixels[mask])
         searched += int(mask.sum())
@@ -158,6 +158,16 @@ def find(
     pixels=divided(by_pixels.distances),
     searched=searched,
   )
+
+
+def _features(extractor: Extractor, images: np.ndarray) -> np.ndarray:
+  """Returns the features (n, D) of images (n, H, W, C) that are the same in every process, in batches of one shape."""
+  parts, size = [], sharding.round_up(_BATCH)
+  for start in range(0, len(images), size):
+    part = images[start : start + size]
+    padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
+    parts.append(sharding.to_host(extractor.of(sharding.spread(padded)).features)[: len(part)])
+  return np.concatenate(parts)
 
 
 def _some(images: Loader, most: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import Any
 
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
-from diffusion_distillation.evaluation.features import FeatureExtractor
-from diffusion_distillation.evaluation.metrics import METRICS, frechet
+from diffusion_distillation.evaluation.extracted import Extractor
+from diffusion_distillation.evaluation.metrics import Features, entry, measure_all
 from diffusion_distillation.evaluation.reference import Real
 from diffusion_distillation.stages.model import add_metrics
 from diffusion_distillation.stages.provenance import Model
@@ -18,43 +18,92 @@ from diffusion_distillation.system.files import read_json
 
 _log = logging.getLogger(__name__)
 
+_USUAL = 10_000  # number of samples below which distances are not compared with published ones
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'scikit-learn')
 
 
+def measured(samples: Features, reference: Features) -> dict[str, Any]:
+  """Returns what a row says of the samples.
+
+  Returns:
+    `value`, the Frechet distance, with its standard error `error` and its `bias` (None if unknown); `metrics`, all metrics by
+    name; `errors`, the errors of those metrics that have one.
+  """
+  found = measure_all(samples, reference)
+  frechet = found['frechet']
+  return {
+    'value': frechet.value,
+    'error': frechet.error,
+    'bias': frechet.bias,
+    'metrics': {name: estimate.value for name, estimate in found.items()},
+    'errors': {name: e.error for name, e in found.items() if e.error is not None},
+  }
+
+
 def header(
-  extractor: FeatureExtractor, real: Real, train: Loader, held_out: Loader, seed: int, labels: str | None
+  extractor: Extractor,
+  real: Real,
+  described: dict[str, Any],
+  train: Loader,
+  held_out: Loader,
+  seed: int,
+  labels: str | None,
 ) -> dict[str, Any]:
   """Returns the contents of `results.json` with an empty list of rows.
 
   Args:
     extractor: the feature extractor.
     real: features of real images.
+    described: the reference, see `reference.describe`.
     train: the training images.
     held_out: the held-out images.
     seed: seed of the draw of the floor.
     labels: distribution of the samples' labels, one of `conditioning.LABELS`; None for unconditional models.
+
+  Returns:
+    The contents; `metrics` names the metrics that apply, each with its better direction, and `warnings` holds sentences.
   """
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
   reference, unseen, floor = real
+  of_floor, of_unseen = measured(floor, reference), measured(unseen, reference)
+  names = {**of_floor['metrics'], **of_unseen['metrics']}
   return {
     'rows': [],
-    'metric': f'FD-{extractor.name}',
-    'floor': {'value': frechet(floor, reference), 'num_samples': floor.count, 'seed': seed},
-    'held_out': {'value': frechet(unseen, reference), 'num_samples': unseen.count},
+    'metric': extractor.metric,
+    'dataset': train.images.name,
+    'metrics': {name: {'better': entry(name).better} for name in names},
+    'floor': of_floor | {'num_samples': floor.count, 'seed': seed},
+    'held_out': of_unseen | {'num_samples': unseen.count},
     'labels': labels,
     'extractor': {
       'name': extractor.name,
       'digest': extractor.digest,
-      'task': extractor.task,
-      'held_out_accuracy': extractor.accuracy,
+      'task': getattr(extractor, 'task', None),
+      'held_out_accuracy': getattr(extractor, 'accuracy', None),
     },
-    'reference': {'split': 'train', 'num_images': reference.count},
+    'reference': described,
     'skipped': {
-      'train': len(train) - reference.count,
-      'held_out': len(held_out) - unseen.count,
+      'train': len(train) - (reference.count or 0) if 'split' in described else len(train.skipped),
+      'held_out': len(held_out) - (unseen.count or 0),
     },
+    'warnings': warnings(floor),
     'versions': {'python': platform.python_version(), **versions},
   }
+
+
+def warnings(samples: Features) -> list[str]:
+  """Returns what a reader of a table with this many samples should know, as sentences."""
+  count, size = samples.count or 0, len(samples.moments.mean)
+  found = []
+  if count < _USUAL:
+    found.append(
+      f'{count} samples per row; published figures are taken with {_USUAL} and more, and fewer samples give larger distances.'
+    )
+  if count <= size:
+    found.append(
+      f'{count} samples have a singular covariance in {size} dimensions: distances of so few are mostly bias.'
+    )
+  return found
 
 
 def origins(
@@ -82,8 +131,8 @@ def origins(
 
 
 _MEASURED = (
-  *('metric', 'value', 'error', 'metrics', 'num_drawn', 'seconds_per_image'),
-  *('class_accuracy', 'by_class'),
+  *('metric', 'value', 'error', 'bias', 'metrics', 'errors', 'reference'),
+  *('num_drawn', 'seconds_per_image', 'class_accuracy', 'by_class'),
 )
 
 
@@ -98,23 +147,39 @@ def key_of(row: dict[str, Any]) -> tuple:
   return (*sorted(described.items()), tuple(interval or ()))
 
 
-def known_rows(path: pathlib.Path, extractor: FeatureExtractor) -> dict[tuple, dict[str, Any]]:
-  """Returns earlier rows of the same extractor, by key; logs a warning and returns none if the file is damaged."""
+def known_rows(path: pathlib.Path, results: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
+  """Returns earlier rows of the same extractor and reference, by key; logs a warning and returns none if the file is damaged.
+
+  Args:
+    path: the file of the earlier rows.
+    results: the `header` of the present evaluation.
+  """
   if not path.exists():
     return {}
   try:
     old = read_json(path)
-    same = old['extractor']['digest'] == extractor.digest
-    return {key_of(row): row for row in old['rows'] if _is_whole(row)} if same else {}
+    same = old['extractor']['digest'] == results['extractor']['digest']
+    same = same and _identity(old.get('reference', {})) == _identity(results['reference'])
+    return {key_of(row): row for row in old['rows'] if row['value'] >= 0.0} if same else {}
   except (DamagedError, KeyError, TypeError, AttributeError) as error:
     _log.warning('%s is damaged (%r); measuring its rows again', path, error)
     return {}
 
 
-def _is_whole(row: dict[str, Any]) -> bool:
-  """Whether a row has a value for every metric; rows without `metrics` are older and only have the Frechet distance."""
-  known = row.get('metrics', {'frechet': row['value']})
-  return bool(row['value'] >= 0.0) and METRICS.keys() <= known.keys()
+def _identity(reference: dict[str, Any]) -> str | None:
+  """Returns the digest of a reference file; None for the training images, which a workdir never changes."""
+  return reference['digest'] if 'file' in reference else None
+
+
+def note_missing(results: dict[str, Any]) -> None:
+  """Logs which metrics earlier rows lack. Rows that are kept are not measured again because of a new metric."""
+  lacking = [results['metrics'].keys() - row.get('metrics', {'frechet'}) for row in results['rows']]
+  if count := sum(map(bool, lacking)):
+    names = [name for name in results['metrics'] if any(name in names for names in lacking)]
+    _log.warning(
+      '%d of %d rows were measured by an older version and lack %s; --mode=evaluate measures all rows again',
+      *(count, len(lacking), ', '.join(names)),
+    )
 
 
 def record(rows: list[dict[str, Any]], models: list[Model], workdir: pathlib.Path) -> None:

@@ -21,13 +21,13 @@ from diffusion_distillation.diffusion.process import SIGMA_DATA
 from diffusion_distillation.diffusion.schedules import Karras, LinearBeta, Schedule
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop.brief import brief
-from diffusion_distillation.interop.pickles import TENSORS, Inert, Machine, mapping
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.dhariwal_unet import DhariwalUNet
 from diffusion_distillation.networks.edm_blocks import EdmUNet
 from diffusion_distillation.networks.song_unet import SongUNet
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.stages.model import StoredModel
+from diffusion_distillation.system.pickles import TENSORS, Inert, Machine, mapping
 from diffusion_distillation.training.state import Params
 
 Arrays = dict[str, np.ndarray]

@@ -124,8 +124,8 @@ def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
   return (
     _table(columns, table)
     + f'\n`frechet` is the Fréchet distance {", ".join(names)} between features of generated images and of training images; '
-    'the name of the feature extractor follows `FD-`. Smaller is better; distances are only comparable for the same extractor '
-    'and number of samples.\n'
+    'the name of the feature extractor follows `FD-`. Smaller distances (`frechet`, `kid`, `sfid`) are better, and larger '
+    '`precision`, `recall` and `inception_score`. All are only comparable for the same extractor and number of samples.\n'
   )
 
 

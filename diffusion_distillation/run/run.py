@@ -8,7 +8,7 @@ import pathlib
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import measure
+from diffusion_distillation.evaluation import inception, measure, reference
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import forecast, monitor
 from diffusion_distillation.run.inputs import gather, load_distance, needed
@@ -54,6 +54,9 @@ def _check(
 ) -> tuple[set[str], dict[str, Params]]:
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
+  reference.check(config)
+  if path := config.evaluation.inception:
+    inception.load(path)  # raises its errors now, not after training
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
   for stage in stages:

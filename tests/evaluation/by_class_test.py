@@ -2,12 +2,14 @@
 
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion_distillation.datasets.image_set import InMemory
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.evaluation import by_class
+from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.evaluation.frechet import RunningMoments, frechet_distance
 from diffusion_distillation.networks.conditioning import Classes
 
@@ -19,13 +21,9 @@ def extractor(task='classes'):
   logits = {'kernel': np.eye(DIMENSION), 'bias': np.array([0.0, 0.0, -1.0])}
 
   def of(images):
-    return np.asarray(images, np.float32)[:, 0, :3, 0] / 16
+    return Extracted(jnp.asarray(images, jnp.float32)[:, 0, :3, 0] / 16)
 
-  class Extractor(types.SimpleNamespace):
-    def __call__(self, images):
-      return of(images)
-
-  return Extractor(task=task, params={'logits': logits}, digest='d', of=of)
+  return types.SimpleNamespace(task=task, params={'logits': logits}, digest='d', of=of)
 
 
 def test_the_classifier_sees_what_its_last_layer_says():
@@ -88,7 +86,7 @@ def test_the_distance_of_a_class_is_that_of_its_samples_to_its_training_images(t
     tally.add(samples[part], {'label': drawn_for[part]})
   found = tally.result()['by_class']
   assert found['frechet'][0] is None and found['frechet'][2] is None  # too few samples, too few images
-  real = extractor()(images[labels == 1])
+  real = np.asarray(extractor().of(images[labels == 1]).features)
   expected = frechet_distance(moments(samples[drawn_for == 1]), moments(real))
   assert found['frechet'][1] == pytest.approx(expected, rel=1e-6)
 

@@ -151,6 +151,67 @@ def test_rows_of_before_had_balanced_labels_or_none(workdir, asked):
       (workdir / 'results.partial.json').unlink(missing_ok=True)
 
 
+def test_rows_of_an_older_version_are_kept_and_said_to_lack_metrics(workdir, asked, caplog):
+  """In a run; the mode that evaluates measures them again."""
+  evaluate(workdir)
+  path = workdir / 'results.json'
+  old = json.loads(path.read_text())
+  for row in old['rows'][:2]:
+    row['metrics'] = {'frechet': row['value']}
+    del row['error'], row['bias'], row['errors']
+  path.write_text(json.dumps(old))
+  asked.clear()
+  results, _ = evaluate(workdir)
+  assert not asked.rows() and results['rows'][:2] == old['rows'][:2]
+  (line,) = [r.getMessage() for r in caplog.records if '--mode=evaluate' in r.getMessage()]
+  assert line.startswith('2 of 5 rows were measured by an older version and lack kid, precision,')
+  assert 'frechet' not in line
+  caplog.clear()
+  again, _ = evaluate(workdir, again=True)
+  assert len(asked.rows()) == 5 and all(row['metrics'].keys() > {'frechet'} for row in again['rows'])
+  assert not caplog.records
+
+
+def test_rows_have_errors_and_the_header_says_what_they_are_compared_with(workdir, asked):
+  results, images = evaluate(workdir)
+  names = ['frechet', 'kid', 'precision', 'recall', 'inception_score']
+  for found in (*results['rows'], results['floor'], results['held_out']):
+    assert list(found['metrics']) == names and found['value'] == found['metrics']['frechet']
+    assert found['error'] == found['errors']['frechet'] > 0.0
+    assert found['errors'].keys() >= {'frechet', 'inception_score'}
+  better = {'frechet': 'lower', 'kid': 'lower'} | dict.fromkeys(names[2:], 'higher')
+  assert results['metrics'] == {name: {'better': better[name]} for name in names}
+  described = {'split': 'train', 'name': 'digits', 'digest': images.identity, 'num_images': len(images)}
+  assert results['reference'] == described
+  assert len(results['warnings']) == 2 and '48 samples' in results['warnings'][0]
+
+
+def test_a_file_is_the_reference_and_its_name_and_digest_stand_beside_the_numbers(
+  workdir, asked, tmp_path
+):
+  first, _ = evaluate(workdir)
+  path, rng = tmp_path / 'published.npz', np.random.default_rng(0)
+  measured = []
+  for shift in (0.0, 1.0):
+    np.savez(path, mu=np.full(64, 3.0 + shift), sigma=np.cov(rng.normal(size=(200, 64)).T))
+    asked.clear()
+    results, _ = evaluate(workdir, evaluation__reference=str(path))
+    assert len(asked.rows()) == 5  # rows of another reference are other rows
+    assert results['reference']['file'] == 'published.npz'
+    assert results['reference']['num_images'] is None and len(results['reference']['digest']) == 64
+    for row in results['rows']:
+      assert row['reference'] == 'published.npz' and row['value'] != first['rows'][0]['value']
+      assert row['metrics'].keys() == {'frechet', 'inception_score'}
+    assert results['floor']['value'] > first['floor']['value']
+    assert 'the statistics in published.npz' in (workdir / 'report' / 'index.html').read_text()
+    measured.append(results)
+  assert measured[0]['reference']['digest'] != measured[1]['reference']['digest']
+  asked.clear()
+  again, _ = evaluate(workdir, evaluation__reference=str(path))
+  assert not asked.rows() and again['rows'] == measured[1]['rows']
+  assert again['skipped'] == {'train': 0, 'held_out': 0}
+
+
 def test_nothing_is_drawn_twice(workdir, asked, monkeypatch):
   shown = []
   monkeypatch.setattr(
@@ -192,9 +253,11 @@ class Computed:
     self.digest, self.asked = digest, []
 
   def summary(self, images, indices=None):
+    """With logits and spatial features, in which case these are kept as well."""
     self.asked.append(len(images) if indices is None else len(indices))
     running = features.RunningFeatures(100)
-    running.add(np.random.default_rng(len(self.asked)).normal(size=(9, 3)).astype(np.float32))
+    rng = np.random.default_rng(len(self.asked))
+    running.add(*(rng.normal(size=(9, size)).astype(np.float32) for size in (3, 2, 4)))
     return running.result()
 
 
@@ -207,6 +270,16 @@ class Images:
 
   def __len__(self):
     return self.count
+
+
+@pytest.fixture(autouse=True)
+def computed(monkeypatch):
+  summary = reference.summary
+
+  def either(extractor, *args):
+    return extractor.summary(*args) if isinstance(extractor, Computed) else summary(extractor, *args)
+
+  monkeypatch.setattr(reference, 'summary', either)
 
 
 def loaded(directory, digest='a', train='t', held_out='h', size=5, seed=1):
@@ -223,9 +296,10 @@ def test_features_are_those_of_the_images_and_the_extractor_that_are_named(tmp_p
   assert not asked
   for one, other in zip(made, found, strict=True):
     assert one.count == other.count == 9
-    for a, b in ((one.moments.mean, other.moments.mean), (one.moments.cov, other.moments.cov)):
-      np.testing.assert_array_equal(a, b, strict=True)
-    np.testing.assert_array_equal(one.some, other.some, strict=True)
+    arrays = reference._arrays(one)
+    assert arrays.keys() == reference._arrays(other).keys() and len(arrays) == 7
+    for name, array in arrays.items():
+      np.testing.assert_array_equal(array, reference._arrays(other)[name], strict=True)
   changes = {'digest': 'b', 'train': 'u', 'held_out': 'i', 'size': 6, 'seed': 2}
   due = {'digest': [20, 10, 5], 'train': [20, 5], 'held_out': [10], 'size': [6], 'seed': [5]}
   for name, change in changes.items():

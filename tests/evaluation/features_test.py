@@ -136,6 +136,16 @@ def test_moments_of_chosen_images_count_them_as_often_as_they_are_chosen(few, ex
   assert_moments_of(extractor.summary(Loader(streamed(images)), chosen).moments, found)
 
 
+def test_only_a_classifier_of_classes_has_logits(few, extractor):
+  images = noise(SHOWN).images
+  found = extractor.of(images)
+  assert (
+    found.features.shape == (SHOWN, 64) and found.logits.shape == (SHOWN, 3) and found.spatial is None
+  )
+  assert dataclasses.replace(extractor, task='quarter turns').of(images).logits is None
+  assert extractor.metric == 'FD-noise'
+
+
 def test_features_do_not_depend_on_the_batches_and_are_one_program(few, extractor):
   images = noise(27).images
   every = extractor(images)

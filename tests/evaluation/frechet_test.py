@@ -5,6 +5,7 @@ import pytest
 import scipy.linalg
 
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
+from tests import peers
 
 
 def random_moments(seed, dim=6, rank=None):
@@ -101,3 +102,16 @@ def test_two_examples_have_one():
   moments = gather(np.array([[0.0, 1.0]]), np.array([[2.0, 5.0]]))
   np.testing.assert_allclose(moments.mean, [1.0, 3.0])
   np.testing.assert_allclose(moments.cov, [[2.0, 4.0], [4.0, 8.0]])
+
+
+@pytest.mark.parametrize(('a', 'b'), [('a', 'b'), ('a', 'few'), ('a', 'a')])
+def test_distances_are_those_of_pytorch_fid(a, b):
+  """`few` has fewer samples than dimensions; the distance of a set to itself is zero up to rounding."""
+  case, arrays = peers.read('frechet_distance')
+  moments = {name: gather(arrays[f'in/features_{name}']) for name in {a, b}}
+  for name, found in moments.items():
+    np.testing.assert_allclose(found.mean, arrays[f'out/mean_{name}'], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.cov, arrays[f'out/covariance_{name}'], rtol=1e-9, atol=1e-12)
+  theirs = arrays[f'out/distance_{a}_{b}']
+  tolerance = max(1e-6, 5.0 * case['sensitivity'].get(f'distance_{a}_{b}', 0.0))
+  assert frechet_distance(moments[a], moments[b]) == pytest.approx(theirs, rel=tolerance, abs=1e-9)

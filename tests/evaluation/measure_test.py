@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.evaluation import measure, results, sampling
+from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.evaluation.metrics import RunningFeatures
 from diffusion_distillation.system import cluster
 from tests import tiny
@@ -17,7 +18,7 @@ SIZE, FLOOR = 4096, 0.2
 def row(monkeypatch):
   """A row of a model whose samples have features about `shift`, and the real ones about 0; 64 a batch."""
 
-  extractor = types.SimpleNamespace(name='test', of=np.float32)
+  extractor = types.SimpleNamespace(metric='FD-test', of=lambda x: Extracted(np.float32(x)))
   reference = RunningFeatures(SIZE)
   reference.add(np.random.default_rng(0).normal(size=(SIZE, 4)).astype(np.float32))
 

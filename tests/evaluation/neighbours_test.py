@@ -6,6 +6,7 @@ import pytest
 from diffusion_distillation.datasets.image_set import InMemory
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.evaluation import neighbours
+from diffusion_distillation.evaluation.extracted import Extracted
 
 COUNT = 1203  # training images: more than two batches, and a part of one
 
@@ -15,9 +16,7 @@ class Coarse:
 
   def of(self, images):
     n = len(images)
-    return np.asarray(images, np.float32).reshape(n, 2, 4, 2, 4).mean((2, 4)).reshape(n, 4)
-
-  __call__ = of
+    return Extracted(np.asarray(images, np.float32).reshape(n, 2, 4, 2, 4).mean((2, 4)).reshape(n, 4))
 
 
 def noise(seed, count):
@@ -47,7 +46,10 @@ def test_the_nearest_are_those_of_an_exhaustive_search():
   found = find(samples)
   assert found.searched == COUNT and len(found.samples) == 8
   flat = [images.reshape(len(images), -1) for images in (samples, TRAIN, HELD_OUT)]
-  of = Coarse().of
+
+  def of(images):
+    return Coarse().of(images).features
+
   for measure, shown, (a, b, c), scale in (
     (found.pixels, found.by_pixels, flat, 8.0),  # the root of the number of pixels
     (found.features, found.by_features, (of(samples), of(TRAIN), of(HELD_OUT)), 1.0),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.interop import edm, pickles
+from diffusion_distillation.interop import edm
+from diffusion_distillation.system import pickles
 from tests import edm_cases
 from tests.interop.edm_test import CASE, changed, peers, pickled  # noqa: F401
 from tests.interop.google_test import refused

@@ -5,7 +5,8 @@ import pickletools
 import numpy as np
 import pytest
 
-from diffusion_distillation.interop import edm, pickles
+from diffusion_distillation.interop import edm
+from diffusion_distillation.system import pickles
 
 
 @pytest.mark.parametrize(

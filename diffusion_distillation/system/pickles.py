@@ -222,7 +222,7 @@ class Machine:
     state, made = self._stack.pop(), self._stack[-1]
     if isinstance(made, Inert) and isinstance(state, dict):
       made.state.update(state)
-    elif not isinstance(made, np.dtype):  # its state only contains the byte order
+    elif not isinstance(made, np.dtype | dict):  # of which only the byte order and metadata are lost
       raise ValueError('the pickle sets the state of something that has none')
 
   def _binpersid(self, _: None) -> None:
@@ -247,8 +247,8 @@ def mapping(items: Any = ()) -> dict[Any, Any]:
 
 # Tensors in torch's pickles.
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-_STORAGES: dict[str, Any] = {
+MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file in torch's legacy format
+STORAGES: dict[str, Any] = {
   'Float': np.float32,
   'Double': np.float64,
   'Half': np.float16,
@@ -266,13 +266,13 @@ def _no_call(*arguments: Any) -> Any:
   raise ValueError('the pickle calls the type of a storage as a function')
 
 
-_STORAGE_NAMES: Calls = {f'torch.{name}Storage': _no_call for name in _STORAGES}
+STORAGE_NAMES: Calls = {f'torch.{name}Storage': _no_call for name in STORAGES}
 
 
 def storage(content: bytes) -> np.ndarray:
   """Reads the numbers of a storage in torch's legacy format: three pickles, an object, and raw data."""
   stream = io.BytesIO(content)
-  if Machine({}).run(stream) != _MAGIC:
+  if Machine({}).run(stream) != MAGIC:
     raise ValueError('a tensor is not in the legacy format of torch')
   for _ in range(2):  # the protocol, and a description of the machine
     Machine({}).run(stream)
@@ -282,7 +282,7 @@ def storage(content: bytes) -> np.ndarray:
     declared.append(reference)
     return reference
 
-  Machine(_STORAGE_NAMES, persistent).run(stream)
+  Machine(STORAGE_NAMES, persistent).run(stream)
   keys = Machine({}).run(stream)
   ((kind, name, key, _, count, *_),) = declared
   (stored,) = struct.unpack('<q', stream.read(8))
@@ -290,7 +290,7 @@ def storage(content: bytes) -> np.ndarray:
     raise ValueError('a storage has no type or no key')
   if kind != 'storage' or keys != [key] or stored != count or stored < 0:
     raise ValueError('a storage is not what it is declared to be')
-  dtype = np.dtype(_STORAGES[name.name.removesuffix('Storage')]).newbyteorder('<')
+  dtype = np.dtype(STORAGES[name.name.removesuffix('Storage')]).newbyteorder('<')
   return np.frombuffer(content, dtype, count, stream.tell())
 
 
