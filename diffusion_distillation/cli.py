@@ -189,14 +189,14 @@ def _sample(options: Options) -> None:
   step = make_sampler(sampler, gamma)
   grid = sample_flags.grid(stored, options.times, options.steps, options.grid)
   chosen = chosen_classes(stored, options.classes)
-  guidance = sample_flags.guidance(stored, options.guidance or 0.0, options.guidance_interval, chosen)
+  guidance = sample_flags.guidance(stored, options.guidance, options.guidance_interval, chosen)
   draw = LoadedModel(stored).drawer(step, clip_x, settings.batch_size, guidance)
   images = draw.draw(stored.params, grid, options.num_samples, options.seed, chosen, 'sample')
   if not files.writes():
     return
   cond = draw.cond(np.arange(options.num_samples), options.seed, chosen)
   pictures.save(out, images, None if cond is None else cond.get('label'))
-  steps, calls, made = len(grid) - 1, guidance.calls(step, grid, stored.schedule), stored.provenance
+  steps, calls, made = len(grid) - 1, draw.calls(grid), stored.provenance
   updates = 'an unknown number of' if made.get('updates') is None else made['updates']
   print(
     f'{out.path}: {options.num_samples} images of {made.get("stage", directory.name)} in {steps} {sampler} '

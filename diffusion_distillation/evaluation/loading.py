@@ -17,7 +17,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond
-from diffusion_distillation.networks.guidance import check
+from diffusion_distillation.networks.guidance import check, default_weight
 from diffusion_distillation.stages import model
 from diffusion_distillation.stages.model import StoredModel
 
@@ -41,7 +41,7 @@ class LoadedModel:
     labels: Sequence[int] | None = None,
     steps: int | None = None,
     sampler: str | None = None,
-    guidance: float = 0.0,
+    guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
   ) -> np.ndarray:
     """Draws images; image k is a function of (seed, k) and its label.
@@ -53,7 +53,8 @@ class LoadedModel:
       steps: sampling steps per image; by default the number that the model is trained for.
       sampler: a name in `samplers.SAMPLERS`; by default the one that the model is trained for.
       guidance: the weight W of classifier-free guidance, x + W (x - x without a class), for models that were trained with
-        label dropout; 0 for no guidance. Other software often calls 1 + W the guidance scale.
+        label dropout or take the weight as an input; 0 for no guidance, which is the default unless the smallest weight
+        that the model takes is larger. Other software often calls 1 + W the guidance scale.
       guidance_interval: noise levels sigma / alpha, (low, high), between which steps are guided; None for all.
 
     Returns:
@@ -74,10 +75,11 @@ class LoadedModel:
       grid = times.make_grid(name, num_steps, self.stored.schedule)
     except ValueError as error:
       raise UserError(f'steps={num_steps}, times={name}: {error}') from error
+    weight = default_weight(self.stored.denoise.conditioning) if guidance is None else guidance
     try:
-      by = make_guidance(guidance, guidance_interval or ())
+      by = make_guidance(weight, guidance_interval or ())
     except ValueError as error:
-      raise UserError(f'guidance={guidance}, guidance_interval={guidance_interval}: {error}') from error
+      raise UserError(f'guidance={weight}, guidance_interval={guidance_interval}: {error}') from error
     told = self.stored.denoise.conditioning
     check('guidance', by, told, self.stored.cond_dropout, (chosen or {}).get('label'))
     draw = self.drawer(cls(), self.stored.clip_x, min(_BATCH, num_samples), by)

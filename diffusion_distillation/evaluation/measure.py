@@ -5,7 +5,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
+from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.evaluation import by_class, features, inception, looks, report
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor
@@ -29,8 +29,10 @@ from diffusion_distillation.evaluation.results import (
   origins,
   record,
 )
+from diffusion_distillation.evaluation.rows import guidances, rows
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.guidance import calls_per_image
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.stages.provenance import Model, updates_done
@@ -51,27 +53,6 @@ class Setting:
   num_steps: int
   updates: int | None = None
   guidance: Guidance = NONE
-
-
-def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:
-  """Yields what is measured: (index of the stage in the list, weights, sampler, number of steps).
-
-  The first stage is measured with every sampler at the step counts of all stages, each student with its own sampler at its
-  own step counts, and further moving averages of a stage likewise. Rows above `evaluation.max_steps` are left out.
-  """
-  counts = list(dict.fromkeys(steps for stage in stages for steps in stage.measured_steps))
-  found = [(0, 'ema', sampler, steps) for steps in counts for sampler in config.evaluation.samplers]
-  for place, stage in enumerate(stages):
-    for weights in stage.weights[:-1]:
-      if place or weights != 'ema':
-        found += [(place, weights, stage.sampler, steps) for steps in stage.measured_steps]
-  yield from (row for row in found if row[-1] <= config.evaluation.max_steps)
-
-
-def guidances(config: Config, place: int) -> tuple[Guidance, ...]:
-  """Returns the guidances to measure the stage at `place` with: the config's for the base, the first stage; else only NONE."""
-  weights, interval = config.evaluation.guidance, config.evaluation.guidance_interval
-  return (NONE,) if place else tuple(make_guidance(weight, interval) for weight in weights)
 
 
 def evaluate(
@@ -107,7 +88,7 @@ def evaluate(
       models[place].use(weights), sampler, num_steps, updates_done(workdir, models[place]), guidance
     )
     for place, weights, sampler, num_steps in rows(stages, config)
-    for guidance in guidances(config, place)
+    for guidance in guidances(config, place, stages[place])
   ]
   drawn: dict[tuple, np.ndarray] = {}
   steps = sum(s.num_steps for s in todo)
@@ -180,6 +161,7 @@ def real_images(
 def describe(config: Config, setting: Setting) -> dict[str, Any]:
   """Returns a row without its measurements; rows with equal descriptions have equal measurements."""
   sampler, by, stage = make(config, setting.sampler), setting.guidance, setting.model.stage
+  told = stage.denoise.conditioning
   return {
     'stage': setting.model.stage.name,
     'weights': setting.model.weights,
@@ -189,7 +171,7 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'grid': 'uniform' if setting.model.stage.parent else config.evaluation.grid,
     'guidance': by.weight,
     'guidance_interval': by.interval,
-    'nfe': by.calls(sampler, grid(config, stage, setting.num_steps), stage.schedule),
+    'nfe': calls_per_image(told, by, sampler, grid(config, stage, setting.num_steps), stage.schedule),
     'num_samples': config.evaluation.num_samples,
     'tolerance': config.evaluation.tolerance,
     'seed': config.evaluation.seed,

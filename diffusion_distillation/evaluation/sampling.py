@@ -18,7 +18,7 @@ from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Denoiser
-from diffusion_distillation.networks.guidance import Guided, guide
+from diffusion_distillation.networks.guidance import Guided, calls_per_image, guide
 from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.system import announcing, compilation, interrupts, sharding
 from diffusion_distillation.system.progress import Progress
@@ -42,7 +42,8 @@ class Drawer:
     clip_x: whether x is clipped to the range of images after each network call and its guidance.
     label_counts: number of images of each class, to whose proportions labels are drawn; (): all classes in turn. Not
       part of the compiled program.
-    guidance: guidance towards the conditions.
+    guidance: guidance towards the conditions; a network that takes its weight as an input receives it with the conditions.
+    spread: whether such a network receives weights spread over its range instead of that of `guidance`.
   """
 
   denoise: Denoiser
@@ -54,13 +55,30 @@ class Drawer:
   clip_x: bool = True
   label_counts: tuple[int, ...] = dataclasses.field(default=(), compare=False)
   guidance: Guidance = NONE
+  spread: bool = dataclasses.field(default=False, compare=False)
+
+  @property
+  def program(self) -> 'Drawer':
+    """The drawer with only what its compiled program depends on: a weight that is an input is not part of it."""
+    known = conditioning.weights(self.denoise.conditioning)
+    return self if known is None else dataclasses.replace(self, guidance=NONE)
+
+  def calls(self, grid: np.ndarray) -> int:
+    """Returns the number of network calls per image on a grid of times (N + 1,)."""
+    told = self.denoise.conditioning
+    return calls_per_image(told, self.guidance, self.sampler, grid, self.schedule)
 
   def cond(self, index: np.ndarray, seed: int, chosen: Chosen = None) -> Cond:
     """Returns the conditioning of the images at `index`: the chosen values in turn, or labels following `label_counts`."""
     told = self.denoise.conditioning
+    found = conditioning.draw(told, index, seed, self.label_counts)
     if chosen:
-      return conditioning.in_turn(told, index, chosen)
-    return conditioning.draw(told, index, seed, self.label_counts)
+      found = conditioning.in_turn(told, index, chosen)
+    if known := conditioning.weights(told):
+      weight = self.guidance.weight if self.guidance else known.low
+      one = np.full(len(index), weight, np.float32)
+      found = {**(found or {}), conditioning.WEIGHT: known.spread(index) if self.spread else one}
+    return found
 
   def batches(
     self,
@@ -83,7 +101,7 @@ class Drawer:
       count = min(size, num_samples - start)
       index, cond = sharding.spread((index, self.cond(index, seed, chosen)))
       with contextlib.nullcontext() if start else announcing.compiling('the sampler'):
-        images = _draw(self, params, grid, np.int32(seed), index, cond)
+        images = _draw(self.program, params, grid, np.int32(seed), index, cond)
       yield images, count
 
   def draw(
@@ -116,7 +134,8 @@ class Drawer:
     grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
     padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
     given = sharding.spread((padded, self.cond(padded, seed)))
-    z, x = sharding.to_host(_run(self, sharding.replicate(params), grid, np.int32(seed), *given))
+    arrays = (sharding.replicate(params), grid, np.int32(seed), *given)
+    z, x = sharding.to_host(_run(self.program, *arrays))
     return z[: len(index)], x[: len(index)], self.cond(index, seed)
 
   def seconds_per_image(

@@ -57,8 +57,9 @@ class EvaluationSection:
   clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
   guidance: tuple[float, ...] = key(
     (0.0,),
-    'Weights W of classifier-free guidance with which the base model is evaluated; 0: none. Other software often states 1 + W. '
-    'Weights above 0 need a base that was trained with `dataset.label_dropout`.',
+    'Weights W of classifier-free guidance with which the base model is evaluated, and students that take the weight as an '
+    'input if it is in their range; 0: none. Other software often states 1 + W. Weights above 0 need a base that was trained '
+    'with `dataset.label_dropout`.',
     NOT_NEGATIVE,
     distinct=True,
   )

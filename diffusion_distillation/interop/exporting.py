@@ -18,6 +18,7 @@ from diffusion_distillation.evaluation import loading, pictures, sampling
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.interop import diffusers_writer, model_card, onnx_writer, stablehlo
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import model
 from diffusion_distillation.system import files
 from diffusion_distillation.training.state import Params
@@ -36,6 +37,7 @@ class Format(NamedTuple):
     files: name and meaning of each file.
     usage: receives the description of the model; returns instructions for running the files, in Markdown.
     tolerance: fraction of values that may differ from the model's by at most one level; a single value always may.
+    conditions: the conditions that the files take.
   """
 
   write: Callable[[Drawer, Params, np.ndarray, pathlib.Path], stablehlo.Draw]
@@ -43,10 +45,14 @@ class Format(NamedTuple):
   files: Mapping[str, str]
   usage: Callable[[Mapping[str, Any]], str]
   tolerance: float = 1e-3  # rounding of float32
+  conditions: tuple[str, ...] = ('label',)
 
 
 FORMATS: dict[str, Format] = {
-  'jax': Format(stablehlo.write, 'jax', stablehlo.FILES, stablehlo.usage),
+  'jax': Format(
+    *(stablehlo.write, 'jax', stablehlo.FILES, stablehlo.usage),
+    conditions=('label', conditioning.WEIGHT),
+  ),
   'diffusers': Format(
     diffusers_writer.write, 'diffusers', diffusers_writer.FILES, diffusers_writer.usage
   ),
@@ -75,9 +81,11 @@ def export(
   to, into = choose('--format', format, FORMATS), check_out(out)
   folder = find(workdir, stage)
   loaded = load(folder)
-  if unknown := sorted(set(loaded.stored.denoise.conditioning) - {'label'}):
+  if unknown := sorted(set(loaded.stored.denoise.conditioning) - set(to.conditions)):
+    able = [name for name, other in FORMATS.items() if unknown[0] in other.conditions]
     raise UserError(
-      f'--format={format} takes class labels only, but the model is conditioned on {unknown[0]!r}'
+      f'--format={format} cannot export this model: it takes {unknown[0]!r} as an input, which '
+      + (f'only --format={able[0]} supports' if able else 'no format supports')
     )
   temporary = into.with_name(f'.{into.name}.tmp')
   made = [parent for parent in into.parents if not parent.exists()]

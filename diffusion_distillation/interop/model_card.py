@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from diffusion_distillation.diffusion import samplers
+from diffusion_distillation.networks.conditioning import WEIGHT
 
 
 class Described(Protocol):
@@ -38,7 +39,12 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
   stage, steps = made.get('stage', 'model'), description['num_steps']
   height, width, channels = description['image_shape']
   calls = samplers.SAMPLERS[name]().calls(steps)
-  label = description['conditioning'].get('label')
+  label, weights = (description['conditioning'].get(key) for key in ('label', WEIGHT))
+  told = (
+    f' It takes the weight of guidance as an input: {weights["low"]:g} to {weights["high"]:g}.'
+    if weights
+    else ''
+  )
   kind = f'Class-conditional ({label["count"]} classes)' if label else 'Unconditional'
   parts = [
     _header(_origin(made), to.library),
@@ -47,7 +53,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
     f'{kind} diffusion model of images with {height} x {width} pixels and {channels} '
     f'channel{"s" if channels > 1 else ""}. '
     f'An image takes {steps} {name} step{"s" if steps > 1 else ""}: '
-    f'{calls} network evaluation{"s" if calls > 1 else ""}.\n',
+    f'{calls} network evaluation{"s" if calls > 1 else ""}.{told}\n',
     f'## How to run it\n\n{to.usage(description)}',
     '## Training\n\n' + _training(made, dataset),
     '## Measurements\n\n' + _measurements(description['metrics']),

@@ -5,6 +5,7 @@ takes as a `Conditioning`; only networks and datasets know what a key means.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -15,6 +16,7 @@ import numpy as np
 
 Cond = Mapping[str, Any] | None
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / phi
+_SQRT2 = np.uint64(0x6A09E667F3BCC908)  # 2^64 (sqrt(2) - 1)
 LABELS = ('data', 'balanced')  # distributions of the labels of drawn images
 
 
@@ -75,7 +77,77 @@ class Classes:
     return jnp.full_like(values, self.NONE)
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """The weight of guidance as an input of the network, a number (B,) in [low, high] (Meng et al. 2023).
+
+  It is a setting of the sampler: datasets do not have it, and it is never withheld. In training, each example has a weight
+  drawn at random.
+  """
+
+  low: float
+  high: float
+
+  def __post_init__(self) -> None:
+    if not 0.0 <= self.low < self.high < math.inf:
+      raise ValueError(
+        f'the weights of guidance, {self.low:g} to {self.high:g}, must be 0 <= LOW < HIGH'
+      )
+
+  def zeros(self, count: int) -> np.ndarray:
+    """See `Condition.zeros`."""
+    return np.zeros(count, np.float32)
+
+  def in_turn(self, index: np.ndarray, chosen: Sequence[float] = ()) -> np.ndarray:
+    """See `Condition.in_turn`; by default, the smallest weight."""
+    values = np.asarray(chosen or (self.low,), np.float32)
+    return np.take(values, index, mode='wrap')
+
+  def spread(self, index: np.ndarray) -> np.ndarray:
+    """Returns weights of the samples at `index` (B,) that fill the range evenly: low + (high - low) frac(k sqrt(2))."""
+    place = index.astype(np.uint64) * _SQRT2  # modulo 2^64
+    part = (place >> np.uint64(11)) * 2.0**-53
+    return (self.low + (self.high - self.low) * part).astype(np.float32)
+
+  def draw(self, rng: jax.Array, count: int) -> jax.Array:
+    """Draws weights of `count` examples, uniformly."""
+    return jax.random.uniform(rng, (count,), minval=self.low, maxval=self.high)
+
+  def withheld(self, values: jax.Array) -> jax.Array:
+    """Returns `values`: without a class, guidance has no effect, whatever its weight."""
+    return values
+
+
 Conditioning = Mapping[str, Condition]
+WEIGHT = 'guidance'  # the key of `Weights`
+
+
+def conditions(num_classes: int, guidance: Sequence[float] = ()) -> Conditioning:
+  """Returns the conditioning of a network.
+
+  Args:
+    num_classes: number of classes; 0 for no label.
+    guidance: (low, high), the weights of guidance that the network takes as an input; () for no such input.
+  """
+  found: dict[str, Condition] = {'label': Classes(num_classes)} if num_classes else {}
+  return found | ({WEIGHT: Weights(*guidance)} if guidance else {})
+
+
+def weights(conditioning: Conditioning) -> Weights | None:
+  """Returns the weights of guidance that a network takes as an input; None if it does not take any."""
+  found = conditioning.get(WEIGHT)
+  return found if isinstance(found, Weights) else None
+
+
+def of_data(conditioning: Conditioning) -> Conditioning:
+  """Returns the part of a conditioning that comes with the data: all but the weight of guidance."""
+  return {key: condition for key, condition in conditioning.items() if key != WEIGHT}
+
+
+def with_weights(rng: jax.Array, conditioning: Conditioning, cond: Cond, count: int) -> Cond:
+  """Returns `cond` with a random weight of guidance for each example, if a network takes it as an input."""
+  known = weights(conditioning)
+  return cond if known is None else {**(cond or {}), WEIGHT: known.draw(rng, count)}
 
 
 def classes(conditioning: Conditioning) -> Classes | None:

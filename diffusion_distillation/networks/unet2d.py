@@ -16,9 +16,15 @@ import jax.numpy as jnp
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.checks import check_choices, check_sides
-from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
+from diffusion_distillation.networks.conditioning import Cond, Conditioning, conditions
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
-from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
+from diffusion_distillation.networks.layers import (
+  ATTENTION_KERNELS,
+  Dropout,
+  GroupNorm,
+  add_weight,
+  attention,
+)
 from diffusion_distillation.networks.unet import DTYPES, downsample, upsample
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -156,6 +162,7 @@ class UNet2D(nn.Module):
     center_input_sample: whether the network first maps its input from [0, 1] to [-1, 1].
     dropout: dropout rate inside residual blocks.
     num_classes: number of classes; 0 for an unconditional network.
+    guidance: (low, high), the weights of guidance that the network takes as an input; () for no such input.
     dtype: dtype of activations, 'float32' or 'bfloat16'; see `unet.UNet`.
     remat: whether each block's activations are recomputed in the backward pass instead of being stored.
     attention: attention kernel, a name in `layers.ATTENTION_KERNELS`.
@@ -186,6 +193,7 @@ class UNet2D(nn.Module):
   center_input_sample: bool = False
   dropout: float = 0.0
   num_classes: int = 0
+  guidance: tuple[float, ...] = ()
   dtype: str = 'float32'
   remat: bool = False
   attention: str = 'xla'
@@ -193,8 +201,8 @@ class UNet2D(nn.Module):
 
   @property
   def conditioning(self) -> Conditioning:
-    """The class of the image, as `label`, if there are classes."""
-    return {'label': Classes(self.num_classes)} if self.num_classes else {}
+    """The class of the image, as `label`, if there are classes, and the weight of guidance, if it is an input."""
+    return conditions(self.num_classes, self.guidance)
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless the network accepts images of shape (H, W, C)."""
@@ -274,13 +282,13 @@ class UNet2D(nn.Module):
         raise ValueError(f'a network with {self.num_classes} classes needs labels')
       one_hot = jax.nn.one_hot(cond['label'], self.num_classes)
       emb = emb + nn.Dense(width, use_bias=False, name='class_embedding')(one_hot)
-    return emb
+    return add_weight(emb, self.guidance, cond)
 
   @nn.compact
   def __call__(
     self, z: jax.Array, logsnr: jax.Array, cond: Cond = None, deterministic: bool = True
   ) -> jax.Array:
-    """z: (B, H, W, C); logsnr: (B,); cond: `label` (B,) integers if conditional. Returns (B, H, W, out_ch)."""
+    """z: (B, H, W, C); logsnr: (B,); cond: see `conditioning`. Returns (B, H, W, out_ch)."""
     det, dtype, style = deterministic, DTYPES[self.dtype], self._style()
     emb = self._embedding(logsnr, cond)
     levels = list(enumerate(self.block_out_channels))

@@ -52,8 +52,8 @@ def check_configs(workdir: pathlib.Path, stages: Sequence[Stage], config: Config
   """Checks all existing stages of a plan against the config; writes nothing.
 
   Raises:
-    UserError: a stage was made with another config (see `check_config`), or it cannot be extended because it was imported,
-      has no checkpoint left, or other stages were made from it.
+    UserError: a stage was made with another config (see `check_config`) or has another teacher, or it cannot be extended
+      because it was imported, has no checkpoint left, or other stages were made from it.
   """
   paths = {stage.name: workdir / stage.name / 'stage.json' for stage in stages}
   made = {name: read_json(path) for name, path in paths.items() if path.is_file()}
@@ -66,6 +66,18 @@ def check_configs(workdir: pathlib.Path, stages: Sequence[Stage], config: Config
     _check_extension(workdir, name, made[name], *updates)
   for name, made_with in configs.items():
     check_config(paths[name], made_with, config, name)
+  for stage in stages:
+    _check_teacher(paths[stage.name], made.get(stage.name, {}), stage)
+
+
+def _check_teacher(path: pathlib.Path, found: Mapping[str, Any], stage: Stage) -> None:
+  """Raises UserError if a stage has another teacher than the plan, which depends on the order of `methods`."""
+  teacher = (found.get('parent') or {}).get('stage')
+  if teacher not in (None, stage.parent):
+    raise UserError(
+      f'{path}: its teacher was {teacher}, but with these methods it is {stage.parent}; remove {path.parent} to train this '
+      'stage again, or use another workdir'
+    )
 
 
 def _check_extension(

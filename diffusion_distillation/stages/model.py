@@ -91,8 +91,13 @@ def name_in(table: Mapping[str, type], thing: Any) -> str:
 
 def network_arguments(network: Any) -> dict[str, Any]:
   """Returns the arguments of a network that determine its parameters."""
-  fields = [field.name for field in dataclasses.fields(network)]
-  return {name: getattr(network, name) for name in fields if name not in NOT_ARGUMENTS}
+  fields = [field.name for field in dataclasses.fields(network) if field.name not in NOT_ARGUMENTS]
+  found = {name: getattr(network, name) for name in fields}
+  if not found.get(
+    'guidance', True
+  ):  # stages of older versions, whose networks have no such argument, stay as they are
+    del found['guidance']
+  return found
 
 
 def describe(model: StoredModel) -> dict[str, Any]:

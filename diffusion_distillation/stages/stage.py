@@ -12,6 +12,7 @@ from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.guidance import adds_input
 from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.state import Params, TrainState
@@ -117,7 +118,13 @@ class Stage:
   @property
   def starts_anew(self) -> bool:
     """Whether the student starts from new parameters, because no earlier stage has the same network."""
-    return self.start is None and (self.teacher is None or self.teacher != self.denoise)
+    same = self.teacher is not None and (self.teacher == self.denoise or self.adds_input)
+    return self.start is None and not same
+
+  @property
+  def adds_input(self) -> bool:
+    """Whether the network is the teacher's with the weight of guidance as an additional input, whose parameters are new."""
+    return self.teacher is not None and adds_input(self.denoise, self.teacher)
 
   def seed_at(self, update: int) -> int:
     """Returns the seed of an update's batch and noise: the recipe's, unless training went back to it or to an earlier update."""

@@ -104,7 +104,7 @@ def test_the_base_has_a_row_for_each_weight_and_students_have_none():
   config, stages = tiny.config(**overrides), tiny.plan(**overrides)[0]
   found = []
   for place, _, sampler, steps in measure.rows(stages, config):
-    for guidance in measure.guidances(config, place):
+    for guidance in measure.guidances(config, place, stages[place]):
       model = types.SimpleNamespace(stage=stages[place], weights='ema', digest='d')
       setting = measure.Setting(model, sampler, steps, 3, guidance)
       row = measure.describe(config, setting)
