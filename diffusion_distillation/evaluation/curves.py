@@ -210,7 +210,7 @@ def _value(row: Mapping[str, Any], name: str, distance: str) -> tuple[float | No
     return row['value'], row.get('error')
   if name == 'class_accuracy':
     return row.get(name), accuracy_error(row.get(name), row.get('num_drawn'))
-  return row.get('metrics', {}).get(name), None
+  return row.get('metrics', {}).get(name), row.get('errors', {}).get(name)
 
 
 def accuracy_error(accuracy: float | None, count: int | None) -> float | None:

@@ -1,7 +1,6 @@
 """The figures of the report, each drawn for a light and for a dark page, and small enough for a telephone."""
 
 import base64
-import dataclasses
 import io
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from diffusion_distillation.evaluation import curves as curves_module
 from diffusion_distillation.evaluation import pictures
 from diffusion_distillation.evaluation.curves import Point
+from diffusion_distillation.evaluation.themes import DARK, LIGHT, Theme
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -23,27 +23,6 @@ _DPI = 200
 _MARKERS = 'os^DvPX*'
 
 Lines = Mapping[str, Sequence[Point]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Theme:
-  """The colours of a figure: of text and axes, of what is less important, of the grid, of the page, and of the curves."""
-
-  ink: str
-  faint: str
-  grid: str
-  paper: str
-  curves: tuple[str, ...]
-
-
-LIGHT = Theme(
-  *('#111827', '#6b7280', '#e5e7eb', '#ffffff'),
-  ('#c2410c', '#1d4ed8', '#15803d', '#7e22ce', '#0e7490', '#a16207', '#be185d', '#4d7c0f'),
-)
-DARK = Theme(
-  *('#e5e7eb', '#9ca3af', '#374151', '#14181f'),
-  ('#fb923c', '#60a5fa', '#4ade80', '#c084fc', '#22d3ee', '#facc15', '#f472b6', '#a3e635'),
-)
 
 
 class Picture(NamedTuple):
@@ -98,12 +77,11 @@ def _dress(axes: 'Axes', theme: Theme) -> None:
 def _legend(figure: 'Figure', axes: 'Axes', theme: Theme) -> None:
   """Puts the legend below the axes, where it covers no curve, in one or two columns."""
   handles, labels = axes.get_legend_handles_labels()
-  columns = 2 if max(map(len, labels), default=0) < 28 else 1
   figure.legend(
     handles,
     labels,
     loc='outside lower center',
-    ncols=columns,
+    ncols=_columns(labels),
     frameon=False,
     fontsize=8.5,
     labelcolor=theme.ink,
@@ -169,8 +147,11 @@ def _plain_numbers(axis: 'Axis') -> None:
 def _height(captions: Iterable[str]) -> float:
   """Returns the height of a figure with a legend of these captions, in inches."""
   names = list(captions)
-  columns = 2 if max(map(len, names), default=0) < 28 else 1
-  return 3.2 + 0.18 * (-(-(len(names) + 1) // columns))
+  return 3.2 + 0.18 * (-(-(len(names) + 1) // _columns(names)))
+
+
+def _columns(captions: Sequence[str]) -> int:
+  return 2 if max(map(len, captions), default=0) < 28 else 1
 
 
 def by_calls(lines: Lines, results: Mapping[str, Any], theme: Theme = LIGHT) -> 'Figure':
@@ -215,7 +196,7 @@ def _finish_by_calls(
   """Makes the x axis one of network evaluations, and finishes the figure."""
   axes.set_xscale('log', base=2)
   calls = _spread(sorted({int(p.x) for points in lines.values() for p in points}))
-  axes.set_xticks(calls, [str(n) for n in calls])
+  axes.set_xticks(calls, list(map(str, calls)))
   axes.minorticks_off()
   axes.set_xlabel('network evaluations per image')
   _finish(figure, axes, results, theme)
@@ -283,8 +264,7 @@ def by_weight(
     logarithmic: the metrics whose axis is logarithmic.
     theme: the colours.
   """
-  rows = -(-len(panels) // 2)
-  names = {caption for lines in panels.values() for caption in lines}
+  rows, names = -(-len(panels) // 2), {caption for lines in panels.values() for caption in lines}
   figure = _figure(theme, 2.0 * rows + 0.2 * len(names) / 2 + 0.4)
   for place, (name, lines) in enumerate(panels.items(), start=1):
     axes = figure.add_subplot(rows, min(2, len(panels)), place)
@@ -303,8 +283,7 @@ def health(title: str, lines: Lines, theme: Theme = LIGHT) -> 'Figure':
   """Plots one measure of students' health over the share of their updates."""
   figure = _figure(theme, 2.4 + 0.18 * -(-len(lines) // 2), 3.8)
   axes = figure.add_subplot()
-  styles = itertools.cycle(theme.curves)
-  for (stage, points), colour in zip(lines.items(), styles, strict=False):
+  for (stage, points), colour in zip(lines.items(), itertools.cycle(theme.curves), strict=False):
     axes.plot([p.x for p in points], [p.value for p in points], color=colour, label=stage, linewidth=1.4)
   axes.set_title(title)
   axes.set_xlabel('share of the updates')

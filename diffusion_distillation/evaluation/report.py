@@ -14,6 +14,7 @@ from diffusion_distillation.evaluation import curves, figures, pictures
 from diffusion_distillation.evaluation.figures import Picture
 from diffusion_distillation.evaluation.looks import ByGuidance, Looks
 from diffusion_distillation.evaluation.neighbours import Neighbours
+from diffusion_distillation.evaluation.themes import LIGHT
 
 _FIGURES = (
   *('frechet', 'seconds', 'cost', 'guidance', 'nearest', 'samples'),
@@ -107,7 +108,7 @@ def write(config: Config, results: Mapping[str, Any], seen: Looks, directory: pa
   for name, picture in drawn.items():
     (directory / f'{name}.png').write_bytes(picture.png)
   if seen.samples:
-    (directory / 'samples.png').write_bytes(figures.to_png(figures.samples(seen.samples), figures.LIGHT))
+    (directory / 'samples.png').write_bytes(figures.to_png(figures.samples(seen.samples), LIGHT))
     arrays: dict[str, Any] = {
       caption.replace('\n', ', '): images for caption, images in seen.samples.items()
     }
