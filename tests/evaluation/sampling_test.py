@@ -139,3 +139,11 @@ def test_a_signal_stops_drawing(monkeypatch):
   monkeypatch.setattr(interrupts, '_received', ['SIGTERM'])
   with pytest.raises(Preempted, match='SIGTERM'):
     drawer.draw(params, times.uniform(1), 16, 0)
+
+
+def test_padding_repeats_the_first_time_whatever_it_is():
+  """So that it is no step, neither of a grid that ends at clean data nor of one that does not."""
+  for grid in (np.float32([0.0, 0.5, 1.0]), np.float32([0.001, 0.5, 0.9])):
+    padded = sampling._padded(grid)
+    assert len(padded) == sampling._GRID + 1 and (padded > padded[0]).sum() == 2
+    np.testing.assert_array_equal(padded[-3:], grid)

@@ -179,7 +179,7 @@ REFUSED = {
   'deep': (UNET, {'layers_per_block': 99_999}, 'asks for more than the weights have'),
   'wide': (UNET, {'time_embedding_dim': 99_999}, 'asks for more than the weights have'),
   'narrow': (UNET, {'time_embedding_dim': 64}, 'which config.json does not describe'),
-  'other text': (UNET, {'cross_attention_dim': 16}, 'cross_attention_dim=16'),
+  'width': (UNET, {'cross_attention_dim': 16}, 'cross_attention_dim=16'),
   'other latents': (VAE, {'latent_channels': 8}, 'latent_channels=8'),
   'vae class': (VAE, {'_class_name': 'AutoencoderTiny'}, "_class_name='AutoencoderTiny'"),
   'vae means': (VAE, {'latents_mean': [0.0] * 4}, 'latents_mean'),

@@ -12,6 +12,7 @@ from flax import traverse_util
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.interop import diffusers, stable_diffusion
 from tests import peers
+from tests.parity_peers import weights
 
 CASES = ('sd15_tiny', pytest.param('sd21_tiny', marks=pytest.mark.slow))
 SCHEDULE = Discrete('scaled_linear', 1000, 0.00085, 0.012, steps_offset=1)
@@ -229,3 +230,46 @@ def test_the_text_encoder_has_the_published_number_of_parameters(config, expecte
   network = stable_diffusion.text_encoder_of(tmp_path, config)
   names = names_of(stable_diffusion.abstract_text_encoder(network))
   assert count(names) == expected and len(names) == 16 * network.num_hidden_layers + 4
+
+
+FORMS, FORMS_ARRAYS = peers.read('sd_forms')
+
+
+def by_name(params):
+  """Parameters whose values are functions of their names in diffusers."""
+  state = {
+    name: weights.tensor(name, shape, weights.kind_of(name, len(shape)))
+    for name, shape in names_of(params).items()
+  }
+  return diffusers.convert(state, params, 'by name')
+
+
+@pytest.mark.parametrize(
+  'name', ['misc', *(pytest.param(n, marks=pytest.mark.slow) for n in FORMS['unet'] if n != 'misc')]
+)
+def test_forms_of_the_unet_give_the_recorded_output(name, tmp_path):
+  """Blocks without attention, numbers for each level, no middle, classes, other embeddings and activations."""
+  network = stable_diffusion.unet_of(tmp_path, FORMS['unet'][name], SCHEDULE)
+  network.check((8, 8, 4))
+  params = by_name(stable_diffusion.abstract_unet(network))
+  cond = {'text': FORMS_ARRAYS['in/context']}
+  cond |= {'label': FORMS_ARRAYS['in/labels']} if network.num_classes else {}
+  assert network.conditioning.keys() == cond.keys()
+  logsnr = SCHEDULE(jnp.asarray((FORMS_ARRAYS['in/timesteps'] + 1) / 1000, jnp.float32))
+  found = jax.jit(network.apply)({'params': params}, FORMS_ARRAYS['in/latent_nhwc'], logsnr, cond)
+  peers.assert_close(FORMS, name, found, FORMS_ARRAYS[f'out/{name}_nhwc'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FORMS['vae'])
+def test_forms_of_the_autoencoder_give_the_recorded_output(name, tmp_path):
+  network = stable_diffusion.vae_of(tmp_path, FORMS['vae'][name])
+  params = by_name(stable_diffusion.abstract_vae(network))
+  found = network.apply({'params': params}, FORMS_ARRAYS['in/image_nhwc'], method='encode')
+  mean = FORMS_ARRAYS[f'out/{name}_mean_nhwc']
+  image = network.apply({'params': params}, mean, method='decode')
+  peers.assert_close(FORMS, f'{name}_mean', found.mean, mean)
+  peers.assert_close(
+    FORMS, f'{name}_logvar', found.log_variance, FORMS_ARRAYS[f'out/{name}_logvar_nhwc']
+  )
+  peers.assert_close(FORMS, f'{name}_decode', image, FORMS_ARRAYS[f'out/{name}_decode_nhwc'])
