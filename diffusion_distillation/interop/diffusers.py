@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from diffusion_distillation.diffusion.discrete import BETAS, Discrete
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.interop import diffusers_config
+from diffusion_distillation.interop import diffusers_config, diffusers_ncsnpp
 from diffusion_distillation.interop.brief import brief
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Pixels
@@ -73,6 +73,13 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
   else:
     _log.warning(
       "%s is missing: the schedule and prediction type are DDPMScheduler's defaults", scheduler
+    )
+  if config.get('time_embedding_type') == 'fourier':
+    kinds = {key: kind for key, kind in diffusers_config.NETWORK.items() if key != 'norm_num_groups'}
+    diffusers_config.check(unet / 'config.json', config, kinds)
+    _, state = _load(unet)
+    return diffusers_ncsnpp.read(
+      unet / 'config.json', config, settings, {_renamed(name): value for name, value in state.items()}
     )
   schedule, output = _schedule(scheduler, settings)
   network = _network(unet / 'config.json', config, schedule)
@@ -129,6 +136,8 @@ def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete
     )
   if settings.get('thresholding') or settings.get('clip_sample_range', 1.0) != 1.0:
     _log.warning('%s: thresholding and clip_sample_range do not apply: x is clipped to [-1, 1]', path)
+  if settings.get('set_alpha_to_one') is False:
+    _log.warning('%s: set_alpha_to_one=false does not apply: the last step ends at clean data', path)
   given = {ours: settings[theirs] for theirs, ours in _SCHEDULE.items() if theirs in settings}
   try:
     return Discrete(**given, trained_betas=trained), _OUTPUTS[prediction]
@@ -162,15 +171,19 @@ def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) 
   )
 
 
-def _weights(folder: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...]) -> Params:
-  """Reads the parameters of the network, float32, from the folder's safetensors file."""
+def _load(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
+  """Returns the safetensors file of a folder and its arrays, float32."""
   path = _weights_file(folder)
   try:
-    found = {
-      name: np.asarray(value, np.float32) for name, value in safetensors.flax.load_file(path).items()
-    }
+    arrays = safetensors.flax.load_file(path)
   except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
     raise UserError(f'{path} is damaged or not a safetensors file ({error})') from error
+  return path, {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+
+
+def _weights(folder: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...]) -> Params:
+  """Reads the parameters of the network, float32, from the folder's safetensors file."""
+  path, found = _load(folder)
   _check_widths(denoise.network, found, path)
   try:
     expected = jax.eval_shape(lambda rng: denoise.init(rng, shape), jax.random.key(0))

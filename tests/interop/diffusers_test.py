@@ -106,6 +106,14 @@ def test_a_network_folder_by_itself_finds_its_scheduler_beside_it(case, tmp_path
   )
 
 
+def test_settings_of_a_sampler_that_do_not_apply_are_told(pipeline, tmp_path, caplog):
+  told = {'clip_sample_range': 2.0, 'set_alpha_to_one': False}
+  diffusers.read(changed(pipeline, tmp_path, 'scheduler/scheduler_config.json', told), 5)
+  for key in told:
+    assert f'{key}' in caplog.text
+  assert caplog.text.count('not apply') == 2
+
+
 def test_timesteps_come_back_from_logsnr_exactly():
   for schedule in (
     Discrete(),
@@ -161,7 +169,7 @@ REFUSED = {
     {'_class_name': 'UNet2DConditionModel'},
     "_class_name='UNet2DConditionModel'",
   ),
-  'fourier': ('unet/config.json', {'time_embedding_type': 'fourier'}, "time_embedding_type='fourier'"),
+  'fourier': ('unet/config.json', {'time_embedding_type': 'fourier'}, 'time_embedding_type=fourier'),
   'block': (
     'unet/config.json',
     {'down_block_types': ['SkipDownBlock2D', 'AttnDownBlock2D']},
