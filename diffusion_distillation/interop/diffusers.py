@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from diffusion_distillation.diffusion.discrete import BETAS, Discrete
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.interop import diffusers_config
+from diffusion_distillation.interop import diffusers_config, diffusers_ncsnpp
 from diffusion_distillation.interop.brief import brief
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Pixels
@@ -73,6 +73,13 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
   else:
     _log.warning(
       "%s is missing: the schedule and prediction type are DDPMScheduler's defaults", scheduler
+    )
+  if config.get('time_embedding_type') == 'fourier':
+    kinds = {key: kind for key, kind in diffusers_config.NETWORK.items() if key != 'norm_num_groups'}
+    diffusers_config.check(unet / 'config.json', config, kinds)
+    state = load_state(weights_file(unet))
+    return diffusers_ncsnpp.read(
+      unet / 'config.json', config, settings, {_renamed(name): value for name, value in state.items()}
     )
   schedule, output = read_schedule(scheduler, settings)
   network = _network(unet / 'config.json', config, schedule)

@@ -87,7 +87,7 @@ def read(path: pathlib.Path) -> StoredModel:
   """
   try:
     arguments, arrays = (_read_pair if path.suffix == '.safetensors' else _read_pickle)(path)
-    return _to_model(arguments, arrays)
+    return to_model(arguments, arrays)
   except OSError as error:
     raise UserError(f'--checkpoint={path}: {error.filename}: {error.strerror}') from error
   except (Unsupported, UserError) as error:
@@ -174,7 +174,7 @@ def _state_dict(module: Inert, prefix: str, seen: set[int]) -> Arrays:
 # Contents.
 
 
-def _to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
+def to_model(arguments: dict[str, Any], arrays: Arrays) -> StoredModel:
   """Builds a model from the constructor's arguments (and `class`) and the state dict."""
   kind = _word(arguments.pop('class', None))
   of_class = choose('class', kind, _CLASSES)

@@ -96,7 +96,7 @@ def from_model(config: Config, default: Config, path: pathlib.Path, into: pathli
 def from_diffusers(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
   """Imports a folder that diffusers saved as the stage 'base', regardless of the config's network; see `interop/diffusers.py`.
 
-  It is sampled in `distill.start_steps` steps.
+  It is sampled in `distill.start_steps` steps; NCSN++, as EDM's models are.
 
   Raises:
     UserError: there is no model, or it is not supported; nothing was written.

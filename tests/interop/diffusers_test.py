@@ -169,7 +169,7 @@ REFUSED = {
     {'_class_name': 'UNet2DConditionModel'},
     "_class_name='UNet2DConditionModel'",
   ),
-  'fourier': ('unet/config.json', {'time_embedding_type': 'fourier'}, "time_embedding_type='fourier'"),
+  'fourier': ('unet/config.json', {'time_embedding_type': 'fourier'}, 'time_embedding_type=fourier'),
   'block': (
     'unet/config.json',
     {'down_block_types': ['SkipDownBlock2D', 'AttnDownBlock2D']},

@@ -69,9 +69,9 @@ def test_an_argument_of_shared_containers_is_named_at_once(name, tmp_path):
   began = time.monotonic()
   arguments = {'class': 'VEPrecond', 'img_resolution': 8, 'img_channels': 3} | {name: nested()}
   with pytest.raises((UserError, ValueError), match=f'{name}='):
-    edm._to_model(arguments, {})
+    edm.to_model(arguments, {})
   with pytest.raises(UserError, match='class='):
-    edm._to_model({'class': nested()}, {})
+    edm.to_model({'class': nested()}, {})
   assert time.monotonic() - began < 5.0
 
 
