@@ -7,6 +7,7 @@ import abc
 import collections
 import concurrent.futures
 import dataclasses
+import lzma
 import math
 import os
 import pathlib
@@ -24,6 +25,8 @@ from diffusion_distillation.errors import UserError
 
 ARRAYS = ('arr_0', 'images')  # the arrays of an .npz that may hold the images; the first one is taken
 _WAITING = 2**29  # maximum bytes of images that wait for others of their size
+# What reading a damaged, encrypted or unusually compressed .npz may raise.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError)
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -70,10 +73,11 @@ def open_images(given: str | os.PathLike[str], flag: str = '--images') -> GivenI
   Raises:
     UserError: there are no images, or the array has another type or shape.
   """
-  path, source = paths.expand(flag, os.fspath(given)), f'{flag}={os.fspath(given)}'
+  source, is_array = f'{flag}={os.fspath(given)}', os.fspath(given).lower().endswith('.npz')
+  path = (paths.local if is_array else paths.expand)(flag, os.fspath(given))
   if '://' not in path and not os.path.exists(path):
     raise UserError(f'{source}: there is no such file or directory')
-  if path.lower().endswith('.npz'):
+  if is_array:
     return _open_array(pathlib.Path(path), source)
   listing.check_kind(path, flag)
   return _open_files(path, flag, source)
@@ -160,7 +164,7 @@ class _Array(GivenImages):
           places = np.arange(start, min(start + size, count))
           content = file.read(len(places) * math.prod(image))
           yield Batch(places, np.frombuffer(content, np.uint8).reshape(len(places), *image))
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+    except _DAMAGE as error:
       raise UserError(f'{self.source} is damaged ({error}); write it again') from error
 
 
@@ -186,7 +190,7 @@ def _open_array(path: pathlib.Path, source: str) -> GivenImages:
       with archive.open(members[name]) as file:
         shape, fortran, dtype = _header(file)
         begin = file.tell()
-  except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+  except _DAMAGE as error:
     raise UserError(f'{source} is not a readable .npz ({error}); write it again') from error
   if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
     raise UserError(

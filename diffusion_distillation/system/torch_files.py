@@ -21,6 +21,7 @@ from diffusion_distillation.system.pickles import STORAGES, Calls, Machine, Name
 Arrays = dict[str, np.ndarray]
 
 _MOST_BYTES = 2  # maximum bytes of all tensors for each byte of the file
+_HEAD = 64  # bytes by which the two forms are recognized
 _MOST_PICKLE = 2**26  # maximum bytes of the pickle that describes the tensors
 _INSTEAD = 'save its state_dict() with torch.save or safetensors.torch.save_file'
 _NAMES = (
@@ -45,8 +46,8 @@ def read(path: pathlib.Path, source: str) -> Arrays:
   try:
     size = path.stat().st_size
     with path.open('rb') as file:
-      is_zip = file.read(2) == b'PK'
-    found = _read_zip(path, size) if is_zip else _read_legacy(path.read_bytes())
+      head = file.read(_HEAD)
+    found = _read_zip(path, size) if head.startswith(b'PK') else _read_legacy(path, head)
     arrays = _tensors(found)
     if sum(array.nbytes for array in arrays.values()) > _MOST_BYTES * size:
       raise ValueError('its tensors share storages and have far more numbers than the file')
@@ -143,14 +144,16 @@ def _folder(members: Mapping[str, zipfile.ZipInfo]) -> str:
 # Before torch 1.6: pickles, and numbers behind them.
 
 
-def _read_legacy(content: bytes) -> Any:
-  stream = io.BytesIO(content)
+def _read_legacy(path: pathlib.Path, head: bytes) -> Any:
   try:
-    magic = Machine({}).run(stream)
+    magic = Machine({}).run(io.BytesIO(head))
   except Exception:
     magic = None
-  if magic != pickles.MAGIC:
+  if magic != pickles.MAGIC:  # known before a file is read that may be anything
     raise UserError(f'is not a file that torch.save wrote; {_INSTEAD}')
+  content = path.read_bytes()
+  stream = io.BytesIO(content)
+  Machine({}).run(stream)
   for _ in range(2):  # the protocol, and a description of the machine
     Machine({}).run(stream)
   begin = stream.tell()

@@ -1,6 +1,7 @@
 """Images made elsewhere: all of them once, in order of name, in their own sizes, and without surprises."""
 
 import re
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -107,6 +108,32 @@ def test_damaged_arrays_are_refused(tmp_path):
   path.write_bytes(damaged)
   with pytest.raises(UserError, match=r'is damaged \(Bad CRC-32'):
     list(given_images.open_images(path).batches(100))
+
+
+def test_an_encrypted_array_and_a_url_of_one_are_refused(tmp_path):
+  path = tmp_path / 'x.npz'
+  np.savez(path, arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+  content = bytearray(path.read_bytes())
+  content[6] |= 1  # the flag of encryption, in the member's header and in the directory
+  content[content.index(b'PK\x01\x02') + 8] |= 1
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=r'not a readable .*encrypted'):
+    given_images.open_images(path)
+  with pytest.raises(
+    UserError, match=r'gs://bucket/x\.npz is a URL, but must be a path: .*copy it to a disk'
+  ):
+    given_images.open_images('gs://bucket/x.npz')
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+  np.savez(tmp_path / 'x.npz', arr_0=np.zeros((20_000, 16, 16, 3), np.uint8))
+  given = given_images.open_images(tmp_path / 'x.npz')
+  tracemalloc.start()
+  try:
+    assert sum(len(batch.places) for batch in given.batches(64)) == 20_000
+    assert tracemalloc.get_traced_memory()[1] < 2**20  # of 15 MB
+  finally:
+    tracemalloc.stop()
 
 
 def test_a_broken_image_is_named(files):
