@@ -122,6 +122,23 @@ CASES = {
     [*TRAIN, '--mode=import', '--source=workdir', '--checkpoint={workdir}/base'],
     ['--checkpoint={workdir}/base', 'stage.json'],
   ),
+  'features of nothing': (['--mode=features', '--out=x.npz'], ['--mode=features needs --images']),
+  'features without weights': (
+    ['--mode=features', '--images={directory}', '--out=x.npz'],
+    ['--mode=features needs --inception'],
+  ),
+  'features of a missing folder': (
+    ['--mode=features', '--images={workdir}', '--inception={typo}', '--out=x.npz'],
+    ['--images={workdir}', 'no such file or directory'],
+  ),
+  'features of a folder without images': (
+    ['--mode=features', '--images={directory}', '--inception={typo}', '--out=x.npz'],
+    ['--images={directory} holds no image'],
+  ),
+  'features as a picture': (
+    ['--mode=features', '--images={directory}', '--inception={typo}', '--out=x.png'],
+    ['--out=x.png', 'ends in .npz'],
+  ),
   'import without config': (
     ['--mode=import', '--source=google', '--checkpoint={typo}', '--workdir={workdir}'],
     ['--mode=import', '--config'],

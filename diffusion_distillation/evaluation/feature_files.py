@@ -1,5 +1,6 @@
 """Writes the Inception features of images to an .npz file, for `--mode=features`."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -13,7 +14,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import inception, pictures
 from diffusion_distillation.evaluation.given_images import GivenImages, open_images
 from diffusion_distillation.networks.inception import SIDE, Outputs, preprocess
-from diffusion_distillation.system import interrupts, sharding
+from diffusion_distillation.system import announcing, interrupts, sharding
 from diffusion_distillation.system.progress import Progress
 
 
@@ -77,7 +78,8 @@ def _compute(
   with Progress('features', count) as progress:
     for places, inputs in _inputs(images, size):
       interrupts.check()
-      found = extractor.of_preprocessed(inputs)
+      with contextlib.nullcontext() if waiting else announcing.compiling('the network'):
+        found = extractor.of_preprocessed(inputs)
       sharding.settle(found)
       if waiting is not None:  # the devices are busy with the next batch
         store(*waiting)

@@ -58,7 +58,7 @@ class RunningFeatures:
   ) -> None:
     """Adds a batch of features (n, D) and, if the extractor has them, logits (n, K) and spatial features (n, S)."""
     self._moments.add(features)
-    self._some.append(features[-self.seen % self._stride :: self._stride])
+    self._some.append(np.array(features[-self.seen % self._stride :: self._stride]))  # not a view of all
     self.seen += len(features)
     if logits is not None:
       self._score = self._score or RunningScore()

@@ -168,6 +168,21 @@ def test_the_digest_of_images_depends_on_pixels_and_order_alone(tmp_path, monkey
   assert digest(images.reshape(30, 2, 8, 3), 8) != digest(images, 8)
 
 
+def test_images_of_several_sizes_are_measured_where_the_extractor_takes_them(tmp_path, monkeypatch):
+  monkeypatch.setattr(given, 'batch_size', lambda: 8)
+  extractor = type('Extractor', (), {'of': staticmethod(_pixels), 'metric': 'FID'})()
+  rng = np.random.default_rng(0)
+  for k in range(11):
+    shape = (4, 4, 3) if k % 3 else (5, 3, 3)
+    Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8)).save(tmp_path / f'{k:02d}.png')
+  images = given_images.open_images(tmp_path)
+  given.check(images, None, 'FID')
+  found, digest = given.features_of(extractor, images, (9, 9, 3))
+  assert found.count == 11 and found.some.shape == (11, 3) and len(digest) == 64
+  first = np.stack([np.asarray(Image.open(tmp_path / f'{k:02d}.png'))[0, 0] for k in range(11)])
+  np.testing.assert_allclose(found.moments.mean, first.mean(0))
+
+
 def _pixels(images):
   from diffusion_distillation.evaluation.extracted import Extracted
 
