@@ -17,6 +17,7 @@ _SAMPLERS = {
   'multistep_consistency': 'multistep consistency',
 }
 _FAMILIES = {
+  'guided': 'Guided',
   'progressive': 'Progressive',
   'knowledge': 'Knowledge',
   'consistency': 'Consistency',
@@ -93,25 +94,33 @@ def comparison(rows: Rows) -> list[dict[str, Any]]:
   """Returns a line for each number of network evaluations, in descending order, with the value of each curve or None.
 
   `errors` are the standard errors, or None; `ratios` divide the students' values by the value of the base with DDIM at its
-  largest number of evaluations.
+  largest number of evaluations, with the student's guidance if the base was measured with it.
   """
   columns = curves(rows)
   barred = {
     caption: {r['nfe']: r.get('error') for r in found} for caption, found in grouped(rows).items()
   }
   calls = sorted({nfe for curve in columns.values() for nfe in curve}, reverse=True)
-  of_base = columns.get('Base, DDIM', {})
-  base = of_base[max(of_base)] if of_base else None
+  bases = {caption: _base_of(caption, columns) for caption in columns}
   lines = []
   for nfe in calls:
     values = {caption: curve.get(nfe) for caption, curve in columns.items()}
     ratios = [
-      value / base if base and value is not None and not caption.startswith('Base, ') else None
+      value / base if value is not None and (base := bases[caption]) else None
       for caption, value in values.items()
     ]
     errors = [barred[caption].get(nfe) for caption in columns]
     lines.append({'nfe': nfe, 'values': list(values.values()), 'ratios': ratios, 'errors': errors})
   return lines
+
+
+def _base_of(caption: str, columns: Mapping[str, Mapping[int, float]]) -> float | None:
+  """Returns the value that those of a student's curve are divided by; None for a curve of the base, or without DDIM."""
+  if caption.startswith('Base, '):
+    return None
+  guidance = ''.join(caption.partition(', guidance ')[1:])
+  found = columns.get(f'Base, DDIM{guidance}') or columns.get('Base, DDIM') or {}
+  return found[max(found)] if found else None
 
 
 def few(rows: Rows) -> Rows:

@@ -78,21 +78,22 @@ def write(config: Config, results: Mapping[str, Any], seen: Looks, directory: pa
     directory: directory of the report; created if necessary.
   """
   directory.mkdir(exist_ok=True)
-  drawn = _figures(results, seen)
+  drawn, table = _figures(results, seen), curves.comparison(results['rows'])
   lines = {stage: watched.lines for stage, watched in seen.watched.items()}
   html = (
     environment()
     .get_template('report.html')
     .render(
       results=results,
-      table=curves.comparison(results['rows']),
+      table=table,
       metrics=other_metrics(results['rows']),
       guided=any(row.get('guidance') for row in results['rows']),
       accuracy=any(row.get('class_accuracy') is not None for row in results['rows']),
       barred=any(row.get('error') for row in results['rows']),
       config=list(flatten(config)),
       curves=list(curves.curves(results['rows'])),
-      base_nfe=max(curves.curves(results['rows']).get('Base, DDIM', {0: 0})),
+      ratios=any(r is not None for line in table for r in line['ratios']),
+      left_out=len(curves.few(results['rows'])) < len(results['rows']),
       figures=drawn,
       samples=[strips(caption, images) for caption, images in seen.samples.items()],
       neighbours=_neighbours(seen.neighbours),

@@ -127,10 +127,21 @@ def test_a_figure_of_too_many_curves_keeps_the_weight_at_which_the_base_is_best(
   assert curves.few(rows) == rows
   rows = weighted((4.0, 0.5, 1.0, 2.0))
   assert set(curves.curves(curves.few(rows))) == {
-    'guided, guidance 0.5',
+    'Guided, guidance 0.5',
     'DMD',
     'Base, DDIM, guidance 0.5',
   }
+
+
+def test_a_student_is_compared_with_the_base_of_the_same_guidance():
+  rows = weighted((0.0, 2.0))
+  captions, lines = list(curves.curves(rows)), curves.comparison(rows)
+  at_two = next(line for line in lines if line['nfe'] == 2)
+  ratios = dict(zip(captions, at_two['ratios'], strict=True))
+  assert ratios['Guided'] == pytest.approx(3 / 2) and ratios['Guided, guidance 2'] == pytest.approx(
+    5 / 4
+  )
+  assert ratios['Base, DDIM'] is ratios['Base, DDIM, guidance 2'] is None
 
 
 def test_health_is_a_curve_only_of_what_was_looked_at_twice():

@@ -188,6 +188,12 @@ def test_unconditional_models_show_the_shares_of_the_classes_beside_the_data_s(t
   assert '<td>1</td><td>50.0 %</td><td>10.0 ± 3.0 %</td>' in text
 
 
+def test_an_extractor_of_other_classes_leaves_the_distances(tmp_path):
+  rows = [ROWS[0] | {'by_class': {'count': [100, 50], 'frechet': [None, 12.5]}}, *ROWS[1:]]
+  text, _ = written(tmp_path / 'report', rows, looks.Looks({}))
+  assert '<td>1</td><td><small>12.5</small></td>' in text and 'errors of the share' not in text
+
+
 def test_of_many_classes_the_worst_are_listed():
   accuracy = [1.0 - k / 100 for k in range(30)]
   rows = [ROWS[0] | {'by_class': {'count': [100] * 30, 'accuracy': accuracy}}]
