@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from diffusion_distillation.networks.checks import check_choices
 from diffusion_distillation.networks.unet import DTYPES, upsample
-from diffusion_distillation.networks.unet2d import ACTIVATIONS, Attention, Resnet, Style
+from diffusion_distillation.networks.unet2d_blocks import ACTIVATIONS, Attention, Resnet, Style
 
 DOWN_BLOCKS = ('DownEncoderBlock2D',)
 UP_BLOCKS = ('UpDecoderBlock2D',)
@@ -110,7 +110,7 @@ class AutoencoderKL(nn.Module):
     down_block_types: names in DOWN_BLOCKS, one per level.
     up_block_types: names in UP_BLOCKS, one per level.
     layers_per_block: residual blocks per level of the encoder; the decoder has one more.
-    act_fn: activation function of residual blocks, a name in `unet2d.ACTIVATIONS`; the outputs use SiLU.
+    act_fn: activation function of residual blocks, a name in `unet2d_blocks.ACTIVATIONS`; the outputs use SiLU.
     norm_num_groups: groups of every GroupNorm.
     mid_block_add_attention: whether there is attention at the lowest resolution.
     use_quant_conv: whether the encoder is followed by a 1x1 convolution.

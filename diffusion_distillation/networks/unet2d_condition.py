@@ -19,7 +19,7 @@ from diffusion_distillation.networks.conditioning import Classes, Cond, Conditio
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.layers import ATTENTION_KERNELS, attention
 from diffusion_distillation.networks.unet import DTYPES, upsample
-from diffusion_distillation.networks.unet2d import ACTIVATIONS, Resnet, Style, timestep_embedding
+from diffusion_distillation.networks.unet2d_blocks import ACTIVATIONS, Resnet, Style, timestep_embedding
 
 # By name of the block: whether its residual blocks are followed by transformers.
 DOWN_BLOCKS = {'CrossAttnDownBlock2D': True, 'DownBlock2D': False}

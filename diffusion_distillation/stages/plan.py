@@ -13,13 +13,19 @@ from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS, or_base
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import METHODS, Denoising, Progressive, Student
-from diffusion_distillation.networks import NETWORKS, conditioning
+from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.networks.unet import DTYPES
 from diffusion_distillation.stages import parts
 from diffusion_distillation.stages.model import name_in, network_arguments
 from diffusion_distillation.stages.parts import Data
+from diffusion_distillation.stages.plan_checks import (
+  check_grids,
+  check_measuring,
+  check_pairs,
+  check_starts,
+)
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.texts import TextEncoder
 
@@ -107,7 +113,7 @@ def plan(
     UserError: a value in the config is not valid; the message names the key.
   """
   check_numbers(config)
-  _check_measuring(config)
+  check_measuring(config)
   data = Data(image_shape, num_classes)
   for name in config.methods:
     choose('methods', name, _students())
@@ -128,9 +134,9 @@ def plan(
     stages.append(_student(config, base, teacher, student, name))
     if METHODS[name].teaches:
       teacher, student = stages[-1], stages[-1].denoise
-  _check_starts(stages)
-  _check_pairs(stages)
-  _check_grids(config, stages)
+  check_starts(stages)
+  check_pairs(stages)
+  check_grids(config, stages)
   if of := config.evaluation.neighbours_of:
     choose('evaluation.neighbours_of', of, {stage.name: stage for stage in stages})
   least = min(steps for stage in stages for steps in stage.measured_steps)
@@ -147,32 +153,6 @@ def _students() -> dict[str, type]:
   return {
     name: cls for name, cls in METHODS.items() if name == 'progressive' or issubclass(cls, Student)
   }
-
-
-def _check_measuring(config: Config) -> None:
-  evaluation = config.evaluation
-  choose('evaluation.grid', evaluation.grid, dict.fromkeys(times.GRIDS))
-  choose('evaluation.labels', evaluation.labels, dict.fromkeys(conditioning.LABELS))
-  if not evaluation.samplers:
-    raise UserError('evaluation.samplers=() must name at least one sampler, such as ddim')
-  for name in evaluation.samplers:
-    parts.make_sampler(name, evaluation.gamma)
-
-
-def _check_grids(config: Config, stages: list[Stage]) -> None:
-  """Raises UserError unless the base's schedule supports the grids that the config names, at all numbers of steps."""
-  most = config.evaluation.max_steps
-  counts = {steps for stage in stages for steps in stage.measured_steps if steps <= most}
-  wanted = [('evaluation.grid', config.evaluation.grid, counts)]
-  wanted += [
-    ('pairs.grid', stage.pairs.grid, {stage.pairs.num_steps}) for stage in stages if stage.pairs
-  ]
-  for key, name, numbers in wanted:
-    for num_steps in sorted(numbers):
-      try:
-        times.make_grid(name, num_steps, stages[0].schedule)
-      except ValueError as error:
-        raise UserError(f'{key}={name}: {error}') from error
 
 
 def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
@@ -332,25 +312,3 @@ def _rounds(config: Config, base: Stage, first: Stage, student: Denoiser) -> lis
       )
     )
   return found[1:]
-
-
-def _check_pairs(stages: list[Stage]) -> None:
-  """Raises UserError if two stages need stored pairs of different teachers."""
-  with_pairs = [stage for stage in stages if stage.pairs]
-  for stage in with_pairs:
-    if stage.parent != (first := with_pairs[0]).parent:
-      raise UserError(
-        f'{first.name} and {stage.name} need stored pairs of different teachers, {first.parent} and {stage.parent}, but a '
-        'workdir only has one set of pairs; list both on the same side of `guided` in methods, or use two workdirs'
-      )
-
-
-def _check_starts(stages: list[Stage]) -> None:
-  """Raises UserError unless every student starts from an earlier stage with the same network."""
-  before: dict[str, Stage] = {}
-  for stage in stages:
-    if stage.start is not None:
-      start = choose(f'{stage.name}.start', stage.start, before)
-      if start.denoise != stage.denoise:
-        raise UserError(f'{stage.name}.start={stage.start}: that stage has another network')
-    before[stage.name] = stage
