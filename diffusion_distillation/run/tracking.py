@@ -76,8 +76,9 @@ class Tracker:
 
   def measure(self, done: int, params: Params) -> float:
     """Returns the distance of the parameters after update `done`, and records it."""
+    found = self._recorded()  # in every process, before the first one writes
+    known = found['best']
     value = float(cluster.from_first(self._distance(params)))  # processes may differ in the last bits
-    found, known = self._recorded(), self._recorded()['best']
     if known is None or value < known['frechet']:
       self._keep(done, params)
       found['best'] = {'updates': done, 'frechet': value}
