@@ -81,7 +81,7 @@ def _build(files: Mapping[str, bytes]) -> Any:
     from tokenizers import models, normalizers, pre_tokenizers
   except ImportError as error:
     raise UserError(
-      "prompts need the library `tokenizers`: pip install 'diffusion_distillation[text]'"
+      "prompts need the library tokenizers: pip install 'diffusion_distillation[text]'"
     ) from error
   if not {_VOCABULARY, _MERGES} <= files.keys():
     if _WHOLE not in files:
