@@ -49,6 +49,7 @@ setuptools.setup(
     'gcs': ['gcsfs'],  # folders at gs://
     's3': ['s3fs'],  # folders at s3://
     'serve': ['gradio>=6.0'],  # for --mode=serve
+    'text': ['tokenizers>=0.21'],  # for --prompts
     'dev': [
       'gradio>=6.0',
       'ipykernel>=6.29',  # for notebooks/
@@ -60,6 +61,7 @@ setuptools.setup(
       'pytest-xdist>=3.6',
       'ruff>=0.9',
       'scipy>=1.14',
+      'tokenizers>=0.21',
     ],
   },
 )

@@ -30,10 +30,11 @@ from diffusion_distillation import datasets
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError, UserError
 from diffusion_distillation.evaluation import features, measure
-from diffusion_distillation.run import loop
+from diffusion_distillation.run import gate, loop
 from diffusion_distillation.run.inputs import Inputs
-from diffusion_distillation.stages import plan
+from diffusion_distillation.stages import extending, plan
 from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.workdir import lock_workdir
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.files import read_json, write_json
@@ -99,12 +100,19 @@ class Bench:
     workdir.mkdir(parents=True, exist_ok=True)
     if base is None:
       return [loop.fit(self.step, planned[0], Inputs(self.images), workdir, config)]
-    models = [base]
+    models, judge = [base], None
+    if config.gate.factor:
+      judge = gate.Gate(config, workdir, self.images, (self.extractor, self.reference))
     for stage in planned[1:]:
       if stage.num_steps < down_to:
         break
       inputs = Inputs(self.images, models[-1])
-      models.append(loop.fit(self.step, stage, inputs, workdir, config))
+
+      def train(stage: Stage, inputs: Inputs = inputs) -> Model:
+        return loop.fit(self.step, stage, inputs, workdir, config)
+
+      stage = extending.as_recorded(workdir, stage)
+      models.append(gate.until_it_passes(judge, train, stage, models[-1]))
     return models[1:]
 
   def has(self, part: str, seed: int, **key: Any) -> bool:

@@ -10,6 +10,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Iterator
+from statistics import mean
 from typing import Any
 
 import ml_collections
@@ -39,6 +40,7 @@ class Schedule:
     updates: number of updates of each round.
     rates: peak learning rate of each round.
     end: number of steps of the last student.
+    gate: `gate.factor`; the rounds then begin with `updates` and are trained for as long as the gate asks.
   """
 
   base: int | None = None
@@ -47,6 +49,7 @@ class Schedule:
   updates: tuple[int, ...] | None = None
   rates: tuple[float, ...] | None = None
   end: int = 1
+  gate: float = 0.0
 
   def config(self, seed: int, scale: float = 1.0) -> ml_collections.ConfigDict:
     """Returns the config of a run with this schedule; all numbers of updates are multiplied by `scale`."""
@@ -59,6 +62,7 @@ class Schedule:
     config.distill.end_steps = self.end
     config.distill.factor = self.factor or config.distill.factor
     config.distill.learning_rate = self.rates or config.distill.learning_rate
+    config.gate.factor, config.gate.limit, config.gate.stop = self.gate, 16.0, False
     updates = self.updates or config.distill.num_updates
     config.distill.num_updates = tuple(max(1, round(scale * count)) for count in updates)
     return config
@@ -67,6 +71,7 @@ class Schedule:
 SCHEDULES = {
   'halves': Schedule(factor=(2,), updates=(200, 200, 750), rates=(1e-3,), end=4),
   'demo': Schedule(),
+  'gated': Schedule(updates=(150,), gate=1.5),
   'short': Schedule(base=1400, ramp=0.05, updates=(150, 300, 300, 400), rates=(5e-4,)),
 }
 
@@ -123,9 +128,10 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
       found = of(name, num_steps)
       if not found:
         continue
-      first = found[0]  # updates and evaluations do not depend on the seed
-      updates = [f'{first[key]:,}' for key in ('base_updates', 'updates')]
-      shares = [f'{first[key] / first[f"base_{key}"]:.2f}' for key in ('updates', 'calls')]
+      updates = [f'{mean(row[key] for row in found):,.0f}' for key in ('base_updates', 'updates')]
+      shares = [  # these depend on the seed only where there is a gate
+        f'{mean(row[key] / row[f"base_{key}"] for row in found):.2f}' for key in ('updates', 'calls')
+      ]
       seconds = spread(row['seconds'] / row['base_seconds'] for row in found)
       minutes = spread((row['seconds'] + row['base_seconds']) / 60 for row in found)
       body.append([name, *updates, *shares, seconds, minutes])

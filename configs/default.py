@@ -18,6 +18,7 @@ from diffusion_distillation.methods.denoising import TrainSection
 from diffusion_distillation.methods.progressive import DistillSection
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import ModelSection
+from diffusion_distillation.run.gate import GateSection
 from diffusion_distillation.run.pairs import PairsSection
 from diffusion_distillation.system.checkpoints import CheckpointSection
 from diffusion_distillation.system.compilation import ComputeSection
@@ -72,6 +73,7 @@ def _sections() -> dict[str, type]:
     'checkpoint': CheckpointSection,
     'log': LogSection,
     'evaluation': EvaluationSection,
+    'gate': GateSection,
     'mesh': MeshSection,
     'compute': ComputeSection,
   }

@@ -1,4 +1,4 @@
-"""Class-conditional digits with students of a guided teacher: rounds and one-step DMD, with the same guidance weight."""
+"""Class-conditional digits with students of a guided teacher: two-stage guided distillation, and one-step DMD of one weight."""
 
 import ml_collections
 
@@ -8,13 +8,25 @@ WEIGHT = 1.0
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Returns configs/digits_methods.py with a conditional base that is trained with a label dropout of 0.1."""
+  """Returns configs/digits_methods.py with a conditional base that is trained with a label dropout of 0.1.
+
+  DMD matches the base guided with WEIGHT. The student of `guided` and the rounds after it take the weight as an input.
+  """
   c = digits_methods.get_config()
   c.model.conditional = True
   c.dataset.label_dropout = 0.1
-  c.methods = ('progressive', 'dmd')
-  c.distill.guidance = WEIGHT
+  c.methods = ('dmd', 'guided', 'progressive')
+
   c.pairs.guidance = WEIGHT
   c.dmd.guidance = WEIGHT
-  c.evaluation.guidance = (0.0, WEIGHT, 3.0)
+
+  c.guided.weights = (0.0, 4.0)
+  c.guided.num_updates = 2000
+  c.guided.batch_size = 64
+  c.guided.learning_rate = 1e-3
+  c.guided.warmup = 20
+  c.guided.decay = 'linear'
+  c.guided.ema_decay = (0.99,)
+
+  c.evaluation.guidance = (0.0, 0.5, WEIGHT, 2.0, 4.0)
   return c

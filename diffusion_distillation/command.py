@@ -30,16 +30,21 @@ def _integer(
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Directory of the run; all modes except prepare, features and keys need it.'
+  'workdir', None, 'Directory of the run; all modes except prepare, compare, features and keys need it.'
+)
+_WORKDIRS = flags.DEFINE_list(
+  'workdirs', [], 'compare: the directories of two or more finished runs, A,B.'
 )
 _MODE = flags.DEFINE_enum('mode', 'train', list(cli.MODES), 'What to do.')
 _STAGE = flags.DEFINE_string(
   'stage', None, 'sample, export: the stage; by default the last one with a checkpoint.'
 )
 _WEIGHTS = flags.DEFINE_string(
-  'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last."
+  'weights', 'ema', "sample: the stage's weights: ema, ema_0.99, ..., last, best."
 )
-_NUM_SAMPLES = _integer('num_samples', 64, 'sample: number of images.', 1)
+_NUM_SAMPLES = _integer(
+  'num_samples', None, 'sample: number of images; by default 64, or one for each prompt.', 1
+)
 _SEED = _integer('seed', 0, 'sample: seed of the noise.', 0, 2**31 - 1)
 _SAMPLER = flags.DEFINE_string(
   'sampler',
@@ -60,6 +65,11 @@ _TIMES = flags.DEFINE_list(
 _CLASSES = flags.DEFINE_list(
   'classes', [], 'sample: classes to draw in turn, by number or name, or `none`; by default all.'
 )
+_PROMPTS = flags.DEFINE_multi_string(
+  'prompts',
+  [],
+  'sample: what to draw, for models that are conditioned on text; given several times, the prompts are drawn in turn.',
+)
 _GUIDANCE = flags.DEFINE_float(
   'guidance',
   None,
@@ -75,7 +85,7 @@ _OUT = flags.DEFINE_string(
   'out',
   None,
   'sample: a .png (a grid), a .npz (the arrays), or a folder, FOLDER/ (a .png for each image). export: a new folder. '
-  'features: a .npz.',
+  'compare: the folder of the page. evaluate, with --images or the folder of a model: a .json. features: a .npz.',
 )
 _FORMAT = flags.DEFINE_string(
   'format', 'jax', 'export: the format, jax (a program that needs only JAX), diffusers or onnx.'
@@ -83,11 +93,14 @@ _FORMAT = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_string(
   'source',
   None,
-  'import: where the model comes from: google (the released code), diffusers (a folder that it saved), edm (NVIDIA), workdir (a stage '
-  'of a run) or model (the folder of a finished stage).',
+  'import: where the model comes from: google (the released code), diffusers (a folder that it saved), '
+  'stable_diffusion (a folder that diffusers saved), edm (NVIDIA), workdir (a stage of a run) or model (the folder of a finished stage).',
 )
 _IMAGES = flags.DEFINE_string(
-  'images', None, 'features: a folder or .zip of image files, or an .npz with uint8 images (N, H, W, C).'
+  'images',
+  None,
+  "evaluate: images from elsewhere to measure instead of a run's stages; features: the images. A folder or .zip of image files, or "
+  'an .npz with uint8 images (N, H, W, C).',
 )
 _INCEPTION = flags.DEFINE_string(
   'inception', None, 'features: the weights of the Inception of the FID, .pth or .safetensors.'
@@ -144,6 +157,7 @@ def run(argv: list[str]) -> None:
     config=_CONFIG.value,
     default=_default(),
     workdir=_WORKDIR.value or None,
+    workdirs=_WORKDIRS.value,
     stage=_STAGE.value,
     weights=_WEIGHTS.value,
     num_samples=_NUM_SAMPLES.value,
@@ -155,6 +169,7 @@ def run(argv: list[str]) -> None:
     grid=_GRID.value,
     times=_TIMES.value,
     classes=_CLASSES.value,
+    prompts=_PROMPTS.value,
     guidance=_GUIDANCE.value,
     guidance_interval=_GUIDANCE_INTERVAL.value,
     out=_OUT.value or None,

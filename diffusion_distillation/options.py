@@ -16,9 +16,10 @@ class Options:
   config: Config | None
   default: Config
   workdir: str | os.PathLike[str] | None
+  workdirs: Sequence[str] = ()
   stage: str | None = None
   weights: str = 'ema'
-  num_samples: int = 64
+  num_samples: int | None = None
   seed: int = 0
   sampler: str | None = None
   gamma: float | None = None
@@ -27,6 +28,7 @@ class Options:
   grid: str | None = None
   times: Sequence[str] = ()
   classes: Sequence[str] = ()
+  prompts: Sequence[str] = ()
   guidance: float | None = None
   guidance_interval: Sequence[str] = ()
   out: str | os.PathLike[str] | None = None

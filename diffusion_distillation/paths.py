@@ -9,7 +9,10 @@ from diffusion_distillation.errors import UserError
 _URL = re.compile(r'([a-zA-Z][a-zA-Z0-9+.-]+):/')  # gs:/ as well: pathlib shortens gs:// to it
 
 # Paths that are only read.
-_READ = ('--checkpoint', '--images', '--inception', 'evaluation.inception', 'load: path')
+_READ = (
+  *('--checkpoint', '--images', '--inception', 'load: path'),
+  *('evaluation.inception', 'evaluation.reference'),
+)
 
 
 def expand(name: str, given: str) -> str:

@@ -131,8 +131,9 @@ def test_numbers_that_no_stage_could_use_are_refused(key, value, says):
 
 def use(**overrides):
   """The plan of all methods; the dataset's settings are made on the way."""
-  moderate = {'schedule__logsnr_min': -13.0}  # students may predict eps
-  made = tiny.config(methods=STUDENTS, **moderate | overrides)
+  # Students may predict eps, and `guided` needs classes that are dropped.
+  moderate = {'schedule__logsnr_min': -13.0, 'model__conditional': True, 'dataset__label_dropout': 0.1}
+  made = tiny.config(**{'methods': STUDENTS} | moderate | overrides)
   datasets.Settings.of(made.dataset)
   return plan.plan(made, (8, 8, 1), 10)
 
@@ -142,6 +143,10 @@ ELSEWHERE = {
   ('compute.attention', 'cudnn'): 'needs',
   ('evaluation.grid', 'leading'): 'discrete time',
   ('pairs.grid', 'leading'): 'discrete time',
+  ('evaluation.grid', 'leading_to_first'): 'discrete time',
+  ('pairs.grid', 'leading_to_first'): 'discrete time',
+  ('model.space', 'latents'): 'only for imported models',
+  ('student.space', 'latents'): 'must use the space of its teacher',
 }
 
 
@@ -151,7 +156,7 @@ def test_the_choices_that_are_listed_are_those_that_are_accepted(name):
 
   def choose(value):
     changes = {name.replace('.', '__'): (value,) if tupled else value}
-    return plan.plan(tiny.config(**changes), (8, 8, 1), 10) if name == 'methods' else use(**changes)
+    return use(**changes)
 
   for choice in KEYS[name].choices:
     refused = ELSEWHERE.get((name, choice))

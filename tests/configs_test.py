@@ -12,13 +12,14 @@ from flax import serialization
 from configs import default, digits_guided
 from diffusion_distillation import datasets
 from diffusion_distillation.config import check_keys, flatten
-from diffusion_distillation.diffusion.guidance import NONE, Guidance
+from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.diffusion.weightings import SnrTrunc
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import measure
+from diffusion_distillation.evaluation import rows
 from diffusion_distillation.methods import Denoising
+from diffusion_distillation.networks.conditioning import Weights, weights
 from diffusion_distillation.networks.denoiser import Denoiser
-from diffusion_distillation.networks.guidance import Guided
+from diffusion_distillation.networks.guidance import Guided, GuidedByExample
 from diffusion_distillation.stages import plan as stages
 from tests import parity_test, tiny
 
@@ -222,18 +223,35 @@ def test_the_layer_list_gives_the_size_of_the_released_sample():
   assert sum(np.size(leaf) for leaf in jax.tree.leaves(recorded)) == size_of(ours) == expected
 
 
-def test_the_guided_digits_have_one_weight_in_all_that_is_taught_and_several_in_what_is_measured():
+def test_the_guided_digits_have_dmd_of_one_weight_and_rounds_of_them_all():
   config = digits_guided.get_config()
   check_keys(config, default.get_config())
-  first, second, *_, dmd = stages = plan(config)
-  assert [stage.num_steps for stage in stages] == [32, 16, 8, 4, 2, 1, 1]
-  assert first.recipe.cond_dropout == 0.1 and first.denoise.conditioning
-  guided = Guided(first.denoise, Guidance(1.0))
+  base, dmd, guided, *rounds = stages = plan(config)
+  assert [stage.num_steps for stage in stages] == [32, 1, 32, 16, 8, 4, 2, 1]
+  assert base.recipe.cond_dropout == 0.1
   teachers = [stage.recipe.networks['teacher'] for stage in stages[1:]]
-  assert teachers == [guided, *[second.denoise] * 4, guided]
+  assert teachers[:2] == [Guided(base.denoise, Guidance(1.0)), GuidedByExample(base.denoise)]
+  assert teachers[2:] == [guided.denoise] * len(rounds)
   assert dmd.name == 'dmd' and dmd.pairs.guidance == Guidance(1.0)
-  of_base = [guidance.weight for guidance in measure.guidances(config, 0)]
-  assert of_base[0] == 0.0 and 1.0 in of_base and measure.guidances(config, 1) == (NONE,)
+  known = Weights(0.0, 4.0)
+  assert [weights(stage.denoise.conditioning) for stage in stages] == [None] * 2 + [known] * 6
+  by_weight = tuple(map(make_guidance, (0.0, 0.5, 1.0, 2.0, 4.0)))
+  for place, stage in enumerate(stages):
+    expected = (NONE,) if stage is dmd else by_weight
+    assert rows.guidances(config, place, stage) == expected
+
+
+def test_the_guided_variant_has_stage_one_before_the_rounds():
+  usual, guided = load('imagenet64'), load('imagenet64', 'guided')
+  check_keys(guided, default.get_config())
+  changed = {key for key, value in flatten(guided) if dict(flatten(usual))[key] != value}
+  assert {key for key in changed if not key.startswith('guided.')} == {
+    *('dataset.label_dropout', 'methods', 'evaluation.guidance')
+  }
+  base, student, *rounds = plan(guided)
+  assert student.name == 'guided' and student.num_steps == base.num_steps == 1024
+  assert student.denoise.network.guidance == (0.0, 4.0) and student.adds_input
+  assert [stage.denoise for stage in rounds] == [student.denoise] * 10
 
 
 def test_an_unknown_variant_is_one_clear_line(tmp_path):

@@ -15,6 +15,7 @@ PACKAGE = ROOT / 'diffusion_distillation'
 FLOORS = [
   ['command'],
   ['cli', 'api'],
+  ['modes'],
   ['arguments'],
   ['options'],
   ['run'],

@@ -159,9 +159,9 @@ def test_a_signal_while_something_compiles_ends_the_process_at_once(signals, mon
   codes = []
   monkeypatch.setattr(os, '_exit', lambda code: (codes.append(code), ended.set()))
   interrupts.install()
-  with interrupts.at_once('compiling stage base'):
+  with interrupts.cleaning(lambda: codes.append('cleaned')), interrupts.at_once('compiling stage base'):
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert ended.wait(10) and codes[0] == 75
+    assert ended.wait(10) and codes == ['cleaned', 75]
   assert 'stopped by SIGUSR1 while compiling stage base; nothing is lost' in capfd.readouterr().err
   interrupts._received.clear()
   ended.clear()

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import zlib
 
 import numpy as np
@@ -47,6 +48,27 @@ def write_pipeline(folder, case):
   for name, content in files.items():
     (folder / name).write_text(json.dumps(content))
   safetensors.numpy.save_file(state_dict(case), folder / 'unet' / 'diffusion_pytorch_model.safetensors')
+  return folder
+
+
+STABLE_DIFFUSION = {
+  'unet': 'diffusion_pytorch_model.safetensors',
+  'vae': 'diffusion_pytorch_model.safetensors',
+  'text_encoder': 'model.safetensors',
+}
+
+
+def part_of(case, part):
+  """The weights of one network of a Stable Diffusion case, by the names in the peer's files."""
+  state = state_dict({'parameters': case['parameters'][part]})
+  return {name.removeprefix('text_model.'): value for name, value in state.items()}
+
+
+def write_stable_diffusion(folder, case):
+  """A case as a pipeline folder of diffusers: its own JSON files, and the weights by name."""
+  shutil.copytree(ROOT / case['name'] / 'pipeline', folder)
+  for part, name in STABLE_DIFFUSION.items():
+    safetensors.numpy.save_file(part_of(case, part), folder / part / name)
   return folder
 
 

@@ -52,6 +52,7 @@ class Discrete:
     beta_start, beta_end: betas of the first and the last step; not used by 'squaredcos_cap_v2'.
     zero_snr: whether the betas are rescaled so that no signal is left at t = 1.
     steps_offset: added to the timesteps of the grid 'leading'.
+    trained_betas: the beta of each timestep, in place of `betas`, `beta_start` and `beta_end`; () to compute them.
   """
 
   betas: str = 'linear'
@@ -60,6 +61,7 @@ class Discrete:
   beta_end: float = 0.02
   zero_snr: bool = False
   steps_offset: int = 0
+  trained_betas: tuple[float, ...] = ()
 
   def __post_init__(self) -> None:
     if self.betas not in BETAS:
@@ -70,14 +72,22 @@ class Discrete:
       raise ValueError(
         f'beta_start ({self.beta_start}) must be positive, and beta_end ({self.beta_end}) no less and below 1'
       )
+    if self.trained_betas and len(self.trained_betas) != self.num_timesteps:
+      raise ValueError(
+        f'trained_betas has {len(self.trained_betas)} entries, but there are {self.num_timesteps} timesteps'
+      )
+    if not all(0.0 < beta < 1.0 for beta in self.trained_betas):
+      raise ValueError('trained_betas must lie between 0 and 1')
     if not 0 <= self.steps_offset < self.num_timesteps:
       raise ValueError(
         f'steps_offset={self.steps_offset} must lie between 0 and num_timesteps={self.num_timesteps}'
       )
+    if not np.isfinite(self.logsnr).all():
+      raise ValueError('the first beta is too small for float32: no noise is left at the first timestep')
     if self.logsnr[-1] < _NO_SIGNAL or not (np.diff(self.logsnr) < 0.0).all():
+      ends = self.trained_betas or (self.beta_start, self.beta_end)
       raise ValueError(
-        f'{self.num_timesteps} betas from {self.beta_start} to {self.beta_end} leave less signal at t = 1 than float32 '
-        'can hold'
+        f'{self.num_timesteps} betas from {ends[0]} to {ends[-1]} leave less signal at t = 1 than float32 can hold'
       )
 
   def __call__(self, t: jax.Array) -> jax.Array:
@@ -120,7 +130,8 @@ class Discrete:
   @property
   def alpha_bar(self) -> np.ndarray:
     """Returns alpha^2 at each timestep, (N,) float64, from betas rounded to float32 as in other software."""
-    return _alpha_bar(self.betas, self.num_timesteps, self.beta_start, self.beta_end, self.zero_snr)
+    computed = (self.betas, self.num_timesteps, self.beta_start, self.beta_end)
+    return _alpha_bar(computed, self.zero_snr, self.trained_betas)
 
   @property
   def logsnr(self) -> np.ndarray:
@@ -131,8 +142,11 @@ class Discrete:
 
 
 @functools.lru_cache
-def _alpha_bar(name: str, count: int, start: float, end: float, zero_snr: bool) -> np.ndarray:
-  betas = BETAS[name](count, start, end)
+def _alpha_bar(
+  computed: tuple[str, int, float, float], zero_snr: bool, trained: tuple[float, ...]
+) -> np.ndarray:
+  name, *arguments = computed
+  betas = np.array(trained, np.float32) if trained else BETAS[name](*arguments)  # type: ignore[arg-type]
   if zero_snr:
     betas = without_terminal_signal(betas)
   return np.cumprod(np.float32(1.0) - betas, dtype=np.float64)

@@ -328,13 +328,13 @@ def sample(
     step: the sampler.
     denoise: (z, logsnr) to Prediction.
     schedule: t to logsnr.
-    times: (M + 1,), increasing from 0 to 1. Leading zeros beyond the first one are padding and cost nothing:
+    times: (M + 1,), increasing, as a rule from 0 to 1. Repetitions of the first time are padding and cost nothing:
       grids of different lengths that are padded to the same length share a compiled program.
     z: (B, ...) standard normal noise, the state at t = 1.
     rng: (B,) keys, one per image; step i uses fold_in(key, i), so that images do not depend on their batch.
 
   Returns:
-    x, with the shape of z.
+    The state at the first of the times, with the shape of z; x if that time is 0.
   """
   logsnr = schedule(times)[::-1]
 
@@ -343,4 +343,4 @@ def sample(
     keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(rng)
     return step(keys, denoise, state, at, to)
 
-  return step.end(jax.lax.fori_loop(0, jnp.count_nonzero(times), body, step.begin(z)))
+  return step.end(jax.lax.fori_loop(0, jnp.count_nonzero(times > times[0]), body, step.begin(z)))

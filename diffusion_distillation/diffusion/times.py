@@ -113,19 +113,35 @@ def karras(num_steps: int, schedule: Schedule) -> np.ndarray:
 def leading(num_steps: int, schedule: Schedule) -> np.ndarray:
   """Returns the 'leading' timesteps of a schedule in discrete time; see `Discrete.leading`."""
   if not isinstance(schedule, Discrete):
-    raise ValueError("the grid 'leading' is for models in discrete time, schedule.name=discrete")
+    raise ValueError('this grid is for models in discrete time, schedule.name=discrete')
   return schedule.leading(num_steps)
+
+
+def leading_to_first(num_steps: int, schedule: Schedule) -> np.ndarray:
+  """Returns the grid `leading`, except that it ends at the first timestep, t = 1 / N, whose noise remains in the sample.
+
+  These are the steps of diffusers' schedulers with `set_alpha_to_one` False, as in Stable Diffusion.
+  """
+  found = leading(num_steps, schedule)
+  assert isinstance(schedule, Discrete)
+  if num_steps >= schedule.num_timesteps or found[1] <= 1.0 / schedule.num_timesteps:
+    raise ValueError(
+      "the grid 'leading_to_first' needs steps_offset=1 or more and fewer steps than timesteps"
+    )
+  found[0] = 1.0 / schedule.num_timesteps
+  return found
 
 
 def make_grid(name: str, num_steps: int, schedule: Schedule) -> np.ndarray:
   """Returns the grid `name` in GRIDS, (N + 1,); raises ValueError if the schedule does not support it."""
   uniform(num_steps)  # checks the number of steps
-  if name in ('karras', 'leading'):
-    return {'karras': karras, 'leading': leading}[name](num_steps, schedule)
+  of_schedule = {'karras': karras, 'leading': leading, 'leading_to_first': leading_to_first}
+  if name in of_schedule:
+    return of_schedule[name](num_steps, schedule)
   return {'uniform': uniform, 'quadratic': quadratic}[name](num_steps)
 
 
-GRIDS = ('uniform', 'quadratic', 'karras', 'leading')
+GRIDS = ('uniform', 'quadratic', 'karras', 'leading', 'leading_to_first')
 
 
 def grid(times: Sequence[float]) -> np.ndarray:

@@ -32,6 +32,7 @@ from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
 
+DIMENSION = 64  # number of features of the classifier
 _PIXELS = Pixels()  # the classifier's input, for models in any space
 _UPDATES, _BATCH, _LEARNING_RATE, _SHOWN = 600, 128, 2e-3, 500
 
@@ -61,12 +62,7 @@ class FeatureExtractor:
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """Maps (n, H, W, C) uint8 images, the same in every process, to (n, 64) float32 features, in batches of one shape."""
-    parts, size = [], _shown()
-    for start in range(0, len(images), size):
-      part = images[start : start + size]
-      padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
-      parts.append(sharding.to_host(self.of(sharding.spread(padded)).features)[: len(part)])
-    return np.concatenate(parts)
+    return features_of(self, images)
 
   def of(self, images: jax.Array) -> Extracted:
     """Maps (n, H, W, C) uint8 images on the devices to (n, 64) float32 features, without waiting for the result.
@@ -81,9 +77,20 @@ class FeatureExtractor:
     return summary(self, images, indices)
 
 
+def features_of(extractor: Extractor, images: np.ndarray) -> np.ndarray:
+  """Maps (n, H, W, C) uint8 images, the same in every process, to (n, D) float32 features, in batches of one shape."""
+  parts, size = [], batch_size(extractor, len(images))
+  for start in range(0, len(images), size):
+    part = images[start : start + size]
+    padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
+    parts.append(sharding.to_host(extractor.of(sharding.spread(padded)).features)[: len(part)])
+  return np.concatenate(parts)
+
+
 def summary(extractor: Extractor, images: Loader, indices: np.ndarray | None = None) -> Features:
   """Computes the features of all images, or of those at `indices`; unreadable images are left out."""
-  size, number = _shown(), len(images) if indices is None else len(indices)
+  number = len(images) if indices is None else len(indices)
+  size = batch_size(extractor, number)
   running, count = RunningFeatures(number), math.ceil(number / size)
   batches, name = images.in_order(size, indices), f'features of {images.images.name}'
   with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
@@ -96,9 +103,14 @@ def summary(extractor: Extractor, images: Loader, indices: np.ndarray | None = N
   return running.result()
 
 
-def _shown() -> int:
-  """Returns the batch size, a multiple of the number of devices."""
-  return sharding.round_up(_SHOWN)
+def batch_size(extractor: Extractor | None = None, number: int = 0) -> int:
+  """Returns the batch size for `number` images, a multiple of the number of devices.
+
+  A large network, which says how many images it computes `at_once`, has smaller batches for fewer images, so that little is
+  computed for padding; a small one has a single program.
+  """
+  at_once = getattr(extractor, 'at_once', None)
+  return sharding.round_up(_SHOWN if at_once is None else min(at_once, number))
 
 
 @jax.jit
@@ -148,7 +160,7 @@ def _train(train: Loader) -> Params:
 
 def _accuracy(params: Params, held_out: Loader) -> float:
   right = count = 0
-  with contextlib.closing(held_out.in_order(_shown())) as batches:
+  with contextlib.closing(held_out.in_order(batch_size())) as batches:
     for batch in batches:
       interrupts.check()
       image, label = sharding.put(_task(batch))

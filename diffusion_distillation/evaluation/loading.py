@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,12 +17,14 @@ from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.networks.conditioning import Cond
-from diffusion_distillation.networks.guidance import check
+from diffusion_distillation.networks.conditioning import NONE_OF, Cond, Text
+from diffusion_distillation.networks.guidance import check, default_weight
 from diffusion_distillation.stages import model
 from diffusion_distillation.stages.model import StoredModel
+from diffusion_distillation.system import files
 
 _BATCH = 256
+_PIXELS = 2**20  # of the images that a network decodes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,34 +39,38 @@ class LoadedModel:
 
   def sample(
     self,
-    num_samples: int,
+    num_samples: int | None = None,
     seed: int = 0,
     labels: Sequence[int] | None = None,
     steps: int | None = None,
     sampler: str | None = None,
-    guidance: float = 0.0,
+    guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    prompts: Sequence[str] | None = None,
   ) -> np.ndarray:
-    """Draws images; image k is a function of (seed, k) and its label.
+    """Draws images; image k is a function of (seed, k) and its label and prompt.
 
     Args:
-      num_samples: number of images.
+      num_samples: number of images; by default one for each prompt.
       seed: seed of the noise.
       labels: classes to draw in turn, -1 for no class; by default all classes, so that they are balanced.
       steps: sampling steps per image; by default the number that the model is trained for.
       sampler: a name in `samplers.SAMPLERS`; by default the one that the model is trained for.
       guidance: the weight W of classifier-free guidance, x + W (x - x without a class), for models that were trained with
-        label dropout; 0 for no guidance. Other software often calls 1 + W the guidance scale.
+        label dropout or take the weight as an input; 0 for no guidance, which is the default unless the smallest weight
+        that the model takes is larger. Other software often calls 1 + W the guidance scale.
       guidance_interval: noise levels sigma / alpha, (low, high), between which steps are guided; None for all.
+      prompts: what to draw in turn, for models that are conditioned on text.
 
     Returns:
       (num_samples, H, W, C) uint8.
 
     Raises:
       UserError: the sampler or a label does not exist, a number is out of range, the model's schedule has no grid with
-        this number of steps, or the model cannot be guided.
+        this number of steps, the model cannot be guided, or prompts are missing or not possible.
     """
     chosen = self.check_labels(labels)
+    num_samples = len(prompts or ()) if num_samples is None else num_samples
     if num_samples < 1 or (steps is not None and steps < 1):
       raise UserError(f'num_samples={num_samples} and steps={steps} must be positive')
     if not 0 <= seed < 2**31:
@@ -74,13 +81,16 @@ class LoadedModel:
       grid = times.make_grid(name, num_steps, self.stored.schedule)
     except ValueError as error:
       raise UserError(f'steps={num_steps}, times={name}: {error}') from error
+    weight = default_weight(self.stored.denoise.conditioning) if guidance is None else guidance
     try:
-      by = make_guidance(guidance, guidance_interval or ())
+      by = make_guidance(weight, guidance_interval or ())
     except ValueError as error:
-      raise UserError(f'guidance={guidance}, guidance_interval={guidance_interval}: {error}') from error
+      raise UserError(f'guidance={weight}, guidance_interval={guidance_interval}: {error}') from error
     told = self.stored.denoise.conditioning
     check('guidance', by, told, self.stored.cond_dropout, (chosen or {}).get('label'))
-    draw = self.drawer(cls(), self.stored.clip_x, min(_BATCH, num_samples), by)
+    chosen = with_texts(self.stored, chosen, prompts or (), bool(by), 'prompts')
+    size = batch_size(self.stored, min(_BATCH, num_samples), num_samples)
+    draw = self.drawer(cls(), self.stored.clip_x, size, by)
     return draw.draw(self.stored.params, grid, num_samples, seed, chosen)
 
   def check_labels(self, labels: Sequence[int] | None) -> Chosen:
@@ -135,7 +145,7 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
 
 
 def find(path: pathlib.Path) -> pathlib.Path:
-  """Returns the model's folder at or below `path`; for a workdir with several stages, the last one's."""
+  """Returns the model's folder at or below `path`; for a workdir with several stages, that of the last one in its plan."""
   for folder in (path, path / 'model'):
     if (folder / model.DESCRIPTION).is_file():
       return folder
@@ -144,7 +154,68 @@ def find(path: pathlib.Path) -> pathlib.Path:
     raise UserError(
       f'{path} holds no model: there is no {model.DESCRIPTION} in it or in any of its stages'
     )
-  return max(found, key=lambda file: file.stat().st_mtime_ns).parent
+  methods = _methods(path)
+  return max(
+    found, key=lambda file: (*_place(file.parent.parent.name, methods), file.stat().st_mtime_ns)
+  ).parent
+
+
+def _methods(workdir: pathlib.Path) -> list[str]:
+  """Returns the methods of the run in a directory, in the order of its plan; [] if there is no run, or no valid config."""
+  path = workdir / 'config.json'
+  try:
+    found = files.read_json(path).get('methods') if path.is_file() else None
+  except (UserError, AttributeError):
+    return []
+  return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def _place(stage: str, methods: Sequence[str]) -> tuple[int, int]:
+  """Returns the place of a stage in the plan of these methods; first comes the base, then stages of other methods."""
+  method, _, steps = stage.rpartition('_')
+  if not method or not steps.isdecimal():
+    method, steps = stage, '0'
+  if method not in methods:
+    return -2 if stage == 'base' else -1, 0
+  return methods.index(method), -int(steps)
+
+
+def batch_size(stored: StoredModel, most: int, num_samples: int) -> int:
+  """Returns how many images to draw at a time: `most`, unless they are large, because a network decodes them."""
+  if not stored.space.own_programs:
+    return most
+  height, width = stored.image_shape[:2]
+  return min(most, num_samples, max(1, _PIXELS // (height * width)))
+
+
+def with_texts(
+  stored: StoredModel, chosen: Chosen, prompts: Sequence[str], guided: bool, name: str = '--prompts'
+) -> Chosen:
+  """Returns what to draw in turn, for a `Drawer`: `chosen`, and the embeddings of the prompts if there are any.
+
+  Args:
+    stored: the model.
+    chosen: the classes to draw.
+    prompts: the texts; none for a model without a text encoder.
+    guided: whether to embed the empty text as well, which guidance compares with.
+    name: the start of the error messages, such as the flag.
+
+  Raises:
+    UserError: the model takes no text, or needs one; see also `TextEncoder.embed`.
+  """
+  takes = any(isinstance(told, Text) for told in stored.denoise.conditioning.values())
+  if not takes:
+    if prompts:
+      raise UserError(
+        f'{name}: {stored.provenance.get("stage", "the model")} is not conditioned on text'
+      )
+    return chosen
+  if not prompts:
+    raise UserError(f'{name}: this model draws what a text says, and none was given')
+  if stored.text is None:
+    raise UserError(f'{name}: this model has no text encoder; call `denoise` with embeddings instead')
+  found: dict[str, Any] = {**(chosen or {}), 'text': stored.text.embed(prompts)}
+  return found | ({NONE_OF + 'text': stored.text.embed([''])} if guided else {})
 
 
 def chosen_classes(stored: StoredModel, given: Sequence[str], name: str = '--classes=') -> Chosen:

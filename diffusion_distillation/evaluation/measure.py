@@ -5,7 +5,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,12 +14,12 @@ import numpy as np
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
+from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
-from diffusion_distillation.evaluation import features, inception, report
+from diffusion_distillation.evaluation import by_class, features, inception, looks, report
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
-from diffusion_distillation.evaluation.reference import Real, describe_images, load_or_compute
+from diffusion_distillation.evaluation.reference import Real, describe_images, from_file, load_or_compute
 from diffusion_distillation.evaluation.results import (
   header,
   key_of,
@@ -29,19 +29,19 @@ from diffusion_distillation.evaluation.results import (
   origins,
   record,
 )
-from diffusion_distillation.evaluation.sampling import Drawer
+from diffusion_distillation.evaluation.rows import guidances, rows
+from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.guidance import calls_per_image
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.stages.provenance import Model, updates_done
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.system import cluster, files, logs, sharding
+from diffusion_distillation.system import cluster, files, sharding
 from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
-
-_SHOWN = 16  # number of images per stage in the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,27 +53,6 @@ class Setting:
   num_steps: int
   updates: int | None = None
   guidance: Guidance = NONE
-
-
-def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:
-  """Yields what is measured: (index of the stage in the list, weights, sampler, number of steps).
-
-  The first stage is measured with every sampler at the step counts of all stages, each student with its own sampler at its
-  own step counts, and further moving averages of a stage likewise. Rows above `evaluation.max_steps` are left out.
-  """
-  counts = list(dict.fromkeys(steps for stage in stages for steps in stage.measured_steps))
-  found = [(0, 'ema', sampler, steps) for steps in counts for sampler in config.evaluation.samplers]
-  for place, stage in enumerate(stages):
-    for weights in stage.weights[:-1]:
-      if place or weights != 'ema':
-        found += [(place, weights, stage.sampler, steps) for steps in stage.measured_steps]
-  yield from (row for row in found if row[-1] <= config.evaluation.max_steps)
-
-
-def guidances(config: Config, place: int) -> tuple[Guidance, ...]:
-  """Returns the guidances to measure the stage at `place` with: the config's for the base, the first stage; else only NONE."""
-  weights, interval = config.evaluation.guidance, config.evaluation.guidance_interval
-  return (NONE,) if place else tuple(make_guidance(weight, interval) for weight in weights)
 
 
 def evaluate(
@@ -94,10 +73,13 @@ def evaluate(
   began = time.monotonic()
   stages = [model.stage for model in models]
   labels = _labels(config, stages[0])
-  extractor, real, results = _real(config, train, workdir, labels)
+  extractor, real, results = real_images(config, train, workdir, labels)
   results['seconds'] = {model.stage.name: model.seconds for model in models}
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
+  size = config.evaluation.num_samples
+  classes = by_class.classes(workdir / 'features', extractor, train, size if labels else 0)
+  results['class_shares'] = classes.shares(real.reference.some)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, results) | known_rows(partial, results)
   cluster.barrier()  # before the first process writes these files anew
@@ -106,19 +88,21 @@ def evaluate(
       models[place].use(weights), sampler, num_steps, updates_done(workdir, models[place]), guidance
     )
     for place, weights, sampler, num_steps in rows(stages, config)
-    for guidance in guidances(config, place)
+    for guidance in guidances(config, place, stages[place])
   ]
   drawn: dict[tuple, np.ndarray] = {}
   steps = sum(s.num_steps for s in todo)
-  size, floor = config.evaluation.num_samples, results['floor']['value']
+  floor = results['floor']['value']
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
       row = describe(config, setting)
       if (earlier := known.get(key_of(row))) is not None:
         row |= earlier
       else:
-        row, images = measure_setting(config, setting, extractor, real.reference, floor, counts)
+        row, images = measure_setting(config, setting, extractor, real.reference, floor, counts, classes)
         drawn[_place(setting)] = images
+      if 'file' in results['reference']:
+        row['reference'] = results['reference']['file']
       results['rows'].append(row)
       write_json(partial, results)
       guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
@@ -127,39 +111,57 @@ def evaluate(
   note_missing(results)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
-  watched = {model.stage.name: _watched(workdir / model.stage.name) for model in models}
-  shown = grid_rows(config, models, drawn, counts)
+  draw, held_out = _drawing(config, counts, drawn), workdirs.open_images(config, 'eval')
+  seen = looks.gather(todo, draw, extractor, train, held_out, config.evaluation, workdir)
   if files.writes():
-    report.write(config, results, shown, watched, workdir / 'report')
+    report.write(config, results, seen, workdir / 'report')
     write_json(partial, results)
     os.replace(partial, path)
   cluster.barrier()  # the others do not leave while the first process writes
   return results
 
 
-def _real(
-  config: Config, train: Loader, workdir: pathlib.Path, labels: str | None
+def real_images(
+  config: Config,
+  train: Loader,
+  workdir: pathlib.Path,
+  labels: str | None,
+  num_samples: int | None = None,
 ) -> tuple[Extractor, Real, dict[str, Any]]:
-  """Returns the extractor, the features of real images, and results without rows."""
+  """Returns the extractor, the features of real images, and results without rows.
+
+  Args:
+    config: the config of the run.
+    train: the training images.
+    workdir: the directory of the run, for extractor and features.
+    labels: see `header`.
+    num_samples: number of images of the floor; None: `evaluation.num_samples`.
+  """
   held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
   extractor: Extractor
   if section.inception:
     extractor = inception.load(section.inception)
   else:
     extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
-  size, seed = section.num_samples, section.seed
-  real = load_or_compute(workdir / 'features', extractor, train, held_out, size, seed)
-  results = header(extractor, real, describe_images(train, real), train, held_out, seed, labels)
+  directory, size, seed = workdir / 'features', num_samples or section.num_samples, section.seed
+  given = from_file(directory, extractor, train.images.image_shape, section.reference)
+  floor = 'floor' if size == section.num_samples else f'floor_{size}'
+  real = load_or_compute(directory, extractor, train, held_out, size, seed, given.features, floor)
+  described = given.described or describe_images(train, real)
+  results = header(extractor, real, described, train, held_out, seed, labels)
   for loader, role in ((train, 'train'), (held_out, 'held_out')):
     loader.close()
     if broken := results['skipped'][role]:
       _log.warning('%d of %d images of %s were skipped', broken, len(loader), loader.images.name)
+  for sentence in results['warnings'] if extractor.metric == 'FID' else ():
+    _log.warning('%s', sentence)
   return extractor, real, results
 
 
 def describe(config: Config, setting: Setting) -> dict[str, Any]:
   """Returns a row without its measurements; rows with equal descriptions have equal measurements."""
   sampler, by, stage = make(config, setting.sampler), setting.guidance, setting.model.stage
+  told = stage.denoise.conditioning
   return {
     'stage': setting.model.stage.name,
     'weights': setting.model.weights,
@@ -169,12 +171,13 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'grid': 'uniform' if setting.model.stage.parent else config.evaluation.grid,
     'guidance': by.weight,
     'guidance_interval': by.interval,
-    'nfe': by.calls(sampler, grid(config, stage, setting.num_steps), stage.schedule),
+    'nfe': calls_per_image(told, by, sampler, grid(config, stage, setting.num_steps), stage.schedule),
     'num_samples': config.evaluation.num_samples,
     'tolerance': config.evaluation.tolerance,
     'seed': config.evaluation.seed,
     'labels': _labels(config, setting.model.stage),
     'clip_x': config.evaluation.clip_x,
+    'dtype': getattr(stage.denoise.network, 'dtype', 'float32'),
     **dataclasses.asdict(sampler),
     'batch_size': config.evaluation.batch_size,
     'updates': setting.updates,
@@ -190,13 +193,6 @@ def _labels(config: Config, stage: Stage) -> str | None:
 def label_counts(config: Config, workdir: pathlib.Path) -> tuple[int, ...]:
   """Returns `label_counts` for `drawer`: images per class if samples should have the data's proportions of labels; else ()."""
   return workdirs.label_counts(workdir) if config.evaluation.labels == 'data' else ()
-
-
-def _watched(stage_dir: pathlib.Path) -> report.Watched:
-  """Returns what was logged about a stage during its training."""
-  picture = stage_dir / 'denoisings.png'
-  lines = logs.read(stage_dir / 'metrics.jsonl')
-  return report.Watched(lines, picture.read_bytes() if picture.is_file() else None)
 
 
 def make(config: Config, sampler: str) -> Sampler:
@@ -238,6 +234,7 @@ def measure_setting(
   reference: Features,
   floor: float,
   label_counts: tuple[int, ...] = (),
+  classes: by_class.Classes = by_class.NO_CLASSES,
 ) -> tuple[dict[str, Any], np.ndarray]:
   """Draws images and compares their features with the reference's; returns the row and its first images.
 
@@ -246,6 +243,7 @@ def measure_setting(
   """
   size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
   running, due, first = RunningFeatures(size), 2, list[np.ndarray]()
+  tally = classes.tally(setting.model.stage.denoise.conditioning)
 
   def then(images: jax.Array) -> tuple[Extracted, jax.Array]:
     return extractor.of(images), images
@@ -253,8 +251,10 @@ def measure_setting(
   def is_enough(made: tuple[Extracted, jax.Array], count: int) -> bool:
     nonlocal due
     found, images = made
-    if running.seen < _SHOWN:
-      first.append(sharding.to_host(images)[:count][: _SHOWN - running.seen])
+    if running.seen < looks.SHOWN:
+      first.append(sharding.to_host(images)[:count][: looks.SHOWN - running.seen])
+    cond = draw.cond(np.arange(running.seen, running.seen + count), config.evaluation.seed)
+    tally.add(sharding.to_host(found.features)[:count], cond)
     running.take(found, slice(count))
     if not tolerance or running.seen < due:
       return False
@@ -271,6 +271,7 @@ def measure_setting(
     **measured(running.result(), reference),
     'num_drawn': running.seen,
     'seconds_per_image': seconds,
+    **tally.result(),
   }
   return row, np.concatenate(first)
 
@@ -281,32 +282,17 @@ def _place(setting: Setting) -> tuple:
   return model.stage.name, model.weights, setting.sampler, setting.num_steps, setting.guidance
 
 
-def grid_rows(
-  config: Config,
-  models: list[Model],
-  drawn: Mapping[tuple, np.ndarray],
-  label_counts: tuple[int, ...] = (),
-) -> dict[str, np.ndarray]:
-  """Returns images (_SHOWN, H, W, C) uint8 of each measured stage by caption, all from the same noise.
+def _drawing(
+  config: Config, label_counts: tuple[int, ...], drawn: Mapping[tuple, np.ndarray]
+) -> looks.Draw:
+  """Returns a function that draws the images of a setting; `drawn` are the first ones of new rows, by `_place`."""
 
-  The base is shown with the first of its guidance weights.
+  def draw(setting: Setting, count: int, chosen: Chosen) -> np.ndarray:
+    known, stage = drawn.get(_place(setting)), setting.model.stage
+    if chosen is None and known is not None and len(known) >= count:
+      return known[:count]
+    by = drawer(config, stage, setting.sampler, label_counts, setting.guidance)
+    at = grid(config, stage, setting.num_steps)
+    return by.draw(setting.model.params, at, count, config.evaluation.seed, chosen)
 
-  Args:
-    config: the config of the run.
-    models: the models of the stages.
-    drawn: the first images of newly measured rows; images of other rows are drawn.
-    label_counts: see `drawer`.
-  """
-  shown = {}
-  for place, model in enumerate(models):
-    if (steps := model.stage.num_steps) > config.evaluation.max_steps:
-      continue
-    caption = f'{model.stage.name}\n{steps} step{"s" * (steps > 1)}'
-    by = guidances(config, place)[0]
-    setting = Setting(model, model.stage.sampler, steps, guidance=by)
-    images = drawn.get(_place(setting))
-    if images is None or len(images) < _SHOWN:
-      draw = drawer(config, model.stage, setting.sampler, label_counts, by).draw
-      images = draw(model.params, grid(config, model.stage, steps), _SHOWN, config.evaluation.seed)
-    shown[caption] = images
-  return shown
+  return draw

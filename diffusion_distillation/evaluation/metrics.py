@@ -58,7 +58,7 @@ class RunningFeatures:
   ) -> None:
     """Adds a batch of features (n, D) and, if the extractor has them, logits (n, K) and spatial features (n, S)."""
     self._moments.add(features)
-    self._some.append(features[-self.seen % self._stride :: self._stride])
+    self._some.append(np.array(features[-self.seen % self._stride :: self._stride]))  # not a view of all
     self.seen += len(features)
     if logits is not None:
       self._score = self._score or RunningScore()
@@ -86,8 +86,11 @@ class RunningFeatures:
 
 
 def frechet(samples: Features, reference: Features) -> float:
-  """Returns the Frechet distance of two normal distributions with these moments; see `frechet.frechet_distance`."""
-  return frechet_distance(samples.moments, reference.moments)
+  """Returns the Frechet distance of two normal distributions with these moments; see `frechet.frechet_distance`.
+
+  The distance is symmetric; the reference comes first because its root is the same for all samples.
+  """
+  return frechet_distance(reference.moments, samples.moments)
 
 
 def frechet_estimate(samples: Features, reference: Features) -> Estimate:

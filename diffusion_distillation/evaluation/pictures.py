@@ -1,6 +1,7 @@
 """Writes images to files: a grid or single images as PNG, or arrays as npz."""
 
 import functools
+import io
 import math
 import os
 import pathlib
@@ -31,6 +32,28 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
   sheet = sheet.reshape(rows, columns, height + gap, width + gap, channels)
   sheet = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * (height + gap), -1, channels)
   return np.pad(sheet, [(0, gap), (0, gap), (0, 0)], constant_values=255)
+
+
+def strip(images: np.ndarray, columns: int, side: int = 48) -> bytes:
+  """Arranges (n, H, W, C) uint8 images, at least `side` pixels high, row by row, as PNG; the gaps are transparent."""
+  images = enlarge(images, side)
+  count, height, width, channels = images.shape
+  colour = images if channels == 3 else images.repeat(3, axis=-1)
+  opaque = np.concatenate([colour, np.full((count, height, width, 1), 255, np.uint8)], axis=-1)
+  gap = max(2, height // 16)
+  padded = np.pad(opaque, [(0, 0), (0, gap), (0, gap), (0, 0)])
+  rows = math.ceil(count / columns)
+  padded = np.pad(padded, [(0, rows * columns - count), (0, 0), (0, 0), (0, 0)])
+  sheet = padded.reshape(rows, columns, height + gap, width + gap, 4).transpose(0, 2, 1, 3, 4)
+  sheet = sheet.reshape(rows * (height + gap), columns * (width + gap), 4)
+  file = io.BytesIO()
+  Image.fromarray(sheet[:-gap, :-gap]).save(file, format='png')
+  return file.getvalue()
+
+
+def width(png: bytes) -> int:
+  """Returns the width of a PNG in pixels."""
+  return Image.open(io.BytesIO(png)).width
 
 
 def to_pil(image: np.ndarray) -> Image.Image:

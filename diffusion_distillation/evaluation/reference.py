@@ -3,6 +3,7 @@
 workdir/features/reference.safetensors  features of all training images
 workdir/features/held_out.safetensors   features of the held-out images
 workdir/features/floor.safetensors      features of training images drawn with replacement
+workdir/features/given.safetensors      features of the images in a file of reference statistics
 """
 
 import json
@@ -12,15 +13,21 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.evaluation import given, given_images, reference_files
 from diffusion_distillation.evaluation.extracted import Extractor
-from diffusion_distillation.evaluation.features import summary
+from diffusion_distillation.evaluation.features import DIMENSION, batch_size, summary
 from diffusion_distillation.evaluation.frechet import Moments
-from diffusion_distillation.evaluation.metrics import Features
+from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
+from diffusion_distillation.evaluation.reference_files import StoredStatistics
+from diffusion_distillation.networks.inception import NUM_FEATURES
 from diffusion_distillation.system import cluster, files
 from diffusion_distillation.system.checkpoints import digest
 
@@ -51,6 +58,8 @@ def load_or_compute(
   held_out: Loader,
   size: int,
   seed: int,
+  reference: Features | None = None,
+  floor: str = 'floor',
 ) -> Real:
   """Returns the features of real images; reads files in `directory` that were made from the same images and extractor.
 
@@ -61,9 +70,9 @@ def load_or_compute(
     held_out: the held-out images.
     size: number of training images to draw for the floor.
     seed: seed of this draw.
+    reference: the reference if it is not the training images.
+    floor: name of the floor's file.
   """
-  if files.writes():
-    directory.mkdir(exist_ok=True)
   chosen = np.random.Generator(np.random.Philox(seed)).integers(len(train), size=size)
 
   def of(name: str, images: Loader, indices: np.ndarray | None = None, **drawn: int) -> Features:
@@ -71,10 +80,83 @@ def load_or_compute(
     return _kept(path, described, lambda: summary(extractor, images, indices))
 
   return Real(
-    reference=of('reference', train),
+    reference=reference or of('reference', train),
     held_out=of('held_out', held_out),
-    floor=of('floor', train, chosen, size=size, seed=seed),
+    floor=of(floor, train, chosen, size=size, seed=seed),
   )
+
+
+class Given(NamedTuple):
+  """A reference from a file: its features, and what `results.json` says of it. Both are None without a file."""
+
+  features: Features | None
+  described: dict[str, Any] | None
+
+
+def from_file(
+  directory: pathlib.Path, extractor: Extractor, image_shape: tuple[int, ...], path: str
+) -> Given:
+  """Returns the features that a file of reference statistics describes; nothing for the path ''.
+
+  Features of images in the file are cached in `directory`.
+
+  Raises:
+    UserError: see `reference_files.read`, or the statistics are of other features than the extractor's.
+  """
+  if not path:
+    return Given(None, None)
+  file = pathlib.Path(path)
+  stored = reference_files.read(file)
+  reference_files.check_dimension(file, stored, extractor.metric, dimension(extractor, image_shape))
+  told: dict[str, Any] = {'file': file.name, 'digest': stored.digest, 'content': stored.content}
+  if stored.features is not None:
+    running = RunningFeatures(len(stored.features))
+    running.add(stored.features.astype(np.float32))
+    found = running.result()
+  else:
+    found = _of_statistics(directory, extractor, image_shape, path, stored)
+  return Given(found, told | {'num_images': found.count})
+
+
+def check(config: Config) -> None:
+  """Raises UserError unless `evaluation.reference`, if it is set, is a file of statistics of the extractor's features."""
+  if path := config.evaluation.reference:
+    file, found = pathlib.Path(path), reference_files.read(pathlib.Path(path))
+    by_inception = bool(config.evaluation.inception)
+    metric = 'FID' if by_inception else f'FD-{config.dataset.name}'
+    number = NUM_FEATURES if by_inception else DIMENSION
+    reference_files.check_dimension(file, found, metric, number)
+
+
+def _of_statistics(
+  directory: pathlib.Path,
+  extractor: Extractor,
+  image_shape: tuple[int, ...],
+  path: str,
+  stored: StoredStatistics,
+) -> Features:
+  """Returns the features of a file with moments, with images, or both."""
+  some = None
+  if stored.has_images:
+    described = {'format': FORMAT, 'extractor': extractor.digest, 'images': stored.digest}
+
+    def compute() -> Features:
+      images = given_images.open_images(path, reference_files.KEY)
+      return given.features_of(extractor, images, image_shape)[0]
+
+    of_images = _kept(directory / 'given.safetensors', described, compute)
+    if stored.moments is None:
+      return of_images
+    some = of_images.some
+  assert stored.moments is not None  # `read` has found moments or images
+  spatial = None if stored.spatial is None else Features(stored.spatial, None, None)
+  return Features(stored.moments, some, None, spatial=spatial)
+
+
+def dimension(extractor: Extractor, image_shape: tuple[int, ...]) -> int:
+  """Returns the number of features that an extractor computes of an image (H, W, C)."""
+  images = jax.ShapeDtypeStruct((batch_size(), *image_shape), jnp.uint8)
+  return int(jax.eval_shape(extractor.of, images).features.shape[1])
 
 
 def describe_images(train: Loader, real: Real) -> dict[str, Any]:
@@ -106,6 +188,7 @@ def _kept(path: pathlib.Path, described: dict[str, Any], compute: Callable[[], F
     return found
   made = compute()
   if files.writes():
+    path.parent.mkdir(exist_ok=True)
     arrays = _arrays(made)
     meta = {'of': json.dumps(described), 'count': str(made.count), 'digest': digest(arrays)}
     temporary = path.with_suffix('.tmp')

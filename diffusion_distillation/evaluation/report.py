@@ -1,256 +1,244 @@
-"""The report: figures, a grid of samples, and a self-contained HTML page that shows them."""
+"""The report: a self-contained HTML page with figures, samples and tables, for light and dark screens of any width."""
 
-import base64
-import dataclasses
-import io
-import itertools
+import functools
+import math
 import pathlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 import numpy as np
 
 from diffusion_distillation.config import Config, flatten
-from diffusion_distillation.evaluation import pictures
+from diffusion_distillation.evaluation import curves, figures, pictures
+from diffusion_distillation.evaluation.figures import Picture
+from diffusion_distillation.evaluation.looks import ByGuidance, Looks
+from diffusion_distillation.evaluation.neighbours import Neighbours
+from diffusion_distillation.evaluation.themes import LIGHT
 
-if TYPE_CHECKING:
-  from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
-
-_CAPTIONS = {
-  'ddim': 'DDIM',
-  'ddim_keep_eps': 'DDIM, eps kept',
-  'ancestral': 'ancestral',
-  'euler': 'Euler',
-  'heun': 'Heun',
-  'rk4': 'RK4',
-  'edm_heun': "EDM's Heun",
-  'dpm_solver_2m': 'DPM-Solver++(2M)',
-  'multistep_consistency': 'multistep consistency',
-}
-_FAMILIES = {
-  'progressive': 'Progressive',
-  'knowledge': 'Knowledge',
-  'consistency': 'Consistency',
-  'dmd': 'DMD',
-  'dmd2': 'DMD2',
-}
-_STYLES = [
-  # colour, marker
-  ('#c2410c', 'o'),
-  ('#1d4ed8', 's'),
-  ('#15803d', '^'),
-  ('#7e22ce', 'D'),
-  ('#0e7490', 'v'),
-  ('#a16207', 'P'),
-  ('#be185d', 'X'),
-  ('#4d7c0f', '*'),
-]
+_FIGURES = (
+  *('frechet', 'seconds', 'cost', 'guidance', 'nearest', 'samples'),
+  *('health', 'health_diversity', 'health_fake_score_lag', 'health_dm_gradient'),
+)
+_CLASSES = 20  # with more classes than this, only the worst are listed
+_WORST = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Watched:
-  """What was recorded during a stage's training: the lines of its metrics.jsonl, and a picture as PNG or None."""
+def environment() -> jinja2.Environment:
+  """Returns the templates of the report and of the comparison, which escape what they are given."""
+  found = jinja2.Environment(
+    loader=jinja2.PackageLoader('diffusion_distillation.evaluation', '.'),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  found.filters['number'] = number
+  found.filters['measured'] = measured
+  found.filters['signed'] = signed
+  found.filters['metric_name'] = curves.metric_name
+  return found
 
-  lines: list[dict[str, float]]
-  picture: bytes | None
+
+def number(value: float | None) -> str:
+  """Formats a number with four digits; '' for None."""
+  return '' if value is None else f'{value:.4g}'
 
 
-def write(
-  config: Config,
-  results: dict[str, Any],
-  grid_rows: dict[str, np.ndarray],
-  watched: dict[str, Watched],
-  directory: pathlib.Path,
-) -> None:
-  """Writes `index.html`, and its figures `frechet.png`, `samples.png`, `cost.png` and `health.png`.
+def measured(value: float | None, error: float | None = None) -> str:
+  """Formats a value with its standard error, if that is known, to two digits of the error; '' for None."""
+  if value is None or not error:
+    return number(value)
+  digits = _digits(error)
+  return f'{value:.{digits}f} ± {error:.{digits}f}'
 
-  `cost.png` is only written if there are students, and `health.png` if some of them were monitored during training.
+
+def _digits(error: float) -> int:
+  """Returns the number of decimals that show two significant digits of an error."""
+  return max(0, 1 - math.floor(math.log10(error)))
+
+
+def signed(difference: tuple[float, float | None] | None) -> str:
+  """Formats a difference and its standard error with a sign; '' for None."""
+  if difference is None:
+    return ''
+  value, error = difference
+  return f'{value:+.{_digits(error)}f} ± {error:.{_digits(error)}f}' if error else f'{value:+.3g}'
+
+
+def write(config: Config, results: Mapping[str, Any], seen: Looks, directory: pathlib.Path) -> None:
+  """Writes `index.html`, its figures as .png files, and the samples of each stage as `samples.npz`.
+
+  A figure is only written if it has something to show: `seconds.png` needs rows that were timed, `cost.png` students,
+  `guidance.png` models that were measured with several weights, `health_*.png` students that were checked at least twice.
 
   Args:
     config: the config of the run, which the report shows.
     results: the contents of `results.json`.
-    grid_rows: captions and (n, H, W, C) uint8 images; all rows are drawn from the same noise.
-    watched: what was recorded during the training of each stage.
+    seen: what the report shows beside the rows.
     directory: directory of the report; created if necessary.
   """
   directory.mkdir(exist_ok=True)
-  figures = {'frechet': _png(distance_figure(results)), 'samples': _png(samples_figure(grid_rows))}
-  if any(row['stage'] != results['rows'][0]['stage'] for row in results['rows']):
-    figures['cost'] = _png(cost_figure(results))
-  seen = {name: w.lines for name, w in watched.items() if any('diversity' in line for line in w.lines)}
-  if seen:
-    figures['health'] = _png(health_figure(seen))
-  for name, png in figures.items():
-    (directory / f'{name}.png').write_bytes(png)
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader('diffusion_distillation.evaluation', '.'), autoescape=True
+  drawn = _figures(results, seen)
+  lines = {stage: watched.lines for stage, watched in seen.watched.items()}
+  html = (
+    environment()
+    .get_template('report.html')
+    .render(
+      results=results,
+      table=curves.comparison(results['rows']),
+      metrics=other_metrics(results['rows']),
+      guided=any(row.get('guidance') for row in results['rows']),
+      accuracy=any(row.get('class_accuracy') is not None for row in results['rows']),
+      barred=any(row.get('error') for row in results['rows']),
+      config=list(flatten(config)),
+      curves=list(curves.curves(results['rows'])),
+      base_nfe=max(curves.curves(results['rows']).get('Base, DDIM', {0: 0})),
+      figures=drawn,
+      samples=[strips(caption, images) for caption, images in seen.samples.items()],
+      neighbours=_neighbours(seen.neighbours),
+      neighbours_of=seen.neighbours_of,
+      classes=class_table(results, seen.class_names),
+      grids=[_grid(found, seen.class_names) for found in seen.by_guidance],
+      health=curves.last_health(lines),
+      denoisings={k: figures.encode(w.picture) for k, w in seen.watched.items() if w.picture},
+    )
   )
-  html = environment.get_template('report.html').render(
-    results=results,
-    table=comparison(results['rows']),
-    metrics=[name for name in _metrics(results['rows']) if name != 'frechet'],
-    guided=any(row.get('guidance') for row in results['rows']),
-    config=list(flatten(config)),
-    curves=list(curves(results['rows'])),
-    base_nfe=max(curves(results['rows']).get('Base, DDIM', {0: 0})),
-    figures={name: _base64(png) for name, png in figures.items()},
-    denoisings={name: _base64(w.picture) for name, w in watched.items() if w.picture is not None},
-  )
+  for name in _FIGURES:  # one of an earlier evaluation may have nothing to show any more
+    (directory / f'{name}.png').unlink(missing_ok=True)
+  for name, picture in drawn.items():
+    (directory / f'{name}.png').write_bytes(picture.png)
+  if seen.samples:
+    (directory / 'samples.png').write_bytes(figures.to_png(figures.samples(seen.samples), LIGHT))
+    arrays: dict[str, Any] = {
+      caption.replace('\n', ', '): images for caption, images in seen.samples.items()
+    }
+    np.savez_compressed(directory / 'samples.npz', **arrays)
   (directory / 'index.html').write_text(html)
 
 
-def family(row: dict[str, Any]) -> str:
-  """Returns the name of a student's curve; all rounds of progressive distillation share one curve."""
-  name = 'progressive' if row['method'] == 'progressive' else row['stage']
-  return _FAMILIES.get(name, name)
+def _figures(results: Mapping[str, Any], seen: Looks) -> dict[str, Picture]:
+  """Draws the figures that have something to show, by name."""
+  rows = curves.few(results['rows'])
+  by_calls, by_seconds, by_cost = curves.by_calls(rows), curves.by_seconds(rows), curves.by_cost(results)
+  found = {'frechet': figures.render(lambda theme: figures.by_calls(by_calls, results, theme))}
+  if sum(map(len, by_seconds.values())) > 1:
+    found['seconds'] = figures.render(lambda theme: figures.by_seconds(by_seconds, results, theme))
+  if by_cost:
+    found['cost'] = figures.render(lambda theme: figures.by_cost(by_cost, results, theme))
+  if panels := curves.by_weight(results['rows'], results['metric']):
+    logarithmic = frozenset({results['metric']})
+    found['guidance'] = figures.render(lambda theme: figures.by_weight(panels, logarithmic, theme))
+  if near := seen.neighbours:
+    sets = {
+      name: {'samples': d.samples, 'held-out images': d.held_out}
+      for name, d in (('in features', near.features), ('in pixels', near.pixels))
+    }
+    found['nearest'] = figures.render(lambda theme: figures.distances(sets, theme))
+  watched = {stage: w.lines for stage, w in seen.watched.items()}
+  for name, (title, lines) in curves.health(watched).items():
+    found[f'health_{name}'] = figures.render(functools.partial(figures.health, title, lines))
+  return found
 
 
-def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-  """Returns value by number of network calls for each family of students, and for the base with each sampler and guidance."""
-  base = rows[0]['stage']
-  students: dict[str, dict[int, float]] = {}
-  of_base: dict[str, dict[int, float]] = {}
-  for row in rows:
-    if row['weights'] == 'ema' and row['stage'] == base:
-      guided = f', guidance {row["guidance"]:g}' if row.get('guidance') else ''
-      caption = f'Base, {_CAPTIONS.get(row["sampler"], row["sampler"])}{guided}'
-      of_base.setdefault(caption, {})[row['nfe']] = row['value']
-    elif row['weights'] == 'ema':
-      students.setdefault(family(row), {})[row['nfe']] = row['value']
-  return students | of_base
+def other_metrics(rows: curves.Rows) -> list[str]:
+  """Returns the names of all metrics of the rows apart from the Frechet distance, which is their value."""
+  names = dict.fromkeys(name for row in rows for name in row.get('metrics', ()))
+  return [name for name in names if name != 'frechet']
 
 
-def _metrics(rows: list[dict[str, Any]]) -> list[str]:
-  """Returns the metrics that any row has; rows of older versions lack some."""
-  return list(dict.fromkeys(name for row in rows for name in row.get('metrics', ())))
-
-
-def comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Returns a line for each number of network calls, in descending order, with the value of each curve or None.
-
-  `ratios` divide the students' values by the value of the base with DDIM at its largest number of calls.
-  """
-  columns = curves(rows)
-  calls = sorted({nfe for curve in columns.values() for nfe in curve}, reverse=True)
-  of_base = columns.get('Base, DDIM', {})
-  base = of_base[max(of_base)] if of_base else None
-  lines = []
-  for nfe in calls:
-    values = {caption: curve.get(nfe) for caption, curve in columns.items()}
-    ratios = [
-      value / base if base and value is not None and not caption.startswith('Base, ') else None
-      for caption, value in values.items()
-    ]
-    lines.append({'nfe': nfe, 'values': list(values.values()), 'ratios': ratios})
-  return lines
-
-
-def distance_figure(results: dict[str, Any]) -> 'Figure':
-  """Plots the Frechet distance over network calls, log-log (as Salimans & Ho 2022, Figure 4)."""
-  figure, axes = _axes()
-  ticks: set[int] = set()
-  columns = curves(results['rows'])
-  for (caption, curve), (colour, marker) in zip(columns.items(), itertools.cycle(_STYLES), strict=False):
-    calls = sorted(curve)
-    ticks.update(calls)
-    values = [curve[nfe] for nfe in calls]
-    axes.plot(calls, values, marker=marker, color=colour, label=caption, linewidth=1.8)
-  _floor(axes, results)
-  axes.set_xscale('log', base=2)
-  axes.set_xticks(sorted(ticks), [str(nfe) for nfe in sorted(ticks)])
-  axes.minorticks_off()
-  axes.set_xlabel('network calls per image')
-  axes.legend(frameon=False, fontsize=8)
-  return figure
-
-
-def cost_figure(results: dict[str, Any]) -> 'Figure':
-  """Plots the Frechet distance over the seconds of training from the base to each student, labelled with network calls."""
-  figure, axes = _axes()
-  base = results['rows'][0]['stage']
-  points: dict[str, list[tuple[float, float, int]]] = {}
-  for row in results['rows']:
-    if row['stage'] != base and row['weights'] == 'ema':
-      cost = results['stages'][row['stage']]['cost']
-      points.setdefault(family(row), []).append((cost, row['value'], row['nfe']))
-  for (caption, curve), (colour, marker) in zip(points.items(), itertools.cycle(_STYLES), strict=False):
-    costs, values, calls = zip(*sorted(curve), strict=True)
-    axes.plot(costs, values, marker=marker, color=colour, label=caption, linewidth=1.0)
-    for cost, value, nfe in zip(costs, values, calls, strict=True):
-      axes.annotate(str(nfe), (cost, value), textcoords='offset points', xytext=(5, 5), fontsize=8)
-  _floor(axes, results)
-  axes.set_xlim(left=0.0)
-  axes.set_xlabel('seconds of training after the base; points are labelled with network calls')
-  axes.legend(frameon=False, fontsize=8)
-  return figure
-
-
-def health_figure(watched: dict[str, list[dict[str, float]]]) -> 'Figure':
-  """Plots diversity, lag of the fake score and DM gradient of students over the share of their updates."""
-  names = {
-    'diversity': 'diversity relative to the data',
-    'fake_score_lag': 'lag of the fake score',
-    'dm_gradient': 'size of the DM gradient',
+def strips(caption: str, images: np.ndarray) -> dict[str, Any]:
+  """Returns a caption and its images in two halves, which stand below each other on a narrow screen."""
+  half = -(-len(images) // 2)
+  halves = [images[:half], images[half:]]
+  return {
+    'caption': caption.replace('\n', ', '),
+    'halves': [figures.encode(pictures.strip(part, half)) for part in halves if len(part)],
   }
-  shown = [name for name in names if any(name in line for lines in watched.values() for line in lines)]
-  figure = _figure(3.6 * len(shown), 3.2)
-  for place, name in enumerate(shown, start=1):
-    axes = figure.add_subplot(1, len(shown), place)
-    for (stage, lines), (colour, _) in zip(watched.items(), itertools.cycle(_STYLES), strict=False):
-      points = [(line['step'] / lines[-1]['step'], line[name]) for line in lines if name in line]
-      if points:
-        axes.plot(*zip(*points, strict=True), color=colour, label=stage, linewidth=1.2)
-    axes.set_title(names[name], fontsize=9)
-    axes.set_xlabel('share of the updates', fontsize=8)
-    axes.grid(color='#e5e7eb')
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
-  return figure
 
 
-def _figure(width: float, height: float) -> 'Figure':
-  """Returns an empty figure, size in inches; imports matplotlib late because that takes a third of the startup time."""
-  from matplotlib.figure import Figure
-
-  return Figure(figsize=(width, height), layout='constrained')
-
-
-def _axes() -> 'tuple[Figure, Axes]':
-  figure = _figure(6.4, 4.4)
-  axes = figure.add_subplot()
-  axes.set_yscale('log')
-  axes.grid(color='#e5e7eb')
-  axes.spines[['top', 'right']].set_visible(False)
-  return figure, axes
-
-
-def _floor(axes: 'Axes', results: dict[str, Any]) -> None:
-  floor = results['floor']
-  axes.axhline(floor['value'], color='#6b7280', linestyle='--', linewidth=1.2, label='Real against real')
-  axes.set_ylabel(f'{results["metric"]}, up to {floor["num_samples"]} samples')
-
-
-def samples_figure(grid_rows: dict[str, np.ndarray]) -> 'Figure':
-  """Shows one row of images per stage; the images of a column start from the same noise."""
-  columns = max((len(images) for images in grid_rows.values()), default=1)
-  height = max(len(grid_rows), 1)
-  figure = _figure(0.55 * columns + 1.6, 0.55 * height + 0.1)
-  for place, (caption, images) in enumerate(grid_rows.items(), start=1):
-    axes: Axes = figure.add_subplot(height, 1, place)
-    axes.imshow(pictures.to_pil(pictures.grid(pictures.enlarge(images, 64), columns, 4)), cmap='gray')
-    axes.set_ylabel(caption, rotation=0, ha='right', va='center', fontsize=8)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-  return figure
+def _neighbours(near: Neighbours | None) -> dict[str, Any] | None:
+  """Returns the sheets of images, and how the samples' distances compare with those of held-out images."""
+  if near is None:
+    return None
+  nearest = near.by_features.shape[1]
+  sheets = [
+    (near.samples, 1),
+    *((found.reshape(-1, *found.shape[2:]), nearest) for found in (near.by_features, near.by_pixels)),
+  ]
+  pngs = [pictures.strip(images, columns) for images, columns in sheets]
+  return {
+    'sheets': [figures.encode(png) for png in pngs],
+    'widths': [pictures.width(png) for png in pngs],
+    'measures': [
+      {'name': name, 'samples': np.median(d.samples), 'held_out': np.median(d.held_out), 'of': d}
+      for name, d in (('features', near.features), ('pixels', near.pixels))
+    ],
+    'compared': (len(near.features.samples), len(near.features.held_out)),
+    'searched': near.searched,
+  }
 
 
-def _png(figure: 'Figure') -> bytes:
-  file = io.BytesIO()
-  figure.savefig(file, format='png', dpi=160, bbox_inches='tight')
-  return file.getvalue()
+def _grid(found: ByGuidance, class_names: Sequence[str]) -> dict[str, Any]:
+  names = [class_names[k] if k < len(class_names) else str(k) for k in found.labels]
+  return {
+    'stage': found.stage,
+    'weights': found.weights,
+    'lines': [
+      (name, [figures.encode(pictures.strip(image[None], 1)) for image in images])
+      for name, images in zip(names, found.images, strict=True)
+    ],
+  }
 
 
-def _base64(png: bytes) -> str:
-  return base64.b64encode(png).decode()
+def class_table(results: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any] | None:
+  """Returns the quality of each stage at its largest number of steps, class by class; None if no row has it.
+
+  Returns:
+    `columns`, the captions; `lines`, the name of a class, the share of real images of it or None, and a cell for each column:
+    `accuracy` or `share`, with the standard `error`, and `frechet`, each of which may be None; `left_out`, the number of
+    classes that are not listed, because others have a lower accuracy in the last column.
+  """
+  chosen: dict[str, Mapping[str, Any]] = {}
+  for row in results['rows']:
+    before = chosen.get(row['stage'], row)
+    shown = row.get('by_class') and row['weights'] == 'ema'
+    if shown and (before is row or row['num_steps'] > before['num_steps']):
+      chosen[row['stage']] = row
+  if not chosen:
+    return None
+  columns = [
+    f'{row["stage"]}, {row["num_steps"]} step{"s" * (row["num_steps"] > 1)}' for row in chosen.values()
+  ]
+  number_of = max(len(next(iter(row['by_class'].values()))) for row in chosen.values())
+  real = results.get('class_shares') or []
+  lines: list[dict[str, Any]] = []
+  for k in range(number_of):
+    cells = [_cell(row, k) for row in chosen.values()]
+    name = class_names[k] if k < len(class_names) else str(k)
+    lines.append({'name': name, 'real': real[k] if k < len(real) else None, 'cells': cells})
+  kept = lines
+  if number_of > _CLASSES:
+    last = [line['cells'][-1] for line in lines]
+    key = [c['accuracy'] if c['accuracy'] is not None else c['share'] or 0.0 for c in last]
+    kept = [lines[k] for k in sorted(range(number_of), key=lambda k: key[k])[:_WORST]]
+  return {
+    'columns': columns,
+    'lines': kept,
+    'left_out': number_of - len(kept),
+    'conditional': any('accuracy' in row['by_class'] for row in chosen.values()),
+    'shares': any('share' in row['by_class'] for row in chosen.values()),
+    'distances': any('frechet' in row['by_class'] for row in chosen.values()),
+  }
+
+
+def _cell(row: Mapping[str, Any], label: int) -> dict[str, float | None]:
+  """Returns what a row says about one class."""
+
+  def of(name: str) -> float | None:
+    values = row['by_class'].get(name, ())
+    return values[label] if label < len(values) else None
+
+  count = of('count') if of('accuracy') is not None else row.get('num_drawn')
+  shown = of('accuracy') if of('accuracy') is not None else of('share')
+  error = curves.accuracy_error(shown, int(count or 0))
+  return {'accuracy': of('accuracy'), 'share': of('share'), 'frechet': of('frechet'), 'error': error}

@@ -70,6 +70,7 @@ def header(
   return {
     'rows': [],
     'metric': extractor.metric,
+    'dataset': train.images.name,
     'metrics': {name: {'better': entry(name).better} for name in names},
     'floor': of_floor | {'num_samples': floor.count, 'seed': seed},
     'held_out': of_unseen | {'num_samples': unseen.count},
@@ -130,18 +131,23 @@ def origins(
 
 
 _MEASURED = (
-  *('metric', 'value', 'error', 'bias', 'metrics', 'errors'),
-  *('num_drawn', 'seconds_per_image'),
+  *('metric', 'value', 'error', 'bias', 'metrics', 'errors', 'reference'),
+  *('num_drawn', 'seconds_per_image', 'class_accuracy', 'by_class'),
 )
 
 
 def key_of(row: dict[str, Any]) -> tuple:
-  """Returns a key that identifies a row. Rows of older versions lack labels, which were balanced, and guidance, which was 0."""
+  """Returns a key that identifies a row.
+
+  Rows of older versions lack labels, which were balanced, guidance, which was 0, and dtype, which counts as float32.
+  """
   described = {k: v for k, v in row.items() if k not in _MEASURED}
   if described.get('labels') != 'data':
     described.pop('labels', None)
   if not described.get('guidance'):
     described.pop('guidance', None)
+  if described.get('dtype') == 'float32':
+    described.pop('dtype')
   interval = described.pop('guidance_interval', None)
   return (*sorted(described.items()), tuple(interval or ()))
 

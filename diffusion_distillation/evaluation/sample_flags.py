@@ -8,7 +8,7 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Chosen
-from diffusion_distillation.networks.guidance import check
+from diffusion_distillation.networks.guidance import check, default_weight
 from diffusion_distillation.stages.model import StoredModel
 
 
@@ -32,13 +32,18 @@ def grid(stored: StoredModel, given: Sequence[str], steps: int | None, name: str
     raise UserError(f'--grid={name}: {error}') from error
 
 
-def guidance(stored: StoredModel, weight: float, interval: Sequence[str], chosen: Chosen) -> Guidance:
-  """Returns the guidance that `--guidance` and `--guidance_interval` specify.
+def guidance(
+  stored: StoredModel, weight: float | None, interval: Sequence[str], chosen: Chosen
+) -> Guidance:
+  """Returns the guidance that `--guidance` and `--guidance_interval` specify; without a weight, the model's default.
 
   Raises:
     UserError: a number is out of range, or the model cannot be guided; see `check`.
   """
-  text = ','.join(interval)
+  text, weight = (
+    ','.join(interval),
+    default_weight(stored.denoise.conditioning) if weight is None else weight,
+  )
   if interval and not weight:
     raise UserError(f'--guidance_interval={text} only applies to --guidance above 0')
   try:

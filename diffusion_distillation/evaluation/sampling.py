@@ -18,7 +18,7 @@ from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Denoiser
-from diffusion_distillation.networks.guidance import Guided, guide
+from diffusion_distillation.networks.guidance import Guided, calls_per_image, guide
 from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.system import announcing, compilation, interrupts, sharding
 from diffusion_distillation.system.progress import Progress
@@ -42,7 +42,8 @@ class Drawer:
     clip_x: whether x is clipped to the range of images after each network call and its guidance.
     label_counts: number of images of each class, to whose proportions labels are drawn; (): all classes in turn. Not
       part of the compiled program.
-    guidance: guidance towards the conditions.
+    guidance: guidance towards the conditions; a network that takes its weight as an input receives it with the conditions.
+    spread: whether such a network receives weights spread over its range instead of that of `guidance`.
   """
 
   denoise: Denoiser
@@ -54,13 +55,30 @@ class Drawer:
   clip_x: bool = True
   label_counts: tuple[int, ...] = dataclasses.field(default=(), compare=False)
   guidance: Guidance = NONE
+  spread: bool = dataclasses.field(default=False, compare=False)
+
+  @property
+  def program(self) -> 'Drawer':
+    """The drawer with only what its compiled program depends on: a weight that is an input is not part of it."""
+    known = conditioning.weights(self.denoise.conditioning)
+    return self if known is None else dataclasses.replace(self, guidance=NONE)
+
+  def calls(self, grid: np.ndarray) -> int:
+    """Returns the number of network calls per image on a grid of times (N + 1,)."""
+    told = self.denoise.conditioning
+    return calls_per_image(told, self.guidance, self.sampler, grid, self.schedule)
 
   def cond(self, index: np.ndarray, seed: int, chosen: Chosen = None) -> Cond:
     """Returns the conditioning of the images at `index`: the chosen values in turn, or labels following `label_counts`."""
     told = self.denoise.conditioning
+    found = conditioning.draw(told, index, seed, self.label_counts)
     if chosen:
-      return conditioning.in_turn(told, index, chosen)
-    return conditioning.draw(told, index, seed, self.label_counts)
+      found = conditioning.in_turn(told, index, chosen)
+    if known := conditioning.weights(told):
+      weight = self.guidance.weight if self.guidance else known.low
+      one = np.full(len(index), weight, np.float32)
+      found = {**(found or {}), conditioning.WEIGHT: known.spread(index) if self.spread else one}
+    return found
 
   def batches(
     self,
@@ -75,7 +93,7 @@ class Drawer:
     In total, `num_samples` images are not padding. Batches are dispatched without waiting for their results. `grid`
     (N + 1,) contains the times.
     """
-    grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
+    grid = _padded(grid)
     size, params = sharding.round_up(self.batch_size), sharding.replicate(params)
     for start in range(0, num_samples, size):
       interrupts.check()
@@ -83,7 +101,7 @@ class Drawer:
       count = min(size, num_samples - start)
       index, cond = sharding.spread((index, self.cond(index, seed, chosen)))
       with contextlib.nullcontext() if start else announcing.compiling('the sampler'):
-        images = _draw(self, params, grid, np.int32(seed), index, cond)
+        images = _images(self.program, params, grid, np.int32(seed), index, cond)
       yield images, count
 
   def draw(
@@ -113,10 +131,11 @@ class Drawer:
     self, params: Params, grid: np.ndarray, seed: int, index: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, Cond]:
     """Returns the noise, the sampler's final x (both (n, ...)) and the conditioning of the images at `index` (n,)."""
-    grid = np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0))
+    grid = _padded(grid)
     padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
     given = sharding.spread((padded, self.cond(padded, seed)))
-    z, x = sharding.to_host(_run(self, sharding.replicate(params), grid, np.int32(seed), *given))
+    arrays = (sharding.replicate(params), grid, np.int32(seed), *given)
+    z, x = sharding.to_host(_run(self.program, *arrays))
     return z[: len(index)], x[: len(index)], self.cond(index, seed)
 
   def seconds_per_image(
@@ -156,6 +175,11 @@ class Drawer:
     if waiting is not None:
       use(*waiting)
     return seconds
+
+
+def _padded(grid: np.ndarray) -> np.ndarray:
+  """Returns a grid of times that is padded to the length of all grids; see `samplers.sample`."""
+  return np.pad(grid, (max(0, _GRID + 1 - len(grid)), 0), mode='edge')
 
 
 def _sample(
@@ -199,6 +223,13 @@ def from_noise(
 
 
 _run = compilation.jit(_sample, static_argnums=0)
+
+
+def _images(drawer: Drawer, *args: Any) -> jax.Array:
+  """Returns only the images, uint8, in one program or, if the space decodes with a network, in two."""
+  if drawer.space.own_programs:
+    return drawer.space.decode(_run(drawer, *args)[1])
+  return _draw(drawer, *args)
 
 
 @functools.partial(compilation.jit, static_argnums=0)

@@ -13,6 +13,12 @@ class EvaluationSection:
   """How stages are evaluated, and sampled from."""
 
   num_samples: int = key(50_000, 'Number of samples per row of `results.json`.', AT_LEAST_TWO)
+  reference: str = key(
+    '',
+    'File of reference statistics, a .npz of EDM, pytorch-fid, ADM or `--mode=features`, with which samples are compared instead '
+    'of the training images. Its features must be those of the extractor.',
+    path='disk',
+  )
   tolerance: float = key(
     0.0,
     'Relative error at which a row stops drawing samples early. The error after n samples is estimated as '
@@ -51,12 +57,22 @@ class EvaluationSection:
   clip_x: bool = key(True, 'Whether the predicted x is clipped to [-1, 1] at each sampling step.')
   guidance: tuple[float, ...] = key(
     (0.0,),
-    'Weights W of classifier-free guidance with which the base model is evaluated; 0: none. Other software often states 1 + W. '
-    'Weights above 0 need a base that was trained with `dataset.label_dropout`.',
+    'Weights W of classifier-free guidance with which the base model is evaluated, and students that take the weight as an '
+    'input if it is in their range; 0: none. Other software often states 1 + W. Weights above 0 need a base that was trained '
+    'with `dataset.label_dropout`.',
     NOT_NEGATIVE,
     distinct=True,
   )
   guidance_interval: tuple[float, ...] = key(
     (),
     'Noise levels sigma / alpha, (low, high), between which the sampling steps of the base model are guided; empty: all.',
+  )
+  neighbours: int = key(
+    50_000,
+    'Number of training images, evenly spread, among which the report looks for those nearest to samples; 0: the report does '
+    'not show them.',
+    NOT_NEGATIVE,
+  )
+  neighbours_of: str = key(
+    '', 'Stage whose samples the report shows beside the nearest training images; empty: the last stage.'
   )

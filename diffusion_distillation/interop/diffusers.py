@@ -24,7 +24,7 @@ from diffusion_distillation.interop import diffusers_config
 from diffusion_distillation.interop.brief import brief
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Pixels
-from diffusion_distillation.networks.unet2d import UNet2D
+from diffusion_distillation.networks.unet2d import TIME_EMBEDDINGS, UNet2D
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.training.state import Params
 
@@ -34,7 +34,7 @@ WEIGHTS = 'diffusion_pytorch_model.safetensors'
 # Supported values of these keys, diffusers' default first.
 _ONLY = {
   '_class_name': ('UNet2DModel',),
-  'time_embedding_type': ('positional',),
+  'time_embedding_type': TIME_EMBEDDINGS,
   'class_embed_type': (None,),
   'mid_block_type': ('UNetMidBlock2D',),
 }
@@ -74,9 +74,9 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
     _log.warning(
       "%s is missing: the schedule and prediction type are DDPMScheduler's defaults", scheduler
     )
-  schedule, output = _schedule(scheduler, settings)
+  schedule, output = read_schedule(scheduler, settings)
   network = _network(unet / 'config.json', config, schedule)
-  shape = (*_size(unet / 'config.json', config), network.out_ch)
+  shape = (*image_size(unet / 'config.json', config), network.out_ch)
   try:
     network.check(shape)
   except ValueError as error:
@@ -94,8 +94,8 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
   )
 
 
-def _size(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, int]:
-  """Returns the height and width of the images."""
+def image_size(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, int]:
+  """Returns the height and width of a network's input."""
   size: Any = config.get('sample_size')
   sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
   if not all(type(side) is int and 0 < side <= 10_000 for side in sides):
@@ -103,36 +103,38 @@ def _size(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, int]:
   return sides[0], sides[1]
 
 
-def _refuse(path: pathlib.Path, key: str, value: Any, known: Any) -> UserError:
+def refuse(path: pathlib.Path, key: str, value: Any, known: Any) -> UserError:
+  """Returns the error about a value that is not supported."""
   names = ', '.join(map(str, known))
   return UserError(f'{path}: {key}={brief(value)} is not supported; supported: {names}')
 
 
-def _schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete, str]:
+def read_schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Discrete, str]:
   """Returns the schedule, and the output that the network predicts."""
   diffusers_config.check(path, settings, diffusers_config.SCHEDULE)
   prediction = settings.get('prediction_type', 'epsilon')
   if prediction not in _OUTPUTS:
-    raise _refuse(path, 'prediction_type', prediction, _OUTPUTS)
+    raise refuse(path, 'prediction_type', prediction, _OUTPUTS)
   if brief(settings.get('variance_type')).startswith("'learned"):
     raise UserError(
       f'{path}: variance_type={brief(settings["variance_type"])}: a network that predicts a variance is not supported'
     )
   betas = settings.get('beta_schedule', 'linear')
   if betas not in BETAS:
-    raise _refuse(path, 'beta_schedule', betas, BETAS)
-  if settings.get('trained_betas') is not None:
-    raise UserError(f'{path}: trained_betas is not supported; supported: beta_schedule')
-  if settings and 'beta_schedule' not in settings and 'beta_start' not in settings:
+    raise refuse(path, 'beta_schedule', betas, BETAS)
+  trained = tuple(settings.get('trained_betas') or ())
+  if settings and not trained and 'beta_schedule' not in settings and 'beta_start' not in settings:
     name = settings.get('_class_name')
     raise UserError(
       f'{path}: _class_name={name!r} has no betas; supported: DDPMScheduler, DDIMScheduler and others'
     )
   if settings.get('thresholding') or settings.get('clip_sample_range', 1.0) != 1.0:
     _log.warning('%s: thresholding and clip_sample_range do not apply: x is clipped to [-1, 1]', path)
+  if settings.get('set_alpha_to_one') is False:
+    _log.warning('%s: set_alpha_to_one=false does not apply: the last step ends at clean data', path)
   given = {ours: settings[theirs] for theirs, ours in _SCHEDULE.items() if theirs in settings}
   try:
-    return Discrete(**given), _OUTPUTS[prediction]
+    return Discrete(**given, trained_betas=trained), _OUTPUTS[prediction]
   except (TypeError, ValueError) as error:
     raise UserError(f'{path}: {error}') from error
 
@@ -141,7 +143,7 @@ def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) 
   """Builds the network that a config describes."""
   for key, known in _ONLY.items():
     if config.get(key, known[0]) not in known:
-      raise _refuse(path, key, config[key], known)
+      raise refuse(path, key, config[key], known)
   diffusers_config.check(path, config, diffusers_config.NETWORK)
   channels, outputs = config.get('in_channels', 3), config.get('out_channels', 3)
   if outputs == 2 * channels:
@@ -149,7 +151,7 @@ def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) 
       f'{path}: out_channels={outputs} for in_channels={channels}: a network that predicts a variance is not supported'
     )
   if outputs != channels:
-    raise _refuse(path, 'out_channels', outputs, (channels,))
+    raise refuse(path, 'out_channels', outputs, (channels,))
   given: dict[str, Any] = {
     field: tuple(value) if isinstance(value, list) else value
     for field, value in {**_NETWORK, **config}.items()
@@ -165,13 +167,8 @@ def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) 
 
 def _weights(folder: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...]) -> Params:
   """Reads the parameters of the network, float32, from the folder's safetensors file."""
-  path = _weights_file(folder)
-  try:
-    found = {
-      name: np.asarray(value, np.float32) for name, value in safetensors.flax.load_file(path).items()
-    }
-  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-    raise UserError(f'{path} is damaged or not a safetensors file ({error})') from error
+  path = weights_file(folder)
+  found = load_state(path)
   _check_widths(denoise.network, found, path)
   try:
     expected = jax.eval_shape(lambda rng: denoise.init(rng, shape), jax.random.key(0))
@@ -181,6 +178,16 @@ def _weights(folder: pathlib.Path, denoise: Denoiser, shape: tuple[int, ...]) ->
   return convert(found, expected, path)
 
 
+def load_state(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the state dict in a safetensors file, float32; raises UserError if the file is damaged."""
+  try:
+    return {
+      name: np.asarray(value, np.float32) for name, value in safetensors.flax.load_file(path).items()
+    }
+  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+    raise UserError(f'{path} is damaged or not a safetensors file ({error})') from error
+
+
 def _check_widths(network: UNet2D, found: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
   """Raises UserError for a network that is deeper or wider than the weights, because tracing it may take very long."""
   widest = max((size for value in found.values() if value.size for size in value.shape), default=0)
@@ -188,6 +195,9 @@ def _check_widths(network: UNet2D, found: Mapping[str, np.ndarray], path: pathli
   sizes = {
     'block_out_channels': max(network.block_out_channels),
     'time_embedding_dim': network.time_embedding_dim or 0,
+    'num_train_timesteps': network.num_train_timesteps or 0
+    if network.time_embedding_type == 'learned'
+    else 0,
     'num_class_embeds': network.num_classes,
     'out_channels': network.out_ch,
   }
@@ -199,12 +209,13 @@ def _check_widths(network: UNet2D, found: Mapping[str, np.ndarray], path: pathli
       raise UserError(f'{path}: {key} ({value}) asks for more than the weights have ({most})')
 
 
-def _weights_file(folder: pathlib.Path) -> pathlib.Path:
-  if (folder / WEIGHTS).is_file():
-    return folder / WEIGHTS
-  if (folder / f'{WEIGHTS}.index.json').is_file():
+def weights_file(folder: pathlib.Path, name: str = WEIGHTS) -> pathlib.Path:
+  """Returns the folder's safetensors file, by default called `name`; raises UserError, saying what to do, if it has none."""
+  if (folder / name).is_file():
+    return folder / name
+  if (folder / f'{name}.index.json').is_file():
     raise UserError(
-      f'{folder / WEIGHTS}.index.json: weights in several files are not supported; save them in one'
+      f'{folder / name}.index.json: weights in several files are not supported; save them in one'
     )
   found = sorted(folder.glob('*.safetensors'))
   if len(found) == 1:
@@ -212,25 +223,25 @@ def _weights_file(folder: pathlib.Path) -> pathlib.Path:
   pickled = sorted(folder.glob('*.bin')) + sorted(folder.glob('*.pt')) + sorted(folder.glob('*.pth'))
   if pickled and not found:
     raise UserError(
-      f'{pickled[0]} is a pickle, which could run any code and is not opened; {_conversion(pickled[0])}'
+      f'{pickled[0]} is a pickle, which could run any code and is not opened; {_conversion(pickled[0], name)}'
     )
   names = ', '.join(path.name for path in found) or 'none'
-  raise UserError(f'{folder}: there is no {WEIGHTS}, but {names}; rename the one to read')
+  raise UserError(f'{folder}: there is no {name}, but {names}; rename the one to read')
 
 
-def _conversion(path: pathlib.Path) -> str:
+def _conversion(path: pathlib.Path, name: str) -> str:
   """Says how to convert a pickle; gives a command only if the file name is safe in a shell and in Python."""
   if not re.fullmatch(r'[\w.-]+', path.name, re.ASCII):
-    return f'save its state dict as {WEIGHTS} with safetensors.torch.save_file, where torch is installed'
+    return f'save its state dict as {name} with safetensors.torch.save_file, where torch is installed'
   return (
     f'convert it where torch is installed: cd {shlex.quote(str(path.parent))} && '
     f"python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path.name}', "
-    f"map_location='cpu', weights_only=True), '{WEIGHTS}')\""
+    f"map_location='cpu', weights_only=True), '{name}')\""
   )
 
 
 def convert(found: Mapping[str, np.ndarray], expected: Params, path: pathlib.Path) -> Params:
-  """Converts the state dict of a UNet2DModel to parameters of `UNet2D`.
+  """Converts a state dict of diffusers or transformers to the parameters of the same network here.
 
   Args:
     found: the state dict, with the current or the older names of attention layers.
@@ -242,7 +253,7 @@ def convert(found: Mapping[str, np.ndarray], expected: Params, path: pathlib.Pat
   """
   state = {_renamed(name): value for name, value in found.items()}
   wanted = traverse_util.flatten_dict(expected, sep='/')
-  names = {_their_name(name): name for name in wanted}
+  names = {their_name(name): name for name in wanted}
   problems = [f'{name} is missing' for name in sorted(names.keys() - state.keys())]
   problems += [f'{name} is not a weight of this network' for name in sorted(state.keys() - names.keys())]
   params = {}
@@ -262,12 +273,17 @@ def convert(found: Mapping[str, np.ndarray], expected: Params, path: pathlib.Pat
 
 
 def state_dict(params: Params) -> dict[str, np.ndarray]:
-  """Converts parameters of `UNet2D` to the state dict of a UNet2DModel; the inverse of `convert`."""
+  """Converts parameters to the state dict of the same network in diffusers or transformers; the inverse of `convert`."""
   flat = traverse_util.flatten_dict(params, sep='/')
   return {
-    _their_name(name): np.ascontiguousarray(_turned(name, np.asarray(value)))
+    their_name(name): np.ascontiguousarray(_turned(name, np.asarray(value)))
     for name, value in flat.items()
   }
+
+
+def their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of a parameter of `shape` in diffusers' and transformers' state dicts."""
+  return _turned(name, np.broadcast_to(np.zeros(()), shape)).shape
 
 
 def _turned(name: str, value: np.ndarray) -> np.ndarray:
@@ -283,7 +299,8 @@ def _renamed(name: str) -> str:
   return '.'.join(_OLD_NAMES.get(part, part) for part in parts) if 'attentions' in parts else name
 
 
-def _their_name(name: str) -> str:
+def their_name(name: str) -> str:
+  """Returns the name of a parameter, given as a path with slashes, in diffusers' and transformers' state dicts."""
   module, _, kind = name.replace('/', '.').rpartition('.')
   return f'{module}.{"bias" if kind == "bias" else "weight"}'
 

@@ -35,52 +35,62 @@ def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
   return lambda value: isinstance(value, list) and 1 <= len(value) <= 16 and all(map(holds, value))
 
 
-_INT = Kind('zero or a positive integer', _is_int)
-_COUNT = Kind('a positive integer', lambda value: _is_int(value, 1))
-_OPTIONAL = Kind('a positive integer or null', lambda value: value is None or _is_int(value, 1))
-_CLASSES = Kind('zero, a positive integer or null', lambda value: value is None or _is_int(value))
-_NUMBER = Kind('a number', _is_number)
-_POSITIVE = Kind('a positive number', lambda value: _is_number(value) and value > 0)
-_RATE = Kind('a number in [0, 1)', lambda value: _is_number(value) and 0 <= value < 1)
-_BOOL = Kind('true or false', lambda value: isinstance(value, bool))
-_WORD = Kind('a string', lambda value: isinstance(value, str))
-_COUNTS = Kind('a list of positive integers', _list_of(lambda value: _is_int(value, 1)))
-_WORDS = Kind('a list of strings', _list_of(lambda value: isinstance(value, str)))
+INT = Kind('zero or a positive integer', _is_int)
+COUNT = Kind('a positive integer', lambda value: _is_int(value, 1))
+OPTIONAL = Kind('a positive integer or null', lambda value: value is None or _is_int(value, 1))
+CLASSES = Kind('zero, a positive integer or null', lambda value: value is None or _is_int(value))
+NUMBER = Kind('a number', _is_number)
+POSITIVE = Kind('a positive number', lambda value: _is_number(value) and value > 0)
+RATE = Kind('a number in [0, 1)', lambda value: _is_number(value) and 0 <= value < 1)
+BOOL = Kind('true or false', lambda value: isinstance(value, bool))
+WORD = Kind('a string', lambda value: isinstance(value, str))
+COUNTS = Kind('a list of positive integers', _list_of(lambda value: _is_int(value, 1)))
+BETAS = Kind(
+  'null or a list of numbers between 0 and 1',
+  lambda betas: (
+    betas is None
+    or (isinstance(betas, list) and bool(betas) and all(_is_number(b) and 0 < b < 1 for b in betas))
+  ),
+)
+WORDS = Kind('a list of strings', _list_of(lambda value: isinstance(value, str)))
 
 # Keys of a network's config.json that are also fields of `UNet2D`.
 FIELDS = {
-  'block_out_channels': _COUNTS,
-  'down_block_types': _WORDS,
-  'up_block_types': _WORDS,
-  'layers_per_block': _COUNT,
-  'attention_head_dim': _OPTIONAL,
-  'norm_num_groups': _COUNT,
-  'norm_eps': _POSITIVE,
-  'act_fn': _WORD,
-  'resnet_time_scale_shift': _WORD,
-  'downsample_padding': _INT,
-  'downsample_type': _WORD,
-  'upsample_type': _WORD,
-  'flip_sin_to_cos': _BOOL,
-  'freq_shift': _NUMBER,
-  'time_embedding_dim': _OPTIONAL,
-  'mid_block_scale_factor': _POSITIVE,
-  'add_attention': _BOOL,
-  'attn_norm_num_groups': _OPTIONAL,
-  'center_input_sample': _BOOL,
-  'dropout': _RATE,
+  'block_out_channels': COUNTS,
+  'down_block_types': WORDS,
+  'up_block_types': WORDS,
+  'layers_per_block': COUNT,
+  'attention_head_dim': OPTIONAL,
+  'norm_num_groups': COUNT,
+  'norm_eps': POSITIVE,
+  'act_fn': WORD,
+  'resnet_time_scale_shift': WORD,
+  'downsample_padding': INT,
+  'downsample_type': WORD,
+  'upsample_type': WORD,
+  'flip_sin_to_cos': BOOL,
+  'freq_shift': NUMBER,
+  'time_embedding_dim': OPTIONAL,
+  'time_embedding_type': WORD,
+  'num_train_timesteps': OPTIONAL,
+  'mid_block_scale_factor': POSITIVE,
+  'add_attention': BOOL,
+  'attn_norm_num_groups': OPTIONAL,
+  'center_input_sample': BOOL,
+  'dropout': RATE,
 }
-NETWORK = FIELDS | {'in_channels': _COUNT, 'out_channels': _COUNT, 'num_class_embeds': _CLASSES}
+NETWORK = FIELDS | {'in_channels': COUNT, 'out_channels': COUNT, 'num_class_embeds': CLASSES}
 SCHEDULE = {
-  '_class_name': _WORD,
-  'prediction_type': _WORD,
-  'beta_schedule': _WORD,
-  'beta_start': _POSITIVE,
-  'beta_end': _POSITIVE,
-  'num_train_timesteps': _COUNT,
-  'rescale_betas_zero_snr': _BOOL,
-  'steps_offset': _INT,
-  'clip_sample': _BOOL,
+  '_class_name': WORD,
+  'prediction_type': WORD,
+  'beta_schedule': WORD,
+  'beta_start': POSITIVE,
+  'beta_end': POSITIVE,
+  'trained_betas': BETAS,
+  'num_train_timesteps': COUNT,
+  'rescale_betas_zero_snr': BOOL,
+  'steps_offset': INT,
+  'clip_sample': BOOL,
 }
 
 

@@ -1,4 +1,4 @@
-"""The format `diffusers`: a pipeline folder that DDIMPipeline loads, for networks that are a UNet2DModel."""
+"""The format `diffusers`: a pipeline folder that DDIMPipeline loads, for networks that a UNet2DModel can express."""
 
 import dataclasses
 import json
@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.diffusion.samplers import DDIM, SAMPLERS, DDIMKeepEps
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import sampling
 from diffusion_distillation.evaluation.sampling import Drawer
-from diffusion_distillation.interop import diffusers, diffusers_config
+from diffusion_distillation.interop import diffusers, diffusers_config, diffusers_unet
 from diffusion_distillation.interop.stablehlo import Draw
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.spaces import Pixels
+from diffusion_distillation.networks.unet import UNet
 from diffusion_distillation.networks.unet2d import UNet2D
 from diffusion_distillation.training.state import Params
 
@@ -46,15 +48,15 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
   Raises:
     UserError: a part of the model cannot be expressed in diffusers; the message names it.
   """
-  schedule, network = _check(drawer)
-  scheduler = _scheduler(drawer, schedule, grid)
+  drawer, params, grid = _as_theirs(drawer, params, grid)
+  scheduler = _scheduler(drawer, grid)
   contents: dict[str, Any] = {
     'model_index.json': {
       '_class_name': 'DDIMPipeline',
       'scheduler': ['diffusers', 'DDIMScheduler'],
       'unet': ['diffusers', 'UNet2DModel'],
     },
-    'unet/config.json': _network(drawer, network),
+    'unet/config.json': _network(drawer),
     'scheduler/scheduler_config.json': scheduler,
   }
   for name, content in contents.items():
@@ -71,28 +73,45 @@ def usage(description: Mapping[str, Any]) -> str:
   return USAGE.replace('STEPS', str(description['num_steps'])).replace('RECOMPUTED', str(recomputed))
 
 
-def _check(drawer: Drawer) -> tuple[Discrete, UNet2D]:
-  """Returns the schedule and the network; raises UserError if diffusers does not have them."""
+def _as_theirs(drawer: Drawer, params: Params, grid: np.ndarray) -> tuple[Drawer, Params, np.ndarray]:
+  """Returns the same sampler with a `UNet2D` in discrete time; raises UserError, naming each part that diffusers lacks."""
   network, schedule = drawer.denoise.network, drawer.schedule
-  if not isinstance(network, UNet2D):
-    raise _refuse(f'the network {type(network).__name__} is not a UNet2DModel')
-  if not isinstance(schedule, Discrete):
-    raise _refuse(f'the schedule {type(schedule).__name__} is not in discrete time')
+  if problems := _problems(drawer):
+    raise _refuse('; '.join(problems))
+  if not isinstance(network, UNet):
+    return drawer, params, grid
+  try:
+    theirs = diffusers_unet.express(network, params, schedule, grid, drawer.image_shape)
+  except ValueError as error:
+    raise _refuse(str(error)) from error
+  denoise = dataclasses.replace(drawer.denoise, network=theirs.network)
+  drawer = dataclasses.replace(drawer, denoise=denoise, schedule=theirs.schedule)
+  return drawer, theirs.params, grid if theirs.schedule == schedule else times.uniform(len(grid) - 1)
+
+
+def _problems(drawer: Drawer) -> list[str]:
+  """Returns the parts of a model that diffusers lacks, in words."""
+  network, found = drawer.denoise.network, []
+  if isinstance(network, UNet):
+    found += diffusers_unet.problems(network, drawer.image_shape)
+  elif not isinstance(network, UNet2D):
+    found.append(f'the network {type(network).__name__} is not a UNet2DModel')
   if drawer.denoise.output not in diffusers.PREDICTIONS:
-    raise _refuse(f'a network that predicts {drawer.denoise.output} has no prediction_type')
+    found.append(f'a network that predicts {drawer.denoise.output} has no prediction_type')
   if type(drawer.sampler) not in (DDIM, DDIMKeepEps):
-    raise _refuse(f'the sampler {type(drawer.sampler).__name__} is not DDIM')
+    found.append(f'the sampler {type(drawer.sampler).__name__} is not DDIM')
   if not isinstance(drawer.space, Pixels):
-    raise _refuse(f'the space {type(drawer.space).__name__} needs more than a network and a scheduler')
-  return schedule, network
+    found.append(f'the space {type(drawer.space).__name__} needs more than a network and a scheduler')
+  return found
 
 
 def _refuse(what: str) -> UserError:
   return UserError(f'--format=diffusers: {what}; --format=jax exports every model')
 
 
-def _network(drawer: Drawer, network: UNet2D) -> dict[str, Any]:
+def _network(drawer: Drawer) -> dict[str, Any]:
   """Returns config.json of the network."""
+  network = drawer.denoise.network
   height, width, channels = drawer.image_shape
   classes = conditioning.classes(drawer.denoise.conditioning)
   given = {field: getattr(network, field) for field in diffusers_config.FIELDS}
@@ -105,11 +124,13 @@ def _network(drawer: Drawer, network: UNet2D) -> dict[str, Any]:
   }
 
 
-def _scheduler(drawer: Drawer, schedule: Discrete, grid: np.ndarray) -> dict[str, Any]:
+def _scheduler(drawer: Drawer, grid: np.ndarray) -> dict[str, Any]:
   """Returns scheduler_config.json: the schedule, and the spacing of timesteps that matches `grid`.
 
   With set_alpha_to_one, the last step of DDIMScheduler ends at clean data, as ours does.
   """
+  schedule = drawer.schedule
+  assert isinstance(schedule, Discrete)  # as every UNet2D has
   count, steps = schedule.num_timesteps, len(grid) - 1
   timesteps = np.float64(grid[1:]) * count - 1.0
   ratio = count // steps
@@ -131,6 +152,7 @@ def _scheduler(drawer: Drawer, schedule: Discrete, grid: np.ndarray) -> dict[str
     'beta_schedule': schedule.betas,
     'beta_start': schedule.beta_start,
     'beta_end': schedule.beta_end,
+    'trained_betas': list(schedule.trained_betas) or None,
     'rescale_betas_zero_snr': schedule.zero_snr,
     'steps_offset': schedule.steps_offset,
     'timestep_spacing': found[0],

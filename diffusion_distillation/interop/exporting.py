@@ -18,8 +18,9 @@ from diffusion_distillation.evaluation import loading, pictures, sampling
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.interop import diffusers_writer, model_card, onnx_writer, stablehlo
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import model
-from diffusion_distillation.system import files
+from diffusion_distillation.system import files, interrupts
 from diffusion_distillation.training.state import Params
 
 SEED = 0  # seed of the images that are compared and shown
@@ -36,6 +37,7 @@ class Format(NamedTuple):
     files: name and meaning of each file.
     usage: receives the description of the model; returns instructions for running the files, in Markdown.
     tolerance: fraction of values that may differ from the model's by at most one level; a single value always may.
+    conditions: the conditions that the files take.
   """
 
   write: Callable[[Drawer, Params, np.ndarray, pathlib.Path], stablehlo.Draw]
@@ -43,10 +45,14 @@ class Format(NamedTuple):
   files: Mapping[str, str]
   usage: Callable[[Mapping[str, Any]], str]
   tolerance: float = 1e-3  # rounding of float32
+  conditions: tuple[str, ...] = ('label',)
 
 
 FORMATS: dict[str, Format] = {
-  'jax': Format(stablehlo.write, 'jax', stablehlo.FILES, stablehlo.usage),
+  'jax': Format(
+    *(stablehlo.write, 'jax', stablehlo.FILES, stablehlo.usage),
+    conditions=('label', conditioning.WEIGHT),
+  ),
   'diffusers': Format(
     diffusers_writer.write, 'diffusers', diffusers_writer.FILES, diffusers_writer.usage
   ),
@@ -61,7 +67,7 @@ def export(
 
   Args:
     workdir: a workdir, the directory of a stage, or the folder of a model.
-    stage: name of a stage of the workdir; by default, the last finished stage.
+    stage: name of a stage of the workdir; by default, the last finished stage of its plan.
     out: a folder that does not exist yet, or is empty.
     format: a name in FORMATS.
 
@@ -75,22 +81,29 @@ def export(
   to, into = choose('--format', format, FORMATS), check_out(out)
   folder = find(workdir, stage)
   loaded = load(folder)
-  if unknown := sorted(set(loaded.stored.denoise.conditioning) - {'label'}):
+  if unknown := sorted(set(loaded.stored.denoise.conditioning) - set(to.conditions)):
+    able = [name for name, other in FORMATS.items() if unknown[0] in other.conditions]
     raise UserError(
-      f'--format={format} takes class labels only, but the model is conditioned on {unknown[0]!r}'
+      f'--format={format} cannot export this model: it takes {unknown[0]!r} as an input, which '
+      + (f'only --format={able[0]} supports' if able else 'no format supports')
     )
   temporary = into.with_name(f'.{into.name}.tmp')
   made = [parent for parent in into.parents if not parent.exists()]
   shutil.rmtree(temporary, ignore_errors=True)
-  try:
-    temporary.mkdir(parents=True)
-    _write(to, loaded, folder, temporary)
-    os.replace(temporary, into)
-  except BaseException:
+
+  def discard() -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     for parent in made:
       with contextlib.suppress(OSError):
         parent.rmdir()
+
+  try:
+    with interrupts.cleaning(discard):
+      temporary.mkdir(parents=True)
+      _write(to, loaded, folder, temporary)
+      os.replace(temporary, into)
+  except BaseException:
+    discard()
     raise
   stored = loaded.stored
   calls = samplers.SAMPLERS[stored.sampler]().calls(stored.num_steps)

@@ -9,7 +9,7 @@ import jax
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, choose, flatten
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.interop import diffusers, edm, google
+from diffusion_distillation.interop import diffusers, edm, google, stable_diffusion
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import provenance, workdir
 from diffusion_distillation.stages.model import StoredModel, read
@@ -106,6 +106,21 @@ def from_diffusers(config: Config, default: Config, path: pathlib.Path, into: pa
   return adopt_stored(config, into, stored, {'source': 'diffusers', 'folder': str(path)})
 
 
+def from_stable_diffusion(
+  config: Config, default: Config, path: pathlib.Path, into: pathlib.Path
+) -> Model:
+  """Imports a folder of Stable Diffusion as the stage 'base', with its autoencoder and text encoder beside the U-Net.
+
+  It is sampled in `distill.start_steps` steps; see `interop/stable_diffusion.py`.
+
+  Raises:
+    UserError: there is no such model, or it is not supported; nothing was written.
+  """
+  del default
+  stored = stable_diffusion.read(path, config.distill.start_steps)
+  return adopt_stored(config, into, stored, {'source': 'stable_diffusion', 'folder': str(path)})
+
+
 def from_edm(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:
   """Imports one of NVIDIA's EDM models as the stage 'base', regardless of the config's network; see `interop/edm.py`.
 
@@ -160,5 +175,6 @@ READERS: dict[str, Callable[[Config, Config, pathlib.Path, pathlib.Path], Model]
   'workdir': from_workdir,
   'model': from_model,
   'diffusers': from_diffusers,
+  'stable_diffusion': from_stable_diffusion,
   'edm': from_edm,
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from diffusion_distillation.diffusion import samplers
+from diffusion_distillation.networks.conditioning import WEIGHT
 
 
 class Described(Protocol):
@@ -38,7 +39,12 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
   stage, steps = made.get('stage', 'model'), description['num_steps']
   height, width, channels = description['image_shape']
   calls = samplers.SAMPLERS[name]().calls(steps)
-  label = description['conditioning'].get('label')
+  label, weights = (description['conditioning'].get(key) for key in ('label', WEIGHT))
+  told = (
+    f' It takes the weight of guidance as an input: {weights["low"]:g} to {weights["high"]:g}.'
+    if weights
+    else ''
+  )
   kind = f'Class-conditional ({label["count"]} classes)' if label else 'Unconditional'
   parts = [
     _header(_origin(made), to.library),
@@ -47,7 +53,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
     f'{kind} diffusion model of images with {height} x {width} pixels and {channels} '
     f'channel{"s" if channels > 1 else ""}. '
     f'An image takes {steps} {name} step{"s" if steps > 1 else ""}: '
-    f'{calls} network evaluation{"s" if calls > 1 else ""}.\n',
+    f'{calls} network evaluation{"s" if calls > 1 else ""}.{told}\n',
     f'## How to run it\n\n{to.usage(description)}',
     '## Training\n\n' + _training(made, dataset),
     '## Measurements\n\n' + _measurements(description['metrics']),
@@ -112,8 +118,7 @@ def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
     return 'No measurements are recorded with the model.\n'
   table = [
     (
-      f'{row.get("num_steps")} {row.get("sampler")} ({row.get("grid")})'
-      + (f', guidance {row["guidance"]:g}' if row.get('guidance') else ''),
+      f'{row.get("num_steps")} {row.get("sampler")} ({row.get("grid")}){_circumstances(row)}',
       *(str(row.get(key)) for key in ('nfe', 'weights', 'num_samples')),
       ', '.join(f'{key} {value:.4g}' for key, value in row.get('metrics', {}).items()),
     )
@@ -125,8 +130,32 @@ def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
     _table(columns, table)
     + f'\n`frechet` is the Fréchet distance {", ".join(names)} between features of generated images and of training images; '
     'the name of the feature extractor follows `FD-`. Smaller distances (`frechet`, `kid`, `sfid`) are better, and larger '
-    '`precision`, `recall` and `inception_score`. All are only comparable for the same extractor and number of samples.\n'
+    f'`precision`, `recall` and `inception_score`. All are only comparable for the same extractor and number of samples.{_notes(rows)}\n'
   )
+
+
+def _circumstances(row: Mapping[str, Any]) -> str:
+  """Returns what else distinguishes a measurement: guidance, where in noise levels it applied, and a dtype other than float32."""
+  text = ''
+  if row.get('guidance'):
+    text += f', guidance W = {row["guidance"]:g}'
+    if row.get('guidance_interval'):
+      low, high = row['guidance_interval']
+      text += f' for {low:g} < sigma / alpha' + ('' if high is None else f' <= {high:g}')
+  return text + (f', {row["dtype"]}' if row.get('dtype', 'float32') != 'float32' else '')
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Explains guidance and the dtype if a row has them."""
+  text = ''
+  if any(row.get('guidance') for row in rows):
+    text += (
+      ' Guidance W draws with x + W (x - x without the class), for which many programs state 1 + W; these files draw without '
+      'guidance.'
+    )
+  if any(row.get('dtype', 'float32') != 'float32' for row in rows):
+    text += ' A dtype is that of the activations while measuring; these files compute in float32.'
+  return text
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -55,7 +55,7 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
   """Writes the graph, with the sampler's steps unrolled and the weights as constants; see `exporting.Format.write`.
 
   Raises:
-    UserError: a package is missing, the sampler adds noise, or jax2onnx does not support an operation.
+    UserError: a package is missing, the sampler adds noise, or jax2onnx cannot convert the sampler.
   """
   if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
     raise UserError(f'--format=onnx needs {missing[0]}; run `pip install {" ".join(_NEEDED)}`')
@@ -91,9 +91,18 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
         return_mode='file',
         output_path=str(folder / GRAPH),
       )
-    except NotImplementedError as error:
-      raise UserError(f'--format=onnx: jax2onnx cannot convert this network ({error})') from error
+    except (OSError, MemoryError):
+      raise
+    except Exception as error:  # it raises its own and others' errors, of any type
+      raise UserError(
+        f'--format=onnx: jax2onnx cannot convert this network ({_one_line(error)})'
+      ) from error
   return _reader(drawer, folder)
+
+
+def _one_line(error: Exception) -> str:
+  text = ' '.join(str(error).split())[:300]
+  return text if isinstance(error, NotImplementedError) and text else f'{type(error).__name__}: {text}'
 
 
 def _sampler(drawer: Drawer, params: Params, grid: np.ndarray) -> Any:
@@ -119,7 +128,12 @@ def _sampler(drawer: Drawer, params: Params, grid: np.ndarray) -> Any:
 def _reader(drawer: Drawer, folder: pathlib.Path) -> Draw:
   import onnxruntime
 
-  session = onnxruntime.InferenceSession(folder / GRAPH)
+  try:
+    session = onnxruntime.InferenceSession(folder / GRAPH)
+  except Exception as error:  # it raises errors of its own, which have no common class
+    raise UserError(
+      f'--format=onnx: onnxruntime does not load the graph ({_one_line(error)})'
+    ) from error
 
   def draw(z: np.ndarray, keys: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
     del keys

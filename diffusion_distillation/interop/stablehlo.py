@@ -37,8 +37,9 @@ python run.py --num=16 --seed=0 --out=images.npz
 ```
 
 `jax.export.deserialize(...).call(weights, z, ...)` takes the weights, a dict of arrays by name; standard normal noise `z`
-(b, H, W, C), float32; then, for a class-conditional model, the labels (b,), int32; then, for a sampler that adds noise, one
-key per image (b, 2), uint32. It returns images (b, H, W, C), uint8. `run.py` shows all of it.
+(b, H, W, C), float32; then, for a class-conditional model, the labels (b,), int32; then, for a model that takes it, the weight of
+guidance of each image (b,), float32 (`run.py --guidance=1.5`); then, for a sampler that adds noise, one key per image (b, 2), uint32.
+It returns images (b, H, W, C), uint8. `run.py` shows all of it.
 """
 
 
@@ -61,10 +62,12 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
   (folder / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
   with announcing.compiling('the exported program'):
     (folder / PROGRAM).write_bytes(lower(drawer, flat, grid).serialize())
-  classes = conditioning.classes(drawer.denoise.conditioning)
+  told = drawer.denoise.conditioning
+  classes, weights = conditioning.classes(told), conditioning.weights(told)
   constants = {
     'SHAPE': drawer.space.shape(drawer.image_shape),
     'CLASSES': classes.count if classes else 0,
+    'GUIDANCE': (weights.low, weights.high) if weights else None,
     'ADDS_NOISE': drawer.sampler.draws_noise,
   }
   lines = ''.join(f'{name} = {value}\n' for name, value in constants.items())
@@ -74,7 +77,8 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
 
 def lower(drawer: Drawer, flat: dict[str, Any], grid: np.ndarray) -> jax.export.Exported:
   """Exports the program for all platforms and any batch size; its first argument is the weights by name."""
-  names = tuple(drawer.denoise.conditioning)
+  told = drawer.denoise.conditioning
+  names = tuple(told)
 
   def sampler(weights: dict[str, jax.Array], z: jax.Array, *rest: jax.Array) -> jax.Array:
     keys = rest[-1] if drawer.sampler.draws_noise else jnp.zeros((z.shape[0], 2), jnp.uint32)
@@ -87,7 +91,7 @@ def lower(drawer: Drawer, flat: dict[str, Any], grid: np.ndarray) -> jax.export.
   (b,) = jax.export.symbolic_shape('b')
   weights = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in flat.items()}
   z = jax.ShapeDtypeStruct((b, *drawer.space.shape(drawer.image_shape)), jnp.float32)
-  rest = [jax.ShapeDtypeStruct((b,), jnp.int32) for _ in names]
+  rest = [jax.ShapeDtypeStruct((b,), condition.zeros(1).dtype) for condition in told.values()]
   rest += [jax.ShapeDtypeStruct((b, 2), jnp.uint32)] if drawer.sampler.draws_noise else []
   return jax.export.export(jax.jit(sampler), platforms=PLATFORMS)(weights, z, *rest)
 
@@ -95,10 +99,12 @@ def lower(drawer: Drawer, flat: dict[str, Any], grid: np.ndarray) -> jax.export.
 def _reader(drawer: Drawer, folder: pathlib.Path) -> Draw:
   program = jax.export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
   weights = safetensors.numpy.load_file(folder / WEIGHTS)
-  call = jax.jit(program.call)
+  call, known = jax.jit(program.call), conditioning.weights(drawer.denoise.conditioning)
 
   def draw(z: np.ndarray, keys: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-    rest = ([] if labels is None else [labels]) + ([keys] if drawer.sampler.draws_noise else [])
+    rest = [] if labels is None else [labels]
+    rest += [known.in_turn(np.arange(len(z)))] if known else []  # the default weight
+    rest += [keys] if drawer.sampler.draws_noise else []
     return np.asarray(call(weights, z, *rest))
 
   return draw
@@ -120,8 +126,11 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument('--num', type=int, default=16, help='number of images')
 parser.add_argument('--seed', type=int, default=0, help='seed of the noise')
 parser.add_argument('--classes', type=int, nargs='*', help='labels to draw in turn; by default all')
+parser.add_argument('--guidance', type=float, help='weight of guidance, for samplers that take it')
 parser.add_argument('--out', default='images.npz')
 args = parser.parse_args()
+if args.guidance is not None and GUIDANCE is None:
+  parser.error('this sampler does not take a weight of guidance')
 
 folder = pathlib.Path(__file__).parent
 data = (folder / 'weights.safetensors').read_bytes()
@@ -139,6 +148,9 @@ keys = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(jax.random.key(arg
 inputs = [jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys[:, 0])]
 if CLASSES:
   inputs.append(np.resize(np.array(args.classes or range(CLASSES), np.int32), args.num))
+if GUIDANCE:  # the smallest and the largest weight that the model was trained with
+  weight = GUIDANCE[0] if args.guidance is None else args.guidance
+  inputs.append(np.full(args.num, weight, np.float32))
 if ADDS_NOISE:
   inputs.append(jax.random.key_data(keys[:, 1]))
 program = jax.export.deserialize(bytearray((folder / 'sampler.stablehlo').read_bytes()))

@@ -6,6 +6,7 @@ from diffusion_distillation.methods.consistency import Consistency
 from diffusion_distillation.methods.denoising import Denoising
 from diffusion_distillation.methods.dmd import DMD, DMD2
 from diffusion_distillation.methods.gan import Gan
+from diffusion_distillation.methods.guided import GuidedDistillation
 from diffusion_distillation.methods.knowledge import Knowledge
 from diffusion_distillation.methods.method import Context, Method, Sampling, Student
 from diffusion_distillation.methods.progressive import Progressive
@@ -14,6 +15,7 @@ from diffusion_distillation.methods.progressive import Progressive
 METHODS: dict[str, type[Any]] = {
   'denoising': Denoising,
   'progressive': Progressive,
+  'guided': GuidedDistillation,
   'knowledge': Knowledge,
   'consistency': Consistency,
   'dmd': DMD,
@@ -27,6 +29,7 @@ __all__ = [
   'Context',
   'Denoising',
   'Gan',
+  'GuidedDistillation',
   'Knowledge',
   'Method',
   'Progressive',

@@ -65,7 +65,8 @@ class StudentSection(TrainingSection):
 
   start: str = key(
     'base',
-    'Stage whose weights initialize the student: `base`, or an earlier stage, such as `progressive_0004`.',
+    'Stage whose weights initialize the student: `base` (after `guided`, that stage), or an earlier stage, such as '
+    '`progressive_0004`.',
   )
   num_updates: int = key(100_000, 'Number of updates.', POSITIVE)
   learning_rate: float = key(1e-4, 'Peak learning rate of the student.', POSITIVE)
@@ -192,6 +193,7 @@ class Context:
     clip: maps x to the nearest x in the range of images.
     teacher: the denoiser of the teacher's stage.
     shape: shape of x, (H, W, C).
+    cond_dropout: probability with which conditions were dropped in the teacher's training.
   """
 
   schedule: Schedule
@@ -201,10 +203,14 @@ class Context:
   clip: Clip
   teacher: Denoiser
   shape: tuple[int, ...]
+  cond_dropout: float = 0.0
 
 
 class Sampling(NamedTuple):
-  """How a student is sampled: the number of steps, the sampler, and the step counts at which it is measured."""
+  """How a student is sampled: the number of steps, the sampler, and the step counts at which it is measured.
+
+  0 stands for the number of steps of the base.
+  """
 
   num_steps: int = 1
   sampler: str = 'ddim'
@@ -216,14 +222,22 @@ class Student:
 
   Attributes:
     Section: the keys of this section.
+    teaches: whether the methods that follow in the config are distilled from this student instead of the base.
   """
 
-  Section: ClassVar[type[StudentSection]]
+  Section: ClassVar[type[TrainingSection]]
+  teaches: ClassVar[bool] = False
 
   @classmethod
   def from_config(cls, name: str, section: Any, context: Context) -> Self:
     """Builds the method from `section`, called `name` in the config; raises UserError, naming the key, if it is not valid."""
     raise NotImplementedError
+
+  @staticmethod
+  def network(name: str, section: Any, denoise: Denoiser) -> Denoiser:
+    """Returns the student's network, given that of the students of a run; raises UserError if it does not fit the section."""
+    del name, section
+    return denoise
 
   @staticmethod
   def sampling(section: Any) -> Sampling:

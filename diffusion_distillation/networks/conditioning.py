@@ -1,10 +1,12 @@
 """Conditioning: the inputs of a network other than z and the time.
 
 A `Cond` is None or a dict of arrays with a leading batch axis, by key, such as `label`. A network declares the keys that it
-takes as a `Conditioning`; only networks and datasets know what a key means.
+takes as a `Conditioning`; only networks and datasets know what a key means. Beside a key such as `text`, `no_text` may hold the
+values that represent "no condition", for conditions whose class does not know them; networks do not read it.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -13,8 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_distillation.errors import UserError
+
 Cond = Mapping[str, Any] | None
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / phi
+_SQRT2 = np.uint64(0x6A09E667F3BCC908)  # 2^64 (sqrt(2) - 1)
+NONE_OF = 'no_'  # followed by a key: the values of "no condition" for this key
 LABELS = ('data', 'balanced')  # distributions of the labels of drawn images
 
 
@@ -75,7 +81,108 @@ class Classes:
     return jnp.full_like(values, self.NONE)
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """The weight of guidance as an input of the network, a number (B,) in [low, high] (Meng et al. 2023).
+
+  It is a setting of the sampler: datasets do not have it, and it is never withheld. In training, each example has a weight
+  drawn at random.
+  """
+
+  low: float
+  high: float
+
+  def __post_init__(self) -> None:
+    if not 0.0 <= self.low < self.high < math.inf:
+      raise ValueError(
+        f'the weights of guidance, {self.low:g} to {self.high:g}, must be 0 <= LOW < HIGH'
+      )
+
+  def zeros(self, count: int) -> np.ndarray:
+    """See `Condition.zeros`."""
+    return np.zeros(count, np.float32)
+
+  def in_turn(self, index: np.ndarray, chosen: Sequence[float] = ()) -> np.ndarray:
+    """See `Condition.in_turn`; by default, the smallest weight."""
+    values = np.asarray(chosen or (self.low,), np.float32)
+    return np.take(values, index, mode='wrap')
+
+  def spread(self, index: np.ndarray) -> np.ndarray:
+    """Returns weights of the samples at `index` (B,) that fill the range evenly: low + (high - low) frac(k sqrt(2))."""
+    place = index.astype(np.uint64) * _SQRT2  # modulo 2^64
+    part = (place >> np.uint64(11)) * 2.0**-53
+    return (self.low + (self.high - self.low) * part).astype(np.float32)
+
+  def draw(self, rng: jax.Array, count: int) -> jax.Array:
+    """Draws weights of `count` examples, uniformly."""
+    return jax.random.uniform(rng, (count,), minval=self.low, maxval=self.high)
+
+  def withheld(self, values: jax.Array) -> jax.Array:
+    """Returns `values`: without a class, guidance has no effect, whatever its weight."""
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """The embeddings of a text's tokens, (B, length, width) float32, as a text encoder returns them.
+
+  The embeddings of the empty text, which is no condition, depend on the encoder, so that they travel in the `Cond`.
+
+  Attributes:
+    length: number of tokens, to which shorter texts are padded.
+    width: width of an embedding.
+  """
+
+  length: int
+  width: int
+
+  def zeros(self, count: int) -> np.ndarray:
+    """See `Condition.zeros`."""
+    return np.zeros((count, self.length, self.width), np.float32)
+
+  def in_turn(self, index: np.ndarray, chosen: Sequence[Any] = ()) -> np.ndarray:
+    """See `Condition.in_turn`; raises UserError without `chosen`, because there are no texts to choose from."""
+    if not len(chosen):
+      raise UserError('this model draws what a text says: give --prompts, or prompts=[...] in Python')
+    return np.asarray(chosen, np.float32)[index % len(chosen)]
+
+  def withheld(self, values: jax.Array) -> jax.Array:
+    """See `Condition.withheld`; always raises ValueError."""
+    raise ValueError(
+      "the embeddings of the empty text must be given beside a text's, as cond['no_text']"
+    )
+
+
 Conditioning = Mapping[str, Condition]
+WEIGHT = 'guidance'  # the key of `Weights`
+
+
+def conditions(num_classes: int, guidance: Sequence[float] = ()) -> Conditioning:
+  """Returns the conditioning of a network.
+
+  Args:
+    num_classes: number of classes; 0 for no label.
+    guidance: (low, high), the weights of guidance that the network takes as an input; () for no such input.
+  """
+  found: dict[str, Condition] = {'label': Classes(num_classes)} if num_classes else {}
+  return found | ({WEIGHT: Weights(*guidance)} if guidance else {})
+
+
+def weights(conditioning: Conditioning) -> Weights | None:
+  """Returns the weights of guidance that a network takes as an input; None if it does not take any."""
+  found = conditioning.get(WEIGHT)
+  return found if isinstance(found, Weights) else None
+
+
+def of_data(conditioning: Conditioning) -> Conditioning:
+  """Returns the part of a conditioning that comes with the data: all but the weight of guidance."""
+  return {key: condition for key, condition in conditioning.items() if key != WEIGHT}
+
+
+def with_weights(rng: jax.Array, conditioning: Conditioning, cond: Cond, count: int) -> Cond:
+  """Returns `cond` with a random weight of guidance for each example, if a network takes it as an input."""
+  known = weights(conditioning)
+  return cond if known is None else {**(cond or {}), WEIGHT: known.draw(rng, count)}
 
 
 def classes(conditioning: Conditioning) -> Classes | None:
@@ -123,8 +230,12 @@ def in_turn(
   conditioning: Conditioning, index: np.ndarray, chosen: Mapping[str, Sequence[Any]] | None = None
 ) -> Cond:
   """Returns the conditioning of the samples at `index` (B,), cycling through each key's chosen values or, by default, all."""
-  values = chosen or {}
-  return {key: c.in_turn(index, values.get(key, ())) for key, c in conditioning.items()} or None
+  values, found = chosen or {}, {}
+  for key, condition in conditioning.items():
+    found[key] = condition.in_turn(index, values.get(key, ()))
+    if NONE_OF + key in values:
+      found[NONE_OF + key] = condition.in_turn(index, values[NONE_OF + key])
+  return found or None
 
 
 def draw(conditioning: Conditioning, index: np.ndarray, seed: int, label_counts: Sequence[int]) -> Cond:
@@ -143,12 +254,22 @@ def select(conditioning: Conditioning, cond: Cond) -> Cond:
   missing = [key for key in conditioning if key not in (cond or {})]
   if missing:
     raise ValueError(f'the network is conditioned on {missing[0]!r}, which the data does not have')
-  return {key: (cond or {})[key] for key in conditioning} or None
+  keys = [key for known in conditioning for key in (known, NONE_OF + known)]
+  return {key: (cond or {})[key] for key in keys if key in (cond or {})} or None
 
 
 def withheld(conditioning: Conditioning, cond: Cond) -> Cond:
   """Returns `cond` with all values replaced by "no condition"."""
-  return None if cond is None else {key: conditioning[key].withheld(v) for key, v in cond.items()}
+  return None if cond is None else {key: _none(conditioning, cond, key) for key in cond}
+
+
+def _none(conditioning: Conditioning, cond: Mapping[str, Any], key: str) -> jax.Array:
+  """Returns the values of "no condition" for a key of `cond`."""
+  if key not in conditioning:  # one of NONE_OF
+    found: jax.Array = cond[key]
+    return found
+  given = cond.get(NONE_OF + key)
+  return conditioning[key].withheld(cond[key]) if given is None else given
 
 
 def drop(rng: jax.Array, conditioning: Conditioning, cond: Cond, probability: float) -> Cond:
@@ -160,6 +281,6 @@ def drop(rng: jax.Array, conditioning: Conditioning, cond: Cond, probability: fl
 
   def withhold(key: str, values: jax.Array) -> jax.Array:
     mask = dropped.reshape(size + (1,) * (values.ndim - 1))
-    return jnp.where(mask, conditioning[key].withheld(values), values)
+    return jnp.where(mask, _none(conditioning, cond, key), values)
 
   return {key: withhold(key, values) for key, values in cond.items()}

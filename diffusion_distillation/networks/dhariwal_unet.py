@@ -15,7 +15,7 @@ from diffusion_distillation.networks.edm_blocks import (
   sinusoids,
   uniform,
 )
-from diffusion_distillation.networks.layers import GroupNorm
+from diffusion_distillation.networks.layers import GroupNorm, add_weight
 from diffusion_distillation.networks.unet import DTYPES
 
 
@@ -46,7 +46,7 @@ class DhariwalUNet(EdmUNet):
   def __call__(
     self, z: jax.Array, logsnr: jax.Array, cond: Cond = None, deterministic: bool = True
   ) -> jax.Array:
-    """z: (B, H, W, C); logsnr: (B,); cond: `label` (B,) integers if conditional. Returns (B, H, W, out_ch)."""
+    """z: (B, H, W, C); logsnr: (B,); cond: see `conditioning`. Returns (B, H, W, out_ch)."""
     emb, x, dtype = self._embed(logsnr, cond), self.scaled_input(z, logsnr), DTYPES[self.dtype]
     down, up = self.layers()
     height = x.shape[1]
@@ -82,4 +82,4 @@ class DhariwalUNet(EdmUNet):
       normal = nn.initializers.normal(1.0)
       dense = nn.Dense(self.emb_ch, use_bias=False, kernel_init=normal, name='map_label')
       emb = emb + dense(self.one_hot(cond))
-    return nn.swish(emb)
+    return nn.swish(add_weight(emb, self.guidance, cond))

@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion_distillation.config import key
 from diffusion_distillation.networks.checks import check_choices, check_sides
-from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
+from diffusion_distillation.networks.conditioning import Cond, Conditioning, conditions
 from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
 from diffusion_distillation.networks.unet import DTYPES, downsample, upsample
 
@@ -219,6 +219,7 @@ class EdmUNet(nn.Module):
     attn_resolutions: heights at which there is attention; the innermost block always has attention.
     dropout: dropout rate inside residual blocks.
     num_classes: number of classes; 0 for an unconditional network.
+    guidance: (low, high), the weights of guidance that the network takes as an input; () for no such input.
     preconditioning: 'edm', 'vp' or 've'; see `noise_input`.
     beta_d, beta_min, timesteps: for 'vp': beta rises from beta_min by beta_d, and t = 1 is timestep timesteps - 1.
     dtype, remat, attention: see `unet.UNet`.
@@ -234,6 +235,7 @@ class EdmUNet(nn.Module):
   attn_resolutions: tuple[int, ...] = ()
   dropout: float = 0.0
   num_classes: int = 0
+  guidance: tuple[float, ...] = ()
   preconditioning: str = 'edm'
   beta_d: float = 19.9
   beta_min: float = 0.1
@@ -244,8 +246,8 @@ class EdmUNet(nn.Module):
 
   @property
   def conditioning(self) -> Conditioning:
-    """The class of the image, as `label`, if there are classes."""
-    return {'label': Classes(self.num_classes)} if self.num_classes else {}
+    """The class of the image, as `label`, if there are classes, and the weight of guidance, if it is an input."""
+    return conditions(self.num_classes, self.guidance)
 
   def layers(self) -> tuple[list[Layer], list[Layer]]:
     """See `layers_of`."""

@@ -1,17 +1,31 @@
-"""A conditional denoiser with classifier-free guidance, which has the interface of every denoiser."""
+"""Denoisers with classifier-free guidance by two calls, and denoisers that take its weight as an input and make one call."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
-from diffusion_distillation.diffusion.guidance import Guidance, guided
+from diffusion_distillation.diffusion.guidance import NONE, Guidance, guided
 from diffusion_distillation.diffusion.process import Prediction
-from diffusion_distillation.diffusion.samplers import Denoise
+from diffusion_distillation.diffusion.samplers import Denoise, Sampler
+from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.networks.conditioning import Cond, Conditioning, withheld
+from diffusion_distillation.networks.conditioning import (
+  WEIGHT,
+  Cond,
+  Conditioning,
+  Weights,
+  select,
+  weights,
+  withheld,
+)
 from diffusion_distillation.networks.denoiser import Denoiser, Params
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +83,69 @@ class Guided:
 
 
 def guide(denoise: Denoiser, guidance: Guidance) -> Denoiser | Guided:
-  """Returns the denoiser with guidance; without guidance, returns it unchanged, so that its compiled programs are reused."""
-  return Guided(denoise, guidance) if guidance else denoise
+  """Returns the denoiser with guidance; without guidance, returns it unchanged, so that its compiled programs are reused.
+
+  A network that takes the weight as an input is also returned unchanged: it receives the weight in its `cond`.
+  """
+  return Guided(denoise, guidance) if guidance and not weights(denoise.conditioning) else denoise
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedByExample:
+  """A denoiser that is guided with each example's own weight: `cond['guidance']`, (B,).
+
+  Attributes:
+    denoise: the conditional denoiser, which does not take the weight itself.
+  """
+
+  denoise: Denoiser
+
+  def __call__(
+    self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond, rng: jax.Array | None = None
+  ) -> Prediction:
+    """See `Denoiser.__call__`. Always makes two calls."""
+    told = select(self.denoise.conditioning, cond)
+    conditional = self.denoise(params, z, logsnr, told, rng)
+    unconditional = self.denoise(params, z, logsnr, withheld(self.denoise.conditioning, told), rng)
+    return guided(conditional, unconditional, (cond or {})[WEIGHT])
+
+
+def with_input(denoise: Denoiser, range_: tuple[float, ...]) -> Denoiser:
+  """Returns the denoiser whose network takes weights of guidance in (low, high) as an input; () for no such input.
+
+  Raises:
+    ValueError: the network has no such input.
+  """
+  if 'guidance' not in {field.name for field in dataclasses.fields(denoise.network)}:
+    raise ValueError(f'the network {type(denoise.network).__name__} cannot take the weight of guidance')
+  return dataclasses.replace(denoise, network=dataclasses.replace(denoise.network, guidance=range_))
+
+
+def adds_input(denoise: Denoiser, before: Denoiser) -> bool:
+  """Whether `denoise` is `before` with the weight of guidance as an additional input."""
+  if not weights(denoise.conditioning) or weights(before.conditioning):
+    return False
+  return with_input(denoise, ()) == before
+
+
+def with_new_params(params: Params, new: Params) -> Params:
+  """Returns the parameters `new` with those in `params`, a subset of them by name, in their place."""
+  known, all_ = (traverse_util.flatten_dict(tree) for tree in (params, new))
+  return traverse_util.unflatten_dict({**all_, **known})
+
+
+def calls_per_image(
+  conditioning: Conditioning, guidance: Guidance, sampler: Sampler, grid: np.ndarray, schedule: Schedule
+) -> int:
+  """Returns the network calls per image (see `Guidance.calls`); a network that takes the weight as an input is called once."""
+  by = NONE if weights(conditioning) else guidance
+  return by.calls(sampler, grid, schedule)
+
+
+def default_weight(conditioning: Conditioning) -> float:
+  """Returns the weight of guidance to draw with if nothing is asked for: 0, or the smallest one that the network takes."""
+  known = weights(conditioning)
+  return known.low if known else 0.0
 
 
 def check(
@@ -85,6 +160,9 @@ def check(
     cond_dropout: the probability with which conditions were dropped in the model's training.
     chosen: the labels to draw, or None for all.
   """
+  if known := weights(conditioning):
+    _check_input(key, guidance, known)
+    return
   if not guidance:
     return
   asked = f'{key}={guidance.weight:g}'
@@ -96,9 +174,25 @@ def check(
   if not cond_dropout:
     raise UserError(
       f'{asked}: guidance compares with images without a class, and this model was trained without label dropout '
-      '(dataset.label_dropout=0); train the base with, for example, dataset.label_dropout=0.1'
+      '(dataset.label_dropout=0) and does not take the weight as an input; train the base with, for example, '
+      "dataset.label_dropout=0.1, or distill a student that takes it, with methods=('guided','progressive')"
     )
   if chosen is not None and all(label == -1 for label in chosen):
     raise UserError(
       f'{asked}: images without a class cannot be guided towards one; choose classes, or leave out the guidance'
+    )
+
+
+def _check_input(key: str, guidance: Guidance, known: Weights) -> None:
+  """Warns if a network was not trained with a weight; raises UserError for an interval of noise levels."""
+  asked = f'{key}={guidance.weight:g}'
+  if guidance.interval is not None:
+    raise UserError(
+      f'{asked}: this model takes the weight as an input and was trained with it at all noise levels; leave out the '
+      'interval'
+    )
+  if not known.low <= guidance.weight <= known.high:
+    _log.warning(
+      '%s: this model was trained with weights from %g to %g; its images at other weights are not reliable',
+      *(asked, known.low, known.high),
     )

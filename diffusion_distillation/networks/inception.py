@@ -16,6 +16,7 @@ Array = TypeVar('Array', jax.Array, np.ndarray)
 
 SIDE = 299  # height and width of the images inside the network
 NUM_LOGITS = 1008
+NUM_FEATURES = 2048  # of pool3
 BATCH_NORM_EPSILON = 1e-3
 _SPATIAL = 7  # number of channels of the spatial features
 

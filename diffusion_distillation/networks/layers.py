@@ -10,8 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.networks.conditioning import WEIGHT, Cond
+
 # XLA's own code; or cuDNN's fused kernel for 16-bit types on GPUs, which does not store the attention weights.
 ATTENTION_KERNELS = ('xla', 'cudnn')
+_HARMONICS = (
+  6  # half periods over the range of the guidance weight: its Fourier features have 1, 2, ... of them
+)
 
 
 class GroupNorm(nn.Module):
@@ -117,3 +122,43 @@ def _one_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   logits = jnp.einsum('bqd,bkd->bqk', q / math.sqrt(q.shape[-1]), k)
   weights = jax.nn.softmax(logits.astype(jnp.promote_types(q.dtype, jnp.float32)))
   return jnp.einsum('bqk,bkd->bqd', weights.astype(v.dtype), v)
+
+
+class WeightEmbedding(nn.Module):
+  """Embedding of the weight of guidance, to be added to the embedding of time (Meng et al. 2023).
+
+  Fourier features of the weight pass through two dense layers. The last one starts with zeros, so that a student with
+  this input starts as the same function as its teacher without it.
+
+  Attributes:
+    width: width of the embedding.
+    low, high: range of the weight.
+  """
+
+  width: int
+  low: float
+  high: float
+
+  @nn.compact
+  def __call__(self, weight: jax.Array) -> jax.Array:
+    """weight: (B,). Returns (B, width)."""
+    part = (weight - self.low) / (self.high - self.low)
+    angles = math.pi * part[:, None] * jnp.arange(1, 1 + _HARMONICS)[None, :]
+    h = jnp.concatenate([part[:, None], jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    h = nn.swish(nn.Dense(self.width, name='dense0')(h))
+    return nn.Dense(self.width, kernel_init=nn.initializers.zeros, name='dense1')(h)
+
+
+def add_weight(emb: jax.Array, range_: tuple[float, ...], cond: Cond) -> jax.Array:
+  """Returns the embedding of time (B, D) plus that of the weight of guidance; called inside a module's `__call__`.
+
+  Args:
+    emb: the embedding of time.
+    range_: (low, high), or () for a network without this input, whose embedding does not change.
+    cond: has the weight (B,) as `guidance`.
+  """
+  if not range_:
+    return emb
+  if cond is None or WEIGHT not in cond:
+    raise ValueError('a network with the weight of guidance as an input needs `guidance` in cond')
+  return emb + WeightEmbedding(emb.shape[-1], *range_, name='guidance_emb')(cond[WEIGHT])

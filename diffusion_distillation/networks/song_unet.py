@@ -24,7 +24,7 @@ from diffusion_distillation.networks.edm_blocks import (
   sinusoids,
   uniform,
 )
-from diffusion_distillation.networks.layers import GroupNorm
+from diffusion_distillation.networks.layers import GroupNorm, add_weight
 from diffusion_distillation.networks.unet import DTYPES
 
 EMBEDDINGS = ('positional', 'fourier')
@@ -175,6 +175,7 @@ class SongUNet(EdmUNet):
     if self.num_classes:
       label = math.sqrt(self.num_classes) * self.one_hot(cond)
       emb = emb + nn.Dense(emb.shape[-1], kernel_init=init, name='map_label')(label)
+    emb = add_weight(emb, self.guidance, cond)
     for name in ('map_layer0', 'map_layer1'):
       emb = nn.swish(nn.Dense(self.emb_ch, kernel_init=init, name=name)(emb))
     return emb

@@ -15,9 +15,15 @@ import jax.numpy as jnp
 from diffusion_distillation.config import FRACTION, POSITIVE, key
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.checks import check_choices, check_sides
-from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
+from diffusion_distillation.networks.conditioning import Cond, Conditioning, conditions
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
-from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
+from diffusion_distillation.networks.layers import (
+  ATTENTION_KERNELS,
+  Dropout,
+  GroupNorm,
+  add_weight,
+  attention,
+)
 
 
 def inverse_cosine(logsnr: jax.Array, schedule: Schedule | None = None) -> jax.Array:
@@ -200,6 +206,7 @@ class UNet(nn.Module):
     num_groups: groups of every GroupNorm; must divide every width.
     dropout: dropout rate inside residual blocks.
     num_classes: number of classes; 0 for an unconditional network.
+    guidance: (low, high), the weights of guidance that the network takes as an input; () for no such input.
     time_input: time input of the network: 'inv_cos', 'linear' (in logsnr), 'sigmoid' (alpha^2), 'c_noise' (EDM), 'edm'
       (1000 times c_noise), or 't', the schedule's time.
     resblock_resample: whether to resample inside residual blocks instead of by separate convolutions.
@@ -228,12 +235,13 @@ class UNet(nn.Module):
   dtype: str = 'float32'
   remat: bool = False
   attention: str = 'xla'
+  guidance: tuple[float, ...] = ()
   schedule: Schedule | None = None
 
   @property
   def conditioning(self) -> Conditioning:
-    """The class of the image, as `label`, if there are classes."""
-    return {'label': Classes(self.num_classes)} if self.num_classes else {}
+    """The class of the image, as `label`, if there are classes, and the weight of guidance, if it is an input."""
+    return conditions(self.num_classes, self.guidance)
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless the network accepts images of shape (H, W, C)."""
@@ -282,7 +290,7 @@ class UNet(nn.Module):
     cond: Cond = None,
     deterministic: bool = True,
   ) -> jax.Array:
-    """z: (B, H, W, C); logsnr: (B,); cond: `label` (B,) integers if conditional. Returns (B, H, W, out_ch)."""
+    """z: (B, H, W, C); logsnr: (B,); cond: see `conditioning`. Returns (B, H, W, out_ch)."""
     det, dtype = deterministic, DTYPES[self.dtype]
     emb = time_embedding(TIME_INPUTS[self.time_input](logsnr, self.schedule), self.ch)
     emb = nn.swish(nn.Dense(self.emb_ch, name='dense0')(emb))
@@ -292,6 +300,7 @@ class UNet(nn.Module):
         raise ValueError(f'a network with {self.num_classes} classes needs labels')
       one_hot = jax.nn.one_hot(cond['label'], self.num_classes)
       emb = emb + nn.Dense(self.emb_ch, name='class_emb')(one_hot)
+    emb = add_weight(emb, self.guidance, cond)
 
     def block(h: jax.Array, level: int, name: str) -> jax.Array:
       ch = self.ch * self.ch_mult[level]

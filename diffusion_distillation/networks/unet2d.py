@@ -16,9 +16,15 @@ import jax.numpy as jnp
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.checks import check_choices, check_sides
-from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning
+from diffusion_distillation.networks.conditioning import Cond, Conditioning, conditions
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
-from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
+from diffusion_distillation.networks.layers import (
+  ATTENTION_KERNELS,
+  Dropout,
+  GroupNorm,
+  add_weight,
+  attention,
+)
 from diffusion_distillation.networks.unet import DTYPES, downsample, upsample
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -41,6 +47,7 @@ UP_BLOCKS = {
   'AttnUpBlock2D': (True, None),
 }
 RESAMPLING = ('conv', 'resnet')
+TIME_EMBEDDINGS = ('positional', 'learned')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Style:
 
 
 class Resnet(nn.Module):
-  """Residual block with optional resampling; its output is divided by `divisor`."""
+  """Residual block with optional resampling; its output is divided by `divisor`. Without `emb`, it is not told the time."""
 
   out_ch: int
   style: Style
@@ -90,18 +97,21 @@ class Resnet(nn.Module):
   divisor: float = 1.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, emb: jax.Array | None, deterministic: bool) -> jax.Array:
     style, dtype = self.style, self.style.dtype
     resample = {'down': downsample, 'up': upsample, None: lambda h: h}[self.way]
     h = resample(style.act(style.norm('norm1')(x)))
     h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv1')(h)
-    width = 2 * self.out_ch if style.scale_shift else self.out_ch
-    told = nn.Dense(width, dtype=dtype, name='time_emb_proj')(style.act(emb))
-    if style.scale_shift:
-      scale, shift = jnp.split(told, 2, axis=-1)
-      h = style.norm('norm2')(h, scale, shift)
+    if emb is None:
+      h = style.norm('norm2')(h)
     else:
-      h = style.norm('norm2')(h + told[:, None, None, :])
+      width = 2 * self.out_ch if style.scale_shift else self.out_ch
+      told = nn.Dense(width, dtype=dtype, name='time_emb_proj')(style.act(emb))
+      if style.scale_shift:
+        scale, shift = jnp.split(told, 2, axis=-1)
+        h = style.norm('norm2')(h, scale, shift)
+      else:
+        h = style.norm('norm2')(h + told[:, None, None, :])
     h = Dropout(style.dropout)(style.act(h), deterministic)
     h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv2')(h)
     x = resample(x)
@@ -150,12 +160,16 @@ class UNet2D(nn.Module):
     flip_sin_to_cos: whether the time embedding has its cosines first.
     freq_shift: 1 if the lowest frequency of the time embedding is 1e-4, 0 if 1e-4 would be the next one.
     time_embedding_dim: width of the embedding of time and class; None for four times the first level's channels.
+    time_embedding_type: features of the timestep: 'positional', sinusoids; or 'learned', a row of a table for each timestep,
+      where a fractional timestep has the row of the nearest one.
+    num_train_timesteps: rows of the table of 'learned'.
     mid_block_scale_factor: divisor of the outputs of the middle blocks.
     add_attention: whether the middle has attention.
     attn_norm_num_groups: groups of the middle attention's norm; None: norm_num_groups, or no norm under 'scale_shift'.
     center_input_sample: whether the network first maps its input from [0, 1] to [-1, 1].
     dropout: dropout rate inside residual blocks.
     num_classes: number of classes; 0 for an unconditional network.
+    guidance: (low, high), the weights of guidance that the network takes as an input; () for no such input.
     dtype: dtype of activations, 'float32' or 'bfloat16'; see `unet.UNet`.
     remat: whether each block's activations are recomputed in the backward pass instead of being stored.
     attention: attention kernel, a name in `layers.ATTENTION_KERNELS`.
@@ -180,12 +194,15 @@ class UNet2D(nn.Module):
   flip_sin_to_cos: bool = True
   freq_shift: float = 0
   time_embedding_dim: int | None = None
+  time_embedding_type: str = 'positional'
+  num_train_timesteps: int | None = None
   mid_block_scale_factor: float = 1.0
   add_attention: bool = True
   attn_norm_num_groups: int | None = None
   center_input_sample: bool = False
   dropout: float = 0.0
   num_classes: int = 0
+  guidance: tuple[float, ...] = ()
   dtype: str = 'float32'
   remat: bool = False
   attention: str = 'xla'
@@ -193,8 +210,8 @@ class UNet2D(nn.Module):
 
   @property
   def conditioning(self) -> Conditioning:
-    """The class of the image, as `label`, if there are classes."""
-    return {'label': Classes(self.num_classes)} if self.num_classes else {}
+    """The class of the image, as `label`, if there are classes, and the weight of guidance, if it is an input."""
+    return conditions(self.num_classes, self.guidance)
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless the network accepts images of shape (H, W, C)."""
@@ -208,9 +225,16 @@ class UNet2D(nn.Module):
         'resnet_time_scale_shift': (self.resnet_time_scale_shift, ('default', 'scale_shift')),
         'downsample_type': (self.downsample_type, RESAMPLING),
         'upsample_type': (self.upsample_type, RESAMPLING),
+        'time_embedding_type': (self.time_embedding_type, TIME_EMBEDDINGS),
         'downsample_padding': (self.downsample_padding, (0, 1)),
       }
     )
+    if self.time_embedding_type == 'learned':
+      rows, timesteps = self.num_train_timesteps or 0, self.schedule.num_timesteps
+      if rows < timesteps:
+        raise ValueError(
+          f'num_train_timesteps={self.num_train_timesteps} is less than the {timesteps} timesteps of the schedule'
+        )
     levels = len(self.block_out_channels)
     for name, types, known in (
       ('down_block_types', self.down_block_types, DOWN_BLOCKS),
@@ -266,7 +290,11 @@ class UNet2D(nn.Module):
     first = self.block_out_channels[0]
     width = self.time_embedding_dim or 4 * first
     timestep = self.schedule.timestep(logsnr)
-    emb = timestep_embedding(timestep, first, self.flip_sin_to_cos, self.freq_shift)
+    if self.time_embedding_type == 'learned':
+      rows = nn.Embed(self.num_train_timesteps or 0, first, name='time_proj')
+      emb = rows(jnp.round(timestep).astype(jnp.int32))
+    else:
+      emb = timestep_embedding(timestep, first, self.flip_sin_to_cos, self.freq_shift)
     emb = nn.silu(nn.Dense(width, name='time_embedding.linear_1')(emb))
     emb = nn.Dense(width, name='time_embedding.linear_2')(emb)
     if self.num_classes:
@@ -274,13 +302,13 @@ class UNet2D(nn.Module):
         raise ValueError(f'a network with {self.num_classes} classes needs labels')
       one_hot = jax.nn.one_hot(cond['label'], self.num_classes)
       emb = emb + nn.Dense(width, use_bias=False, name='class_embedding')(one_hot)
-    return emb
+    return add_weight(emb, self.guidance, cond)
 
   @nn.compact
   def __call__(
     self, z: jax.Array, logsnr: jax.Array, cond: Cond = None, deterministic: bool = True
   ) -> jax.Array:
-    """z: (B, H, W, C); logsnr: (B,); cond: `label` (B,) integers if conditional. Returns (B, H, W, out_ch)."""
+    """z: (B, H, W, C); logsnr: (B,); cond: see `conditioning`. Returns (B, H, W, out_ch)."""
     det, dtype, style = deterministic, DTYPES[self.dtype], self._style()
     emb = self._embedding(logsnr, cond)
     levels = list(enumerate(self.block_out_channels))

@@ -13,7 +13,8 @@ from diffusion_distillation import datasets
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets import survey
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.evaluation import measure
+from diffusion_distillation.evaluation import measure, rows
+from diffusion_distillation.networks.guidance import calls_per_image
 from diffusion_distillation.run import preflight
 from diffusion_distillation.run.inputs import stand_in
 from diffusion_distillation.stages.stage import Stage
@@ -152,13 +153,15 @@ def evaluation_calls(stages: list[Stage], config: Config) -> int:
   if config.dataset.name == datasets.NONE:
     return 0
   return config.evaluation.num_samples * sum(
-    guidance.calls(
+    calls_per_image(
+      stages[place].denoise.conditioning,
+      guidance,
       measure.make(config, sampler),
       measure.grid(config, stages[place], num_steps),
       stages[place].schedule,
     )
-    for place, _, sampler, num_steps in measure.rows(stages, config)
-    for guidance in measure.guidances(config, place)
+    for place, _, sampler, num_steps in rows.rows(stages, config)
+    for guidance in rows.guidances(config, place, stages[place])
   )
 
 

@@ -12,8 +12,10 @@ import numpy as np
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.methods import distances
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.guidance import with_new_params
 from diffusion_distillation.run.monitor import Monitor
 from diffusion_distillation.run.pairs import StoredPairs, ensure
+from diffusion_distillation.run.tracking import Tracker
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.provenance import Model
@@ -34,6 +36,7 @@ class Inputs:
     pairs: stored pairs of the teacher, or None if the stage needs none.
     distance: weights of the method's distance, or None if it has none.
     monitor: checks the student's samples during training, or None.
+    tracker: measures the stage's samples during training, or None.
     label_counts: number of images of each class; a stage without images draws its labels in these proportions, or takes
       all classes in turn if this is ().
   """
@@ -44,6 +47,7 @@ class Inputs:
   pairs: StoredPairs | None = None
   distance: Params = None
   monitor: Monitor | None = None
+  tracker: Tracker | None = None
   label_counts: tuple[int, ...] = ()
 
   def parents(self, stage: Stage) -> provenance.Parents:
@@ -55,6 +59,10 @@ class Inputs:
       None if self.pairs is None else self.pairs.digest,
       None if self.distance is None else digest(self.distance),
     )
+
+  def watchers(self, done: int) -> list[Monitor | Tracker]:
+    """Returns those of monitor and tracker that look at the samples after update `done`."""
+    return [found for found in (self.monitor, self.tracker) if found is not None and found.due(done)]
 
   def held(self) -> 'Inputs':
     """Returns the inputs with the weights of their models in memory."""
@@ -68,13 +76,12 @@ class Inputs:
 
   def first_state(self, stage: Stage) -> TrainState:
     """Returns the state before the first update, on the devices."""
-    if self.start is not None:
-      student = self.start.params
-    elif stage.starts_anew or self.teacher is None:
+    before = self.start or (None if stage.starts_anew else self.teacher)
+    student = None if before is None else before.params
+    if student is None or stage.adds_input:
       key = jax.random.key(stage.recipe.seed)
-      student = sharding.to_host(compilation.run_once(stage.init_params, key))
-    else:
-      student = self.teacher.params
+      new = sharding.to_host(compilation.run_once(stage.init_params, key))
+      student = new if student is None else with_new_params(student, new)
     teacher = student if self.teacher is None else self.teacher.params
     state: TrainState = sharding.create(stage.recipe.create_state, student, teacher)
     return state
@@ -86,7 +93,7 @@ class Inputs:
 
   def _batches(self, stage: Stage, seed: int, start: int, stop: int) -> Generator[dict[str, Any]]:
     args = (seed, stage.batch_size, start, stop)
-    needs, told = stage.recipe.method.needs, stage.recipe.conditioning
+    needs, told = stage.recipe.method.needs, conditioning.of_data(stage.recipe.conditioning)
     with contextlib.ExitStack() as stack:
       images: Iterator[Any] | None = None
       pairs: Iterator[Any] | None = None
@@ -113,15 +120,19 @@ def _part(i: int, batch_size: int) -> np.ndarray:
 
 def shapes(stage: Stage, batch_size: int) -> dict[str, Any]:
   """Returns the shapes and types of a batch of `batch_size` examples for the stage's step."""
-  needs, conditions = stage.recipe.method.needs, stage.recipe.conditioning.items()
+  needs, told = stage.recipe.method.needs, stage.recipe.conditioning
   x = jax.ShapeDtypeStruct((batch_size, *stage.recipe.shape[1:]), np.float32)
-  one = {key: condition.zeros(1) for key, condition in conditions}
-  cond = {key: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for key, v in one.items()}
-  batch: dict[str, Any] = {'cond': cond or None}
+
+  def conds(told: conditioning.Conditioning) -> dict[str, Any] | None:
+    one = {key: condition.zeros(1) for key, condition in told.items()}
+    found = {key: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for key, v in one.items()}
+    return found or None
+
+  batch: dict[str, Any] = {'cond': conds(conditioning.of_data(told))}
   if 'images' in needs:
     batch['image'] = jax.ShapeDtypeStruct((batch_size, *stage.image_shape), np.uint8)
   if 'pairs' in needs:
-    batch['pairs'] = {'noise': x, 'image': x, 'cond': cond or None}
+    batch['pairs'] = {'noise': x, 'image': x, 'cond': conds(told)}
   return batch
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -76,6 +76,8 @@ def fit(
           f'{workdir / stage.name} was finished, but no complete checkpoint is left; restore one, or remove '
           'the directory to train the stage again'
         )
+      if inputs.tracker is not None:
+        inputs.tracker.resume(int(state.step), state.ema_params[0])
       if int(state.step) < stage.num_updates:
         state, seconds = _until_the_end(loop, stage, inputs, checkpoints, state, seconds)
     model = trained.to_model(stage, state, seconds)
@@ -180,21 +182,19 @@ def _loop(
       sharding.settle(state)
       done += len(batches)
       last = done == stage.num_updates
-      look = monitor is not None and monitor.due(done)
-      if last or look or done % config.log.every == 0:
+      watchers = inputs.watchers(done)
+      if last or watchers or done % config.log.every == 0:
         told = jax.device_get(pending)
         _tell_skipped(told, done, stage, checkpoints.stage_dir)
         check(max(int(metrics['skipped_in_a_row']) for metrics in told))
         values = _summary(told)
         if monitor is not None:
           values |= monitor.lag(values)
-          if look:
-            with contextlib.suppress(
-              Preempted
-            ):  # a signal while drawing samples; the state is saved below
-              values |= monitor.look(state, frozen)
+        with contextlib.suppress(Preempted):  # a signal while drawing; the state is saved below
+          for watcher in watchers:
+            values |= watcher.look(state, frozen)
         writer.write(done, values)
-        progress.note(f'loss {values["loss"]:.3g}' if 'loss' in values else 'loss not finite')
+        progress.note(_note(values))
         pending = []
       progress.advance(len(batches))
       stop = interrupts.pending()
@@ -209,13 +209,19 @@ def _loop(
   return state, seconds
 
 
+def _note(values: Mapping[str, float]) -> str:
+  """Returns what the progress line says of the latest values."""
+  loss = f'loss {values["loss"]:.3g}' if 'loss' in values else 'loss not finite'
+  return loss + (f', FD {values["frechet"]:.3g}' if 'frechet' in values else '')
+
+
 def _dispatches(
   batches: Iterator[Any], stage: Stage, done: int, config: Config
 ) -> Iterator[tuple[Any, ...]]:
   """Yields groups of `compute.updates_per_dispatch` batches, aligned to multiples of it, and other batches one by one."""
   count = config.compute.updates_per_dispatch
   while True:
-    together = done % count == 0 and done + count <= stage.num_updates
+    together = done % count == 0 and done + count <= stage.end_after(done)
     group = tuple(itertools.islice(batches, count if together else 1))
     if not group:
       return

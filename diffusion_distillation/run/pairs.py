@@ -1,7 +1,8 @@
 """Stored (noise, image) pairs: noise and the images that a teacher's deterministic sampler draws from it. Drawn only once.
 
 workdir/pairs/pairs.json   the teacher and settings that the pairs were drawn with, and a digest of each file
-workdir/pairs/00000.npy    a batch: records of noise, image (float32) and the teacher's conditioning, such as label (int32)
+workdir/pairs/00000.npy    a batch: records of noise, image (float32) and the teacher's conditioning: label (int32) and, if the
+                           teacher takes it, the weight of guidance (float32)
 """
 
 import dataclasses
@@ -120,6 +121,7 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
     clip_x=pairs.clip_x,
     label_counts=counts,
     guidance=pairs.guidance,
+    spread=True,
   )
   grid = times.make_grid(pairs.grid, pairs.num_steps, stage.schedule)
   count = -(-pairs.count // pairs.batch_size)

@@ -8,10 +8,10 @@ import pathlib
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import inception, measure
+from diffusion_distillation.evaluation import inception, measure, reference
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.run import forecast, monitor
-from diffusion_distillation.run.inputs import gather, load_distance, needed
+from diffusion_distillation.run import forecast, gate, monitor, tracking
+from diffusion_distillation.run.inputs import Inputs, gather, load_distance, needed
 from diffusion_distillation.run.loop import fit
 from diffusion_distillation.stages import extending, provenance
 from diffusion_distillation.stages import workdir as workdirs
@@ -31,7 +31,7 @@ def check_batches(config: Config) -> None:
   for section in ('train', *(names.get(name, name) for name in config.methods)):
     sharding.check_batch(section, config[section].batch_size, config[section].micro_batches)
   count = config.compute.updates_per_dispatch
-  for key in ('log.every', 'log.health_every', 'checkpoint.every'):
+  for key in ('log.every', 'log.health_every', 'log.frechet_every', 'checkpoint.every'):
     section, name = key.split('.')
     if config[section][name] % count:
       raise UserError(
@@ -54,10 +54,10 @@ def _check(
 ) -> tuple[set[str], dict[str, Params]]:
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
-  if config.evaluation.inception:
-    inception.load(
-      config.evaluation.inception
-    )  # raises if evaluation could not read it after the training
+  gate.check(config)
+  reference.check(config)
+  if path := config.evaluation.inception:
+    inception.load(path)  # raises its errors now, not after training
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
   for stage in stages:
@@ -103,6 +103,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   Raises:
     UserError: the config is not valid, or does not match the workdir; raised before anything is compiled or changed.
     Preempted, NumericalError: see `fit`.
+    QualityError: a student falls short of its teacher; see `gate`.
   """
   stages, images = workdirs.plan_for(workdir, config)
   done, distances_of = _check(config, workdir, stages)
@@ -134,15 +135,23 @@ def _train(
   """Trains the unfinished stages; keeps only those weights in memory that later stages need."""
   step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
   models: dict[str, Model] = {}
+  judge = gate.make_gate(config, workdir, images)
   for k, stage in enumerate(stages):
     inputs = gather(stage, models, images, workdir, distances_of[stage.name])
-    if stage.name not in done:
-      inputs = inputs.held()
-      if monitor.watches(config, stage) and inputs.teacher is not None and images is not None:
-        found = monitor.begin(config, stage, workdir, images)
-        inputs = dataclasses.replace(inputs, monitor=found)
-    models[stage.name] = fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
-    del inputs
+
+    def train(stage: Stage, inputs: Inputs = inputs) -> Model:
+      if not provenance.is_finished(workdir, stage):
+        inputs = inputs.held()
+        if monitor.watches(config, stage) and inputs.teacher is not None and images is not None:
+          found = monitor.begin(config, stage, workdir, images)
+          inputs = dataclasses.replace(inputs, monitor=found)
+        if config.log.frechet_every and images is not None:
+          tracker = tracking.begin(config, stage, workdir, images, inputs.parents(stage))
+          inputs = dataclasses.replace(inputs, tracker=tracker)
+      return fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
+
+    models[stage.name] = gate.until_it_passes(judge, train, stage, inputs.teacher)
+    del inputs, train
     left = [later for later in stages[k + 1 :] if later.name not in done]
     models = {
       name: provenance.release(workdir, model, needed(left, name)) for name, model in models.items()

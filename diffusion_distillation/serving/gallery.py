@@ -11,11 +11,13 @@ import numpy as np
 
 from diffusion_distillation.config import choose
 from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import loading
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.guidance import check, default_weight
 from diffusion_distillation.serving.worker import Report
 from diffusion_distillation.stages import model
 from diffusion_distillation.stages.model import StoredModel
@@ -116,6 +118,7 @@ class Gallery:
     label: Any,
     seed: Any,
     num: Any,
+    weight: Any,
     report: Report = lambda line: None,
   ) -> list[Drawn]:
     """Draws a stage, and the teacher with its own sampler and steps if there is one, from the same noise.
@@ -127,6 +130,7 @@ class Gallery:
       label: a class by name or number, or 'none' for images without a class; '' for all classes in turn.
       seed: seed of the noise, 0 to MAX_SEED.
       num: number of images, one of NUM_IMAGES.
+      weight: W of guidance, for the stage and for the teacher if it `can_be_guided`; empty for the smallest.
       report: called with a line of progress before each step that takes time.
 
     Returns:
@@ -140,20 +144,25 @@ class Gallery:
     if num not in NUM_IMAGES:
       raise UserError(f'images={num} is not one of {", ".join(map(str, NUM_IMAGES))}')
     stored = self.describe(stage)
-    requests = [
-      self._request(str(stage), stored, check_integer('steps', steps, 1, MAX_STEPS), sampler, label, num)
-    ]
+    guidance = check_weight(stored, weight)
+    steps = check_integer('steps', steps, 1, MAX_STEPS)
+    requests = [self._request(str(stage), stored, steps, sampler, label, num, guidance)]
     if TEACHER in self.stages():
       teacher = self.describe(TEACHER)
       known = conditioning.classes(teacher.denoise.conditioning) is not None
-      teacher_label = label if known else None
-      requests.insert(
-        0, self._request(TEACHER, teacher, teacher.num_steps, teacher.sampler, teacher_label, num)
-      )
+      told = (label if known else None, num, guidance if can_be_guided(teacher) else NONE)
+      requests.insert(0, self._request(TEACHER, teacher, teacher.num_steps, teacher.sampler, *told))
     return [self._draw(request, seed, num, report) for request in requests]
 
   def _request(
-    self, stage: str, stored: StoredModel, steps: int, sampler: Any, label: Any, num: int
+    self,
+    stage: str,
+    stored: StoredModel,
+    steps: int,
+    sampler: Any,
+    label: Any,
+    num: int,
+    guidance: Guidance,
   ) -> _Request:
     step = choose('sampler', str(sampler), samplers.SAMPLERS)()
     text = '' if label is None else str(label)
@@ -162,23 +171,25 @@ class Gallery:
       grid = times.make_grid(stored.times, steps, stored.schedule)
     except ValueError as error:
       raise UserError(f'steps={steps}, times={stored.times}: {error}') from error
-    drawer = LoadedModel(stored).drawer(step, stored.clip_x, num)
+    told, labels = stored.denoise.conditioning, (chosen or {}).get('label')
+    check('guidance', guidance, told, stored.cond_dropout, labels)
+    drawer = LoadedModel(stored).drawer(step, stored.clip_x, num, guidance)
     return _Request(stage, stored, grid, str(sampler), chosen, drawer)
 
   def _draw(self, request: _Request, seed: int, num: int, report: Report) -> Drawn:
     params, draw = self._load(request, report), request.drawer
-    if draw not in self._compiled:
+    if draw.program not in self._compiled:
       report(
         f'{request.stage}: compiling {request.sampler} for {num} image{"s" * (num > 1)}, which is done once'
       )
       jax.block_until_ready(next(draw.batches(params, times.uniform(1), 1, seed))[0])
-      self._compiled.add(draw)
+      self._compiled.add(draw.program)
     steps = len(request.grid) - 1
     report(f'{request.stage}: drawing in {steps} step{"s" * (steps > 1)}')
     began = time.monotonic()
     images = draw.draw(params, request.grid, num, seed, request.chosen)
     seconds = time.monotonic() - began
-    calls = draw.sampler.calls(steps)
+    calls = draw.calls(request.grid)
     return Drawn(request.stage, images, steps, request.sampler, calls, 1e3 * seconds / num)
 
   def _load(self, request: _Request, report: Report) -> Params:
@@ -200,6 +211,22 @@ def classes(stored: StoredModel) -> list[str]:
     return []
   names = list(stored.class_names) or [str(label) for label in range(known.count)]
   return names + (['none'] if stored.cond_dropout and 'none' not in names else [])
+
+
+def can_be_guided(stored: StoredModel) -> bool:
+  """Whether a model can be drawn with guidance: it takes the weight as an input, or can also be called without a class."""
+  told = stored.denoise.conditioning
+  return conditioning.weights(told) is not None or bool(told and stored.cond_dropout)
+
+
+def check_weight(stored: StoredModel, value: Any) -> Guidance:
+  """Returns the guidance of weight `value`, which may be of any type; raises UserError if it is not a weight."""
+  if value is None or value == '':
+    value = default_weight(stored.denoise.conditioning)
+  try:
+    return make_guidance(float(value))
+  except (TypeError, ValueError) as error:
+    raise UserError(f'guidance={str(value)[:40]} must be a number, zero or more') from error
 
 
 def check_integer(name: str, value: Any, least: int, most: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import pictures
+from diffusion_distillation.networks.guidance import default_weight
 from diffusion_distillation.serving import gallery as galleries
 from diffusion_distillation.serving.gallery import Drawn, Gallery
 from diffusion_distillation.serving.worker import Done, MainThreadWorker
@@ -148,17 +149,21 @@ def _layout(gr: Any, gallery: Gallery, worker: MainThreadWorker) -> Any:
         steps = gr.Number(label='steps', precision=None)
         sampler = gr.Dropdown(list(samplers.SAMPLERS), label='sampler', allow_custom_value=True)
         label = gr.Dropdown([], label='class', allow_custom_value=True, visible=False)
+        weight = gr.Number(0, label='guidance', precision=None, visible=False)
         seed = gr.Number(0, label='seed')
         num = gr.Radio(list(galleries.NUM_IMAGES), value=16, label='images')
         button = gr.Button('Draw', variant='primary')
       with gr.Column(scale=5, min_width=300):
         status = gr.HTML(_status('Choose a stage and press Draw.'))
         images = gr.HTML()
-    settings = [stage, steps, sampler, label]
+    settings = [stage, steps, sampler, label, weight]
     choices = functools.partial(_choices, gr, gallery)
     blocks.load(lambda: choices(None), None, settings, api_name='stages', show_progress='hidden')
     stage.input(choices, stage, settings, api_name='choose', show_progress='hidden')
-    inputs, draw = [*settings, seed, num], functools.partial(_draw, gallery, worker)
+    inputs, draw = (
+      [stage, steps, sampler, label, seed, num, weight],
+      functools.partial(_draw, gallery, worker),
+    )
     # No limit on the visitors who wait: the worker draws for one at a time, and the others are told that they wait.
     shown = [status, images]
     button.click(draw, inputs, shown, api_name='draw', show_progress='hidden', concurrency_limit=None)
@@ -172,13 +177,16 @@ def _choices(gr: Any, gallery: Gallery, stage: Any) -> list[Any]:
     stage = stage if stage in names else gallery.newest()
     stored = gallery.describe(stage)
   except (UserError, OSError):  # drawing reports it
-    return [gr.skip()] * 4
+    return [gr.skip()] * 5
   known = [('all in turn', ''), *((name, name) for name in galleries.classes(stored))]
   return [
     gr.update(choices=names, value=stage),
     gr.update(value=stored.num_steps),
     gr.update(value=stored.sampler),
     gr.update(choices=known, value='', visible=len(known) > 1),
+    gr.update(
+      value=default_weight(stored.denoise.conditioning), visible=galleries.can_be_guided(stored)
+    ),
   ]
 
 

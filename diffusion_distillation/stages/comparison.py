@@ -17,7 +17,7 @@ from diffusion_distillation.stages.plan import PER_ROUND, of_round, rounds
 
 # Prefixes of the keys that may change between two runs in one workdir, because they affect the parameters of no stage.
 FREE = (
-  *('evaluation.', 'log.', 'checkpoint.', 'consistency.sample_steps'),
+  *('evaluation.', 'log.', 'gate.', 'checkpoint.', 'consistency.sample_steps'),
   *('dataset.path', 'dataset.prepared', 'dataset.in_memory_gb', 'dataset.workers'),
   *('methods', 'pairs.', 'student.', 'distill.end_steps', 'max_skipped'),
   *('mesh.', 'compute.'),
@@ -175,6 +175,11 @@ _CHECKED = (
   'image_shape',
 )
 _BEFORE = {'network_name': 'unet', 'space': 'pixels'}  # what older versions used
+# Entries of dicts that older versions did not record, with what they used; they count where this run has the entry.
+_BEFORE_IN: dict[str, dict[str, Any]] = {
+  'network': {'time_embedding_type': 'positional', 'num_train_timesteps': None},
+  'schedule': {'trained_betas': []},
+}
 
 
 def check_lineage(
@@ -186,8 +191,12 @@ def check_lineage(
   if expected['method'] == 'dmd2' and found.get('method') == 'dmd':  # older versions recorded 'dmd'
     found = {**found, 'method': 'dmd2'}
   for key in _CHECKED:
-    if found.get(key, _BEFORE.get(key)) != expected[key]:
+    lacked = {name: value for name, value in _BEFORE_IN.get(key, {}).items() if name in expected[key]}
+    made = found.get(key, _BEFORE.get(key))
+    if lacked and isinstance(made, Mapping):
+      made = {**lacked, **made}
+    if made != expected[key]:
       raise UserError(
-        f'{path}: {key} is {found.get(key)}, but this run needs {expected[key]}; '
+        f'{path}: {key} is {made}, but this run needs {expected[key]}; '
         f'remove {path.parent} to train this stage again'
       )

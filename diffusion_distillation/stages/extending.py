@@ -1,9 +1,10 @@
-"""Extends a stage: trains it further when the config asks for more updates than its stage.json records.
+"""Extends a stage: trains it further when the config, or the quality gate, asks for more updates than its stage.json records.
 
 Training continues from the stage's last checkpoint, as if the run had been interrupted. Anything that was made from the
 shorter stage is stale: an error message lists it, and nothing is removed.
 """
 
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,25 @@ def is_trained(found: Mapping[str, Any], stage: Stage) -> bool:
   return bool(found.get('finished')) and updates_of(found, stage) >= stage.num_updates
 
 
+def as_recorded(workdir: pathlib.Path, stage: Stage) -> Stage:
+  """Returns a stage of the plan with the extensions that its stage.json records.
+
+  A stage that the quality gate extended has more updates than its config asks for. The updates up to each earlier end are
+  trained, and replayed, as they were in the shorter stage; see `Stage.recipe_at`.
+  """
+  path = workdir / stage.name / 'stage.json'
+  found = read_json(path) if path.is_file() else {}
+  if not found or found.get('imported'):
+    return stage
+  recorded = updates_of(found, stage)
+  total, ends = max(stage.num_updates, recorded), list(found.get('extended_from', []))
+  if found.get('finished'):
+    ends.append(recorded)
+  ends = sorted(end for end in set(ends) if isinstance(end, int) and end < total)
+  planned = stage.num_updates if stage.num_updates < total else None
+  return dataclasses.replace(stage, num_updates=total, earlier_ends=tuple(ends), planned_updates=planned)
+
+
 def history(found: Mapping[str, Any]) -> dict[str, list[int]]:
   """Returns the part of a lineage with the numbers of updates from which the stage was extended; empty if it never was."""
   return {key: list(found[key]) for key in ('extended_from',) if key in found}
@@ -52,8 +72,8 @@ def check_configs(workdir: pathlib.Path, stages: Sequence[Stage], config: Config
   """Checks all existing stages of a plan against the config; writes nothing.
 
   Raises:
-    UserError: a stage was made with another config (see `check_config`), or it cannot be extended because it was imported,
-      has no checkpoint left, or other stages were made from it.
+    UserError: a stage was made with another config (see `check_config`) or has another teacher, or it cannot be extended
+      because it was imported, has no checkpoint left, or other stages were made from it.
   """
   paths = {stage.name: workdir / stage.name / 'stage.json' for stage in stages}
   made = {name: read_json(path) for name, path in paths.items() if path.is_file()}
@@ -66,6 +86,18 @@ def check_configs(workdir: pathlib.Path, stages: Sequence[Stage], config: Config
     _check_extension(workdir, name, made[name], *updates)
   for name, made_with in configs.items():
     check_config(paths[name], made_with, config, name)
+  for stage in stages:
+    _check_teacher(paths[stage.name], made.get(stage.name, {}), stage)
+
+
+def _check_teacher(path: pathlib.Path, found: Mapping[str, Any], stage: Stage) -> None:
+  """Raises UserError if a stage has another teacher than the plan, which depends on the order of `methods`."""
+  teacher = (found.get('parent') or {}).get('stage')
+  if teacher not in (None, stage.parent):
+    raise UserError(
+      f'{path}: its teacher was {teacher}, but with these methods it is {stage.parent}; remove {path.parent} to train this '
+      'stage again, or use another workdir'
+    )
 
 
 def _check_extension(
@@ -82,14 +114,14 @@ def _check_extension(
       f'{begin}no checkpoint is left, and its model has no optimizer state; restore a checkpoint, or set its number '
       f'of updates back to {old}'
     )
-  if stale := list(_made_from(workdir, name)):
+  if stale := list(made_from(workdir, name)):
     raise UserError(
       f'{begin}{", ".join(path.name for path in stale)} would be stale because the model of {old} updates made them; '
       f'remove {" and ".join(map(str, stale))} so that they are made again, or set its number of updates back to {old}'
     )
 
 
-def _made_from(workdir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+def made_from(workdir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
   """Yields the folders of all stages and stored pairs that were made from a stage, directly or indirectly."""
   parents = {
     path.parent: {

@@ -1,5 +1,7 @@
 """A model is a folder with `weights.safetensors` and with `model.json`, which describes how to use the weights.
 
+A model that works on latents or is conditioned on text also has the networks in `companions.py`.
+
 The folder is self-contained: it needs neither the config nor the training state, and can be moved to another machine.
 Nothing in it is executed: networks, spaces and schedules are looked up by name in this package's tables.
 """
@@ -26,7 +28,9 @@ from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import Denoiser
-from diffusion_distillation.networks.spaces import SPACES, Space
+from diffusion_distillation.networks.spaces import SPACES, Latents, Space
+from diffusion_distillation.stages import companions
+from diffusion_distillation.stages.texts import TextEncoder
 from diffusion_distillation.system import files
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.training.state import Params
@@ -37,6 +41,7 @@ _FIELDS = (
   *('format', 'network', 'output', 'space', 'schedule', 'sampler', 'num_steps', 'times', 'clip_x'),
   *('image_shape', 'conditioning', 'cond_dropout', 'digest', 'provenance', 'metrics'),
 )
+_TEXT = 'text'  # a further field, of models that have a text encoder
 # Fields of a network that only affect how it is computed, or that are stored elsewhere in the description.
 NOT_ARGUMENTS = ('parent', 'name', 'dtype', 'remat', 'attention', 'schedule')
 
@@ -62,6 +67,7 @@ class StoredModel:
     provenance: how the model was made: method, step count, parents and their digests, versions.
     metrics: rows of measurements; empty until the model is measured.
     digest: the digest of `params`, if it is known.
+    text: the text encoder, if the model is conditioned on text.
   """
 
   denoise: Denoiser
@@ -79,6 +85,7 @@ class StoredModel:
   provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metrics: tuple[Mapping[str, Any], ...] = ()
   digest: str | None = None
+  text: TextEncoder | None = None
 
 
 def name_in(table: Mapping[str, type], thing: Any) -> str:
@@ -91,8 +98,13 @@ def name_in(table: Mapping[str, type], thing: Any) -> str:
 
 def network_arguments(network: Any) -> dict[str, Any]:
   """Returns the arguments of a network that determine its parameters."""
-  fields = [field.name for field in dataclasses.fields(network)]
-  return {name: getattr(network, name) for name in fields if name not in NOT_ARGUMENTS}
+  fields = [field.name for field in dataclasses.fields(network) if field.name not in NOT_ARGUMENTS]
+  found = {name: getattr(network, name) for name in fields}
+  if not found.get(
+    'guidance', True
+  ):  # stages of older versions, whose networks have no such argument, stay as they are
+    del found['guidance']
+  return found
 
 
 def describe(model: StoredModel) -> dict[str, Any]:
@@ -104,7 +116,10 @@ def describe(model: StoredModel) -> dict[str, Any]:
     'format': FORMAT,
     'network': {'name': name_in(NETWORKS, network), 'arguments': network_arguments(network)},
     'output': model.denoise.output,
-    'space': {'name': name_in(SPACES, model.space), 'arguments': dataclasses.asdict(model.space)},  # type: ignore[call-overload]
+    'space': {
+      'name': name_in(SPACES, model.space),
+      'arguments': companions.describe_space(model.space),
+    },
     'schedule': {
       'name': name_in(SCHEDULES, model.schedule),
       'arguments': dataclasses.asdict(model.schedule),
@@ -122,7 +137,7 @@ def describe(model: StoredModel) -> dict[str, Any]:
     'digest': model.digest or digest(model.params),
     'provenance': dict(model.provenance),
     'metrics': list(model.metrics),
-  }
+  } | ({} if model.text is None else {_TEXT: companions.describe_text(model.text)})
 
 
 def versions() -> dict[str, str]:
@@ -152,6 +167,7 @@ def write(directory: pathlib.Path, model: StoredModel, anew: bool = False) -> No
   temporary.mkdir(parents=True)
   flat = traverse_util.flatten_dict(model.params, sep='/')
   safetensors.numpy.save_file(flat, temporary / WEIGHTS, {'digest': description['digest']})
+  companions.write(temporary, model.space, model.text)
   files.write_json(temporary / DESCRIPTION, description)
   shutil.rmtree(directory, ignore_errors=True)
   os.replace(temporary, directory)
@@ -192,7 +208,10 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
   if not path.is_file():
     raise UserError(f'{directory} holds no model: there is no {DESCRIPTION} in it')
   found = files.read_json(path)
-  unknown, missing = sorted(set(found) - set(_FIELDS)), [key for key in _FIELDS if key not in found]
+  unknown, missing = (
+    sorted(set(found) - {*_FIELDS, _TEXT}),
+    [key for key in _FIELDS if key not in found],
+  )
   if unknown or found.get('format') != FORMAT:
     what = f'field {unknown[0]!r}' if unknown else f'format {found.get("format")}'
     raise UserError(f'{path}: {what} is not known to this version; it was written by a newer one')
@@ -201,7 +220,8 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
   try:
     schedule = _build(path, 'schedule', SCHEDULES, found['schedule'])
     network = _build(path, 'network', NETWORKS, found['network'], schedule=schedule)
-    space = _build(path, 'space', SPACES, found['space'])
+    space = _read_space(path, found['space'])
+    text = companions.read_text(directory, found[_TEXT]) if _TEXT in found else None
     choose(f'{path}: output', found['output'], OUTPUTS)
     choose(f'{path}: sampler', found['sampler'], SAMPLERS)
     choose(f'{path}: times', found['times'], dict.fromkeys(times.GRIDS))
@@ -237,7 +257,15 @@ def read(directory: pathlib.Path, weights: bool = True) -> StoredModel:
     provenance=provenance,
     metrics=metrics,
     digest=found['digest'],
+    text=text,
   )
+
+
+def _read_space(path: pathlib.Path, entry: Mapping[str, Any]) -> Space:
+  if SPACES.get(entry['name']) is Latents:
+    return companions.read_latents(path.parent, entry['arguments'])
+  space: Space = _build(path, 'space', SPACES, entry)
+  return space
 
 
 def _build(

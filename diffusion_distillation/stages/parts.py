@@ -59,7 +59,12 @@ def make_sampler(name: str, gamma: float = 0.0) -> samplers.Sampler:
 
 def make_space(section: Mapping[str, Any]) -> Space:
   """Returns the space that a network works on."""
-  space: Space = choose('model.space', section['space'], SPACES)()
+  cls = choose('model.space', section['space'], SPACES)
+  if any(field.default is dataclasses.MISSING for field in dataclasses.fields(cls)):
+    raise UserError(
+      f'model.space={section["space"]} is only for imported models (--mode=import), whose files give its autoencoder'
+    )
+  space: Space = cls()
   return space
 
 
@@ -125,7 +130,7 @@ def as_computed(config: Config, denoise: Denoiser) -> Denoiser:
 
 
 def make_context(config: Config, base: Stage) -> Context:
-  """Returns the context that the methods after `base` are built from."""
+  """Returns the context that the methods whose teacher is `base` are built from."""
   return Context(
     schedule=base.schedule,
     weighting=choose('weighting', config.weighting, WEIGHTINGS)(),
@@ -134,6 +139,7 @@ def make_context(config: Config, base: Stage) -> Context:
     clip=base.space.clip,
     teacher=base.denoise,
     shape=base.recipe.shape[1:],
+    cond_dropout=base.recipe.cond_dropout,
   )
 
 
@@ -149,6 +155,20 @@ def guidance_of(section: str, weight: float, base: Stage, interval: Sequence[flo
     raise UserError(f'{section}.guidance_interval={tuple(interval)}: {error}') from error
   check(f'{section}.guidance', found, base.denoise.conditioning, base.recipe.cond_dropout)
   return found
+
+
+def taught_guidance(section: str, weight: float, teacher: Stage) -> Guidance:
+  """Returns the guidance of a teacher, as `guidance_of` does.
+
+  Raises:
+    UserError: also if the teacher takes the weight as an input: its students are trained with all of its weights.
+  """
+  if weight and conditioning.weights(teacher.denoise.conditioning):
+    raise UserError(
+      f'{section}.guidance={weight:g}: the teacher, {teacher.name}, takes the weight as an input, and its students are '
+      f'trained with all of its weights; set {section}.guidance=0'
+    )
+  return guidance_of(section, weight, teacher)
 
 
 def make_recipe(
@@ -201,8 +221,8 @@ def make_recipe(
   )
 
 
-def make_pairs(config: Config, base: Stage) -> Pairs:
-  """Returns the description of the base's stored pairs."""
+def make_pairs(config: Config, teacher: Stage) -> Pairs:
+  """Returns the description of the teacher's stored pairs."""
   section = config.pairs
   choose('pairs.grid', section.grid, dict.fromkeys(times.GRIDS))
   choose('pairs.labels', section.labels, dict.fromkeys(conditioning.LABELS))
@@ -215,7 +235,7 @@ def make_pairs(config: Config, base: Stage) -> Pairs:
     seed=make_seed(config, *b'pairs'),
     batch_size=section.batch_size,
     labels=section.labels,
-    guidance=guidance_of('pairs', section.guidance, base),
+    guidance=taught_guidance('pairs', section.guidance, teacher),
   )
 
 
@@ -239,5 +259,6 @@ def make_schedule(config: Config, image_shape: tuple[int, ...]) -> Schedule:
   cls = choose('schedule.name', config.schedule.name, SCHEDULES)
   choose('schedule.betas', config.schedule.betas, BETAS)
   given: Mapping[str, Any] = {**config.schedule, 'image_size': image_shape[0]}
-  schedule: Schedule = build('schedule', cls, **{f.name: given[f.name] for f in dataclasses.fields(cls)})
+  fields = [field.name for field in dataclasses.fields(cls) if field.name in given]
+  schedule: Schedule = build('schedule', cls, **{name: given[name] for name in fields})
   return schedule

@@ -21,6 +21,7 @@ from diffusion_distillation.stages import parts
 from diffusion_distillation.stages.model import name_in, network_arguments
 from diffusion_distillation.stages.parts import Data
 from diffusion_distillation.stages.stage import Stage
+from diffusion_distillation.stages.texts import TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Origin:
     times: spacing of its steps, a name in `times.GRIDS`; None: as in the evaluation.
     clip_x: whether x is clipped while sampling; None: as in the evaluation.
     cond_dropout: probability with which conditions were dropped in its training.
+    text: its text encoder, if it is conditioned on text.
   """
 
   denoise: Denoiser
@@ -48,6 +50,7 @@ class Origin:
   times: str | None
   clip_x: bool | None
   cond_dropout: float
+  text: TextEncoder | None = None
 
 
 # The largest factor by which a student may amplify errors in eps at t = 1, where its x is (z - sigma eps) / alpha. With a
@@ -110,15 +113,26 @@ def plan(
     choose('methods', name, _students())
   choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
   base = _base(config, data, origin)
+  if base.space.own_programs and config.methods:
+    raise UserError(
+      f'methods={tuple(config.methods)}: models of latents can be imported and sampled, but not distilled yet; set methods=()'
+    )
   for weight in config.evaluation.guidance:
     parts.guidance_of('evaluation', weight, base, config.evaluation.guidance_interval)
-  student = _student_network(config, base, data)
+  student, teacher = _student_network(config, base, data), base
   stages = [base]
   for name in config.methods:
-    many = name == 'progressive'
-    stages += _rounds(config, base, student) if many else [_student(config, base, student, name)]
+    if name == 'progressive':
+      stages += _rounds(config, base, teacher, student)
+      continue
+    stages.append(_student(config, base, teacher, student, name))
+    if METHODS[name].teaches:
+      teacher, student = stages[-1], stages[-1].denoise
   _check_starts(stages)
+  _check_pairs(stages)
   _check_grids(config, stages)
+  if of := config.evaluation.neighbours_of:
+    choose('evaluation.neighbours_of', of, {stage.name: stage for stage in stages})
   least = min(steps for stage in stages for steps in stage.measured_steps)
   if least > config.evaluation.max_steps:
     raise UserError(
@@ -194,6 +208,7 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
     sampler=origin.sampler,
     times=origin.times,
     clip_x=origin.clip_x,
+    text=origin.text,
     measured_steps=(origin.num_steps,),
     teacher_dtype=config.compute.teacher_dtype,
   )
@@ -220,13 +235,14 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
   return network.without_dropout()
 
 
-def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage:
-  """Returns the stage of a student of the base, trained by the method `name` with its section of the config."""
+def _student(config: Config, base: Stage, teacher: Stage, student: Denoiser, name: str) -> Stage:
+  """Returns the stage of a student of `teacher`, trained by the method `name` with its section of the config."""
   section, cls = config[name], METHODS[name]
-  parts.guidance_of(name, section.get('guidance', 0.0), base)
-  method = cls.from_config(name, section, parts.make_context(config, base))
+  parts.taught_guidance(name, section.get('guidance', 0.0), teacher)
+  method = cls.from_config(name, section, parts.make_context(config, teacher))
+  student = cls.network(name, section, student)
   sampling, rates = cls.sampling(section), cls.learning_rates(section)
-  networks = (student, base.denoise)
+  networks = (student, teacher.denoise)
   args = (networks, method, rates, section.num_updates, base.space, base.image_shape)
   if 'pairs' in method.needs and section.get('guidance', config.pairs.guidance) != config.pairs.guidance:
     raise UserError(
@@ -236,19 +252,19 @@ def _student(config: Config, base: Stage, student: Denoiser, name: str) -> Stage
   return dataclasses.replace(
     base,
     name=name,
-    parent=base.name,
+    parent=teacher.name,
     parent_weights='ema',
-    teacher=base.denoise,
-    start=_start(base, student, section.start),
+    teacher=teacher.denoise,
+    start=_start(base, student, section.get('start', base.name)),
     recipe=parts.make_recipe(config, name, tuple(name.encode()), *args),
-    num_steps=sampling.num_steps,
+    num_steps=sampling.num_steps or base.num_steps,
     num_updates=section.num_updates,
-    pairs=parts.make_pairs(config, base) if 'pairs' in method.needs else None,
+    pairs=parts.make_pairs(config, teacher) if 'pairs' in method.needs else None,
     distance_weights=section.distance_weights if 'distance_weights' in section else '',
     sampler=sampling.sampler,
     times=None,
     clip_x=None,
-    measured_steps=sampling.measured_steps,
+    measured_steps=tuple(steps or base.num_steps for steps in sampling.measured_steps),
   )
 
 
@@ -270,12 +286,15 @@ def check_output(stage: Stage) -> None:
 
 
 def _start(base: Stage, student: Denoiser, start: str) -> str | None:
-  """Returns the stage that a student starts from; None if that is the base, but the networks differ."""
+  """Returns the stage that a student starts from; None if that is the base, but the networks differ.
+
+  Such a student starts from its teacher if it can (see `Stage.starts_anew`), or else from new parameters.
+  """
   return None if start == base.name and student != base.denoise else start
 
 
-def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
-  """Returns the rounds of progressive distillation; each student is the teacher of the next."""
+def _rounds(config: Config, base: Stage, first: Stage, student: Denoiser) -> list[Stage]:
+  """Returns the rounds of progressive distillation, beginning with the teacher `first`; each student teaches the next."""
   distill = config.distill
   steps = rounds(distill.start_steps, distill.end_steps, distill.factor)
   if len(distill.factor) > max(1, len(steps)):
@@ -286,8 +305,8 @@ def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
   weightings = or_base(choose('weighting', config.weighting, WEIGHTINGS)())
   weighting = choose('distill.weighting', distill.weighting, weightings)()
   uniform = times.Uniform(config.time.stratified)
-  guidance = parts.guidance_of('distill', distill.guidance, base).weight
-  found = [base]
+  guidance = parts.taught_guidance('distill', distill.guidance, first).weight
+  found = [first]
   for num_steps, factor in steps:
     teacher, from_the_end = found[-1], len(steps) - len(found)
     num_updates = of_round(distill.num_updates, from_the_end)
@@ -313,6 +332,17 @@ def _rounds(config: Config, base: Stage, student: Denoiser) -> list[Stage]:
       )
     )
   return found[1:]
+
+
+def _check_pairs(stages: list[Stage]) -> None:
+  """Raises UserError if two stages need stored pairs of different teachers."""
+  with_pairs = [stage for stage in stages if stage.pairs]
+  for stage in with_pairs:
+    if stage.parent != (first := with_pairs[0]).parent:
+      raise UserError(
+        f'{first.name} and {stage.name} need stored pairs of different teachers, {first.parent} and {stage.parent}, but a '
+        'workdir only has one set of pairs; list both on the same side of `guided` in methods, or use two workdirs'
+      )
 
 
 def _check_starts(stages: list[Stage]) -> None:

@@ -98,7 +98,8 @@ def _lineage(stage: Stage, parents: Parents, config: Config) -> dict[str, Any]:
 def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: Config) -> None:
   """Writes the stage's lineage before its first update, or checks the existing lineage.
 
-  If the config only asks for more updates, the lineage is marked as unfinished again; see `extending`.
+  If the config only asks for more updates, or the quality gate does, the lineage is marked as unfinished again; see
+  `extending`.
 
   Raises:
     UserError: the existing stage has another parent or config, or is made for another sampler or number of steps.
@@ -110,7 +111,8 @@ def begin_stage(workdir: pathlib.Path, stage: Stage, parents: Parents, config: C
   if path.exists():
     found = read_json(path)
     check_lineage(path, found, expected, config)
-    if raised_updates(stage.name, found.get('config') or {}, config):
+    raised = raised_updates(stage.name, found.get('config') or {}, config)
+    if raised or extending.updates_of(found, stage) < stage.num_updates:
       write_json(path, extending.begun(found, expected))
   elif Checkpoints(path.parent).steps():
     raise DamagedError(f'{path} is missing; restore it, or remove {path.parent} to train it again')
@@ -135,6 +137,7 @@ def to_stored(
     times=stage.times or ('uniform' if stage.parent else config.evaluation.grid),
     clip_x=config.evaluation.clip_x if stage.clip_x is None else stage.clip_x,
     cond_dropout=stage.recipe.cond_dropout,
+    text=stage.text,
     class_names=tuple(class_names(workdir)),
     label_counts=label_counts(workdir),
     provenance={

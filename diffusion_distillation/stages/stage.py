@@ -12,7 +12,9 @@ from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.guidance import adds_input
 from diffusion_distillation.networks.spaces import Space
+from diffusion_distillation.stages.texts import TextEncoder
 from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.state import Params, TrainState
 
@@ -64,10 +66,13 @@ class Stage:
     sampler: name of the sampler that its model is trained for.
     times: spacing of an imported model's steps, a name in `times.GRIDS`; None: as in the evaluation.
     clip_x: whether an imported model's x is clipped while sampling; None: as in the evaluation.
+    text: its model's text encoder, if it is conditioned on text.
     measured_steps: step counts at which its model is evaluated.
     teacher_dtype: dtype in which the frozen teacher is stored, 'float32' or 'bfloat16'.
     attempts: the updates that training went back to because later ones were not finite; from each of them on, batches
       and noise are drawn with another seed.
+    earlier_ends: the numbers of updates, ascending, at which the stage was finished before it was trained for longer.
+    planned_updates: the number of updates in the config, if `num_updates` is larger because the quality gate raised it.
   """
 
   name: str
@@ -85,9 +90,12 @@ class Stage:
   sampler: str = 'ddim'
   times: str | None = None
   clip_x: bool | None = None
+  text: TextEncoder | None = None
   measured_steps: tuple[int, ...] = ()
   teacher_dtype: str = 'float32'
   attempts: tuple[int, ...] = ()
+  earlier_ends: tuple[int, ...] = ()
+  planned_updates: int | None = None
 
   @property
   def method(self) -> str:
@@ -117,7 +125,13 @@ class Stage:
   @property
   def starts_anew(self) -> bool:
     """Whether the student starts from new parameters, because no earlier stage has the same network."""
-    return self.start is None and (self.teacher is None or self.teacher != self.denoise)
+    same = self.teacher is not None and (self.teacher == self.denoise or self.adds_input)
+    return self.start is None and not same
+
+  @property
+  def adds_input(self) -> bool:
+    """Whether the network is the teacher's with the weight of guidance as an additional input, whose parameters are new."""
+    return self.teacher is not None and adds_input(self.denoise, self.teacher)
 
   def seed_at(self, update: int) -> int:
     """Returns the seed of an update's batch and noise: the recipe's, unless training went back to it or to an earlier update."""
@@ -127,11 +141,29 @@ class Stage:
     )
 
   def recipe_at(self, update: int) -> Recipe:
-    """Returns the recipe of an update, with its seed; see `Recipe.at`."""
+    """Returns the recipe of an update, with its seed; see `Recipe.at`.
+
+    The updates before each of `earlier_ends` keep the learning rates of the shorter stage, so that they can be repeated.
+    """
     recipe = self.recipe.at(update)
+    if self.earlier_ends:
+      recipe = recipe.ending_at(self.end_after(update))
     if not any(first <= update for first in self.attempts):
       return recipe
     return dataclasses.replace(recipe, seed=self.seed_at(update))
+
+  def end_after(self, update: int) -> int:
+    """Returns the number of updates at which the stage, as it was when `update` was trained, was to end."""
+    return next((end for end in self.earlier_ends if update < end), self.num_updates)
+
+  def lengthened(self, num_updates: int) -> 'Stage':
+    """Returns the stage with more updates, the first of which are trained as they are now."""
+    return dataclasses.replace(
+      self,
+      num_updates=num_updates,
+      earlier_ends=(*self.earlier_ends, self.num_updates),
+      planned_updates=self.planned_updates or self.num_updates,
+    )
 
   def streams(self, done: int) -> Iterator[tuple[int, int, int]]:
     """Yields the updates from `done` to the end as ranges with the same seed: (seed, start, stop)."""

@@ -14,7 +14,7 @@ from diffusion_distillation.config import Config, check_known, flatten
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.stages import comparison, model
+from diffusion_distillation.stages import comparison, extending, model
 from diffusion_distillation.stages.plan import Origin, plan
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import cluster, files, sharding
@@ -148,6 +148,7 @@ def origin_of(stored: model.StoredModel) -> Origin:
     times=stored.times,
     clip_x=stored.clip_x,
     cond_dropout=stored.cond_dropout,
+    text=stored.text,
   )
 
 
@@ -225,7 +226,8 @@ def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
 
 
 def cut(workdir: pathlib.Path, stages: list[Stage]) -> list[Stage]:
-  """Cuts off the stages before the imported model, if the workdir has one."""
+  """Cuts off the stages before the imported model, if the workdir has one; extends stages as their stage.json records."""
+  stages = [extending.as_recorded(workdir, stage) for stage in stages]
   for k, stage in reversed(list(enumerate(stages))):
     path = workdir / stage.name / 'stage.json'
     if path.is_file() and read_json(path).get('imported'):

@@ -102,6 +102,12 @@ def start(
   interrupts.synchronize(multihost_utils.reached_preemption_sync_point)
 
 
+def several() -> str | None:
+  """Returns the variable of the environment, with its value, that says that this is one of several processes, if any."""
+  source, count, _ = _peers()
+  return source if count is not None and count > 1 else None
+
+
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
   """Raises UserError for an address that is not HOST:PORT, or an index that is not below the number of processes."""
   if coordinator is not None and not re.fullmatch(r'\S+:\d+', coordinator):

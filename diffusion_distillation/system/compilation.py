@@ -46,7 +46,7 @@ class ComputeSection:
   updates_per_dispatch: int = key(
     1,
     'Number of updates per call of the compiled program; more than one pays off for small networks on fast devices. '
-    '`log.every`, `log.health_every` and `checkpoint.every` must be multiples of it.',
+    '`log.every`, `log.health_every`, `log.frechet_every` and `checkpoint.every` must be multiples of it.',
     POSITIVE,
   )
   fast_cpu: bool = key(

@@ -23,6 +23,7 @@ _IMPATIENT = (signal.SIGTERM, signal.SIGINT)  # a second one ends the process im
 _received: list[str] = []
 _reached: list[Callable[[], bool]] = []  # with several processes: whether all stop at this step
 _before: dict[int, Any] = {}  # the handlers that `install` replaced
+_cleanups: list[Callable[[], None]] = []  # called before the process ends immediately
 _unsaved: list[bool] = []  # one entry for each active `unsaved` context
 _terminals: list[int] = []  # standard output and error, if they are terminals
 
@@ -81,6 +82,16 @@ def unsaved() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def cleaning(cleanup: Callable[[], None]) -> Iterator[None]:
+  """Calls `cleanup`, from another thread, if a signal ends the process immediately while the body runs; see `at_once`."""
+  _cleanups.append(cleanup)
+  try:
+    yield
+  finally:
+    _cleanups.remove(cleanup)
+
+
+@contextlib.contextmanager
 def at_once(meanwhile: str) -> Iterator[None]:
   """Lets a signal end the process immediately while the body runs, for example a long compilation that can lose nothing.
 
@@ -113,6 +124,9 @@ def _leave_at_once(reader: int, meanwhile: str) -> None:
     message = f'error: stopped by {name} while {meanwhile}; nothing is lost: run the same command again to continue'
     with contextlib.suppress(OSError):
       os.write(2, f'{message}\n'.encode())
+    for cleanup in reversed(_cleanups):
+      with contextlib.suppress(Exception):
+        cleanup()
     os._exit(Preempted.exit_code)
   os.close(reader)
 

@@ -10,7 +10,7 @@ from typing import IO
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
+from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.system import files
 
 _FLUSH = 30.0  # seconds between two flushes of the events
@@ -31,6 +31,13 @@ class LogSection:
     "Number of updates between two checks of a student's samples (`health.json`); 0 for no checks.",
     NOT_NEGATIVE,
   )
+  frechet_every: int = key(
+    0,
+    "Number of updates between two measurements of a stage's Frechet distance during training, which also keep the best "
+    'weights; 0 for none.',
+    NOT_NEGATIVE,
+  )
+  frechet_samples: int = key(1000, 'Number of samples of each of these measurements.', AT_LEAST_TWO)
   seconds: float = key(
     15.0, 'Seconds between two lines of progress if stderr is not a terminal.', NOT_NEGATIVE
   )

@@ -73,6 +73,20 @@ class Recipe:
     """Returns the recipe of update `step`; see `Method.at`."""
     return dataclasses.replace(self, method=self.method.at(step))
 
+  def ending_at(self, num_updates: int) -> 'Recipe':
+    """Returns the recipe of a stage of `num_updates` updates: its learning rates, and its loss if that depends on the number.
+
+    A method whose loss depends on the length of its stage has a field `num_updates`.
+    """
+    method: Any = self.method
+    if any(field.name == 'num_updates' for field in dataclasses.fields(method)):
+      method = dataclasses.replace(method, num_updates=num_updates)
+    rates = {
+      name: dataclasses.replace(rate, num_updates=num_updates)
+      for name, rate in self.learning_rate.items()
+    }
+    return dataclasses.replace(self, learning_rate=rates, method=method)
+
   def map_networks(self, function: Callable[[Any], Any]) -> 'Recipe':
     """Returns the recipe with `function(network)` in place of each network."""
     mapped = {name: function(network) for name, network in self.networks.items()}

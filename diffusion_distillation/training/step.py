@@ -70,6 +70,10 @@ def make_examples(
   if recipe.cond_dropout:
     rng = jax.random.fold_in(rng_augment, 2)
     examples['cond'] = conditioning.drop(rng, recipe.conditioning, batch['cond'], recipe.cond_dropout)
+  rng = jax.random.fold_in(rng_augment, 3)
+  examples['cond'] = conditioning.with_weights(
+    rng, recipe.conditioning, examples['cond'], recipe.shape[0]
+  )
   if 'pairs' in batch:
     examples['pairs'] = batch['pairs']
   return examples

@@ -133,7 +133,7 @@ def test_the_number_of_intervals_may_be_traced():
 def test_grids_have_n_steps_from_0_to_1(num_steps, schedule):
   line = np.arange(num_steps + 1) / num_steps
   expected = {'uniform': line, 'quadratic': line**2, 'karras': None}
-  assert (*expected, 'leading') == times.GRIDS
+  assert (*expected, 'leading', 'leading_to_first') == times.GRIDS
   for name, values in expected.items():
     grid = times.make_grid(name, num_steps, schedule)
     assert (grid[0], grid[-1]) == (0.0, 1.0)
@@ -206,3 +206,14 @@ def test_times_of_one_s_own_choice_are_a_grid():
 def test_times_that_do_not_rise_from_0_to_1_are_refused(values, message):
   with pytest.raises(ValueError, match=message):
     times.grid(values)
+
+
+def test_the_leading_grid_may_end_at_the_first_timestep():
+  schedule = Discrete(num_timesteps=10, steps_offset=1)
+  steps = times.make_grid('leading_to_first', 3, schedule)
+  np.testing.assert_allclose(steps, [0.1, 0.2, 0.5, 0.8], rtol=1e-6)  # timesteps 0, then 1, 4, 7
+  np.testing.assert_allclose(schedule(jnp.asarray(steps[:1])), schedule.logsnr[:1], rtol=1e-5)
+  with pytest.raises(ValueError, match='steps_offset=1'):
+    times.make_grid('leading_to_first', 3, Discrete(num_timesteps=10))
+  with pytest.raises(ValueError, match='discrete time'):
+    times.make_grid('leading_to_first', 3, Cosine())

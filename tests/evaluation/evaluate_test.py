@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.datasets.image_set import InMemory
-from diffusion_distillation.evaluation import features, measure, reference, sampling
+from diffusion_distillation.evaluation import by_class, features, figures, measure, reference, sampling
 from diffusion_distillation.stages.provenance import Model
 from tests import tiny
 
@@ -45,7 +45,7 @@ def asked(monkeypatch):
   """Every image that is drawn is a training image, from another one on for each number of steps."""
   found, real = Asked(), tiny.plan()[1].images.images
 
-  def draw(self, params, grid, num_samples, seed):
+  def draw(self, params, grid, num_samples, seed, chosen=None):
     found.append((self, num_samples))
     return real[len(grid) :][:num_samples]
 
@@ -56,6 +56,7 @@ def asked(monkeypatch):
 
   monkeypatch.setattr(sampling.Drawer, 'seconds_per_image', seconds_per_image)
   monkeypatch.setattr(sampling.Drawer, 'draw', draw)
+  monkeypatch.setattr(figures, 'to_png', lambda figure, theme: b'png')  # drawing takes long
   return found
 
 
@@ -71,7 +72,7 @@ def read(monkeypatch):
 
 def evaluate(workdir, again=False, **overrides):
   """Of the tiny config's stages, three of them, with a row by ddim for each of two step counts of the base."""
-  overrides = {'evaluation__samplers': ('ddim',)} | overrides
+  overrides = {'evaluation__samplers': ('ddim',), 'evaluation__neighbours': 0} | overrides
   stages, images = tiny.plan(**overrides)
   models = []
   for stage in stages:
@@ -95,6 +96,38 @@ def test_conditional_models_are_drawn_with_the_labels_of_the_data_or_balanced_on
   assert balanced['labels'] == 'balanced' and {row['labels'] for row in balanced['rows']} == {'balanced'}
   assert balanced['floor'] == results['floor']
   assert 'labels of the samples are balanced' in (workdir / 'report' / 'index.html').read_text()
+
+
+def test_rows_of_conditional_models_have_the_classifier_s_view_of_their_classes(workdir, asked):
+  """Every image that is drawn is a training image, whose class the classifier has hardly learned."""
+  results, images = evaluate(workdir, model__conditional=True)
+  extractor = features.load_or_train(workdir / 'extractor.safetensors', None, None)
+  predicted = by_class.predictor(extractor)(extractor(images.images))
+  for row in results['rows']:
+    start = row['num_steps'] + 1
+    drawn = slice(start, start + NUM_SAMPLES)
+    labels = asked.rows()[0].cond(np.arange(NUM_SAMPLES), row['seed'])['label']
+    assert row['class_accuracy'] == pytest.approx(np.mean(predicted[drawn] == labels))
+    assert row['by_class']['count'] == np.bincount(labels, minlength=10).tolist()
+    assert 'frechet' not in row['by_class']  # of five samples
+  assert sum(results['class_shares']) == pytest.approx(1.0)
+  unconditional, _ = evaluate(workdir, again=True)
+  for row in unconditional['rows']:
+    shares = np.bincount(predicted[row['num_steps'] + 1 :][:NUM_SAMPLES], minlength=10) / NUM_SAMPLES
+    assert row['by_class'] == {'share': pytest.approx(shares.tolist())} and 'class_accuracy' not in row
+
+
+def test_samples_that_are_training_images_are_told_to_be_copies(workdir, asked, monkeypatch):
+  found = []
+  monkeypatch.setattr(measure.report, 'write', lambda config, results, seen, *_: found.append(seen))
+  evaluate(workdir, evaluation__neighbours=50_000)
+  evaluate(workdir, evaluation__neighbours=100, evaluation__neighbours_of='base')
+  last, some = found
+  assert last.neighbours_of == 'progressive_0001' and last.neighbours.searched == 1437
+  assert last.neighbours.pixels.ratio == 0.0 and last.neighbours.pixels.closer == 1.0
+  np.testing.assert_array_equal(last.neighbours.by_pixels[:, 0], last.neighbours.samples)
+  assert some.neighbours_of == 'base' and some.neighbours.searched == 100
+  assert some.neighbours.pixels.ratio > 0.5
 
 
 def forget_the_law(workdir):
@@ -153,9 +186,37 @@ def test_rows_have_errors_and_the_header_says_what_they_are_compared_with(workdi
   assert len(results['warnings']) == 2 and '48 samples' in results['warnings'][0]
 
 
+def test_a_file_is_the_reference_and_its_name_and_digest_stand_beside_the_numbers(
+  workdir, asked, tmp_path
+):
+  first, _ = evaluate(workdir)
+  path, rng = tmp_path / 'published.npz', np.random.default_rng(0)
+  measured = []
+  for shift in (0.0, 1.0):
+    np.savez(path, mu=np.full(64, 3.0 + shift), sigma=np.cov(rng.normal(size=(200, 64)).T))
+    asked.clear()
+    results, _ = evaluate(workdir, evaluation__reference=str(path))
+    assert len(asked.rows()) == 5  # rows of another reference are other rows
+    assert results['reference']['file'] == 'published.npz'
+    assert results['reference']['num_images'] is None and len(results['reference']['digest']) == 64
+    for row in results['rows']:
+      assert row['reference'] == 'published.npz' and row['value'] != first['rows'][0]['value']
+      assert row['metrics'].keys() == {'frechet', 'inception_score'}
+    assert results['floor']['value'] > first['floor']['value']
+    assert 'the statistics in published.npz' in (workdir / 'report' / 'index.html').read_text()
+    measured.append(results)
+  assert measured[0]['reference']['digest'] != measured[1]['reference']['digest']
+  asked.clear()
+  again, _ = evaluate(workdir, evaluation__reference=str(path))
+  assert not asked.rows() and again['rows'] == measured[1]['rows']
+  assert again['skipped'] == {'train': 0, 'held_out': 0}
+
+
 def test_nothing_is_drawn_twice(workdir, asked, monkeypatch):
   shown = []
-  monkeypatch.setattr(measure.report, 'write', lambda config, results, rows, *_: shown.append(rows))
+  monkeypatch.setattr(
+    measure.report, 'write', lambda config, results, seen, *_: shown.append(seen.samples)
+  )
   evaluate(workdir)
   assert len(asked.rows()) == 3 + 2 and not asked.shown()
   asked.clear()

@@ -11,7 +11,7 @@ from diffusion_distillation import cli
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import measure, report, results
+from diffusion_distillation.evaluation import curves, measure, results
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import NETWORKS
@@ -104,7 +104,7 @@ def test_the_base_has_a_row_for_each_weight_and_students_have_none():
   config, stages = tiny.config(**overrides), tiny.plan(**overrides)[0]
   found = []
   for place, _, sampler, steps in measure.rows(stages, config):
-    for guidance in measure.guidances(config, place):
+    for guidance in measure.guidances(config, place, stages[place]):
       model = types.SimpleNamespace(stage=stages[place], weights='ema', digest='d')
       setting = measure.Setting(model, sampler, steps, 3, guidance)
       row = measure.describe(config, setting)
@@ -139,7 +139,7 @@ def test_rows_of_before_had_no_guidance():
 def test_curves_tell_guidance_apart():
   row = {'stage': 'base', 'weights': 'ema', 'sampler': 'ddim', 'method': 'denoising'}
   rows = [{**row, 'nfe': 4, 'value': 3.0}, {**row, 'nfe': 8, 'value': 1.0, 'guidance': 1.5}]
-  assert report.curves(rows) == {'Base, DDIM': {4: 3.0}, 'Base, DDIM, guidance 1.5': {8: 1.0}}
+  assert curves.curves(rows) == {'Base, DDIM': {4: 3.0}, 'Base, DDIM, guidance 1.5': {8: 1.0}}
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def test_a_run_is_measured_by_the_file_that_is_named(workdir, tmp_path):
   args = ('--mode=evaluate', f'--workdir={workdir}', *tiny.flags(evaluation__inception='weights.pth'))
   code, _, err = tiny.run_cli(*args)
   assert code == 0, err
+  assert 'published figures are taken with 10000 and more' in err
   after = results(workdir)
   assert after['metric'] == 'FID' and after['extractor']['digest'] == 'd' * 64
   assert {row['metric'] for row in after['rows']} == {'FID'}

@@ -1,5 +1,6 @@
 """Models that are loaded: found, sampled from as drawers do, and called as denoisers."""
 
+import json
 import os
 import shutil
 
@@ -162,6 +163,17 @@ def test_a_model_is_found_in_its_folder_its_stage_and_as_the_last_of_a_workdir(t
   assert diffusion_distillation.load(str(tmp_path)).stored.num_steps == 3
   monkeypatch.setenv('HOME', str(tmp_path))
   assert load('~/progressive_0002').stored.num_steps == 2
+
+
+def test_the_last_stage_of_a_workdir_is_that_of_its_plan_whatever_the_times_of_its_files(tmp_path):
+  folders(tmp_path, 'dmd', 'progressive_0001', 'progressive_0016', 'gone', 'base')  # base is the newest
+  config = tmp_path / 'config.json'
+  for methods, last in ((['progressive', 'dmd'], 1), (['dmd', 'progressive'], 2), (['progressive'], 2)):
+    config.write_text(json.dumps({'methods': methods}))
+    assert load(tmp_path).stored.num_steps == last
+  for damaged in ('{', '[]', '{"methods": 3}'):
+    config.write_text(damaged)
+    assert loading.find(tmp_path) == tmp_path / 'gone' / 'model'
 
 
 @pytest.mark.parametrize('place', ['', 'none', 'file'])

@@ -72,3 +72,7 @@ def test_rows_of_another_tolerance_are_other_rows():
   rows = [measure.describe(tiny.config(evaluation__tolerance=t), setting) for t in (0.0, 0.5)]
   assert results.key_of(rows[0]) != results.key_of(rows[1])
   assert results.key_of(rows[0]) == results.key_of({**rows[0], 'num_drawn': 7})
+  older = {key: value for key, value in rows[0].items() if key != 'dtype'}  # from an older version
+  assert (
+    results.key_of(rows[0]) == results.key_of(older) != results.key_of({**older, 'dtype': 'bfloat16'})
+  )

@@ -15,6 +15,7 @@ def test_the_features_that_are_kept_are_spread_evenly_whatever_the_batches(count
   running = RunningFeatures(count)
   for batch in np.split(features, [1, 500, 501, 503, 9000]):
     running.add(batch)
+  assert sum((part if part.base is None else part.base).nbytes for part in running._some) <= 80_000
   found = running.result()
   np.testing.assert_array_equal(found.some, features[::stride])
   np.testing.assert_allclose(found.moments.mean, features.mean(axis=0, dtype=np.float64), rtol=1e-12)

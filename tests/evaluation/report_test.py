@@ -1,6 +1,8 @@
 """What is measured, and how it is shown."""
 
 import base64
+import html.parser
+import io
 import json
 
 import numpy as np
@@ -9,197 +11,243 @@ from PIL import Image
 
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.evaluation import features, measure, pictures, report
+from diffusion_distillation.evaluation import (
+  curves,
+  features,
+  figures,
+  looks,
+  measure,
+  pictures,
+  report,
+)
 from tests import tiny
+from tests.evaluation.rows import ROWS, STUDENTS, results_of
 
 
-def row(stage, sampler, nfe, value, weights='ema'):
-  method = {'base': 'denoising'}.get(stage, stage.partition('_')[0])
-  num_steps = nfe // samplers.SAMPLERS[sampler].calls_per_step
-  extra = {'num_steps': num_steps, 'seconds_per_image': 0.001, 'updates': 10, 'weights': weights}
-  return {'stage': stage, 'method': method, 'sampler': sampler, 'nfe': nfe, 'value': value} | extra
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+  """Figures are made, but not turned into pixels, which takes long; returns the function that does it."""
+  really = figures.to_png
+  monkeypatch.setattr(figures, 'to_png', lambda figure, theme: b'png')
+  return really
 
 
-ROWS = [
-  row('base', 'ddim', 4, 2.0),
-  row('base', 'ancestral', 4, 3.0),
-  row('base', 'ddim', 2, 20.0),
-  row('progressive_0002', 'ddim', 2, 2.5),
-]
-
-
-def test_the_table_compares_at_each_number_of_network_calls():
-  assert report.comparison(ROWS) == [
-    {'nfe': 4, 'values': [None, 2.0, 3.0], 'ratios': [None, None, None]},
-    {'nfe': 2, 'values': [2.5, 20.0, None], 'ratios': [1.25, None, None]},
-  ]
-
-
-def test_columns_are_the_students_and_the_base_under_each_sampler_by_network_calls():
-  """Heun's N steps stand beside the 2N steps of samplers that call once; further averages stand apart."""
-  rows = [
-    *ROWS,
-    row('base', 'heun', 8, 1.5),
-    row('base', 'heun', 4, 9.0),
-    row('base', 'ddim', 4, 0.1, weights='ema_0.99'),
-    row('progressive_0002', 'ddim', 2, 0.1, weights='ema_0.99'),
-  ]
-  assert report.curves(rows) == {
-    'Progressive': {2: 2.5},
-    'Base, DDIM': {4: 2.0, 2: 20.0},
-    'Base, ancestral': {4: 3.0},
-    'Base, Heun': {8: 1.5, 4: 9.0},
-  }
-  assert report.comparison(rows) == [
-    {'nfe': 8, 'values': [None, None, None, 1.5], 'ratios': [None] * 4},
-    {'nfe': 4, 'values': [None, 2.0, 3.0, 9.0], 'ratios': [None] * 4},
-    {'nfe': 2, 'values': [2.5, 20.0, None, None], 'ratios': [1.25, None, None, None]},
-  ]
-
-
-STUDENTS = [
-  row('progressive_0001', 'ddim', 1, 3.0),
-  row('knowledge', 'ddim', 1, 6.0),
-  row('consistency', 'multistep_consistency', 1, 5.0),
-  row('consistency', 'multistep_consistency', 2, 4.0),
-  row('dmd', 'ddim', 1, 2.4),
-  row('dmd', 'ddim', 1, 0.1, weights='ema_0.99'),
-  row('dmd2', 'ddim', 1, 2.2),
-]
-
-
-def test_rounds_are_one_column_and_every_other_student_has_its_own():
-  rows = [*ROWS, *STUDENTS]
-  students = {caption: curve for caption, curve in report.curves(rows).items() if 'Base' not in caption}
-  assert students == {
-    'Progressive': {2: 2.5, 1: 3.0},
-    'Knowledge': {1: 6.0},
-    'Consistency': {1: 5.0, 2: 4.0},
-    'DMD': {1: 2.4},
-    'DMD2': {1: 2.2},
-  }
-  assert list(report.curves(rows)) == [*students, 'Base, DDIM', 'Base, ancestral']
-  four, two, one = report.comparison(rows)
-  assert four['ratios'] == [None] * 7
-  assert two['ratios'] == [1.25, None, 2.0, None, None, None, None]
-  assert one['ratios'] == [1.5, 3.0, 2.5, 1.2, 1.1, None, None]
-
-
-def test_without_ddim_there_is_nothing_to_take_the_ratio_to():
-  rows = [row('base', 'heun', 8, 1.5), row('progressive_0004', 'ddim', 4, 2.5)]
-  assert report.comparison(rows) == [
-    {'nfe': 8, 'values': [None, 1.5], 'ratios': [None, None]},
-    {'nfe': 4, 'values': [2.5, None], 'ratios': [None, None]},
-  ]
-
-
-def test_a_model_that_was_imported_is_the_base_of_its_curves():
-  rows = [row('progressive_0008', 'ddim', 8, 3.0), row('progressive_0004', 'ddim', 4, 3.6)]
-  assert report.curves(rows) == {'Progressive': {4: 3.6}, 'Base, DDIM': {8: 3.0}}
-  assert [line['ratios'] for line in report.comparison(rows)] == [[None, None], [1.2, None]]
+def lines_of(axes):
+  return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
 
 
 def test_the_figure_is_log_log_with_three_curves_and_the_floor():
-  figure = report.distance_figure(
-    {'rows': ROWS, 'metric': 'FD-digits', 'floor': {'value': 0.5, 'num_samples': 100}}
-  )
-  (axes,) = figure.axes
+  (axes,) = figures.by_calls(curves.by_calls(ROWS), results_of(ROWS)).axes
   assert axes.get_xscale() == axes.get_yscale() == 'log'
-  curves = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
-  assert curves['Progressive'] == [(2, 2.5)]
-  assert curves['Base, DDIM'] == [(2, 20.0), (4, 2.0)]
-  assert curves['Base, ancestral'] == [(4, 3.0)]
-  assert [y for _, y in curves['Real against real']] == [0.5, 0.5]
+  found = lines_of(axes)
+  assert found['Progressive'] == [(2, 2.5)]
+  assert found['Base, DDIM'] == [(2, 20.0), (4, 2.0)]
+  assert found['Base, ancestral'] == [(4, 3.0)]
+  assert [y for _, y in found['Real against real']] == [0.5, 0.5]
+  assert not axes.containers
+
+
+def test_a_row_with_an_error_has_a_bar():
+  rows = [ROWS[0] | {'error': 0.25}, *ROWS[1:]]
+  (axes,) = figures.by_calls(curves.by_calls(rows), results_of(rows)).axes
+  (bar,) = axes.containers
+  ((segment,),) = (collection.get_segments() for collection in bar[2])
+  np.testing.assert_allclose(segment, [[4.0, 1.75], [4.0, 2.25]])
 
 
 def test_the_figure_of_cost_has_each_student_at_its_seconds_with_its_calls():
   rows = [*ROWS, *STUDENTS]
-  costs = {'base': 0.0, 'progressive_0002': 7.0, 'progressive_0001': 9.0, 'knowledge': 5.0}
-  costs |= {'consistency': 3.0, 'dmd': 2.0, 'dmd2': 4.0}
-  stages = {name: {'cost': cost} for name, cost in costs.items()}
-  figure = report.cost_figure(results_of(rows) | {'stages': stages})
-  (axes,) = figure.axes
-  curves = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
-  assert [y for _, y in curves.pop('Real against real')] == [0.5, 0.5]
-  assert curves == {
-    'Progressive': [(7.0, 2.5), (9.0, 3.0)],
-    'Knowledge': [(5.0, 6.0)],
-    'Consistency': [(3.0, 4.0), (3.0, 5.0)],
-    'DMD': [(2.0, 2.4)],
-    'DMD2': [(4.0, 2.2)],
+  costs = {'base': 0.0, 'progressive_0002': 7.0, 'progressive_0001': 90.0, 'knowledge': 50.0}
+  costs |= {'consistency': 30.0, 'dmd': 20.0, 'dmd2': 40.0}
+  results = results_of(rows, stages={name: {'cost': cost} for name, cost in costs.items()})
+  (axes,) = figures.by_cost(curves.by_cost(results), results).axes
+  found = lines_of(axes)
+  assert [y for _, y in found.pop('Real against real')] == [0.5, 0.5]
+  assert found == {
+    'Progressive': [(7.0, 2.5), (90.0, 3.0)],
+    'Knowledge': [(50.0, 6.0)],
+    'Consistency': [(30.0, 4.0), (30.0, 5.0)],
+    'DMD': [(20.0, 2.4)],
+    'DMD2': [(40.0, 2.2)],
   }
   calls = {tuple(map(float, text.xy)): text.get_text() for text in axes.texts}
-  assert calls == {
-    point: '2' if point in ((7.0, 2.5), (3.0, 4.0)) else '1' for at in curves.values() for point in at
-  }
+  assert calls[7.0, 2.5] == '2' and calls[90.0, 3.0] == calls[20.0, 2.4] == '1'
+  assert axes.get_xlabel().startswith('seconds of training')
 
 
-def test_the_figure_of_health_has_what_was_seen_by_share_of_the_updates():
-  dmd = [
-    {'step': 5, 'loss': 1.0, 'dm_gradient': 0.3},
-    {'step': 10, 'diversity': 0.5, 'fake_score_lag': 1.2, 'dm_gradient': 0.2},
-  ]
-  watched = {'dmd': dmd, 'knowledge': [{'step': 4, 'diversity': 0.75}, {'step': 16, 'diversity': 1.0}]}
-  figure = report.health_figure(watched)
-  found = {
-    axes.get_title(): {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
-    for axes in figure.axes
-  }
-  assert found == {
-    'diversity relative to the data': {'dmd': [(1.0, 0.5)], 'knowledge': [(0.25, 0.75), (1.0, 1.0)]},
-    'lag of the fake score': {'dmd': [(1.0, 1.2)]},
-    'size of the DM gradient': {'dmd': [(0.5, 0.3), (1.0, 0.2)]},
-  }
-
-
-def results_of(rows):
-  """What the page shows beside its rows."""
-  return {
-    'rows': rows,
-    'metric': 'FD-<b>',
-    'floor': {'value': 0.5, 'num_samples': 100},
-    'extractor': {'name': 'digits', 'digest': 'ab' * 32, 'task': '<i>', 'held_out_accuracy': 0.99},
-    'reference': {'num_images': 7},
-    'held_out': {'value': 1.0, 'num_samples': 3},
-    'versions': {'jax': '1'},
-    'seconds': {'base': 2.0},
-    'stages': {'base': {'cost': 0.0}, 'progressive_0002': {'cost': 7.0}},
-  }
-
-
-def written(directory, rows, watched):
+def written(directory, rows, seen=None, **more):
   """The page, and the names of the figures beside it."""
   images = np.zeros((3, 8, 8, 1), np.uint8)
-  report.write(tiny.config(), results_of(rows), {'base\n4 steps': images}, watched, directory)
+  seen = looks.Looks({'base\n4 steps': images}) if seen is None else seen
+  report.write(tiny.config(), results_of(rows, **more), seen, directory)
   return (directory / 'index.html').read_text(), {path.stem for path in directory.glob('*.png')}
 
 
+def watched(**stages):
+  return looks.Looks({}, {name: looks.Watched(*found) for name, found in stages.items()})
+
+
+@pytest.mark.parametrize(
+  ('value', 'error', 'text', 'signed'),
+  [
+    (52.1827, 1.56, '52.2 ± 1.6', '+52.2 ± 1.6'),
+    (20.019, 0.6, '20.02 ± 0.60', '+20.02 ± 0.60'),
+    (1056.6, 32.1, '1057 ± 32', '+1057 ± 32'),
+    (0.0123456, 0.0001, '0.01235 ± 0.00010', '+0.01235 ± 0.00010'),
+    (7.320832, None, '7.321', '+7.32'),
+    (-0.5, 0.0, '-0.5', '-0.5'),
+  ],
+)
+def test_a_value_has_the_digits_that_its_error_leaves(value, error, text, signed):
+  assert report.measured(value, error) == text and report.signed((value, error)) == signed
+  assert report.measured(None) == report.signed(None) == ''
+
+
 def test_what_the_page_shows_is_escaped(tmp_path):
-  text, _ = written(tmp_path / 'report', ROWS, {})
+  text, _ = written(tmp_path / 'report', ROWS)
   assert 'FD-&lt;b&gt;' in text and 'FD-<b>' not in text
   assert 'to tell &lt;i&gt; apart (99.0 %' in text
 
 
 def test_guidance_has_a_column_where_a_row_has_it(tmp_path):
-  text, _ = written(tmp_path / 'without', ROWS, {})
+  text, _ = written(tmp_path / 'without', ROWS)
   assert '<th>guidance</th>' not in text
-  text, _ = written(tmp_path / 'with', [*ROWS, ROWS[0] | {'guidance': 1.5, 'nfe': 16}], {})
+  text, _ = written(tmp_path / 'with', [*ROWS, ROWS[0] | {'guidance': 1.5, 'nfe': 16}])
   table = text.partition('All rows')[2].partition('</table>')[0]
   assert '<th>guidance</th>' in table
   assert table.count('<td>0</td>') == len(ROWS) and table.count('<td>1.5</td>') == 1
 
 
-def test_cost_and_health_are_shown_where_there_are_students_and_such_as_were_looked_at(tmp_path):
+def test_every_metric_has_a_column_and_errors_stand_beside_values(tmp_path):
+  rows = [ROWS[0] | {'error': 0.25, 'metrics': {'frechet': 2.0, 'kid': 0.125, 'recall': 0.5}}, *ROWS[1:]]
+  text, _ = written(tmp_path / 'report', rows)
+  table = text.partition('All rows')[2].partition('</table>')[0]
+  for cell in (
+    '<th>KID</th>',
+    '<th>recall</th>',
+    '<td>2.00 ± 0.25</td>',
+    '<td>0.125</td>',
+    '<td>0.5</td>',
+  ):
+    assert table.count(cell) == 1, cell
+  assert 'frechet' not in table and 'one standard error' in text
+
+
+def test_a_figure_that_has_nothing_to_show_is_left_out(tmp_path):
   lines = [{'step': 4, 'loss': 1.0}]
-  seen = report.Watched([*lines, {'step': 8, 'diversity': 0.9}], b'a picture')
-  usual = {'frechet', 'samples'}
-  text, figures = written(tmp_path / 'base', ROWS[:3], {'base': report.Watched(lines, None)})
-  assert figures == usual and text.count('<img') == 2
-  text, figures = written(tmp_path / 'students', ROWS, {'base': report.Watched(lines, None)})
-  assert figures == {*usual, 'cost'} and text.count('<img') == 3
-  text, figures = written(tmp_path / 'watched', ROWS, {'progressive_0002': seen})
-  assert figures == {*usual, 'cost', 'health'} and text.count('<img') == 5
+  once, twice = [*lines, {'step': 8, 'diversity': 0.9}], [{'step': 4, 'diversity': 0.5}]
+  untimed = [r | {'seconds_per_image': 0.0} for r in ROWS[:3]]
+  text, found = written(tmp_path / 'base', untimed, watched(base=(lines, None)))
+  assert found == {'frechet'} and text.count('<img') == 1 and 'Health' not in text
+  text, found = written(tmp_path / 'students', ROWS, watched(base=(lines, None)))
+  assert found == {'frechet', 'seconds', 'cost'} and text.count('<img') == 3
+  # One check of a student's samples is a number, not a curve.
+  text, found = written(tmp_path / 'once', ROWS, watched(progressive_0002=(once, b'a picture')))
+  assert found == {'frechet', 'seconds', 'cost'} and text.count('<img') == 4
+  assert '<td>progressive_0002</td><td>0.9</td><td></td><td></td>' in text
   assert base64.b64encode(b'a picture').decode() in text
+  many = watched(progressive_0002=([*twice, *once[1:]], None))
+  _, found = written(tmp_path / 'once', ROWS, many)
+  assert found == {'frechet', 'seconds', 'cost', 'health_diversity'}
+  _, found = written(tmp_path / 'once', untimed, watched())  # in the same directory: old figures go
+  assert found == {'frechet'}
+
+
+def guided_rows():
+  given = {'class_accuracy': 0.75, 'num_drawn': 100, 'nfe': 8}
+  return [*ROWS, *(ROWS[0] | given | {'guidance': w, 'value': 2.0 - w / 4} for w in (1.0, 2.0))]
+
+
+def test_guidance_is_shown_by_weight_and_class(tmp_path):
+  images = np.zeros((2, 3, 8, 8, 1), np.uint8)
+  grid = looks.ByGuidance('base', (0.0, 1.0, 2.0), (0, 1), images)
+  seen = looks.Looks({}, by_guidance=(grid,), class_names=('cat', 'dog'))
+  text, found = written(tmp_path / 'report', guided_rows(), seen)
+  assert 'guidance' in found and text.count('<td class="pixels"><img') == 6
+  assert '<th></th><th>0</th><th>1</th><th>2</th>' in text
+  assert 'title="dog">dog</span></th>' in text and '<td>75.0 %</td>' in text
+  text, found = written(tmp_path / 'none', ROWS)
+  assert 'guidance' not in found and '<h2>Guidance' not in text
+
+
+BY_CLASS = {'count': [100, 50], 'accuracy': [0.5, 0.75], 'frechet': [None, 12.5]}
+
+
+def test_classes_have_a_line_each_with_errors(tmp_path):
+  rows = [ROWS[0] | {'by_class': BY_CLASS}, *ROWS[1:]]
+  seen = looks.Looks({}, class_names=('cat', 'dog'))
+  text, _ = written(tmp_path / 'report', rows, seen)
+  assert '<td>cat</td><td>50.0 ± 5.0 %</td>' in text  # sqrt(1/4 / 100)
+  assert '<td>dog</td><td>75.0 ± 6.1 %<small>12.5</small></td>' in text
+  assert 'Class by class' not in written(tmp_path / 'none', ROWS)[0]
+
+
+def test_unconditional_models_show_the_shares_of_the_classes_beside_the_data_s(tmp_path):
+  rows = [ROWS[0] | {'num_drawn': 100, 'by_class': {'share': [0.9, 0.1]}}, *ROWS[1:]]
+  text, _ = written(tmp_path / 'report', rows, looks.Looks({}), class_shares=[0.5, 0.5])
+  assert '<td>1</td><td>50.0 %</td><td>10.0 ± 3.0 %</td>' in text
+
+
+def test_of_many_classes_the_worst_are_listed():
+  accuracy = [1.0 - k / 100 for k in range(30)]
+  rows = [ROWS[0] | {'by_class': {'count': [100] * 30, 'accuracy': accuracy}}]
+  table = report.class_table(results_of(rows), [])
+  assert [line['name'] for line in table['lines']] == [str(k) for k in range(29, 19, -1)]
+  assert table['left_out'] == 20
+
+
+def test_a_class_is_shown_at_a_stage_s_largest_number_of_steps():
+  rows = [r | {'by_class': {'count': [1], 'accuracy': [r['nfe'] / 4]}} for r in (ROWS[2], ROWS[0])]
+  table = report.class_table(results_of(rows), [])
+  assert table['columns'] == ['base, 4 steps'] and table['lines'][0]['cells'][0]['accuracy'] == 1.0
+
+
+class Addresses(html.parser.HTMLParser):
+  """What a page would fetch."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.found = []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    assert tag not in ('script', 'link', 'iframe', 'object')
+    self.found += [value for name, value in attrs if name in ('src', 'srcset', 'href')]
+
+
+def test_the_page_fetches_nothing_and_has_each_figure_for_light_and_dark(tmp_path, monkeypatch, undrawn):
+  monkeypatch.setattr(figures, 'to_png', undrawn)
+  monkeypatch.setattr(figures, '_DPI', 20)
+  text, found = written(tmp_path / 'report', ROWS)
+  addresses = Addresses(text).found
+  assert all(address.startswith('data:image/png;base64,') for address in addresses)
+  assert text.count('(prefers-color-scheme: dark)" srcset') == len(found - {'samples'}) == 3
+  for name in found - {'samples'}:
+    with Image.open(tmp_path / 'report' / f'{name}.png') as image:
+      assert image.width == 96 and np.asarray(image.convert('L')).std() > 5
+  pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(a.partition(',')[2])))) for a in addresses]
+  brightness = [np.median(image[..., :3]) for image in pixels[:2]]  # of the first figure
+  assert brightness[0] < 50 and brightness[1] == 255
+  assert 'url(' not in text and '@import' not in text and 'http' not in text.lower()
+
+
+def test_samples_are_kept_for_a_comparison(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1)).astype(np.uint8)
+  text, _ = written(tmp_path / 'report', ROWS, looks.Looks({'dmd\n1 step': images}))
+  assert text.count('alt="Samples of dmd, 1 step"') == 2  # in two halves
+  with np.load(tmp_path / 'report' / 'samples.npz', allow_pickle=False) as arrays:
+    np.testing.assert_array_equal(arrays['dmd, 1 step'], images)
+
+
+def test_a_strip_has_transparent_gaps_and_every_image_at_its_place():
+  images = np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 4, 4, 1), np.uint8)
+  with Image.open(io.BytesIO(pictures.strip(images, 3, side=4))) as image:
+    sheet = np.asarray(image)
+  assert sheet.shape == (2 * 6 - 2, 3 * 6 - 2, 4)
+  for k in range(5):
+    top, left = 6 * (k // 3), 6 * (k % 3)
+    assert (sheet[top : top + 4, left : left + 4] == [k + 1, k + 1, k + 1, 255]).all()
+  assert (sheet[..., 3] == 255).sum() == 5 * 16
 
 
 def test_a_grid_puts_every_image_where_it_belongs():

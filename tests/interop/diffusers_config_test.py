@@ -111,7 +111,7 @@ def renamed(pipeline, tmp_path, *names):
 def test_weights_of_another_name_are_found_beside_a_pickle(pipeline, tmp_path):
   names = ('diffusion_pytorch_model.fp16.safetensors', 'diffusion_pytorch_model.bin')
   folder = renamed(pipeline, tmp_path, *names)
-  assert diffusers._weights_file(folder / 'unet').name == names[0]
+  assert diffusers.weights_file(folder / 'unet').name == names[0]
 
 
 def test_the_command_that_converts_a_pickle_is_one_command(pipeline, tmp_path):

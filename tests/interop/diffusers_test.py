@@ -11,14 +11,14 @@ import safetensors.numpy
 
 import diffusion_distillation
 from configs import default
-from diffusion_distillation.diffusion import samplers, times
+from diffusion_distillation.diffusion import process, samplers, times
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.interop import diffusers
 from diffusion_distillation.networks.layers import GroupNorm
 from tests import peers, tiny
 from tests.interop.google_test import refused
 
-CASES = ('unet2d_cifar_form', 'unet2d_class_scale_shift')
+CASES = ('unet2d_cifar_form', 'unet2d_class_scale_shift', 'unet2d_learned')
 
 
 @pytest.fixture(scope='module', params=CASES)
@@ -40,13 +40,15 @@ def denoise(case):
   return jax.jit(call)
 
 
-def test_the_network_predicts_the_recorded_noise(case, denoise):
+def test_the_network_predicts_what_is_recorded(case, denoise):
   described, arrays, model = case
   for kind in ('', '_flat'):
     x, steps = arrays[f'in/x{kind}_nhwc'], arrays[f'in/timesteps{kind}']
     labels = arrays.get('in/class_labels', np.zeros(0, int))[: len(x)]
     logsnr = model.schedule(jnp.asarray((steps + 1) / 1000, jnp.float32))
-    predicted = denoise(x, logsnr, labels if len(labels) else None).eps
+    x_eps = denoise(x, logsnr, labels if len(labels) else None)
+    alpha, sigma = (np.asarray(factor) for factor in process.alpha_sigma(logsnr, x_eps.x))
+    predicted = {'eps': x_eps.eps, 'v': alpha * x_eps.eps - sigma * x_eps.x}[model.denoise.output]
     peers.assert_close(described, f'net{kind}', predicted, arrays[f'out/net{kind}_nhwc'])
 
 
@@ -102,6 +104,14 @@ def test_a_network_folder_by_itself_finds_its_scheduler_beside_it(case, tmp_path
   assert (
     diffusers.read(alone, 5).schedule == Discrete() and 'scheduler_config.json is missing' in caplog.text
   )
+
+
+def test_settings_of_a_sampler_that_do_not_apply_are_told(pipeline, tmp_path, caplog):
+  told = {'clip_sample_range': 2.0, 'set_alpha_to_one': False}
+  diffusers.read(changed(pipeline, tmp_path, 'scheduler/scheduler_config.json', told), 5)
+  for key in told:
+    assert f'{key}' in caplog.text
+  assert caplog.text.count('not apply') == 2
 
 
 def test_timesteps_come_back_from_logsnr_exactly():
@@ -189,6 +199,17 @@ REFUSED = {
   ),
   'betas': ('scheduler/scheduler_config.json', {'beta_schedule': 'sigmoid'}, "beta_schedule='sigmoid'"),
   'trained': ('scheduler/scheduler_config.json', {'trained_betas': [0.1, 0.2]}, 'trained_betas'),
+  'no trained': ('scheduler/scheduler_config.json', {'trained_betas': []}, 'trained_betas'),
+  'noiseless': (
+    'scheduler/scheduler_config.json',
+    {'trained_betas': [1e-9, 0.1], 'num_train_timesteps': 2},
+    'the first beta is too small for float32',
+  ),
+  'rows': (
+    'unet/config.json',
+    {'time_embedding_type': 'learned', 'num_train_timesteps': 10},
+    'num_train_timesteps=10 is less than the 1000 timesteps',
+  ),
   'range': ('scheduler/scheduler_config.json', {'beta_end': 2.0}, 'beta_end (2.0)'),
 }
 

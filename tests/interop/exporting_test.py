@@ -19,8 +19,9 @@ from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.interop import exporting, model_card, stablehlo
-from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.networks import NETWORKS, conditioning
 from diffusion_distillation.stages import model
+from diffusion_distillation.system import interrupts
 from tests import tiny
 from tests.evaluation.sampling_test import assert_same_images
 from tests.networks.denoiser_test import Small
@@ -36,6 +37,7 @@ DISTILLED = {
 }
 IMPORTED = {'source': 'model', 'folder': '/home/somebody/models/teacher', 'provenance': DISTILLED}
 MADE = {'stage': 'base', 'method': 'denoising', 'updates': 0, 'imported': IMPORTED}
+GUIDED = dataclasses.replace(model_test.UNET, num_classes=3, guidance=(0.0, 4.0))
 ROW = {'sampler': 'ddim', 'num_steps': 3, 'grid': 'uniform', 'nfe': 3, 'weights': 'ema'}
 ROW |= {'num_samples': 500, 'metric': 'FD-digits', 'metrics': {'frechet': 1.25}}
 MODELS = {
@@ -48,6 +50,7 @@ MODELS = {
     times='karras',
     class_names=('cat', 'dog', 'hen'),
   ),
+  'guided': stored(GUIDED, num_steps=2),
 }
 
 
@@ -112,6 +115,28 @@ def test_the_script_draws_what_the_model_draws_for_any_number(exported, tmp_path
     assert_same_images(arrays['images'], loaded.sample(5, seed=4, labels=[2, -1]))
 
 
+def test_the_script_takes_the_weight_of_guidance_of_models_that_do(
+  exported, tmp_path, monkeypatch, capsys
+):
+  loaded, out, _ = exported
+  args = (out, tmp_path / 'x.npz', monkeypatch, '--num=5', '--seed=4', '--guidance=3')
+  if not conditioning.weights(loaded.stored.denoise.conditioning):
+    with pytest.raises(SystemExit):
+      run_script(*args)
+    assert 'this sampler does not take a weight of guidance' in capsys.readouterr().err
+    return
+  assert_same_images(run_script(*args)['images'], loaded.sample(5, seed=4, guidance=3.0))
+
+
+def test_other_formats_do_not_take_the_weight_of_guidance(workdir, tmp_path):
+  for format in set(exporting.FORMATS) - {'jax'}:
+    with pytest.raises(
+      UserError, match=r"takes 'guidance' as an input, which only --format=jax supports"
+    ):
+      exporting.export(workdir, 'guided', tmp_path / 'out', format)
+  assert not list(tmp_path.iterdir())
+
+
 def test_the_script_imports_jax_numpy_and_the_standard_library_alone(exported):
   _, out, _ = exported
   imported = set()
@@ -132,7 +157,10 @@ def test_weights_are_the_models_and_no_constants_of_the_program(exported):
   assert {name: value.shape for name, value in weights.items()} == {k: v.shape for k, v in flat.items()}
   assert program.platforms == ('cpu', 'cuda', 'tpu')
   assert str(z.shape[0]) == 'b' and z.shape[1:] == (8, 8, 1)
-  assert [str(value.dtype) for value in rest] == (['int32', 'uint32'] if of.class_names else [])
+  expected = ['int32', 'uint32'] if of.class_names else []
+  assert [str(value.dtype) for value in rest] == (
+    ['int32', 'float32'] if conditioning.weights(of.denoise.conditioning) else expected
+  )
 
 
 def test_the_description_says_nothing_of_the_machine(exported):
@@ -151,6 +179,8 @@ def test_the_card_says_what_it_was_made_from_and_how_it_was_measured(exported):
   assert card.startswith(
     '---\nlibrary_name: jax\npipeline_tag: unconditional-image-generation\ntags:\n- diffusion\n'
   )
+  told = 'evaluations. It takes the weight of guidance as an input: 0 to 4.\n' in card
+  assert told == bool(conditioning.weights(loaded.stored.denoise.conditioning))
   assert '](samples.png)' in card
   if loaded.stored.class_names:
     assert '- Dataset: digits\n' in card
@@ -159,11 +189,39 @@ def test_the_card_says_what_it_was_made_from_and_how_it_was_measured(exported):
       '2 multistep_consistency steps: 2 network evaluations' in card
       and 'No measurements are recorded' in card
     )
-  else:
+  elif loaded.stored.metrics:
     assert '- distillation\n- progressive\n---\n' in card
     assert '- Updates: 7\n- Teacher: teacher (weights ema, digest abcdefabcdef)\n' in card
     assert '- Imported from: model, teacher\n' in card and '- Dataset: not recorded' in card
     assert '| 3 ddim (uniform) | 3 | ema | 500 | frechet 1.25 |' in card and 'distance FD-digits' in card
+
+
+def test_the_card_says_under_which_circumstances_a_row_was_measured():
+  low = {'guidance': 1.5, 'guidance_interval': [0.3, None], 'dtype': 'bfloat16'}
+  rows = (ROW | {'guidance': 0.0, 'dtype': 'float32'}, ROW | low)
+  card = model_card.render(
+    model.describe(dataclasses.replace(MODELS['unconditional'], metrics=rows)),
+    exporting.FORMATS['jax'],
+    None,
+  )
+  assert '| 3 ddim (uniform) | 3 |' in card
+  assert '| 3 ddim (uniform), guidance W = 1.5 for 0.3 < sigma / alpha, bfloat16 | 3 |' in card
+  assert 'these files draw without guidance' in card and 'these files compute in float32' in card
+
+
+def test_a_signal_during_a_compilation_leaves_nothing_behind(workdir, tmp_path, monkeypatch):
+  def write(drawer, params, grid, folder):
+    (folder / 'half').write_text('')
+    for cleanup in interrupts._cleanups:  # as before a signal ends the process
+      cleanup()
+    found.extend(tmp_path.iterdir())
+    raise KeyboardInterrupt
+
+  found = []
+  monkeypatch.setitem(exporting.FORMATS, 'slow', exporting.FORMATS['jax']._replace(write=write))
+  with pytest.raises(KeyboardInterrupt):
+    exporting.export(workdir, 'unconditional', tmp_path / 'a' / 'b', 'slow')
+  assert not found and not interrupts._cleanups
 
 
 def test_text_from_a_model_is_neither_markdown_nor_html_nor_yaml():
@@ -232,7 +290,7 @@ def test_what_cannot_be_exported_is_one_line(workdir, tmp_path, monkeypatch):
   message = refused(workdir, f'--out={new}', '--format=tflite')
   assert "'tflite'" in message and 'jax' in message
   message = refused(workdir, f'--out={new}', '--stage=base')
-  assert 'no finished stage of that name' in message and 'conditional, unconditional' in message
+  assert 'no finished stage of that name' in message and 'conditional, guided, unconditional' in message
   assert 'no finished stage' in refused(
     workdir, f'--out={new}', f'--stage=../{workdir.name}/conditional'
   )

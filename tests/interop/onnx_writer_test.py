@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,30 @@ def test_what_onnx_does_not_have_is_named_and_nothing_is_written(
   model.write(tmp_path / 'model', dataclasses.replace(STUDENT, sampler=sampler))
   with pytest.raises(UserError, match=re.escape(message)):
     exporting.export(tmp_path / 'model', None, tmp_path / 'out', 'onnx')
+  assert [path.name for path in tmp_path.iterdir()] == ['model']
+
+
+@pytest.mark.parametrize(
+  ('error', 'told'),
+  [
+    (NotImplementedError('no rule\nfor sort'), 'cannot convert this network (no rule for sort)'),
+    (KeyError('axis'), "cannot convert this network (KeyError: 'axis')"),
+  ],
+)
+def test_an_error_of_the_converter_is_one_line_and_nothing_is_written(
+  error, told, tmp_path, monkeypatch
+):
+  def to_onnx(*args, **kwargs):
+    raise error
+
+  converter = types.ModuleType('jax2onnx')
+  converter.to_onnx = to_onnx
+  monkeypatch.setitem(sys.modules, 'jax2onnx', converter)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: True)
+  model.write(tmp_path / 'model', STUDENT)
+  with pytest.raises(UserError, match=re.escape(told)) as caught:
+    exporting.export(tmp_path / 'model', None, tmp_path / 'out', 'onnx')
+  assert '\n' not in str(caught.value)
   assert [path.name for path in tmp_path.iterdir()] == ['model']
 
 

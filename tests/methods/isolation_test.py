@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax.core import FrozenDict
 from diffusion_distillation.diffusion.process import diffuse, from_v, from_x
 from diffusion_distillation.diffusion.weightings import SnrTrunc
 from diffusion_distillation.methods import DMD
+from diffusion_distillation.networks.conditioning import Classes
 from diffusion_distillation.networks.denoiser import Bound
 from diffusion_distillation.networks.head import Head
 from diffusion_distillation.networks.spaces import Pixels
@@ -41,6 +43,8 @@ def normals(rng, shapes):
 class Pointwise:
   """A denoiser that compiles at once: two dense layers, of each pixel by itself."""
 
+  conditioning: ClassVar = {'label': Classes(3)}
+
   def init(self, rng):
     shapes = {'inner': (1, GAN.width), 'time': (GAN.width,), 'classes': (3, GAN.width)}
     shapes['outer'] = (GAN.width, 1)
@@ -57,6 +61,8 @@ class Pointwise:
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
   """Another network: of two pixels, a layer more, told neither time nor class; it predicts x, not v."""
+
+  conditioning: ClassVar = {}
 
   def init(self, rng):
     shapes = {'first': (2, 24), 'second': (24, GAN.width), 'last': (GAN.width, 1)}

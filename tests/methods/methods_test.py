@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import types
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -110,7 +111,7 @@ def case(request):
   denoise, rng = Denoiser(network, 'v'), np.random.default_rng(0)
   student = new_params(network)
   teacher = jax.tree.map(lambda p: p + jnp.float32(0.1 * rng.normal(size=p.shape)), student)
-  cond = {'label': jnp.arange(8) % 3}
+  cond = {'label': jnp.arange(8) % 3, 'guidance': jnp.linspace(0.0, 4.0, 8)}
   data = {'x': jnp.float32(rng.uniform(-1, 1, SHAPE)), 'cond': cond}
   noise, image = jnp.float32(rng.normal(size=(2, *SHAPE)))
   data['pairs'] = {'noise': noise, 'image': image, 'cond': cond}
@@ -207,11 +208,14 @@ every_variant = pytest.mark.parametrize('method', VARIANTS.values(), ids=VARIANT
 
 
 class Shifted:
-  """A denoiser of one parameter."""
+  """A denoiser of one parameter, which shifts the images that have a class."""
+
+  conditioning: ClassVar = {'label': Classes(3)}
 
   def __call__(self, params, z, logsnr, cond, rng=None):
     x, eps = GAUSSIAN(z, logsnr)
-    return Prediction(x + params, eps - params)
+    shift = params * (cond['label'] >= 0)[:, None, None, None]
+    return Prediction(x + shift, eps - shift)
 
   def bottleneck(self, params, z, logsnr, cond, place='h'):
     return jnp.repeat(z + params, GAN.width, axis=-1)
@@ -220,7 +224,7 @@ class Shifted:
 def given(method):
   """Images, labels, stored pairs, and what the method draws."""
   x, noise, image = jax.random.uniform(KEY, (3, *SHAPE), minval=-1.0)
-  cond = {'label': jnp.arange(len(x)) % 3}
+  cond = {'label': jnp.arange(len(x)) % 3, 'guidance': jnp.linspace(0.0, 4.0, len(x))}
   pairs = {'noise': noise, 'image': image, 'cond': cond}
   return {'x': x, 'cond': cond, 'pairs': pairs} | method.draw(KEY, SHAPE)
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_distillation.errors import UserError
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.networks.conditioning import Classes
+from diffusion_distillation.networks.conditioning import Classes, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,3 +159,33 @@ def test_otherwise_a_number_is_a_label(names):
   known = conditioning.labels_by_name(2, names)
   assert known == {'0': 0, '1': 1} | {name: k for k, name in enumerate(names)}
   assert conditioning.choices(2, names).startswith('classes are whole numbers, 0 to 1')
+
+
+TEXT = {'text': Text(3, 2), 'label': Classes(3)}
+
+
+def embeddings(count):
+  return np.arange(count * 6, dtype=np.float32).reshape(count, 3, 2)
+
+
+def test_texts_are_drawn_in_turn_with_what_stands_for_no_text():
+  chosen = {'text': embeddings(2), 'no_text': -np.ones((1, 3, 2), np.float32)}
+  cond = conditioning.in_turn(TEXT, np.arange(3), chosen)
+  np.testing.assert_array_equal(cond['text'], embeddings(2)[[0, 1, 0]])
+  np.testing.assert_array_equal(cond['no_text'], -np.ones((3, 3, 2)))
+  assert cond['label'].tolist() == [0, 1, 2] and conditioning.select(TEXT, cond).keys() == cond.keys()
+  assert conditioning.zeros(TEXT, 5)['text'].shape == (5, 3, 2)
+  with pytest.raises(UserError, match='give --prompts'):
+    conditioning.in_turn(TEXT, np.arange(3))
+
+
+def test_a_text_is_withheld_by_the_embeddings_of_the_empty_one():
+  cond = {'text': embeddings(2), 'no_text': -np.ones((2, 3, 2), np.float32), 'label': np.array([0, 1])}
+  found = conditioning.withheld(TEXT, cond)
+  np.testing.assert_array_equal(found['text'], cond['no_text'])
+  np.testing.assert_array_equal(found['no_text'], cond['no_text'])
+  assert found['label'].tolist() == [-1, -1] and cond.keys() == found.keys()
+  dropped = conditioning.drop(jax.random.key(0), TEXT, cond, 1.0)
+  np.testing.assert_array_equal(dropped['text'], cond['no_text'])
+  with pytest.raises(ValueError, match=r"cond\['no_text'\]"):
+    conditioning.withheld(TEXT, {'text': cond['text']})

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.methods.method import OneNetwork
+from diffusion_distillation.networks.autoencoder_kl import AutoencoderKL
 from diffusion_distillation.networks.conditioning import Classes, drop
-from diffusion_distillation.networks.spaces import Pixels
+from diffusion_distillation.networks.spaces import Latents, Pixels
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training import augment
 from tests import tiny
@@ -178,3 +179,49 @@ def test_another_seed_is_another_draw(step):
   x, _ = seen(step, random_flip=True)
   other, _ = seen(step, random_flip=True, seed=1)
   assert about((x != other).any((1, 2, 3)).sum(), 0.5)
+
+
+def latents(**changes):
+  """A space of random latents, half the sides of the image, and its autoencoder."""
+  vae = AutoencoderKL(
+    block_out_channels=(4, 4),
+    down_block_types=('DownEncoderBlock2D',) * 2,
+    up_block_types=('UpDecoderBlock2D',) * 2,
+    norm_num_groups=2,
+    **changes,
+  )
+  params = vae.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))['params']
+  return Latents(vae, 'digest', lambda: params), vae, params
+
+
+def test_latents_are_those_of_the_autoencoder_moved_and_scaled():
+  space, vae, params = latents(scaling_factor=0.5, shift_factor=0.25)
+  image = images(3, 3)
+  own = vae.apply({'params': params}, Pixels().encode(image), method='encode').mean
+  x = space.encode(image)
+  assert x.shape == (3, *space.shape((8, 8, 3))) == (3, 4, 4, 4)
+  np.testing.assert_allclose(x, (own - 0.25) * 0.5, atol=1e-6)
+  decoded = Pixels().decode(vae.apply({'params': params}, own, method='decode'))
+  off = np.abs(np.asarray(space.decode(x), int) - np.asarray(decoded, int))
+  assert off.max() <= 1 and space.decode(x).dtype == jnp.uint8
+
+
+def test_latents_have_no_bounds_and_no_steps():
+  space, _, _ = latents()
+  x = np.array([[-9.0, 9.0]])
+  np.testing.assert_array_equal(space.clip(x), x)
+  np.testing.assert_array_equal(space.dequantize(jax.random.key(0), x), x)
+
+
+def test_spaces_of_latents_are_equal_if_their_autoencoders_are():
+  space, vae, _ = latents()
+  assert space == Latents(vae, 'digest', dict) and hash(space) == hash(Latents(vae, 'digest', dict))
+  assert space not in (Latents(vae, 'other', dict), latents(scaling_factor=1.0)[0], Pixels())
+
+
+def test_images_that_an_autoencoder_does_not_take_are_refused():
+  space, _, _ = latents()
+  with pytest.raises(ValueError, match='divisible by 2; these are 7x8'):
+    space.shape((7, 8, 3))
+  with pytest.raises(ValueError, match='images of 3 channels, not 1'):
+    space.shape((8, 8, 1))

@@ -13,7 +13,7 @@ import pytest
 from configs import default
 from diffusion_distillation import cli
 from diffusion_distillation.errors import DamagedError
-from diffusion_distillation.run import inputs, loop
+from diffusion_distillation.run import evaluating, inputs, loop
 from diffusion_distillation.run import run as run_module
 from diffusion_distillation.stages import model as model_module
 from diffusion_distillation.stages import provenance, trained
@@ -97,7 +97,7 @@ def test_an_evaluation_by_itself_holds_no_weights(workdir, monkeypatch):
     return Model(stage, 'ema', 'a', stage.num_updates, 0.0, {'ema': array})
 
   monkeypatch.setattr(cli.provenance, 'load_model', load_model)
-  monkeypatch.setattr(cli.measure, 'evaluate', lambda *_, **__: note('evaluation'))
+  monkeypatch.setattr(evaluating.measure, 'evaluate', lambda *_, **__: note('evaluation'))
   monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
   options = cli.Options(mode='evaluate', config=None, default=default.get_config(), workdir=workdir)
   assert cli.run(options) == 0

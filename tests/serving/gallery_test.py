@@ -18,7 +18,9 @@ from diffusion_distillation.serving.gallery import Gallery
 from diffusion_distillation.stages import model
 from tests.evaluation.sampling_test import assert_same_images
 from tests.networks.denoiser_test import Small
-from tests.stages.model_test import stored
+from tests.stages.model_test import UNET, stored
+
+GUIDED = dataclasses.replace(UNET, num_classes=3, guidance=(0.0, 4.0))
 
 
 def conditional(method, seed=0, **fields):
@@ -62,6 +64,7 @@ def weights_read(monkeypatch):
 
 def draw(gallery, *, lines=None, **changes):
   usual = {'stage': 'halved_0002', 'steps': 2, 'sampler': 'ddim', 'label': '', 'seed': 5, 'num': 4}
+  usual |= {'weight': 0}
   report = [].append if lines is None else lines.append
   return gallery.draw(*(usual | changes).values(), report)
 
@@ -187,3 +190,32 @@ def test_a_class_of_a_model_without_classes_is_refused(workdir):
   with pytest.raises(UserError, match='class=1: the model is unconditional'):
     draw(Gallery(workdir), label='1')
   assert np.shape(draw(Gallery(workdir))[0].images) == (4, 8, 8, 1)
+
+
+def test_guidance_is_drawn_by_two_calls_or_as_an_input_of_the_student(workdir):
+  told = stored(GUIDED, seed=4, provenance={'method': 'guided'}, num_steps=2, cond_dropout=0.1)
+  model.write(workdir / 'guided' / 'model', told)
+  gallery = Gallery(workdir)
+  teacher, student = draw(gallery, stage='guided', weight='1.5', label='1')
+  assert (teacher.calls, student.calls) == (30, 2)
+  for one, of in ((teacher, STAGES['base']), (student, told)):
+    assert_same_images(one.images, LoadedModel(of).sample(4, seed=5, labels=[1], guidance=1.5))
+  compiled = len(gallery._compiled)
+  other = draw(gallery, stage='guided', weight=3, label='1')[1]
+  assert (other.images != student.images).any()
+  assert len(gallery._compiled) == compiled + 1  # of the teacher: the weight is part of its program
+  assert_same_images(
+    draw(gallery, stage='guided', weight=None)[1].images, LoadedModel(told).sample(4, seed=5)
+  )
+  for wrong, message in (('x', 'guidance=x must be'), (-1, 'guidance=-1 must be')):
+    with pytest.raises(UserError, match=message):
+      draw(gallery, weight=wrong)
+  with pytest.raises(UserError, match=r'^guidance=1: images without a class'):
+    draw(gallery, weight=1, label='none')
+  never = conditional('halved', 3, num_steps=2, cond_dropout=0.0)
+  model.write(workdir / 'halved_0002' / 'model', never, anew=True)
+  assert [galleries.can_be_guided(of) for of in (told, STAGES['base'], never, stored(Small(1)))] == [
+    *(True, True, False, False)
+  ]
+  with pytest.raises(UserError, match=r'^guidance=1: .*without label dropout'):
+    draw(gallery, weight=1)

@@ -173,6 +173,7 @@ def test_every_key_of_the_default_config_is_read(monkeypatch):
   """Planning reads the keys of images, model and training; the loops name theirs in full."""
   config = digits.get_config()
   config.methods = tuple(name for name in METHODS if name != 'denoising')
+  config.model.conditional, config.dataset.label_dropout = True, 0.1  # for 'guided'
   config.dmd2.regression, config.time.law = 0.25, 'lognormal'  # which have keys of their own
   config.dmd.gan_generator = config.dmd.gan_fake = 0.1  # and so has a GAN
   sections = {id(config): '', **{id(v): f'{k}.' for k, v in config.items() if hasattr(v, 'items')}}

@@ -6,6 +6,7 @@ import json
 import jax
 import pytest
 
+from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages.provenance import Model, Parents
@@ -32,6 +33,19 @@ def test_a_stage_that_came_from_something_else_is_refused(tmp_path, what):
   key = 'parent' if what == 'teacher' else what
   with pytest.raises(UserError, match=rf'stage\.json: {key} is '):
     provenance.begin_stage(tmp_path, STUDENT, dataclasses.replace(parents, **{what: other}), CONFIG)
+
+
+def test_a_stage_of_before_goes_on_where_a_field_that_it_lacks_has_its_default(tmp_path):
+  stage = dataclasses.replace(BASE, schedule=Discrete(num_timesteps=2))
+  path = tmp_path / 'base' / 'stage.json'
+  provenance.begin_stage(tmp_path, stage, Parents(), CONFIG)
+  found = json.loads(path.read_text())
+  assert found['schedule'].pop('trained_betas') == []
+  path.write_text(json.dumps(found))
+  provenance.begin_stage(tmp_path, stage, Parents(), CONFIG)
+  other = Discrete(num_timesteps=2, trained_betas=(0.1, 0.2))
+  with pytest.raises(UserError, match=r'stage\.json: schedule is '):
+    provenance.begin_stage(tmp_path, dataclasses.replace(stage, schedule=other), Parents(), CONFIG)
 
 
 def test_an_import_that_fails_leaves_no_stage(tmp_path, monkeypatch):

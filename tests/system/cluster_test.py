@@ -1,5 +1,6 @@
 """Finding the other processes, and compiled programs; what needs several is in processes_test.py."""
 
+import dataclasses
 import os
 import threading
 import warnings
@@ -156,6 +157,19 @@ def test_modes_of_one_process_refuse_several(mode, tmp_path, capsys):
   assert cli.run(options) == 2
   assert f'--mode={mode} runs in one process; remove --coordinator' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+def test_an_export_by_several_processes_of_the_environment_is_refused(tmp_path, monkeypatch, capsys):
+  from diffusion_distillation import cli
+
+  monkeypatch.setenv('SLURM_NTASKS', '4')
+  monkeypatch.setenv('SLURM_PROCID', '0')
+  options = cli.Options(mode='export', config=None, default=tiny.config(), workdir=tmp_path)
+  assert cli.run(options) == 2
+  err = capsys.readouterr().err
+  assert '--mode=export runs in one process, but SLURM_NTASKS=4; start a single process' in err
+  assert cli.run(dataclasses.replace(options, num_processes=1)) == 2
+  assert 'needs --out' in capsys.readouterr().err
 
 
 def test_modes_of_one_process_take_the_flag_that_says_so(tmp_path, capsys):

@@ -1,0 +1,197 @@
+"""Measures images, or a model, that come from elsewhere against a dataset, with the metrics of a run.
+
+The results stand in a file of their own; `results.json` of a workdir is neither read nor written.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from diffusion_distillation import datasets, paths
+from diffusion_distillation.config import Config
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation import given, measure, reference
+from diffusion_distillation.evaluation.extracted import Extractor
+from diffusion_distillation.evaluation.given_images import GivenImages
+from diffusion_distillation.evaluation.loading import LoadedModel
+from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
+from diffusion_distillation.evaluation.reference import Real
+from diffusion_distillation.evaluation.results import measured
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.stages import workdir as workdirs
+from diffusion_distillation.stages.parts import make_sampler
+from diffusion_distillation.system import sharding
+from diffusion_distillation.system.files import write_json
+from diffusion_distillation.system.progress import Progress
+
+
+def check_out(given: str | os.PathLike[str] | None) -> pathlib.Path | None:
+  """Checks `--out` before anything is computed; raises UserError unless it is a file that ends in .json."""
+  if given is None:
+    return None
+  path = paths.on_disk('--out', given)
+  if path.suffix.lower() != '.json' or path.is_dir():
+    raise UserError(f'--out={os.fspath(given)}: name a file that ends in .json')
+  if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    raise UserError(
+      f'--out={os.fspath(given)}: {path.parent} is not a writable directory; make it first'
+    )
+  return path
+
+
+def measure_images(
+  config: Config, images: GivenImages, workdir: pathlib.Path | None, out: pathlib.Path | None
+) -> tuple[dict[str, Any], pathlib.Path]:
+  """Measures given images and writes the results to a JSON file.
+
+  Args:
+    config: the config, which names the dataset and the reference.
+    images: the images.
+    workdir: the run whose extractor and cached features are used; None: these are computed and not kept.
+    out: the file; None: `images_<digest of the images>.json` in the workdir.
+
+  Returns:
+    The results, as `results.json` has them without rows, with the measurements at the top level; and the file.
+
+  Raises:
+    UserError: the images do not fit the extractor, or there is neither workdir nor out.
+  """
+  if out is None and workdir is None:
+    raise UserError(
+      '--images needs --workdir, whose classifier and images it uses, or --config and --out=FILE.json'
+    )
+  with _place(config, workdir) as (train, directory):
+    own_shape = None if config.evaluation.inception else train.images.image_shape
+    given.check(images, own_shape, f'FD-{train.images.name}')
+    extractor, real, header = measure.real_images(config, train, directory, None, len(images))
+    found, digest = given.features_of(extractor, images, train.images.image_shape)
+  described = {'images': images.source.partition('=')[2], 'digest': digest, 'num_images': len(images)}
+  if out is None:
+    assert workdir is not None  # one of them is given
+    out = workdir / f'images_{digest[:12]}.json'
+  return _write(header, described, found, real, out), out
+
+
+def measure_model(
+  config: Config, model: LoadedModel, folder: pathlib.Path, out: pathlib.Path | None
+) -> tuple[dict[str, Any], pathlib.Path]:
+  """Measures the model in a folder with its own sampler and steps, and writes the results to a JSON file.
+
+  Labels are drawn as `evaluation.labels` says, in the proportions that are stored with the model.
+
+  Args:
+    config: the config, whose dataset the samples are compared with.
+    model: the model.
+    folder: where the model was read, for the results.
+    out: the file.
+
+  Raises:
+    UserError: the model's images have another shape than the dataset's, or there is no out.
+  """
+  if out is None:
+    raise UserError(
+      f'--workdir={folder} is the folder of a model, which stays as it is; name --out=FILE.json'
+    )
+  stored, section = model.stored, config.evaluation
+  with _place(config, None) as (train, directory):
+    if stored.image_shape != train.images.image_shape:
+      raise UserError(
+        f'--workdir={folder} draws images of shape {stored.image_shape}, but dataset {config.dataset.name!r} has '
+        f'{train.images.image_shape}; name the config of its dataset'
+      )
+    classes = conditioning.classes(stored.denoise.conditioning)
+    labels = section.labels if classes else None
+    if labels == 'data' and not sum(stored.label_counts):
+      labels = 'balanced'
+    extractor, real, header = measure.real_images(config, train, directory, labels)
+    found = _draw(config, model, extractor, stored.label_counts if labels == 'data' else ())
+  sampler = make_sampler(stored.sampler, section.gamma)
+  described = {
+    'model': str(folder),
+    'digest': stored.digest,
+    'sampler': stored.sampler,
+    'num_steps': stored.num_steps,
+    'grid': stored.times,
+    'nfe': sampler.calls(stored.num_steps),
+    'clip_x': stored.clip_x,
+    'num_samples': section.num_samples,
+    'seed': section.seed,
+  }
+  return _write(header, described, found, real, out), out
+
+
+@contextlib.contextmanager
+def _place(config: Config, workdir: pathlib.Path | None) -> Any:
+  """Yields the training images, and the directory for extractor and features: a locked workdir, or a temporary one."""
+  reference.check(config)
+  if config.dataset.name == datasets.NONE:
+    raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')
+  if workdir is not None:
+    _, train = workdirs.plan_for(workdir, config)
+    assert train is not None  # as there is a dataset
+    with workdirs.lock_workdir(workdir):
+      yield train, workdir
+    return
+  if sharding.part()[1] > 1:
+    raise UserError(
+      '--mode=evaluate with several processes needs --workdir, a directory that they share'
+    )
+  with tempfile.TemporaryDirectory() as directory:
+    yield workdirs.open_images(config, 'train'), pathlib.Path(directory)
+
+
+def _draw(
+  config: Config, model: LoadedModel, extractor: Extractor, label_counts: tuple[int, ...]
+) -> Features:
+  """Returns the features of samples of a model."""
+  stored, section = model.stored, config.evaluation
+  draw = dataclasses.replace(
+    model.drawer(make_sampler(stored.sampler, section.gamma), stored.clip_x, section.batch_size),
+    label_counts=label_counts,
+  )
+  grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
+  running, size = RunningFeatures(section.num_samples), sharding.round_up(section.batch_size)
+  with Progress('evaluation', -(-section.num_samples // size), images_per_step=size) as progress:
+    for images, count in draw.batches(stored.params, grid, section.num_samples, section.seed):
+      running.take(extractor.of(images), slice(count))
+      progress.advance()
+  return running.result()
+
+
+def _write(
+  header: dict[str, Any], described: dict[str, Any], found: Features, real: Real, out: pathlib.Path
+) -> dict[str, Any]:
+  """Returns and writes the results: what was measured and with which result, and what it was compared with."""
+  rest = {key: value for key, value in header.items() if key != 'rows'}
+  results = described | {'metric': rest.pop('metric')} | measured(found, real.reference)
+  names = rest.pop('metrics')
+  results |= {'better': {name: names[name]['better'] for name in results['metrics'] if name in names}}
+  write_json(out, results | rest)
+  return results | rest
+
+
+def table(results: dict[str, Any]) -> str:
+  """Returns the measurements beside those of the floor and of the held-out images, as lines of text."""
+  held_out, floor = results['held_out'], results['floor']
+  lines = [('metric', 'value', 'error', 'floor', f'{held_out["num_samples"]} held out', 'better')]
+  for name, value in results['metrics'].items():
+    error = results['errors'].get(name)
+    beside = (found['metrics'].get(name) for found in (floor, held_out))
+    lines.append(
+      (
+        results['metric'] if name == 'frechet' else name,
+        f'{value:.4f}',
+        '' if error is None else f'{error:.4f}',
+        *('' if number is None else f'{number:.4f}' for number in beside),
+        results['better'].get(name, ''),
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return '\n'.join(
+    '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+    for line in lines
+  )

@@ -1,0 +1,171 @@
+"""What the report shows beside the rows: samples, the training images nearest to them, and what was seen during training."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.diffusion.guidance import Guidance
+from diffusion_distillation.evaluation import neighbours
+from diffusion_distillation.evaluation.extracted import Extractor
+from diffusion_distillation.evaluation.neighbours import Neighbours
+from diffusion_distillation.evaluation.sampling import Chosen
+from diffusion_distillation.networks import conditioning
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.system import logs
+
+SHOWN = 16  # number of images per stage in the report
+_CLASSES = 10  # number of classes in a grid of classes by guidance
+
+
+class Measured(Protocol):
+  """What was measured for a row: a model, its sampler, its number of steps and its guidance."""
+
+  @property
+  def model(self) -> Model: ...
+  @property
+  def sampler(self) -> str: ...
+  @property
+  def num_steps(self) -> int: ...
+  @property
+  def guidance(self) -> Guidance: ...
+
+
+# Draws the first n images of a row, uint8, for the chosen conditions or as they were measured.
+Draw = Callable[[Any, int, Chosen], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+  """What was recorded during a stage's training: the lines of its metrics.jsonl, and a picture as PNG or None."""
+
+  lines: list[dict[str, float]]
+  picture: bytes | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ByGuidance:
+  """Images of one model by class and guidance, those of a class from the same noise.
+
+  Attributes:
+    stage: the model.
+    weights: the weights of guidance, ascending.
+    labels: the classes.
+    images: (classes, weights, H, W, C) uint8.
+  """
+
+  stage: str
+  weights: tuple[float, ...]
+  labels: tuple[int, ...]
+  images: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Looks:
+  """What the report shows beside the rows.
+
+  Attributes:
+    samples: images (SHOWN, H, W, C) uint8 of each stage by caption, all from the same noise.
+    watched: what was recorded during the training of each stage.
+    neighbours: samples with the nearest training images, or None.
+    neighbours_of: the stage of these samples.
+    by_guidance: images of each model that was measured with several weights of guidance.
+    class_names: the names of the classes by label; empty if the images have none.
+  """
+
+  samples: dict[str, np.ndarray]
+  watched: dict[str, Watched] = dataclasses.field(default_factory=dict)
+  neighbours: Neighbours | None = None
+  neighbours_of: str = ''
+  by_guidance: tuple[ByGuidance, ...] = ()
+  class_names: tuple[str, ...] = ()
+
+
+def watched(measured: Sequence[Measured], workdir: pathlib.Path) -> dict[str, Watched]:
+  """Returns what was recorded about each measured stage during its training."""
+  found = {}
+  for name in dict.fromkeys(m.model.stage.name for m in measured):
+    directory = workdir / name
+    picture = directory / 'denoisings.png'
+    lines = logs.read(directory / 'metrics.jsonl')
+    found[name] = Watched(lines, picture.read_bytes() if picture.is_file() else None)
+  return found
+
+
+def own_rows(measured: Sequence[Measured]) -> dict[str, list[Any]]:
+  """Returns, for each stage, what was measured at its own number of steps: one entry per guidance.
+
+  The base may have been measured with several samplers; its own one is preferred, then the first.
+  """
+  at_own: dict[str, list[Any]] = {}
+  for m in measured:
+    if m.num_steps == m.model.stage.num_steps and m.model.weights == 'ema':
+      at_own.setdefault(m.model.stage.name, []).append(m)
+  found = {}
+  for name, own in at_own.items():
+    stage = own[0].model.stage
+    sampler = stage.sampler if any(m.sampler == stage.sampler for m in own) else own[0].sampler
+    found[name] = [m for m in own if m.sampler == sampler]
+  return found
+
+
+def samples(measured: Sequence[Measured], draw: Draw) -> dict[str, np.ndarray]:
+  """Returns the first images of each stage by caption, with the first of its guidance weights."""
+  shown = {}
+  for name, own in own_rows(measured).items():
+    steps = own[0].num_steps
+    shown[f'{name}\n{steps} step{"s" * (steps > 1)}'] = draw(own[0], SHOWN, None)
+  return shown
+
+
+def by_guidance(measured: Sequence[Measured], draw: Draw) -> tuple[ByGuidance, ...]:
+  """Returns images by class and guidance of each conditional model that was measured with several weights."""
+  found = []
+  for name, own in own_rows(measured).items():
+    classes = conditioning.classes(own[0].model.stage.denoise.conditioning)
+    by_weight = {m.guidance.weight: m for m in reversed(own)}
+    if classes is not None and len(by_weight) > 1:
+      labels, weights = tuple(range(min(classes.count, _CLASSES))), tuple(sorted(by_weight))
+      images = [draw(by_weight[w], len(labels), {'label': labels}) for w in weights]
+      found.append(ByGuidance(name, weights, labels, np.stack(images, axis=1)))
+  return tuple(found)
+
+
+def gather(
+  measured: Sequence[Measured],
+  draw: Draw,
+  extractor: Extractor,
+  train: Loader,
+  held_out: Loader,
+  section: Any,
+  workdir: pathlib.Path,
+) -> Looks:
+  """Draws and reads what the report shows beside the rows.
+
+  Args:
+    measured: what the rows measured, in their order.
+    draw: draws images of one of them.
+    extractor: the map to features.
+    train: the training images; closed afterwards.
+    held_out: the held-out images; closed afterwards.
+    section: the section `evaluation` of the config.
+    workdir: the directory of the run.
+  """
+  own, near = own_rows(measured), None
+  of = section.neighbours_of or next(reversed(own), '')
+  with contextlib.closing(train), contextlib.closing(held_out):
+    if section.neighbours and of in own:
+      drawn = draw(own[of][0], neighbours.COMPARED, None)
+      near = neighbours.find(drawn, extractor, train, held_out, section.neighbours)
+  return Looks(
+    samples=samples(measured, draw),
+    watched=watched(measured, workdir),
+    neighbours=near,
+    neighbours_of=of,
+    by_guidance=by_guidance(measured, draw),
+    class_names=tuple(train.images.classes),
+  )

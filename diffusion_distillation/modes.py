@@ -1,0 +1,289 @@
+"""One function per mode of the command line."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from diffusion_distillation import datasets
+from diffusion_distillation.config import (
+  Config,
+  check_keys,
+  check_numbers,
+  choose,
+  expand_paths,
+  to_markdown,
+)
+from diffusion_distillation.datasets import preparing
+from diffusion_distillation.diffusion import samplers
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation import (
+  comparing,
+  elsewhere,
+  feature_files,
+  given_images,
+  pictures,
+  sample_flags,
+)
+from diffusion_distillation.evaluation.loading import (
+  LoadedModel,
+  batch_size,
+  chosen_classes,
+  load,
+  with_texts,
+)
+from diffusion_distillation.interop import exporting, importing
+from diffusion_distillation.options import Options
+from diffusion_distillation.run import evaluating, replay, tracking
+from diffusion_distillation.run import run as run_module
+from diffusion_distillation.serving import page
+from diffusion_distillation.stages import comparison, provenance, workdir
+from diffusion_distillation.stages.model import StoredModel
+from diffusion_distillation.stages.parts import make_sampler
+from diffusion_distillation.system import (
+  compilation,
+  files,
+  sharding,
+)
+
+
+def _config(options: Options) -> Config:
+  if options.config is None:
+    raise UserError(f'--mode={options.mode} needs --config, such as --config=digits')
+  config = options.config
+  check_keys(config, options.default)
+  expand_paths(config)
+  compilation.use(config.compute.cache, config.compute.fast_cpu)
+  return config
+
+
+def _stored_config(options: Options, directory: pathlib.Path) -> Config:
+  """Returns the config that the workdir was made with."""
+  config = workdir.read_config(directory, options.default)
+  expand_paths(config)
+  compilation.use(config.compute.cache, config.compute.fast_cpu)
+  return config
+
+
+def _workdir(options: Options) -> pathlib.Path:
+  if options.workdir is None:
+    raise UserError(f'--mode={options.mode} needs --workdir, the directory of the run')
+  return pathlib.Path(options.workdir)
+
+
+def _prepare(options: Options) -> None:
+  config = _config(options)
+  check_numbers(config)
+  dataset = config.dataset
+  broken = preparing.prepare(datasets.Settings.of(dataset), dataset.workers)
+  skipped = ', '.join(f'{count} of {role}' for role, count in broken.items())
+  print(f'{dataset.prepared}: prepared; images skipped: {skipped}')
+
+
+def _train(options: Options) -> None:
+  config, directory = _config(options), _workdir(options)
+  with sharding.laid_out(**config.mesh):
+    run_module.run(config, directory)
+
+
+def _plan(options: Options) -> None:
+  config, directory = _config(options), _workdir(options)
+  with sharding.laid_out(**config.mesh):
+    run_module.show_plan(config, directory)
+
+
+def _import(options: Options) -> None:
+  directory = _workdir(options)
+  if options.source is None:
+    raise UserError(f'--mode=import needs --source, one of {", ".join(importing.READERS)}')
+  source = choose('--source', options.source, importing.READERS)
+  if options.checkpoint is None:
+    raise UserError('--mode=import needs --checkpoint, the file or directory to read')
+  model = source(_config(options), options.default, pathlib.Path(options.checkpoint), directory)
+  print(
+    f'{directory / model.stage.name}: imported, for {model.stage.num_steps} steps, '
+    f'digest {model.digest[:12]}'
+  )
+
+
+def _export(options: Options) -> None:
+  if flag := options.given(_OF_SAMPLING):
+    raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported with its own settings')
+  compilation.use()
+  print(exporting.export(_workdir(options), options.stage, options.out, options.format))
+
+
+def _sample(options: Options) -> None:
+  count = options.num_samples or len(options.prompts) or 64
+  out, directory = pictures.check_out(options.out, count), _workdir(options)
+  if options.sampler is not None:
+    choose('--sampler', options.sampler, samplers.SAMPLERS)
+  if options.gamma is not None and options.sampler != 'ancestral':
+    raise UserError('--gamma only applies to --sampler=ancestral')
+  stored, settings = _stored_model(options, directory)
+  sampler = options.sampler or stored.sampler
+  clip_x = stored.clip_x if options.clip_x is None else options.clip_x
+  gamma = settings.gamma if options.gamma is None else options.gamma
+  step = make_sampler(sampler, gamma)
+  grid = sample_flags.grid(stored, options.times, options.steps, options.grid)
+  chosen = chosen_classes(stored, options.classes)
+  guidance = sample_flags.guidance(stored, options.guidance, options.guidance_interval, chosen)
+  chosen = with_texts(stored, chosen, options.prompts, bool(guidance))
+  size = batch_size(stored, settings.batch_size, count)
+  draw = LoadedModel(stored).drawer(step, clip_x, size, guidance)
+  images = draw.draw(stored.params, grid, count, options.seed, chosen, 'sample')
+  if not files.writes():
+    return
+  cond = draw.cond(np.arange(count), options.seed, chosen)
+  pictures.save(out, images, None if cond is None else cond.get('label'))
+  steps, calls, made = len(grid) - 1, draw.calls(grid), stored.provenance
+  updates = 'an unknown number of' if made.get('updates') is None else made['updates']
+  print(
+    f'{out.path}: {count} images of {made.get("stage", directory.name)} in {steps} {sampler} '
+    f'step{"s" * (steps > 1)}, {calls} network call{"s" * (calls > 1)} each ({updates} updates)'
+  )
+
+
+def _stored_model(options: Options, directory: pathlib.Path) -> tuple[StoredModel, Config]:
+  """Returns the model to sample from, and the section `evaluation` of the config to sample it with."""
+  if (directory / 'config.json').is_file():
+    config = _stored_config(options, directory)
+    return _model_of_workdir(options, directory, config), config.evaluation
+  if options.stage is not None or options.weights != 'ema':
+    raise UserError('--stage and --weights need the --workdir of a run, not the folder of a model')
+  compilation.use()
+  return load(directory).stored, options.default.evaluation
+
+
+def _model_of_workdir(options: Options, directory: pathlib.Path, config: Config) -> StoredModel:
+  """Returns the requested stage, or by default the last one with a checkpoint, with the requested weights."""
+  planned = {stage.name: stage for stage in workdir.stored_plan(directory, config)}
+  if options.stage is not None and options.stage not in planned:
+    raise UserError(f'--stage={options.stage} is not one of {", ".join(planned)}')
+  names = [options.stage] if options.stage else [*reversed(planned)]
+  if options.weights == tracking.BEST:
+    return tracking.read_best(directory, names)
+  for name in names:
+    model = provenance.load_model(directory, planned[name], config, (options.weights,))
+    if model is not None:
+      return provenance.to_stored(directory, model.use(options.weights), config)
+  raise UserError(f'--workdir={directory}: no complete checkpoint of {options.stage or "any stage"} yet')
+
+
+def _replay(options: Options) -> None:
+  directory = _workdir(options)
+  if options.stage is None or options.step is None:
+    raise UserError(
+      '--mode=replay needs --stage and --step, which the message about a skipped update contains'
+    )
+  config = _stored_config(options, directory)
+  with sharding.laid_out(**config.mesh):
+    found = replay.replay(config, directory, options.stage, options.step)
+  print(f'{replay.told(found)}; details are in {directory / options.stage / "nonfinite.json"}')
+
+
+def _evaluate(options: Options) -> None:
+  out = elsewhere.check_out(options.out)
+  if options.images is not None:
+    given = given_images.open_images(options.images)
+    own = options.workdir is None and options.config is not None
+    config = _checked_config(options) if own else _config_of_run(options, _workdir(options))
+    directory = None if options.workdir is None else pathlib.Path(options.workdir)
+    return _show_measured(*elsewhere.measure_images(config, given, directory, out))
+  directory = _workdir(options)
+  if options.config is not None and (directory / 'model.json').is_file():
+    return _show_measured(
+      *elsewhere.measure_model(_checked_config(options), load(directory), directory, out)
+    )
+  if out is not None:
+    raise UserError(
+      f'--out={out} only applies to --images and to the folder of a model; a run writes results.json'
+    )
+  path = evaluating.evaluate(_config_of_run(options, directory), directory)
+  if files.writes():
+    print(path)
+
+
+def _checked_config(options: Options) -> Config:
+  config = _config(options)
+  check_numbers(config)
+  return config
+
+
+def _config_of_run(options: Options, directory: pathlib.Path) -> Config:
+  """Returns the config to evaluate a run with: its own, or the given one if only such keys differ as may change."""
+  stored = _stored_config(options, directory)
+  if options.config is None:
+    return stored
+  config = _checked_config(options)
+  comparison.check_config(directory / 'config.json', json.loads(stored.to_json()), config)
+  return config
+
+
+def _show_measured(results: dict[str, Any], path: pathlib.Path) -> None:
+  if files.writes():
+    print(f'{elsewhere.table(results)}\n{path}')
+
+
+def _compare(options: Options) -> None:
+  if options.workdir is not None:
+    raise UserError(
+      '--mode=compare takes --workdirs=A,B, the directories of the runs, instead of --workdir'
+    )
+  print(comparing.compare(options.workdirs, options.default, options.out))
+
+
+def _features(options: Options) -> None:
+  compilation.use()
+  print(feature_files.write(options.images, options.inception, options.out))
+
+
+def _serve(options: Options) -> None:
+  directory = _workdir(options)
+  if flag := options.given(('stage', *_OF_SAMPLING)):
+    raise UserError(f'--{flag} does not apply to --mode=serve: set it on the page instead')
+  if (directory / 'config.json').is_file():
+    _stored_config(options, directory)
+  else:
+    compilation.use()
+  page.serve(directory, options.port)
+
+
+def _keys(options: Options) -> None:
+  """Prints docs/configuration.md."""
+  del options
+  print(_ABOUT_KEYS + to_markdown())
+
+
+_ABOUT_KEYS = """# Configuration
+
+Every key of a config, with its default in [configs/default.py](../configs/default.py). A config such as
+[configs/digits.py](../configs/digits.py) changes some of the defaults, and the command line overrides both:
+`--config.train.batch_size=64`. Tuples are written as in Python: `--config.distill.num_updates='(50_000,100_000)'`.
+
+This page is the output of `python main.py --mode=keys`.
+
+"""
+
+
+_GUIDANCE = ('guidance', 'guidance_interval')
+_OF_SAMPLING = (
+  *('weights', 'sampler', 'steps', 'grid', 'times', 'classes', 'prompts'),
+  *(*_GUIDANCE, 'clip_x', 'gamma'),
+)
+MODES: dict[str, Callable[[Options], None]] = {
+  'train': _train,
+  'prepare': _prepare,
+  'plan': _plan,
+  'import': _import,
+  'sample': _sample,
+  'export': _export,
+  'evaluate': _evaluate,
+  'features': _features,
+  'replay': _replay,
+  'compare': _compare,
+  'serve': _serve,
+  'keys': _keys,
+}

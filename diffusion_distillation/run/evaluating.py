@@ -1,0 +1,39 @@
+"""Evaluation of the stages of a workdir by itself, without training."""
+
+import pathlib
+
+from diffusion_distillation.config import Config
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation import measure, reference
+from diffusion_distillation.stages import provenance, workdir
+from diffusion_distillation.stages.provenance import Model
+from diffusion_distillation.stages.stage import Stage
+
+
+def evaluate(config: Config, directory: pathlib.Path) -> pathlib.Path:
+  """Measures every stage with a complete checkpoint again, and returns the path of the results.
+
+  Args:
+    config: the config of the run.
+    directory: the workdir.
+
+  Raises:
+    UserError: there are no images to compare with, or the base has no complete checkpoint.
+  """
+  planned, images = workdir.plan_for(directory, config)
+  if images is None:
+    raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')
+  reference.check(config)
+  with workdir.lock_workdir(directory):
+    found = [_released(directory, stage, config) for stage in planned]
+    models = [model for model in found if model is not None]
+    if found[0] is None:
+      raise UserError(f'--workdir={directory}: no complete checkpoint of {planned[0].name} yet')
+    measure.evaluate(config, models, images, directory, again=True)
+  return directory / 'results.json'
+
+
+def _released(directory: pathlib.Path, stage: Stage, config: Config) -> Model | None:
+  """Returns a stage's verified model, whose weights are loaded again when needed; None without a complete checkpoint."""
+  model = provenance.load_model(directory, stage, config, stage.weights[:-1])
+  return None if model is None else provenance.release(directory, model, ())
