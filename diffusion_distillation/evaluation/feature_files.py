@@ -5,15 +5,13 @@ import os
 import pathlib
 import tempfile
 import zipfile
-from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import inception, pictures
 from diffusion_distillation.evaluation.given_images import GivenImages, open_images
-from diffusion_distillation.networks.inception import SIDE, Outputs, preprocess
+from diffusion_distillation.networks.inception import Outputs
 from diffusion_distillation.system import announcing, interrupts, sharding
 from diffusion_distillation.system.progress import Progress
 
@@ -76,7 +74,7 @@ def _compute(
       files[name][places] = rows
 
   with Progress('features', count) as progress:
-    for places, inputs in _inputs(images, size):
+    for places, inputs in inception.preprocessed(images.batches(size), size):
       interrupts.check()
       with contextlib.nullcontext() if waiting else announcing.compiling('the network'):
         found = extractor.of_preprocessed(inputs)
@@ -90,27 +88,3 @@ def _compute(
   for file in files.values():
     file.flush()
   return names
-
-
-def _inputs(images: GivenImages, size: int) -> Iterator[tuple[np.ndarray, jax.Array]]:
-  """Yields places and preprocessed images (size, SIDE, SIDE, 3) on the devices; the last ones are padding.
-
-  Complete batches are resized on the devices, by a small program for each size of images. The rest is resized by NumPy and put
-  together, so that a folder of many sizes needs few programs and no half-empty batches.
-  """
-  places, rest = np.empty(0, np.int64), np.empty((0, SIDE, SIDE, 3), np.float32)
-  for batch in images.batches(size):
-    if len(batch.places) == size:
-      yield batch.places, _preprocess(sharding.spread(batch.images))
-      continue
-    places = np.concatenate([places, batch.places])
-    rest = np.concatenate([rest, preprocess(batch.images)])
-    if len(rest) >= size:
-      yield places[:size], sharding.spread(rest[:size])
-      places, rest = places[size:], rest[size:]
-  if len(rest):
-    padding = np.zeros((size - len(rest), SIDE, SIDE, 3), np.float32)
-    yield places, sharding.spread(np.concatenate([rest, padding]))
-
-
-_preprocess = jax.jit(preprocess)

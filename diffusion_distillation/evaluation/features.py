@@ -79,7 +79,7 @@ class FeatureExtractor:
 
 def features_of(extractor: Extractor, images: np.ndarray) -> np.ndarray:
   """Maps (n, H, W, C) uint8 images, the same in every process, to (n, D) float32 features, in batches of one shape."""
-  parts, size = [], batch_size()
+  parts, size = [], batch_size(extractor, len(images))
   for start in range(0, len(images), size):
     part = images[start : start + size]
     padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
@@ -89,7 +89,8 @@ def features_of(extractor: Extractor, images: np.ndarray) -> np.ndarray:
 
 def summary(extractor: Extractor, images: Loader, indices: np.ndarray | None = None) -> Features:
   """Computes the features of all images, or of those at `indices`; unreadable images are left out."""
-  size, number = batch_size(), len(images) if indices is None else len(indices)
+  number = len(images) if indices is None else len(indices)
+  size = batch_size(extractor, number)
   running, count = RunningFeatures(number), math.ceil(number / size)
   batches, name = images.in_order(size, indices), f'features of {images.images.name}'
   with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
@@ -102,9 +103,14 @@ def summary(extractor: Extractor, images: Loader, indices: np.ndarray | None = N
   return running.result()
 
 
-def batch_size() -> int:
-  """Returns the batch size, a multiple of the number of devices."""
-  return sharding.round_up(_SHOWN)
+def batch_size(extractor: Extractor | None = None, number: int = 0) -> int:
+  """Returns the batch size for `number` images, a multiple of the number of devices.
+
+  A large network, which says how many images it computes `at_once`, has smaller batches for fewer images, so that little is
+  computed for padding; a small one has a single program.
+  """
+  at_once = getattr(extractor, 'at_once', None)
+  return sharding.round_up(_SHOWN if at_once is None else min(at_once, number))
 
 
 @jax.jit

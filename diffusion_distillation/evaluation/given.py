@@ -2,13 +2,15 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.evaluation.features import FeatureExtractor, batch_size
-from diffusion_distillation.evaluation.given_images import GivenImages
+from diffusion_distillation.evaluation.given_images import Batch, GivenImages
+from diffusion_distillation.evaluation.inception import InceptionExtractor
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.progress import Progress
@@ -27,20 +29,30 @@ def features_of(
   Raises:
     UserError: an image has another shape, or cannot be read.
   """
-  size, running = batch_size(), RunningFeatures(len(images))
+  size, running = batch_size(extractor, len(images)), RunningFeatures(len(images))
   digests = [b''] * len(images)
   steps = math.ceil(len(images) / size)
-  with Progress('features of the images', steps, images_per_step=size) as progress:
+
+  def batches() -> Iterator[Batch]:
     for batch in images.batches(size):
       interrupts.check()
       for place, image in zip(batch.places, batch.images, strict=True):
         digests[place] = hashlib.sha256(f'{image.shape}'.encode() + image.tobytes()).digest()
-      pixels = batch.images
-      if isinstance(extractor, FeatureExtractor):
-        pixels = _as_in_dataset(pixels, image_shape, images.source, extractor.metric)
-      padded = np.pad(pixels, [(0, size - len(pixels)), (0, 0), (0, 0), (0, 0)])
-      running.take(extractor.of(sharding.spread(padded)), slice(len(pixels)))
-      progress.advance()
+      yield batch
+
+  with Progress('features of the images', steps, images_per_step=size) as progress:
+    if isinstance(extractor, InceptionExtractor):
+      for count, found in extractor.of_given(batches(), size):
+        running.take(found, slice(count))
+        progress.advance()
+    else:
+      for batch in batches():
+        pixels = batch.images
+        if isinstance(extractor, FeatureExtractor):
+          pixels = _as_in_dataset(pixels, image_shape, images.source, extractor.metric)
+        padded = np.pad(pixels, [(0, size - len(pixels)), (0, 0), (0, 0), (0, 0)])
+        running.take(extractor.of(sharding.spread(padded)), slice(len(pixels)))
+        progress.advance()
   return running.result(), hashlib.sha256(b''.join(digests)).hexdigest()
 
 

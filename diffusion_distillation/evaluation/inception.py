@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from flax import traverse_util
 from diffusion_distillation import paths
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.extracted import Extracted
+from diffusion_distillation.evaluation.given_images import Batch
 from diffusion_distillation.networks.inception import (
   BATCH_NORM_EPSILON,
   NUM_FEATURES,
@@ -150,6 +151,32 @@ def _to_params(state: Arrays) -> Params:
   return traverse_util.unflatten_dict(flat)
 
 
+def preprocessed(batches: Iterable[Batch], size: int) -> Iterator[tuple[np.ndarray, jax.Array]]:
+  """Yields places and preprocessed images (size, SIDE, SIDE, 3) on the devices, of batches of at most `size` images.
+
+  The images beyond the places are padding.
+
+  Complete batches are resized on the devices, by a small program for each size of images. The rest is resized by NumPy and put
+  together, so that a folder of many sizes needs few programs and no half-empty batches.
+  """
+  places, rest = np.empty(0, np.int64), np.empty((0, SIDE, SIDE, 3), np.float32)
+  for batch in batches:
+    if len(batch.places) == size:
+      yield batch.places, _preprocess(sharding.spread(batch.images))
+      continue
+    places = np.concatenate([places, batch.places])
+    rest = np.concatenate([rest, preprocess(batch.images)])
+    if len(rest) >= size:
+      yield places[:size], sharding.spread(rest[:size])
+      places, rest = places[size:], rest[size:]
+  if len(rest):
+    padding = np.zeros((size - len(rest), SIDE, SIDE, 3), np.float32)
+    yield places, sharding.spread(np.concatenate([rest, padding]))
+
+
+_preprocess = jax.jit(preprocess)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class InceptionExtractor:
   """The features of the FID, see `extracted.Extractor`.
@@ -178,18 +205,30 @@ class InceptionExtractor:
     None if the weights have no last layer.
     """
     found = _of_images(self._params, images, self.weights.num_logits, sharding.device_count())
-    return Extracted(found.pool3, self._unbiased(found.logits), found.spatial)
+    return self._extracted(found)
+
+  def of_given(self, batches: Iterable[Batch], size: int) -> Iterator[tuple[int, Extracted]]:
+    """Yields the number of images and the features of batches of `size` images, from batches of any sizes of images."""
+    for places, inputs in preprocessed(batches, size):
+      yield len(places), self._extracted(self.of_preprocessed(inputs))
 
   def of_preprocessed(self, images: jax.Array) -> Outputs:
     """Maps `preprocess`ed images (n, 299, 299, 3) on the devices to the network's outputs, without those of blocks."""
     return _of_preprocessed(self._params, images, self.weights.num_logits)
 
+  @property
+  def at_once(self) -> int:
+    """Number of images that are computed at a time, on all devices."""
+    return AT_ONCE * sharding.device_count()
+
   @functools.cached_property
   def _params(self) -> Params:
-    return sharding.replicate(self.weights.params)
+    with jax.ensure_compile_time_eval():  # arrays, also if only shapes are asked for
+      return sharding.replicate(self.weights.params)
 
-  def _unbiased(self, logits: jax.Array | None) -> jax.Array | None:
-    return None if logits is None else logits - self._params['fc']['bias'][None]
+  def _extracted(self, found: Outputs) -> Extracted:
+    logits = None if found.logits is None else found.logits - self._params['fc']['bias'][None]
+    return Extracted(found.pool3, logits, found.spatial)
 
 
 def _forward(params: Params, images: jax.Array, num_logits: int) -> Outputs:

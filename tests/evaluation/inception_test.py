@@ -9,7 +9,8 @@ import pytest
 import safetensors.numpy
 
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import inception
+from diffusion_distillation.evaluation import given_images, inception
+from diffusion_distillation.evaluation.features import batch_size
 from diffusion_distillation.networks.inception import Outputs
 from diffusion_distillation.system import sharding, torch_files
 from tests import peers
@@ -168,3 +169,29 @@ def test_the_extractor_says_what_it_is_and_leaves_out_the_bias_of_logits(monkeyp
   np.testing.assert_allclose(found.features, 1.0, atol=1e-6)
   np.testing.assert_allclose(found.logits, np.tile(3 - bias, (8, 1)), atol=1e-5)
   assert found.spatial.shape == (8, 15)
+
+
+def test_given_images_of_many_sizes_fill_their_batches(monkeypatch):
+  """And asking only for shapes beforehand leaves no traced arrays behind."""
+  monkeypatch.setattr(inception, '_of_preprocessed', simple)
+  monkeypatch.setattr(inception, '_forward', simple)
+  params = {'shift': np.zeros(3, np.float32), 'fc': {'bias': np.zeros(4, np.float32)}}
+  extractor = inception.InceptionExtractor(inception.Weights(params, 4, ''))
+  abstract = jax.ShapeDtypeStruct((8, 5, 4, 3), jnp.uint8)
+  assert jax.eval_shape(extractor.of, abstract).features.shape == (8, 3)
+  rng = np.random.default_rng(0)
+  images = [rng.integers(0, 256, (5 + k // 2, 9, 3), np.uint8) for k in range(20)]
+  batches = [
+    given_images.Batch(np.arange(k, k + 2), np.stack(images[k : k + 2])) for k in range(0, 20, 2)
+  ]
+  found = list(extractor.of_given(batches, 8))
+  assert [count for count, _ in found] == [8, 8, 4]
+  features = np.concatenate([np.asarray(x.features)[:count] for count, x in found])
+  whole = np.concatenate([inception.preprocess(image[None]) for image in images])
+  np.testing.assert_allclose(features, simple(params, whole, 0).pool3, atol=1e-5)
+
+
+def test_batches_are_not_larger_than_what_there_is():
+  extractor = inception.InceptionExtractor(inception.Weights({}, 0, ''))
+  sizes = [batch_size(extractor, number) for number in (1, 9, 10_000)]
+  assert sizes == [8, 16, 8 * inception.AT_ONCE]  # of 8 devices
