@@ -55,8 +55,8 @@ def _check(
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
   reference.check(config)
-  if path := config.evaluation.inception:
-    inception.load(path)  # raises its errors now, not after training
+  if config.evaluation.inception:  # raises its errors now, not after training
+    inception.load(config.evaluation.inception)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
   for stage in stages:
