@@ -56,8 +56,8 @@ def _check(
   check_batches(config)
   gate.check(config)
   reference.check(config)
-  if path := config.evaluation.inception:
-    inception.load(path)  # raises its errors now, not after training
+  if config.evaluation.inception:  # raises its errors now, not after training
+    inception.load(config.evaluation.inception)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
   for stage in stages:
