@@ -159,7 +159,7 @@ def test_the_digest_of_images_depends_on_pixels_and_order_alone(tmp_path, monkey
   images = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3)).astype(np.uint8)
 
   def digest(array, size):
-    monkeypatch.setattr(given, 'batch_size', lambda: size)
+    monkeypatch.setattr(given, 'batch_size', lambda extractor, number: size)
     np.savez(tmp_path / 'x.npz', arr_0=array)
     return given.features_of(extractor, given_images.open_images(tmp_path / 'x.npz'), (9, 9, 3))[1]
 
@@ -169,7 +169,7 @@ def test_the_digest_of_images_depends_on_pixels_and_order_alone(tmp_path, monkey
 
 
 def test_images_of_several_sizes_are_measured_where_the_extractor_takes_them(tmp_path, monkeypatch):
-  monkeypatch.setattr(given, 'batch_size', lambda: 8)
+  monkeypatch.setattr(given, 'batch_size', lambda extractor, number: 8)
   extractor = type('Extractor', (), {'of': staticmethod(_pixels), 'metric': 'FID'})()
   rng = np.random.default_rng(0)
   for k in range(11):

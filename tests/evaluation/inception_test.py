@@ -180,12 +180,12 @@ def test_given_images_of_many_sizes_fill_their_batches(monkeypatch):
   abstract = jax.ShapeDtypeStruct((8, 5, 4, 3), jnp.uint8)
   assert jax.eval_shape(extractor.of, abstract).features.shape == (8, 3)
   rng = np.random.default_rng(0)
-  images = [rng.integers(0, 256, (5 + k // 2, 9, 3), np.uint8) for k in range(20)]
+  images = [rng.integers(0, 256, (5 + k // 3, 9, 3), np.uint8) for k in range(21)]
   batches = [
-    given_images.Batch(np.arange(k, k + 2), np.stack(images[k : k + 2])) for k in range(0, 20, 2)
+    given_images.Batch(np.arange(k, k + 3), np.stack(images[k : k + 3])) for k in range(0, 21, 3)
   ]
   found = list(extractor.of_given(batches, 8))
-  assert [count for count, _ in found] == [8, 8, 4]
+  assert [count for count, _ in found] == [8, 8, 5]
   features = np.concatenate([np.asarray(x.features)[:count] for count, x in found])
   whole = np.concatenate([inception.preprocess(image[None]) for image in images])
   np.testing.assert_allclose(features, simple(params, whole, 0).pool3, atol=1e-5)
