@@ -71,9 +71,10 @@ class Drawer:
   def cond(self, index: np.ndarray, seed: int, chosen: Chosen = None) -> Cond:
     """Returns the conditioning of the images at `index`: the chosen values in turn, or labels following `label_counts`."""
     told = self.denoise.conditioning
-    found = conditioning.draw(told, index, seed, self.label_counts)
     if chosen:
       found = conditioning.in_turn(told, index, chosen)
+    else:
+      found = conditioning.draw(told, index, seed, self.label_counts)
     if known := conditioning.weights(told):
       weight = self.guidance.weight if self.guidance else known.low
       one = np.full(len(index), weight, np.float32)
