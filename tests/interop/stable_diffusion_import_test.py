@@ -15,9 +15,10 @@ from configs import stable_diffusion as config_file
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.guidance import make_guidance
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.evaluation import sampling
+from diffusion_distillation.evaluation import elsewhere, sampling
 from diffusion_distillation.evaluation.loading import LoadedModel, batch_size
 from diffusion_distillation.interop import importing, stable_diffusion
+from diffusion_distillation.serving.gallery import Gallery
 from diffusion_distillation.stages import model, plan, workdir
 from tests import peers, tiny
 from tests.interop.google_test import refused
@@ -122,6 +123,23 @@ def test_a_text_model_without_prompts_is_one_line(case):
   drawer = loaded.drawer(samplers.DDIM(), False, 2)
   with pytest.raises(UserError, match='draws what a text says'):
     drawer.draw(loaded.stored.params, times.uniform(1), 2, 0)
+
+
+def test_where_texts_cannot_be_given_one_line_says_so_before_anything_is_drawn(
+  case, tmp_path, monkeypatch
+):
+  stored = case[2].stored
+  model.write(tmp_path / 'model', stored)
+  gallery = Gallery(tmp_path / 'model')
+  monkeypatch.setattr(gallery, '_draw', None)
+  with pytest.raises(UserError, match='the page takes no prompts yet'):
+    gallery.draw(gallery.newest(), 1, 'ddim', '', 0, 1, None)
+  with pytest.raises(UserError, match='models of text cannot be measured yet'):
+    elsewhere.measure_model(tiny.config(), case[2], tmp_path / 'model', tmp_path / 'x.json')
+  monkeypatch.setattr(workdir, 'find_origin', lambda path: workdir.origin_of(stored))
+  for planned in (workdir.plan_for, workdir.described_plan):
+    with pytest.raises(UserError, match=r'dataset\.name=digits: .* no dataset has texts yet'):
+      planned(tmp_path / 'run', tiny.config(methods=()))
 
 
 def test_large_images_are_drawn_a_few_at_a_time(case):
@@ -240,17 +258,19 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(part, pickled, na
   assert f"torch.load('{pickled}'" in message and f"weights_only=True), '{name}')" in message
 
 
-def test_the_schedule_is_the_pipeline_s(tmp_path):
+def test_the_schedule_is_the_pipeline_s(tmp_path, caplog):
   def read(**settings):
     path = tmp_path / 'scheduler_config.json'
     path.write_text(json.dumps({'beta_start': 0.00085, 'beta_end': 0.012} | settings))
     return stable_diffusion._schedule(path)
 
+  caplog.clear()
   schedule, output, grid = read(_class_name='PNDMScheduler', beta_schedule='scaled_linear')
   assert (schedule.steps_offset, schedule.betas, output) == (1, 'scaled_linear', 'eps')
   assert grid == 'leading_to_first'
   assert read(_class_name='DDIMScheduler', prediction_type='v_prediction')[1:] == ('v', 'leading')
   assert read(_class_name='DDIMScheduler', set_alpha_to_one=False)[2] == 'leading_to_first'
+  assert not caplog.text
   assert read(timestep_spacing='trailing', rescale_betas_zero_snr=True)[2] == 'uniform'
 
 
