@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import traverse_util
 
 import diffusion_distillation
 from configs import stable_diffusion as config_file
@@ -20,6 +21,7 @@ from diffusion_distillation.evaluation.loading import LoadedModel, batch_size
 from diffusion_distillation.interop import importing, stable_diffusion
 from diffusion_distillation.serving.gallery import Gallery
 from diffusion_distillation.stages import model, plan, workdir
+from diffusion_distillation.system.checkpoints import digest
 from tests import peers, tiny
 from tests.interop.google_test import refused
 
@@ -160,6 +162,14 @@ def test_a_folder_that_misses_a_network_or_holds_another_is_damaged(case, tmp_pa
   safetensors.numpy.save_file(state, path)
   with pytest.raises(DamagedError, match=r'vae\.safetensors does not match'):
     again.stored.space.decode(jnp.zeros((1, 8, 8, 4)))
+  state['decoder/conv_out/bias'] = np.zeros(5, np.float32)
+  safetensors.numpy.save_file(state, path)
+  described = json.loads((folder / 'model.json').read_text())
+  made = digest(traverse_util.unflatten_dict(state, sep='/'))
+  described['space']['arguments']['digest'] = made
+  (folder / 'model.json').write_text(json.dumps(described))
+  with pytest.raises(DamagedError, match=r"weight 'decoder/conv_out/bias' .* has another shape"):
+    diffusion_distillation.load(folder).stored.space.decode(jnp.zeros((1, 8, 8, 4)))
   path.unlink()
   with pytest.raises(DamagedError, match=r'vae\.safetensors is missing'):
     diffusion_distillation.load(folder)
