@@ -90,13 +90,18 @@ def measure_model(
     out: the file.
 
   Raises:
-    UserError: the model's images have another shape than the dataset's, or there is no out.
+    UserError: the model's images have another shape than the dataset's, it draws texts, or there is no out.
   """
   if out is None:
     raise UserError(
       f'--workdir={folder} is the folder of a model, which stays as it is; name --out=FILE.json'
     )
   stored, section = model.stored, config.evaluation
+  if conditioning.takes_text(stored.denoise.conditioning):
+    raise UserError(
+      f'--workdir={folder}: this model draws what a text says, and models of text cannot be measured yet; measure images '
+      'that it drew, with --images'
+    )
   with _place(config, None) as (train, directory):
     if stored.image_shape != train.images.image_shape:
       raise UserError(

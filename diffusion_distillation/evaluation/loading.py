@@ -17,7 +17,7 @@ from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.networks.conditioning import NONE_OF, Cond, Text
+from diffusion_distillation.networks.conditioning import NONE_OF, Cond
 from diffusion_distillation.networks.guidance import check, default_weight
 from diffusion_distillation.stages import model
 from diffusion_distillation.stages.model import StoredModel
@@ -203,8 +203,7 @@ def with_texts(
   Raises:
     UserError: the model takes no text, or needs one; see also `TextEncoder.embed`.
   """
-  takes = any(isinstance(told, Text) for told in stored.denoise.conditioning.values())
-  if not takes:
+  if not conditioning.takes_text(stored.denoise.conditioning):
     if prompts:
       raise UserError(
         f'{name}: {stored.provenance.get("stage", "the model")} is not conditioned on text'

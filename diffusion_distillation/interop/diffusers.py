@@ -82,6 +82,7 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
       unet / 'config.json', config, settings, {_renamed(name): value for name, value in state.items()}
     )
   schedule, output = read_schedule(scheduler, settings)
+  _tell_what_does_not_apply(scheduler, settings)
   network = _network(unet / 'config.json', config, schedule)
   shape = (*image_size(unet / 'config.json', config), network.out_ch)
   try:
@@ -135,15 +136,18 @@ def read_schedule(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[Disc
     raise UserError(
       f'{path}: _class_name={name!r} has no betas; supported: DDPMScheduler, DDIMScheduler and others'
     )
-  if settings.get('thresholding') or settings.get('clip_sample_range', 1.0) != 1.0:
-    _log.warning('%s: thresholding and clip_sample_range do not apply: x is clipped to [-1, 1]', path)
-  if settings.get('set_alpha_to_one') is False:
-    _log.warning('%s: set_alpha_to_one=false does not apply: the last step ends at clean data', path)
   given = {ours: settings[theirs] for theirs, ours in _SCHEDULE.items() if theirs in settings}
   try:
     return Discrete(**given, trained_betas=trained), _OUTPUTS[prediction]
   except (TypeError, ValueError) as error:
     raise UserError(f'{path}: {error}') from error
+
+
+def _tell_what_does_not_apply(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+  if settings.get('thresholding') or settings.get('clip_sample_range', 1.0) != 1.0:
+    _log.warning('%s: thresholding and clip_sample_range do not apply: x is clipped to [-1, 1]', path)
+  if settings.get('set_alpha_to_one') is False:
+    _log.warning('%s: set_alpha_to_one=false does not apply: the last step ends at clean data', path)
 
 
 def _network(path: pathlib.Path, config: Mapping[str, Any], schedule: Discrete) -> UNet2D:

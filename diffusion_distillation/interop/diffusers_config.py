@@ -146,5 +146,5 @@ def _check_pipeline(path: pathlib.Path) -> None:
   if others:
     raise UserError(
       f'{path}: the pipeline {name} has a part {others[0][:80]!r}, which is not supported: only models of pixels, with unet '
-      'and scheduler alone, can be imported'
+      'and scheduler alone, are read by --source=diffusers; Stable Diffusion is read by --source=stable_diffusion'
     )

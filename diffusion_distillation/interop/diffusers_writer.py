@@ -141,7 +141,7 @@ def _scheduler(drawer: Drawer, grid: np.ndarray) -> dict[str, Any]:
   found = [
     name for name, theirs in spacings.items() if np.allclose(timesteps, theirs, rtol=0.0, atol=1e-2)
   ]
-  if count % steps or not found:
+  if count % steps or not found or grid[0] > 0.0:
     raise _refuse(
       f'DDIMScheduler cannot represent its {steps} steps: their number must divide {count}, and the grid must be '
       'uniform or leading'

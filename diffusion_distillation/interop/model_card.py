@@ -56,7 +56,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
     f'{calls} network evaluation{"s" if calls > 1 else ""}.{told}\n',
     f'## How to run it\n\n{to.usage(description)}',
     '## Training\n\n' + _training(made, dataset),
-    '## Measurements\n\n' + _measurements(description['metrics']),
+    '## Measurements\n\n' + _measurements(description['metrics'], bool(weights)),
     '## Files\n\n'
     + _table(('file', 'content'), [(f'`{k}`', v) for k, v in (to.files | _OTHER_FILES).items()]),  # type: ignore[operator]
   ]
@@ -112,7 +112,7 @@ def _training(made: Mapping[str, Any], dataset: str | None) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
+def _measurements(rows: Sequence[Mapping[str, Any]], takes_weight: bool) -> str:
   """Returns a table with one row per measurement of the model."""
   if not rows:
     return 'No measurements are recorded with the model.\n'
@@ -130,7 +130,7 @@ def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
     _table(columns, table)
     + f'\n`frechet` is the Fréchet distance {", ".join(names)} between features of generated images and of training images; '
     'the name of the feature extractor follows `FD-`. Smaller distances (`frechet`, `kid`, `sfid`) are better, and larger '
-    f'`precision`, `recall` and `inception_score`. All are only comparable for the same extractor and number of samples.{_notes(rows)}\n'
+    f'`precision`, `recall` and `inception_score`. All are only comparable for the same extractor and number of samples.{_notes(rows, takes_weight)}\n'
   )
 
 
@@ -145,13 +145,13 @@ def _circumstances(row: Mapping[str, Any]) -> str:
   return text + (f', {row["dtype"]}' if row.get('dtype', 'float32') != 'float32' else '')
 
 
-def _notes(rows: Sequence[Mapping[str, Any]]) -> str:
+def _notes(rows: Sequence[Mapping[str, Any]], takes_weight: bool) -> str:
   """Explains guidance and the dtype if a row has them."""
   text = ''
   if any(row.get('guidance') for row in rows):
     text += (
-      ' Guidance W draws with x + W (x - x without the class), for which many programs state 1 + W; these files draw without '
-      'guidance.'
+      ' Guidance W draws with x + W (x - x without the class), for which many programs state 1 + W; these files '
+      + ('take W as an input.' if takes_weight else 'draw without guidance.')
     )
   if any(row.get('dtype', 'float32') != 'float32' for row in rows):
     text += ' A dtype is that of the activations while measuring; these files compute in float32.'

@@ -191,6 +191,11 @@ def classes(conditioning: Conditioning) -> Classes | None:
   return found if isinstance(found, Classes) else None
 
 
+def takes_text(conditioning: Conditioning) -> bool:
+  """Whether a network is conditioned on a text."""
+  return any(isinstance(condition, Text) for condition in conditioning.values())
+
+
 _NUMBER = re.compile(r'[+-]?\d+([.,]\d+)?')
 
 

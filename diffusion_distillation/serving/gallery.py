@@ -164,6 +164,10 @@ class Gallery:
     num: int,
     guidance: Guidance,
   ) -> _Request:
+    if conditioning.takes_text(stored.denoise.conditioning):
+      raise UserError(
+        f'{stage} draws what a text says, and the page takes no prompts yet; use --mode=sample --prompts=TEXT'
+      )
     step = choose('sampler', str(sampler), samplers.SAMPLERS)()
     text = '' if label is None else str(label)
     chosen = loading.chosen_classes(stored, [text] if text else [], 'class=')

@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
@@ -71,14 +73,15 @@ def read_latents(folder: pathlib.Path, arguments: Mapping[str, Any]) -> Latents:
   """
   vae = AutoencoderKL(**_tuples(arguments['vae']))
   vae.check()
-  return Latents(vae, str(arguments['digest']), _source(folder / VAE, str(arguments['digest'])))
+  weights = _source(folder / VAE, str(arguments['digest']), vae)
+  return Latents(vae, str(arguments['digest']), weights)
 
 
 def read_text(folder: pathlib.Path, entry: Mapping[str, Any]) -> TextEncoder:
   """Reads the text encoder of a model in a folder from its description; raises errors as `read_latents` does."""
   network = CLIPText(**_tuples(entry['arguments']))
   network.check()
-  weights = _source(folder / TEXT_ENCODER, str(entry['digest']))
+  weights = _source(folder / TEXT_ENCODER, str(entry['digest']), network)
   return TextEncoder(network, str(entry['digest']), weights, read_tokenizer(folder / TOKENIZER))
 
 
@@ -94,16 +97,18 @@ def _tuples(arguments: Mapping[str, Any]) -> dict[str, Any]:
   return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
 
 
-def _source(path: pathlib.Path, expected: str) -> Callable[[], Params]:
-  """Returns a function that reads the parameters in a file."""
+def _source(
+  path: pathlib.Path, expected: str, network: AutoencoderKL | CLIPText
+) -> Callable[[], Params]:
+  """Returns a function that reads the parameters of a network in a file."""
   if not path.is_file():
     raise DamagedError(f'{path} is missing; restore it from a copy')
-  return functools.partial(_read_params, path, expected)
+  return functools.partial(_read_params, path, expected, network)
 
 
 @functools.lru_cache(maxsize=4)  # of two models at most, such as a teacher and its student
-def _read_params(path: pathlib.Path, expected: str) -> Params:
-  """Reads parameters; raises DamagedError if the file is missing or their digest differs."""
+def _read_params(path: pathlib.Path, expected: str, network: AutoencoderKL | CLIPText) -> Params:
+  """Reads parameters; raises DamagedError if the file is missing, or if their digest or a shape differs."""
   try:
     flat = safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, OSError) as error:
@@ -111,4 +116,19 @@ def _read_params(path: pathlib.Path, expected: str) -> Params:
   params: Params = traverse_util.unflatten_dict(flat, sep='/')
   if digest(params) != expected:
     raise DamagedError(f'{path} does not match model.json (its digest differs); restore it from a copy')
+  shapes = {name: value.shape for name, value in flat.items()}
+  if differing := sorted(name for name, _ in shapes.items() ^ _shapes(network).items()):
+    raise DamagedError(
+      f'{path}: weight {differing[0]!r} is not one of the network in model.json, or has another shape'
+    )
   return params
+
+
+def _shapes(network: AutoencoderKL | CLIPText) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of a network's parameters by name, without computing them."""
+  if isinstance(network, CLIPText):
+    example = jnp.zeros((1, 1), jnp.int32)
+  else:
+    example = jnp.zeros((1, network.factor, network.factor, network.in_channels))
+  found = jax.eval_shape(lambda rng: network.init(rng, example), jax.random.key(0))['params']
+  return {name: value.shape for name, value in traverse_util.flatten_dict(found, sep='/').items()}

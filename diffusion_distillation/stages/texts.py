@@ -38,13 +38,12 @@ class Tokenizer:
 
   def __init__(self, files: Mapping[str, bytes], length: int):
     try:
-      self._tokenizer = _build(files)
+      self._tokenizer, pad = _build(files), _padding(files)
     except UserError:
       raise
     except Exception as error:  # what the library raises has no class of its own
       text = ' '.join(str(error).split())[:200]
       raise UserError(f'the files of the tokenizer are damaged ({text}); restore them') from error
-    pad = _padding(files)
     ids = {token: self._tokenizer.token_to_id(token) for token in (_BEGIN, _END, pad)}
     if missing := [token for token, number in ids.items() if number is None]:
       raise UserError(f'the vocabulary of the tokenizer has no {missing[0]!r}')

@@ -14,6 +14,7 @@ from diffusion_distillation.config import Config, check_known, flatten
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import comparison, extending, model
 from diffusion_distillation.stages.plan import Origin, plan
 from diffusion_distillation.stages.stage import Stage
@@ -111,7 +112,7 @@ def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader
   open_images(config, 'eval')  # raises its errors now, not after training
   check_images(workdir, loader.images)
   shape, classes = loader.images.image_shape, loader.images.classes
-  origin = find_origin(workdir)
+  origin = _of_images(find_origin(workdir), config)
   if origin is not None and origin.image_shape != shape:
     raise UserError(
       f'dataset {config.dataset.name!r} has images of shape {shape}, but the imported model in {workdir} draws '
@@ -125,7 +126,17 @@ def described_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
   if config.dataset.name == datasets.NONE:
     return stored_plan(workdir, config)
   described = datasets.describe(datasets.Settings.of(config.dataset))
-  return cut(workdir, plan(config, *described, find_origin(workdir)))
+  return cut(workdir, plan(config, *described, _of_images(find_origin(workdir), config)))
+
+
+def _of_images(origin: Origin | None, config: Config) -> Origin | None:
+  """Returns `origin`; raises UserError if it draws texts, which no dataset has."""
+  if origin is not None and conditioning.takes_text(origin.denoise.conditioning):
+    raise UserError(
+      f'dataset.name={config.dataset.name}: the imported model draws what a text says, and no dataset has texts yet; set '
+      'dataset.name=none'
+    )
+  return origin
 
 
 def find_origin(workdir: pathlib.Path) -> Origin | None:

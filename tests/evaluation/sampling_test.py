@@ -10,6 +10,7 @@ import pytest
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.samplers import Ancestral
 from diffusion_distillation.evaluation import sampling
+from diffusion_distillation.networks.conditioning import Text
 from tests import tiny
 
 
@@ -147,3 +148,13 @@ def test_padding_repeats_the_first_time_whatever_it_is():
     padded = sampling._padded(grid)
     assert len(padded) == sampling._GRID + 1 and (padded > padded[0]).sum() == 2
     np.testing.assert_array_equal(padded[-3:], grid)
+
+
+def test_a_model_of_texts_draws_those_that_are_given():
+  drawer = dataclasses.replace(
+    make(8)[0], denoise=types.SimpleNamespace(conditioning={'text': Text(3, 2)})
+  )
+  text = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+  cond = drawer.cond(np.arange(3), 0, {'text': text, 'no_text': text[:1]})
+  np.testing.assert_array_equal(cond['text'], text[[0, 1, 0]])
+  np.testing.assert_array_equal(cond['no_text'], text[[0, 0, 0]])

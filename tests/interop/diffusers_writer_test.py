@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import diffusers, exporting
 from diffusion_distillation.stages import model
@@ -84,6 +85,10 @@ REFUSED = {
     'DDIMScheduler cannot represent its 3 steps: their number must divide',
   ),
   'grid': ({'times': 'quadratic'}, 'DDIMScheduler cannot represent its 4 steps'),
+  'last step': (
+    {'times': 'leading_to_first', 'schedule': Discrete(steps_offset=1)},
+    'DDIMScheduler cannot represent its 4 steps',
+  ),
 }
 
 

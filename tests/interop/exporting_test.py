@@ -207,6 +207,8 @@ def test_the_card_says_under_which_circumstances_a_row_was_measured():
   assert '| 3 ddim (uniform) | 3 |' in card
   assert '| 3 ddim (uniform), guidance W = 1.5 for 0.3 < sigma / alpha, bfloat16 | 3 |' in card
   assert 'these files draw without guidance' in card and 'these files compute in float32' in card
+  told = model.describe(dataclasses.replace(MODELS['guided'], metrics=rows))
+  assert 'these files take W as an input' in model_card.render(told, exporting.FORMATS['jax'], None)
 
 
 def test_a_signal_during_a_compilation_leaves_nothing_behind(workdir, tmp_path, monkeypatch):

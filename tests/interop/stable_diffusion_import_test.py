@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import traverse_util
 
 import diffusion_distillation
 from configs import stable_diffusion as config_file
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.guidance import make_guidance
 from diffusion_distillation.errors import DamagedError, UserError
-from diffusion_distillation.evaluation import sampling
+from diffusion_distillation.evaluation import elsewhere, sampling
 from diffusion_distillation.evaluation.loading import LoadedModel, batch_size
 from diffusion_distillation.interop import importing, stable_diffusion
+from diffusion_distillation.serving.gallery import Gallery
 from diffusion_distillation.stages import model, plan, workdir
+from diffusion_distillation.system.checkpoints import digest
 from tests import peers, tiny
 from tests.interop.google_test import refused
 
@@ -124,6 +127,23 @@ def test_a_text_model_without_prompts_is_one_line(case):
     drawer.draw(loaded.stored.params, times.uniform(1), 2, 0)
 
 
+def test_where_texts_cannot_be_given_one_line_says_so_before_anything_is_drawn(
+  case, tmp_path, monkeypatch
+):
+  stored = case[2].stored
+  model.write(tmp_path / 'model', stored)
+  gallery = Gallery(tmp_path / 'model')
+  monkeypatch.setattr(gallery, '_draw', None)
+  with pytest.raises(UserError, match='the page takes no prompts yet'):
+    gallery.draw(gallery.newest(), 1, 'ddim', '', 0, 1, None)
+  with pytest.raises(UserError, match='models of text cannot be measured yet'):
+    elsewhere.measure_model(tiny.config(), case[2], tmp_path / 'model', tmp_path / 'x.json')
+  monkeypatch.setattr(workdir, 'find_origin', lambda path: workdir.origin_of(stored))
+  for planned in (workdir.plan_for, workdir.described_plan):
+    with pytest.raises(UserError, match=r'dataset\.name=digits: .* no dataset has texts yet'):
+      planned(tmp_path / 'run', tiny.config(methods=()))
+
+
 def test_large_images_are_drawn_a_few_at_a_time(case):
   stored = case[2].stored
   large = model.dataclasses.replace(stored, image_shape=(512, 512, 3))
@@ -142,6 +162,14 @@ def test_a_folder_that_misses_a_network_or_holds_another_is_damaged(case, tmp_pa
   safetensors.numpy.save_file(state, path)
   with pytest.raises(DamagedError, match=r'vae\.safetensors does not match'):
     again.stored.space.decode(jnp.zeros((1, 8, 8, 4)))
+  state['decoder/conv_out/bias'] = np.zeros(5, np.float32)
+  safetensors.numpy.save_file(state, path)
+  described = json.loads((folder / 'model.json').read_text())
+  made = digest(traverse_util.unflatten_dict(state, sep='/'))
+  described['space']['arguments']['digest'] = made
+  (folder / 'model.json').write_text(json.dumps(described))
+  with pytest.raises(DamagedError, match=r"weight 'decoder/conv_out/bias' .* has another shape"):
+    diffusion_distillation.load(folder).stored.space.decode(jnp.zeros((1, 8, 8, 4)))
   path.unlink()
   with pytest.raises(DamagedError, match=r'vae\.safetensors is missing'):
     diffusion_distillation.load(folder)
@@ -240,17 +268,19 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(part, pickled, na
   assert f"torch.load('{pickled}'" in message and f"weights_only=True), '{name}')" in message
 
 
-def test_the_schedule_is_the_pipeline_s(tmp_path):
+def test_the_schedule_is_the_pipeline_s(tmp_path, caplog):
   def read(**settings):
     path = tmp_path / 'scheduler_config.json'
     path.write_text(json.dumps({'beta_start': 0.00085, 'beta_end': 0.012} | settings))
     return stable_diffusion._schedule(path)
 
+  caplog.clear()
   schedule, output, grid = read(_class_name='PNDMScheduler', beta_schedule='scaled_linear')
   assert (schedule.steps_offset, schedule.betas, output) == (1, 'scaled_linear', 'eps')
   assert grid == 'leading_to_first'
   assert read(_class_name='DDIMScheduler', prediction_type='v_prediction')[1:] == ('v', 'leading')
   assert read(_class_name='DDIMScheduler', set_alpha_to_one=False)[2] == 'leading_to_first'
+  assert not caplog.text
   assert read(timestep_spacing='trailing', rescale_betas_zero_snr=True)[2] == 'uniform'
 
 
@@ -276,6 +306,6 @@ def test_a_pipeline_is_imported_and_sampled_by_its_commands(pipeline, tmp_path):
   code, _, err = tiny.run_cli(*sample)
   assert code == 2 and '--prompts: this model draws what a text says' in err
   code, _, err = tiny.run_cli('--mode=export', flags[1], f'--out={tmp_path / "exported"}')
-  assert code == 2 and "the model is conditioned on 'text'" in err
+  assert code == 2 and "it takes 'text' as an input, which no format supports" in err
   code, _, err = tiny.run_cli(*flags, "--config.methods=('dmd',)")
   assert code == 2 and 'not distilled yet' in err

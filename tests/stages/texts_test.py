@@ -80,3 +80,10 @@ def test_encoders_are_equal_if_their_parameters_are():
   one, other = (TextEncoder(CLIPText(), digest, lambda: None, {}) for digest in ('a', 'b'))
   assert one == TextEncoder(CLIPText(), 'a', dict, {'x': b''}) and one != other
   assert set(texts.TOKENIZER_FILES) >= {*PAIRS, 'tokenizer.json'}
+
+
+def test_settings_of_a_tokenizer_that_are_damaged_are_refused_in_one_line(monkeypatch):
+  monkeypatch.setattr(texts, '_build', lambda given: None)
+  for content in (b'{', b'\xff', b'[' * 100_000):
+    with pytest.raises(UserError, match='the files of the tokenizer are damaged'):
+      Tokenizer({'tokenizer_config.json': content}, 77)
