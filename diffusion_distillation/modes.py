@@ -193,7 +193,11 @@ def _evaluate(options: Options) -> None:
     directory = None if options.workdir is None else pathlib.Path(options.workdir)
     return _show_measured(*elsewhere.measure_images(config, given, directory, out))
   directory = _workdir(options)
-  if options.config is not None and (directory / 'model.json').is_file():
+  if (directory / 'model.json').is_file():
+    if options.config is None:
+      raise UserError(
+        f'--workdir={directory} is the folder of a model; name --config, whose dataset its samples are compared with'
+      )
     return _show_measured(
       *elsewhere.measure_model(_checked_config(options), load(directory), directory, out)
     )

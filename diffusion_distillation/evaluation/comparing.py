@@ -137,21 +137,34 @@ def check(runs: Sequence[Run]) -> None:
   first = runs[0]
   for run in runs[1:]:
     if run.results['extractor']['digest'] != first.results['extractor']['digest']:
+      remedy = f'copy {first.directory}/extractor.safetensors into {run.directory}, and measure it again'
+      if any(found.results['extractor'].get('held_out_accuracy') is None for found in (first, run)):
+        remedy = 'measure both again with the same evaluation.inception'
       raise UserError(
         f'{run.name} was measured with another feature extractor than {first.name}, so that their numbers cannot be '
-        f'compared; copy {first.directory}/extractor.safetensors into {run.directory}, and measure it again with '
-        '--mode=evaluate'
+        f'compared; {remedy}, with --mode=evaluate'
       )
-    if run.results['reference'] != first.results['reference'] or run.images != first.images:
+    if _reference(run) != _reference(first):
+      files = [found.results['reference'].get('file') for found in (first, run)]
+      told = 'another evaluation.reference' if any(files) else 'other training images'
+      remedy = 'measure both with the same one' if any(files) else 'compare runs on the same images'
       raise UserError(
-        f'{run.name} was compared with other training images than {first.name}, so that their numbers cannot be compared; '
-        'compare runs on the same images'
+        f'{run.name} was compared with {told} than {first.name}, so that their numbers cannot be compared; {remedy}'
       )
     if run.results['metric'] != first.results['metric']:
       raise UserError(
         f'{run.name} was measured as {run.results["metric"]} and {first.name} as {first.results["metric"]}; measure one of '
         'them again with --mode=evaluate and the settings of the other'
       )
+
+
+def _reference(run: Run) -> tuple[Any, ...]:
+  """Identifies what the samples of a run were compared with: a file by its digest, or the training images.
+
+  Results of older versions say less of the training images, so that only what all versions record is compared.
+  """
+  found = run.results['reference']
+  return (found['digest'],) if found.get('file') else (run.images, found.get('num_images'))
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:

@@ -22,6 +22,7 @@ from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.evaluation.reference import Real
 from diffusion_distillation.evaluation.results import measured
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.guidance import default_weight
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.system import sharding
@@ -115,12 +116,14 @@ def measure_model(
     extractor, real, header = measure.real_images(config, train, directory, labels)
     found = _draw(config, model, extractor, stored.label_counts if labels == 'data' else ())
   sampler = make_sampler(stored.sampler, section.gamma)
+  weight = default_weight(stored.denoise.conditioning)
   described = {
     'model': str(folder),
     'digest': stored.digest,
     'sampler': stored.sampler,
     'num_steps': stored.num_steps,
     'grid': stored.times,
+    'guidance': weight,
     'nfe': sampler.calls(stored.num_steps),
     'clip_x': stored.clip_x,
     'num_samples': section.num_samples,

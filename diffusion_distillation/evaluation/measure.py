@@ -19,7 +19,13 @@ from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.evaluation import by_class, features, inception, looks, report
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
-from diffusion_distillation.evaluation.reference import Real, describe_images, from_file, load_or_compute
+from diffusion_distillation.evaluation.reference import (
+  Real,
+  describe_images,
+  directory_of,
+  from_file,
+  load_or_compute,
+)
 from diffusion_distillation.evaluation.results import (
   header,
   key_of,
@@ -78,8 +84,9 @@ def evaluate(
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
   size = config.evaluation.num_samples
-  classes = by_class.classes(workdir / 'features', extractor, train, size if labels else 0)
-  results['class_shares'] = classes.shares(real.reference.some)
+  classes = by_class.classes(directory_of(workdir, extractor), extractor, train, size if labels else 0)
+  of_training_images = real.floor if 'file' in results['reference'] else real.reference
+  results['class_shares'] = classes.shares(of_training_images.some)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, results) | known_rows(partial, results)
   cluster.barrier()  # before the first process writes these files anew
@@ -143,7 +150,8 @@ def real_images(
     extractor = inception.load(section.inception)
   else:
     extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
-  directory, size, seed = workdir / 'features', num_samples or section.num_samples, section.seed
+  directory, seed = directory_of(workdir, extractor), section.seed
+  size = num_samples or section.num_samples
   given = from_file(directory, extractor, train.images.image_shape, section.reference)
   floor = 'floor' if size == section.num_samples else f'floor_{size}'
   real = load_or_compute(directory, extractor, train, held_out, size, seed, given.features, floor)

@@ -4,6 +4,7 @@ workdir/features/reference.safetensors  features of all training images
 workdir/features/held_out.safetensors   features of the held-out images
 workdir/features/floor.safetensors      features of training images drawn with replacement
 workdir/features/given.safetensors      features of the images in a file of reference statistics
+workdir/features/NAME/                  the same for an extractor NAME other than the classifier of the dataset
 """
 
 import json
@@ -23,7 +24,12 @@ from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.evaluation import given, given_images, reference_files
 from diffusion_distillation.evaluation.extracted import Extractor
-from diffusion_distillation.evaluation.features import DIMENSION, batch_size, summary
+from diffusion_distillation.evaluation.features import (
+  DIMENSION,
+  FeatureExtractor,
+  batch_size,
+  summary,
+)
 from diffusion_distillation.evaluation.frechet import Moments
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.evaluation.reference_files import StoredStatistics
@@ -34,6 +40,16 @@ from diffusion_distillation.system.checkpoints import digest
 _log = logging.getLogger(__name__)
 
 FORMAT = 2  # version of the files; increase it when features are summarized in another way
+
+
+def directory_of(workdir: pathlib.Path, extractor: Extractor) -> pathlib.Path:
+  """Returns the directory of an extractor's features.
+
+  The gate and measurements during training always use the classifier. If `evaluation.inception` shared its directory, each
+  would replace the features of the other, and compute its own again.
+  """
+  directory = workdir / 'features'
+  return directory if isinstance(extractor, FeatureExtractor) else directory / extractor.name
 
 
 class Real(NamedTuple):
@@ -188,7 +204,7 @@ def _kept(path: pathlib.Path, described: dict[str, Any], compute: Callable[[], F
     return found
   made = compute()
   if files.writes():
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = _arrays(made)
     meta = {'of': json.dumps(described), 'count': str(made.count), 'digest': digest(arrays)}
     temporary = path.with_suffix('.tmp')

@@ -38,7 +38,7 @@ from diffusion_distillation.errors import QualityError, UserError
 from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
 from diffusion_distillation.evaluation.metrics import Features
-from diffusion_distillation.networks.guidance import default_weight
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import samples
 from diffusion_distillation.stages import extending
 from diffusion_distillation.stages.provenance import Model
@@ -234,6 +234,7 @@ class Gate:
       'teacher_steps': teacher.stage.num_steps,
       'teacher_guidance': guidance.weight,
       'clip_x': self._config.evaluation.clip_x,
+      'labels': self._config.evaluation.labels,
     }
     extractor, reference = self._prepared()
     described['extractor'] = extractor.digest
@@ -272,10 +273,10 @@ class Gate:
 def guidance_of(stage: Stage) -> Guidance:
   """Returns the guidance with which a student's teacher must be sampled to draw what the student is trained to draw.
 
-  Students that take the weight as an input are drawn with the smallest one, and so are teachers that do.
+  A student that takes the weight as an input is drawn with its smallest weight, and so is its teacher.
   """
-  if stage.adds_input:  # the teacher is guided by two calls
-    return make_guidance(default_weight(stage.denoise.conditioning))
+  if known := conditioning.weights(stage.denoise.conditioning):
+    return make_guidance(known.low)
   if stage.pairs is not None:
     return stage.pairs.guidance
   return make_guidance(float(getattr(stage.recipe.method, 'guidance', 0.0)))

@@ -120,6 +120,7 @@ class Tracker:
       'samples': self._config.log.frechet_samples,
       'seed': evaluation.seed,
       'clip_x': evaluation.clip_x,
+      'labels': evaluation.labels,
       'steps': self._stage.num_steps,
       'extractor': self._extractor.digest,
     }

@@ -154,6 +154,40 @@ def test_numbers_that_mean_something_else_are_not_compared(tmp_path, changes, me
   assert not (tmp_path / 'out').exists()
 
 
+FID = {
+  'metric': 'FID',
+  'dataset': 'cifar10',
+  'extractor': EXTRACTOR | {'name': 'inception', 'held_out_accuracy': None},
+  'reference': {'file': 'edm.npz', 'digest': 'e', 'content': 'mu, sigma', 'num_images': None},
+}
+
+
+def test_runs_with_statistics_from_a_file_name_it_and_their_dataset(tmp_path):
+  given = [str(run(tmp_path / name, ROWS, results=FID)) for name in 'ab']
+  comparing.compare(given, DEFAULT, tmp_path / 'out')
+  page = (tmp_path / 'out' / 'index.html').read_text()
+  assert 'on <b>cifar10</b>, measured as FID against the statistics in edm.npz, in' in page
+  renamed = FID | {'reference': FID['reference'] | {'file': 'copy.npz'}}
+  other = FID | {'reference': FID['reference'] | {'digest': 'f'}}
+  given += [
+    str(run(tmp_path / 'c', ROWS, results=renamed)),
+    str(run(tmp_path / 'd', ROWS, results=other)),
+  ]
+  comparing.check(comparing.read(given[:3], DEFAULT))
+  with pytest.raises(UserError, match=r'^d was compared with another evaluation.reference than a'):
+    comparing.check(comparing.read(given, DEFAULT))
+  plain = str(run(tmp_path / 'e', ROWS))
+  with pytest.raises(UserError, match=r'measure both again with the same evaluation\.inception'):
+    comparing.check(comparing.read([given[0], plain], DEFAULT))
+
+
+def test_runs_of_an_older_version_are_compared_with_new_ones(tmp_path):
+  described = {'split': 'train', 'name': 'digits', 'digest': 'i', 'num_images': 7}
+  older = run(tmp_path / 'a', ROWS)
+  newer = run(tmp_path / 'b', ROWS, results={'reference': described})
+  comparing.check(comparing.read([str(older), str(newer)], DEFAULT))
+
+
 def test_bad_arguments_are_one_line_and_write_nothing(runs, tmp_path):
   first, second = runs
   (tmp_path / 'file').write_text('')

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import given, given_images
+from diffusion_distillation.evaluation import elsewhere, given, given_images
 from diffusion_distillation.evaluation.elsewhere import check_out
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import evaluating
 from tests import tiny
 
@@ -94,7 +96,7 @@ def test_the_folder_of_a_model_is_measured_like_its_stage(workdir, samples, tmp_
   before = {path.name: path.read_bytes() for path in folder.iterdir()}
   found, _, _ = evaluate(*tiny.flags(), f'--workdir={folder}', f'--out={tmp_path / "x.json"}')
   assert found['value'] == pytest.approx(row['value'], rel=1e-2)
-  for key in ('sampler', 'num_steps', 'nfe', 'num_samples', 'seed', 'digest', 'labels'):
+  for key in ('sampler', 'num_steps', 'nfe', 'num_samples', 'seed', 'digest', 'labels', 'guidance'):
     assert found[key] == row[key]
   assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -109,6 +111,10 @@ REFUSED = {
   'model without out': (
     ['--workdir={workdir}/base/model', '--config=configs/digits.py'],
     'name --out=FILE.json',
+  ),
+  'model without config': (
+    ['--workdir={workdir}/base/model', '--out={tmp}/x.json'],
+    'name --config, whose',
   ),
   'no dataset': (
     ['--images={npz}', '--config=configs/digits.py', '--config.dataset.name=none', '--out={tmp}/x.json'],
@@ -142,6 +148,13 @@ def test_what_cannot_be_measured_is_refused_in_one_line(workdir, samples, tmp_pa
   assert code == 2 and not out
   assert message in err and err.count('\n') == 1
   assert sorted(workdir.iterdir()) == before
+
+
+def test_a_model_that_draws_what_a_text_says_is_refused_before_anything_is_computed(tmp_path):
+  told = {'text': conditioning.Text(4, 8)}
+  model = SimpleNamespace(stored=SimpleNamespace(denoise=SimpleNamespace(conditioning=told)))
+  with pytest.raises(UserError, match='draw images with --mode=sample --prompts'):
+    elsewhere.measure_model(tiny.config(), model, tmp_path, tmp_path / 'out.json')
 
 
 def test_grey_images_in_three_channels_are_those_of_a_grey_dataset_and_coloured_ones_are_not():

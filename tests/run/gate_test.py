@@ -142,6 +142,13 @@ def test_a_stage_that_others_were_made_from_is_not_judged(monkeypatch, tmp_path)
   assert judged(monkeypatch, tmp_path, FAILS) is None
 
 
+def test_a_teacher_is_drawn_with_the_guidance_that_its_student_is_drawn_with():
+  changes = {'model__conditional': True, 'dataset__label_dropout': 0.1, 'guided__weights': (1.0, 4.0)}
+  changes |= {'methods': ('dmd', 'guided', 'progressive'), 'dmd__guidance': 2.0, 'pairs__guidance': 2.0}
+  _, dmd, guided, first, _ = tiny.plan(**changes)[0]
+  assert [gate.guidance_of(stage).weight for stage in (dmd, guided, first)] == [2.0, 1.0, 1.0]
+
+
 def test_updates_before_an_earlier_end_are_those_of_the_shorter_stage():
   (_, student), _ = tiny.plan(methods=('consistency',), consistency__num_updates=8)
   longer = student.lengthened(12).lengthened(20)
