@@ -186,12 +186,14 @@ class InceptionExtractor:
     name: name of the extractor.
     metric: name of the Fréchet distance in its features.
     task: what the network was trained to predict.
+    dimension: number of features.
   """
 
   weights: Weights
   name: str = 'inception-2015-12-05'
   metric: str = 'FID'
   task: str = 'classes of ImageNet'
+  dimension: int = NUM_FEATURES
 
   @property
   def digest(self) -> str:

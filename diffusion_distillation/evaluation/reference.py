@@ -171,6 +171,8 @@ def _of_statistics(
 
 def dimension(extractor: Extractor, image_shape: tuple[int, ...]) -> int:
   """Returns the number of features that an extractor computes of an image (H, W, C)."""
+  if (known := getattr(extractor, 'dimension', None)) is not None:
+    return int(known)
   images = jax.ShapeDtypeStruct((batch_size(), *image_shape), jnp.uint8)
   return int(jax.eval_shape(extractor.of, images).features.shape[1])
 

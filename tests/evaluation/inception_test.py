@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import given_images, inception
+from diffusion_distillation.evaluation import given_images, inception, reference
 from diffusion_distillation.evaluation.features import batch_size
 from diffusion_distillation.networks.inception import Outputs
 from diffusion_distillation.system import sharding, torch_files
@@ -195,3 +195,9 @@ def test_batches_are_not_larger_than_what_there_is():
   extractor = inception.InceptionExtractor(inception.Weights({}, 0, ''))
   sizes = [batch_size(extractor, number) for number in (1, 9, 10_000)]
   assert sizes == [8, 16, 8 * inception.AT_ONCE]  # of 8 devices
+
+
+def test_the_number_of_features_is_known_without_tracing(monkeypatch):
+  extractor = inception.InceptionExtractor(inception.Weights({}, 0, ''))
+  monkeypatch.setattr(inception, '_of_images', None)
+  assert reference.dimension(extractor, (8, 8, 3)) == 2048
