@@ -185,14 +185,3 @@ def test_a_gate_without_images_is_refused():
     gate.check(tiny.config(gate__factor=2.0, dataset__name='none'))
   assert gate.make_gate(tiny.config(), None, IMAGES) is None
   assert gate.make_gate(CONFIG, None, None) is None
-
-
-def test_a_guided_student_is_compared_with_its_teacher_at_the_smallest_weight():
-  stages, _ = tiny.plan(
-    model__conditional=True,
-    dataset__label_dropout=0.1,
-    methods=('guided', 'progressive'),
-    guided__weights=(1.5, 4.0),
-  )
-  weights = {stage.name: gate.guidance_of(stage).weight for stage in stages[1:]}
-  assert weights.pop('guided') == 1.5 and not any(weights.values())
