@@ -83,11 +83,11 @@ def show_times(
     total += seconds[kind] * stage.num_updates
     rate = f'{1000 * seconds[kind]:.3g} ms an update'
     _print(f'  {stage.name:<18} {_duration(seconds[kind] * stage.num_updates):>10}  ({rate})')
-  call = seconds_per_call(stages[0], config)
-  if of_pairs := pairs_calls(stages, finished):
+  of_pairs, calls = pairs_calls(stages, finished), evaluation_calls(stages, config)
+  call = seconds_per_call(stages[0], config) if of_pairs or calls else 0.0
+  if of_pairs:
     total += call * of_pairs
     _print(f'  {"pairs":<18} {_duration(call * of_pairs):>10}')
-  calls = evaluation_calls(stages, config)
   if calls:
     _print(
       f'  {"evaluation":<18} {_duration(call * calls):>10}  ({1000 * call:.3g} ms an image and call)'

@@ -85,7 +85,7 @@ REFUSED = {
     'DDIMScheduler cannot represent its 3 steps: their number must divide',
   ),
   'grid': ({'times': 'quadratic'}, 'DDIMScheduler cannot represent its 4 steps'),
-  'last step': (
+  'end': (
     {'times': 'leading_to_first', 'schedule': Discrete(steps_offset=1)},
     'DDIMScheduler cannot represent its 4 steps',
   ),
