@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from diffusion_distillation import cli, datasets
+from diffusion_distillation import cli, datasets, modes
 from diffusion_distillation.datasets import prepared
 from diffusion_distillation.evaluation import features
 from diffusion_distillation.run import run as run_module
@@ -226,11 +226,11 @@ def test_a_folder_that_has_changed_is_refused_before_anything_is_done(
 
 def test_a_folder_that_has_only_moved_is_the_same(animals, whole, tmp_path):
   root = shutil.copytree(animals[0], tmp_path / 'animals')
-  cli.workdir.plan_for(whole[0], config(dataset__path=str(root)))
+  modes.workdir.plan_for(whole[0], config(dataset__path=str(root)))
   shutil.move(root / 'dog', root / 'dot')
   moved = shutil.move(root, tmp_path / 'again')  # listings are kept by path
   with pytest.raises(cli.UserError, match='began with other images'):
-    cli.workdir.plan_for(whole[0], config(dataset__path=str(moved)))
+    modes.workdir.plan_for(whole[0], config(dataset__path=str(moved)))
 
 
 def test_a_conditional_model_is_sampled_by_name_or_without_a_class(whole, tmp_path, quiet, capsys):

@@ -15,6 +15,7 @@ from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.errors import Preempted, QualityError
 from diffusion_distillation.evaluation import features as extractors
+from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.evaluation.metrics import Features
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.run import gate, run, samples
@@ -49,11 +50,14 @@ class Pooled:
   digest: str = 'of pixels'
   task: str = 'none'
   accuracy: float = 1.0
+  metric: str = 'FD-pixels'
 
   def of(self, images):
+    return Extracted(self(images))
+
+  def __call__(self, images):
     return images.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16) / 16.0
 
-  __call__ = of
   summary = extractors.FeatureExtractor.summary
 
 
@@ -78,7 +82,7 @@ SPOILED = model(stage('student', 1), 'spoiled', exact=True, shift=0.2)
 def of_data():
   """Features of images whose pixels have the law `DATA`."""
   pixels = np.random.default_rng(7).normal(DATA.mean, DATA.std, (4000, 8, 8, 1)).astype(np.float32)
-  found = np.asarray(Pooled().of(np.asarray(Pixels().decode(jnp.asarray(pixels)))))
+  found = np.asarray(Pooled()(np.asarray(Pixels().decode(jnp.asarray(pixels)))))
   return Features(gate.moments_of(found), found, len(found))
 
 

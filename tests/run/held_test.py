@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from diffusion_distillation import cli
+from diffusion_distillation import cli, modes
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.run import evaluating, inputs, loop
 from diffusion_distillation.run import run as run_module
@@ -96,7 +96,7 @@ def test_an_evaluation_by_itself_holds_no_weights(workdir, monkeypatch):
     made[stage.name] = weakref.ref(array)
     return Model(stage, 'ema', 'a', stage.num_updates, 0.0, {'ema': array})
 
-  monkeypatch.setattr(cli.provenance, 'load_model', load_model)
+  monkeypatch.setattr(modes.provenance, 'load_model', load_model)
   monkeypatch.setattr(evaluating.measure, 'evaluate', lambda *_, **__: note('evaluation'))
   monkeypatch.setattr('diffusion_distillation.system.interrupts.install', lambda: None)
   options = cli.Options(mode='evaluate', config=None, default=default.get_config(), workdir=workdir)

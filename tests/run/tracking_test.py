@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_distillation import cli
+from diffusion_distillation import modes
 from diffusion_distillation.errors import DamagedError, Preempted, UserError
 from diffusion_distillation.run import gate, loop, run
 from diffusion_distillation.run.inputs import Inputs
@@ -111,11 +111,11 @@ def test_the_best_weights_can_be_sampled(track, monkeypatch, tmp_path):
   provenance.begin_stage(tmp_path, BASE, Parents(), CONFIG)
   options = types.SimpleNamespace(stage=None, weights='best')
   with pytest.raises(UserError, match=r'--weights=best: .* kept no best weights'):
-    cli._model_of_workdir(options, tmp_path, CONFIG)
+    modes._model_of_workdir(options, tmp_path, CONFIG)
   monkeypatch.setattr(Tracker, '_distance', lambda self, params: 1.0)
   found = sharding.to_host(BASE.init_params(jax.random.key(0)))
   track(BASE).measure(4, found)
-  stored = cli._model_of_workdir(options, tmp_path, CONFIG)
+  stored = modes._model_of_workdir(options, tmp_path, CONFIG)
   assert digest(stored.params) == digest(found) and stored.provenance['updates'] == 4
 
 

@@ -5,7 +5,7 @@ import signal
 import jax
 import pytest
 
-from diffusion_distillation import cli
+from diffusion_distillation import modes
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.system import files, interrupts, sharding
 from tests import tiny
@@ -25,7 +25,7 @@ def handlers():
 
 def run(monkeypatch, does, **mesh):
   """A run, with the flags of one, that does nothing but `does`."""
-  monkeypatch.setattr(cli.run_module, 'run', lambda config, directory: does())
+  monkeypatch.setattr(modes.run_module, 'run', lambda config, directory: does())
   overrides = {f'mesh__{axis}': size for axis, size in mesh.items()}
   return tiny.run_cli(*tiny.flags(**overrides), '--workdir=nowhere')
 
