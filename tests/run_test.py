@@ -13,6 +13,7 @@ from PIL import Image
 from diffusion_distillation import datasets
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError
+from diffusion_distillation.evaluation.report import measured
 from diffusion_distillation.run import run as run_module
 from tests import tiny
 
@@ -142,7 +143,10 @@ def test_the_report_is_one_page_that_fetches_nothing(finished, results):
   assert page.tags.count('img') == 4 + 2 * 3 + 3  # figures, two strips a stage, and the nearest images
   assert all(link.startswith('data:image/png;base64,') for link in page.links)
   assert 'width=device-width' in text
-  assert all(f'<td>{row["num_drawn"]}</td><td>{row["value"]:.4g}' in text for row in results['rows'])
+  assert all(
+    f'<td>{row["num_drawn"]}</td><td>{measured(row["value"], row["error"])}' in text
+    for row in results['rows']
+  )
   assert 'train.num_updates' in text
 
 

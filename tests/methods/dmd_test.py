@@ -36,6 +36,9 @@ def denoise(params, z, logsnr, cond, rng=None):
   return Gaussian(**params)(z, logsnr)
 
 
+denoise.conditioning = {}
+
+
 def generator(scale, shift):
   return {'scale': jnp.array(scale), 'shift': jnp.array(shift)}
 

@@ -13,7 +13,7 @@ from PIL import Image
 from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.errors import Preempted
-from diffusion_distillation.evaluation import measure
+from diffusion_distillation.evaluation import looks, measure
 from diffusion_distillation.networks.denoiser import Bound
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.run import loop, monitor
@@ -340,5 +340,9 @@ def test_a_signal_while_samples_are_drawn_loses_nothing(watch, tmp_path, monkeyp
 
 def test_a_half_written_line_of_metrics_is_left_out_of_the_report(tmp_path):
   """`--mode=evaluate` after a kill: the stage's own writer drops such a line, too."""
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 4, "loss": 1.0}\n{"step": 8, "lo')
-  assert measure._watched(tmp_path).lines == [{'step': 4, 'loss': 1.0}]
+  (tmp_path / 'base').mkdir()
+  (tmp_path / 'base' / 'metrics.jsonl').write_text('{"step": 4, "loss": 1.0}\n{"step": 8, "lo')
+  measured = [
+    types.SimpleNamespace(model=types.SimpleNamespace(stage=types.SimpleNamespace(name='base')))
+  ]
+  assert looks.watched(measured, tmp_path)['base'].lines == [{'step': 4, 'loss': 1.0}]

@@ -53,6 +53,7 @@ def toy(loss):
     ema_ramp=0.0,
     seed=0,
     shape=(4, 1),
+    conditioning={},
     cond_dropout=0.0,
     micro_batches=1,
   )
