@@ -18,7 +18,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import NONE_OF, Cond
-from diffusion_distillation.networks.guidance import check, default_weight
+from diffusion_distillation.networks.guidance import asked_weight, check
 from diffusion_distillation.stages import model
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.system import files
@@ -81,7 +81,7 @@ class LoadedModel:
       grid = times.make_grid(name, num_steps, self.stored.schedule)
     except ValueError as error:
       raise UserError(f'steps={num_steps}, times={name}: {error}') from error
-    weight = default_weight(self.stored.denoise.conditioning) if guidance is None else guidance
+    weight = asked_weight('guidance', guidance, self.stored.denoise.conditioning)
     try:
       by = make_guidance(weight, guidance_interval or ())
     except ValueError as error:

@@ -8,7 +8,7 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Chosen
-from diffusion_distillation.networks.guidance import check, default_weight
+from diffusion_distillation.networks.guidance import asked_weight, check
 from diffusion_distillation.stages.model import StoredModel
 
 
@@ -40,10 +40,8 @@ def guidance(
   Raises:
     UserError: a number is out of range, or the model cannot be guided; see `check`.
   """
-  text, weight = (
-    ','.join(interval),
-    default_weight(stored.denoise.conditioning) if weight is None else weight,
-  )
+  text = ','.join(interval)
+  weight = asked_weight('--guidance', weight, stored.denoise.conditioning)
   if interval and not weight:
     raise UserError(f'--guidance_interval={text} only applies to --guidance above 0')
   try:

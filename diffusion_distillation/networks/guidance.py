@@ -148,6 +148,21 @@ def default_weight(conditioning: Conditioning) -> float:
   return known.low if known else 0.0
 
 
+def asked_weight(key: str, weight: float | None, conditioning: Conditioning) -> float:
+  """Returns the weight of guidance that was asked for with `key`; see `default_weight` if it is None.
+
+  Raises:
+    UserError: no guidance was asked for, and the network only draws with guidance.
+  """
+  known = weights(conditioning)
+  if weight == 0.0 and known and known.low > 0.0:
+    raise UserError(
+      f'{key}=0: this model was trained with weights from {known.low:g} to {known.high:g} and cannot draw without guidance; '
+      'leave it out for the smallest weight'
+    )
+  return default_weight(conditioning) if weight is None else weight
+
+
 def check(
   key: str, guidance: Guidance, conditioning: Conditioning, cond_dropout: float, chosen: Any = None
 ) -> None:

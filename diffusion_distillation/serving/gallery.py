@@ -17,7 +17,7 @@ from diffusion_distillation.evaluation import loading
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.networks.guidance import check, default_weight
+from diffusion_distillation.networks.guidance import asked_weight, check
 from diffusion_distillation.serving.worker import Report
 from diffusion_distillation.stages import model
 from diffusion_distillation.stages.model import StoredModel
@@ -225,10 +225,9 @@ def can_be_guided(stored: StoredModel) -> bool:
 
 def check_weight(stored: StoredModel, value: Any) -> Guidance:
   """Returns the guidance of weight `value`, which may be of any type; raises UserError if it is not a weight."""
-  if value is None or value == '':
-    value = default_weight(stored.denoise.conditioning)
   try:
-    return make_guidance(float(value))
+    weight = None if value is None or value == '' else float(value)
+    return make_guidance(asked_weight('guidance', weight, stored.denoise.conditioning))
   except (TypeError, ValueError) as error:
     raise UserError(f'guidance={str(value)[:40]} must be a number, zero or more') from error
 

@@ -69,6 +69,8 @@ def test_a_range_that_does_not_begin_at_0_has_its_smallest_weight_by_default(cap
   assert not caplog.records
   model.sample(5, guidance=1.0)
   assert 'was trained with weights from 2 to 4' in caplog.records[-1].getMessage()
+  with pytest.raises(UserError, match=r'^guidance=0: .* from 2 to 4 and cannot draw without guidance'):
+    model.sample(5, guidance=0.0)
 
 
 def test_the_command_line_tells_the_weight_counts_one_call_and_warns_outside(sample, caplog):  # noqa: F811
