@@ -194,8 +194,10 @@ def _finish_by_calls(
   figure: 'Figure', axes: 'Axes', lines: Lines, results: Mapping[str, Any], theme: Theme
 ) -> None:
   """Makes the x axis one of network evaluations, and finishes the figure."""
-  axes.set_xscale('log', base=2)
   calls = _spread(sorted({int(p.x) for points in lines.values() for p in points}))
+  if len(calls) == 1:  # limits of their own, because matplotlib warns of an axis without a width
+    axes.set_xlim(calls[0] / 2, calls[0] * 2)
+  axes.set_xscale('log', base=2)
   axes.set_xticks(calls, list(map(str, calls)))
   axes.minorticks_off()
   axes.set_xlabel('network evaluations per image')

@@ -4,7 +4,9 @@ import base64
 import html.parser
 import io
 import json
+import warnings
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,6 +47,17 @@ def test_the_figure_is_log_log_with_three_curves_and_the_floor():
   assert found['Base, ancestral'] == [(4, 3.0)]
   assert [y for _, y in found['Real against real']] == [0.5, 0.5]
   assert not axes.containers
+
+
+def test_a_single_number_of_network_calls_stands_in_the_middle_of_its_axis():
+  """With error bars and a grid, as in a notebook, matplotlib finds no limits of its own and warns."""
+  rows = [ROWS[0] | {'error': 0.1}]
+  with warnings.catch_warnings(), matplotlib.rc_context({'axes.grid': True}):
+    warnings.simplefilter('error')
+    figure = figures.by_calls(curves.by_calls(rows), results_of(rows))
+    figures.to_png(figure, figures.LIGHT)
+  low, high = figure.axes[0].get_xlim()
+  assert low * high == rows[0]['nfe'] ** 2 and low < high
 
 
 def test_a_row_with_an_error_has_a_bar():
