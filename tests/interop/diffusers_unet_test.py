@@ -45,7 +45,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-  'case', ['classes', 'convolutions', pytest.param('discrete', marks=pytest.mark.slow)]
+  'case', ['classes', *(pytest.param(c, marks=pytest.mark.slow) for c in ('convolutions', 'discrete'))]
 )
 def test_the_network_is_the_same_function_at_the_sampling_steps(case):
   changes, schedule, grid = CASES[case]

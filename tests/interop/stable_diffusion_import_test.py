@@ -106,6 +106,7 @@ def test_the_model_is_the_unet_alone_given_the_text(case):
     loaded.denoise(z, logsnr)
 
 
+@pytest.mark.slow
 def test_prompts_are_drawn_in_turn_and_guided(case):
   _, _, loaded = case
   two = loaded.sample(prompts=['a red circle', 'blue'], seed=3, guidance=2.0, steps=2)

@@ -50,7 +50,10 @@ def random_params(denoise, seed=0):
   return jax.tree.map(lambda leaf: np.float32(0.3 * rng.normal(size=leaf.shape)), tree)
 
 
-@pytest.mark.parametrize('name', sorted(NETWORKS.keys() - {'unet2d_condition'}))
+@pytest.mark.parametrize(
+  'name',
+  ['unet', *(pytest.param(name, marks=pytest.mark.slow) for name in ARGUMENTS if name != 'unet')],
+)
 def test_a_student_with_the_input_starts_as_its_teacher_for_every_weight(name):
   teacher = Denoiser(NETWORKS[name](**ARGUMENTS[name]), 'v')
   student = with_input(teacher, (0.5, 4.0))
