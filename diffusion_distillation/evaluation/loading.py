@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +18,8 @@ from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import NONE_OF, Cond
 from diffusion_distillation.networks.guidance import asked_weight, check
-from diffusion_distillation.stages import model
+from diffusion_distillation.stages import model, model_folders
 from diffusion_distillation.stages.model import StoredModel
-from diffusion_distillation.system import files
 
 _BATCH = 256
 _PIXELS = 2**20  # of the images that a network decodes at a time
@@ -141,43 +139,7 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
     UserError: there is no model, or it uses features that this version does not know.
     DamagedError: a file of the model differs from what was written.
   """
-  return LoadedModel(model.read(find(paths.on_disk('load: path', path))))
-
-
-def find(path: pathlib.Path) -> pathlib.Path:
-  """Returns the model's folder at or below `path`; for a workdir with several stages, that of the last one in its plan."""
-  for folder in (path, path / 'model'):
-    if (folder / model.DESCRIPTION).is_file():
-      return folder
-  found = list(path.glob(f'*/model/{model.DESCRIPTION}'))
-  if not found:
-    raise UserError(
-      f'{path} holds no model: there is no {model.DESCRIPTION} in it or in any of its stages'
-    )
-  methods = _methods(path)
-  return max(
-    found, key=lambda file: (*_place(file.parent.parent.name, methods), file.stat().st_mtime_ns)
-  ).parent
-
-
-def _methods(workdir: pathlib.Path) -> list[str]:
-  """Returns the methods of the run in a directory, in the order of its plan; [] if there is no run, or no valid config."""
-  path = workdir / 'config.json'
-  try:
-    found = files.read_json(path).get('methods') if path.is_file() else None
-  except (UserError, AttributeError):
-    return []
-  return [str(name) for name in found] if isinstance(found, list) else []
-
-
-def _place(stage: str, methods: Sequence[str]) -> tuple[int, int]:
-  """Returns the place of a stage in the plan of these methods; first comes the base, then stages of other methods."""
-  method, _, steps = stage.rpartition('_')
-  if not method or not steps.isdecimal():
-    method, steps = stage, '0'
-  if method not in methods:
-    return -2 if stage == 'base' else -1, 0
-  return methods.index(method), -int(steps)
+  return LoadedModel(model.read(model_folders.find(paths.on_disk('load: path', path))))
 
 
 def batch_size(stored: StoredModel, most: int, num_samples: int) -> int:

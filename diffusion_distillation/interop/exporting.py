@@ -14,12 +14,12 @@ from diffusion_distillation import paths
 from diffusion_distillation.config import choose
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.errors import StorageError, UserError
-from diffusion_distillation.evaluation import loading, pictures, sampling
+from diffusion_distillation.evaluation import pictures, sampling
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.interop import diffusers_writer, model_card, onnx_writer, stablehlo
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.stages import model
+from diffusion_distillation.stages import model, model_folders
 from diffusion_distillation.system import files, interrupts
 from diffusion_distillation.training.state import Params
 
@@ -130,7 +130,7 @@ def check_out(out: str | os.PathLike[str] | None) -> pathlib.Path:
 def find(workdir: pathlib.Path, stage: str | None) -> pathlib.Path:
   """Returns the folder of the model; raises UserError if the given stage is not finished."""
   if stage is None:
-    return loading.find(workdir)
+    return model_folders.find(workdir)
   found = sorted(path.parent.parent.name for path in workdir.glob(f'*/model/{model.DESCRIPTION}'))
   if stage not in found:
     raise UserError(

@@ -19,7 +19,7 @@ from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import asked_weight, check
 from diffusion_distillation.serving.worker import Report
-from diffusion_distillation.stages import model
+from diffusion_distillation.stages import model, model_folders
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training.state import Params
@@ -81,7 +81,7 @@ class Gallery:
     Raises:
       UserError: there is no model.
     """
-    newest = loading.find(self._directory)
+    newest = model_folders.find(self._directory)
     if newest.parent.parent != self._directory:  # a stage, or the folder of a model
       name = model.read(newest, weights=False).provenance.get('stage')
       return {str(name or self._directory.name): newest}
@@ -102,7 +102,7 @@ class Gallery:
 
   def newest(self) -> str:
     """The name of the stage that finished last."""
-    folder = loading.find(self._directory)
+    folder = model_folders.find(self._directory)
     return next(name for name, other in self.stages().items() if other == folder)
 
   def describe(self, stage: Any) -> StoredModel:

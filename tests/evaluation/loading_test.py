@@ -16,7 +16,7 @@ from diffusion_distillation.evaluation import loading
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import NETWORKS
-from diffusion_distillation.stages import model
+from diffusion_distillation.stages import model, model_folders
 from tests.evaluation.sampling_test import assert_same_images
 from tests.networks.denoiser_test import Small
 from tests.stages.model_test import stored
@@ -173,7 +173,7 @@ def test_the_last_stage_of_a_workdir_is_that_of_its_plan_whatever_the_times_of_i
     assert load(tmp_path).stored.num_steps == last
   for damaged in ('{', '[]', '{"methods": 3}'):
     config.write_text(damaged)
-    assert loading.find(tmp_path) == tmp_path / 'gone' / 'model'
+    assert model_folders.find(tmp_path) == tmp_path / 'gone' / 'model'
 
 
 @pytest.mark.parametrize('place', ['', 'none', 'file'])
