@@ -81,6 +81,12 @@ _GUIDANCE_INTERVAL = flags.DEFINE_list(
   [],
   'sample: noise levels sigma / alpha, LOW,HIGH, between which steps are guided; by default all.',
 )
+_GUIDING_MODEL = flags.DEFINE_string(
+  'guiding_model',
+  None,
+  'sample, serve: the folder of a weaker model, or the directory of its stage or run, that guides in place of the predictions without a '
+  'class (autoguidance).',
+)
 _OUT = flags.DEFINE_string(
   'out',
   None,
@@ -172,6 +178,7 @@ def run(argv: list[str]) -> None:
     prompts=_PROMPTS.value,
     guidance=_GUIDANCE.value,
     guidance_interval=_GUIDANCE_INTERVAL.value,
+    guiding_model=_GUIDING_MODEL.value or None,
     out=_OUT.value or None,
     format=_FORMAT.value,
     source=_SOURCE.value,

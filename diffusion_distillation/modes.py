@@ -32,6 +32,7 @@ from diffusion_distillation.evaluation.loading import (
   batch_size,
   chosen_classes,
   load,
+  read_guiding,
   with_texts,
 )
 from diffusion_distillation.interop import exporting, importing
@@ -129,10 +130,12 @@ def _sample(options: Options) -> None:
   step = make_sampler(sampler, gamma)
   grid = sample_flags.grid(stored, options.times, options.steps, options.grid)
   chosen = chosen_classes(stored, options.classes)
-  guidance = sample_flags.guidance(stored, options.guidance, options.guidance_interval, chosen)
+  by_model = options.guiding_model is not None
+  guidance = sample_flags.guidance(stored, options.guidance, options.guidance_interval, chosen, by_model)
+  guiding = read_guiding(stored, '--guiding_model', options.guiding_model, guidance)
   chosen = with_texts(stored, chosen, options.prompts, bool(guidance))
   size = batch_size(stored, settings.batch_size, count)
-  draw = LoadedModel(stored).drawer(step, clip_x, size, guidance)
+  draw = LoadedModel(stored).drawer(step, clip_x, size, guidance, guiding)
   images = draw.draw(stored.params, grid, count, options.seed, chosen, 'sample')
   if not files.writes():
     return
@@ -246,13 +249,14 @@ def _features(options: Options) -> None:
 
 def _serve(options: Options) -> None:
   directory = _workdir(options)
-  if flag := options.given(('stage', *_OF_SAMPLING)):
+  set_on_page = [flag for flag in ('stage', *_OF_SAMPLING) if flag != 'guiding_model']
+  if flag := options.given(set_on_page):
     raise UserError(f'--{flag} does not apply to --mode=serve: set it on the page instead')
   if (directory / 'config.json').is_file():
     _stored_config(options, directory)
   else:
     compilation.use()
-  page.serve(directory, options.port)
+  page.serve(directory, options.port, options.guiding_model)
 
 
 def _keys(options: Options) -> None:
@@ -272,7 +276,7 @@ This page is the output of `python main.py --mode=keys`.
 """
 
 
-_GUIDANCE = ('guidance', 'guidance_interval')
+_GUIDANCE = ('guidance', 'guidance_interval', 'guiding_model')
 _OF_SAMPLING = (
   *('weights', 'sampler', 'steps', 'grid', 'times', 'classes', 'prompts'),
   *(*_GUIDANCE, 'clip_x', 'gamma'),

@@ -31,6 +31,7 @@ class Options:
   prompts: Sequence[str] = ()
   guidance: float | None = None
   guidance_interval: Sequence[str] = ()
+  guiding_model: str | os.PathLike[str] | None = None
   out: str | os.PathLike[str] | None = None
   format: str = 'jax'
   source: str | None = None

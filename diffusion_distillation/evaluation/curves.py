@@ -64,7 +64,8 @@ def family(row: Mapping[str, Any]) -> str:
 
 def _caption(row: Mapping[str, Any], base: str) -> str:
   """Returns the curve that a row belongs to."""
-  guided = f', guidance {row["guidance"]:g}' if row.get('guidance') else ''
+  kind = 'autoguidance' if row.get('guiding_model') else 'guidance'
+  guided = f', {kind} {row["guidance"]:g}' if row.get('guidance') else ''
   if row['stage'] == base:
     return f'Base, {_SAMPLERS.get(row["sampler"], row["sampler"])}{guided}'
   return family(row) + guided

@@ -17,8 +17,8 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import NONE_OF, Cond
-from diffusion_distillation.networks.guidance import asked_weight, check
-from diffusion_distillation.stages import model, model_folders
+from diffusion_distillation.networks.guidance import GuidingModel, asked_weight, check
+from diffusion_distillation.stages import guiding_models, model, model_folders
 from diffusion_distillation.stages.model import StoredModel
 
 _BATCH = 256
@@ -45,6 +45,7 @@ class LoadedModel:
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     prompts: Sequence[str] | None = None,
+    guiding_model: str | os.PathLike[str] | None = None,
   ) -> np.ndarray:
     """Draws images; image k is a function of (seed, k) and its label and prompt.
 
@@ -59,6 +60,8 @@ class LoadedModel:
         that the model takes is larger. Other software often calls 1 + W the guidance scale.
       guidance_interval: noise levels sigma / alpha, (low, high), between which steps are guided; None for all.
       prompts: what to draw in turn, for models that are conditioned on text.
+      guiding_model: the folder of a weaker model, a stage, or a workdir, whose predictions take the place of those without a
+        class (autoguidance); any model can be guided in this way.
 
     Returns:
       (num_samples, H, W, C) uint8.
@@ -84,11 +87,12 @@ class LoadedModel:
       by = make_guidance(weight, guidance_interval or ())
     except ValueError as error:
       raise UserError(f'guidance={weight}, guidance_interval={guidance_interval}: {error}') from error
-    told = self.stored.denoise.conditioning
-    check('guidance', by, told, self.stored.cond_dropout, (chosen or {}).get('label'))
+    by_model = read_guiding(self.stored, 'guiding_model', guiding_model, by)
+    takes, labelled = self.stored.denoise.conditioning, (chosen or {}).get('label')
+    check('guidance', by, takes, self.stored.cond_dropout, labelled, by_model is not None)
     chosen = with_texts(self.stored, chosen, prompts or (), bool(by), 'prompts')
     size = batch_size(self.stored, min(_BATCH, num_samples), num_samples)
-    draw = self.drawer(cls(), self.stored.clip_x, size, by)
+    draw = self.drawer(cls(), self.stored.clip_x, size, by, by_model)
     return draw.draw(self.stored.params, grid, num_samples, seed, chosen)
 
   def check_labels(self, labels: Sequence[int] | None) -> Chosen:
@@ -103,7 +107,12 @@ class LoadedModel:
     return {'label': list(labels)}
 
   def drawer(
-    self, sampler: samplers.Sampler, clip_x: bool, batch_size: int, guidance: Guidance = NONE
+    self,
+    sampler: samplers.Sampler,
+    clip_x: bool,
+    batch_size: int,
+    guidance: Guidance = NONE,
+    guiding: GuidingModel | None = None,
   ) -> Drawer:
     """Returns a `Drawer` for this model and the given sampler."""
     stored = self.stored
@@ -116,6 +125,7 @@ class LoadedModel:
       batch_size=batch_size,
       clip_x=clip_x,
       guidance=guidance,
+      guiding=guiding,
     )
 
   def denoise(self, z: jax.Array, logsnr: jax.Array, cond: Cond = None) -> Prediction:
@@ -140,6 +150,21 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
     DamagedError: a file of the model differs from what was written.
   """
   return LoadedModel(model.read(model_folders.find(paths.on_disk('load: path', path))))
+
+
+def read_guiding(
+  stored: StoredModel, key: str, path: str | os.PathLike[str] | None, guidance: Guidance
+) -> GuidingModel | None:
+  """Returns the guiding model at `path`, which `key` names; None without a path.
+
+  Raises:
+    UserError: there is no guidance, or see `guiding_models.read`.
+  """
+  if path is None:
+    return None
+  if not guidance:
+    raise UserError(f'{key}={os.fspath(path)} only applies to a guidance above 0')
+  return guiding_models.read(key, path, stored.denoise.conditioning, stored.space, stored.image_shape)
 
 
 def batch_size(stored: StoredModel, most: int, num_samples: int) -> int:

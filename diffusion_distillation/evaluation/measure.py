@@ -38,9 +38,9 @@ from diffusion_distillation.evaluation.results import (
 from diffusion_distillation.evaluation.rows import guidances, rows
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.networks.guidance import calls_per_image
+from diffusion_distillation.networks.guidance import GuidingModel, calls_per_image
 from diffusion_distillation.stages import workdir as workdirs
-from diffusion_distillation.stages.parts import make_sampler
+from diffusion_distillation.stages.parts import guiding_of, make_sampler
 from diffusion_distillation.stages.provenance import Model, updates_done
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import cluster, files, sharding
@@ -52,13 +52,17 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What one row measures: a model, sampler, number of steps and guidance. `updates` of the model is None if not known."""
+  """What one row measures: a model, sampler, number of steps, guidance, and the model that guides if there is one.
+
+  `updates` of the model is None if it is not known.
+  """
 
   model: Model
   sampler: str
   num_steps: int
   updates: int | None = None
   guidance: Guidance = NONE
+  guiding: GuidingModel | None = None
 
 
 def evaluate(
@@ -90,9 +94,16 @@ def evaluate(
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, results) | known_rows(partial, results)
   cluster.barrier()  # before the first process writes these files anew
+  section = config.evaluation
+  guiding = guiding_of('evaluation', section.guiding_model, section.guidance, stages[0])
   todo = [
     Setting(
-      models[place].use(weights), sampler, num_steps, updates_done(workdir, models[place]), guidance
+      models[place].use(weights),
+      sampler,
+      num_steps,
+      updates_done(workdir, models[place]),
+      guidance,
+      guiding if guidance and not place else None,
     )
     for place, weights, sampler, num_steps in rows(stages, config)
     for guidance in guidances(config, place, stages[place])
@@ -179,6 +190,7 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'grid': 'uniform' if setting.model.stage.parent else config.evaluation.grid,
     'guidance': by.weight,
     'guidance_interval': by.interval,
+    'guiding_model': setting.guiding and setting.guiding.digest,
     'nfe': calls_per_image(told, by, sampler, grid(config, stage, setting.num_steps), stage.schedule),
     'num_samples': config.evaluation.num_samples,
     'tolerance': config.evaluation.tolerance,
@@ -214,6 +226,7 @@ def drawer(
   sampler: str,
   label_counts: tuple[int, ...] = (),
   guidance: Guidance = NONE,
+  guiding: GuidingModel | None = None,
 ) -> Drawer:
   """Returns a `Drawer` for a stage with the settings of `evaluation`; without `label_counts`, classes are drawn in turn."""
   return Drawer(
@@ -226,6 +239,7 @@ def drawer(
     clip_x=config.evaluation.clip_x,
     label_counts=label_counts,
     guidance=guidance,
+    guiding=guiding,
   )
 
 
@@ -272,7 +286,7 @@ def measure_setting(
 
   model = setting.model
   by = grid(config, model.stage, setting.num_steps)
-  draw = drawer(config, model.stage, setting.sampler, label_counts, setting.guidance)
+  draw = drawer(config, model.stage, setting.sampler, label_counts, setting.guidance, setting.guiding)
   seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, then, is_enough)
   row = describe(config, setting) | {
     'metric': extractor.metric,
@@ -299,7 +313,7 @@ def _drawing(
     known, stage = drawn.get(_place(setting)), setting.model.stage
     if chosen is None and known is not None and len(known) >= count:
       return known[:count]
-    by = drawer(config, stage, setting.sampler, label_counts, setting.guidance)
+    by = drawer(config, stage, setting.sampler, label_counts, setting.guidance, setting.guiding)
     at = grid(config, stage, setting.num_steps)
     return by.draw(setting.model.params, at, count, config.evaluation.seed, chosen)
 

@@ -139,13 +139,16 @@ _MEASURED = (
 def key_of(row: dict[str, Any]) -> tuple:
   """Returns a key that identifies a row.
 
-  Rows of older versions lack labels, which were balanced, guidance, which was 0, and dtype, which counts as float32.
+  Rows of older versions lack labels, which were balanced, guidance, which was 0, the guiding model, of which there was none,
+  and dtype, which counts as float32.
   """
   described = {k: v for k, v in row.items() if k not in _MEASURED}
   if described.get('labels') != 'data':
     described.pop('labels', None)
   if not described.get('guidance'):
     described.pop('guidance', None)
+  if not described.get('guiding_model'):
+    described.pop('guiding_model', None)
   if described.get('dtype') == 'float32':
     described.pop('dtype')
   interval = described.pop('guidance_interval', None)

@@ -33,9 +33,15 @@ def grid(stored: StoredModel, given: Sequence[str], steps: int | None, name: str
 
 
 def guidance(
-  stored: StoredModel, weight: float | None, interval: Sequence[str], chosen: Chosen
+  stored: StoredModel,
+  weight: float | None,
+  interval: Sequence[str],
+  chosen: Chosen,
+  by_model: bool = False,
 ) -> Guidance:
   """Returns the guidance that `--guidance` and `--guidance_interval` specify; without a weight, the model's default.
+
+  `by_model` says whether there is a guiding model.
 
   Raises:
     UserError: a number is out of range, or the model cannot be guided; see `check`.
@@ -49,7 +55,6 @@ def guidance(
   except ValueError as error:
     given = f'--guidance={weight:g}' + (f' --guidance_interval={text}' if interval else '')
     raise UserError(f'{given}: {error}') from error
-  check(
-    '--guidance', found, stored.denoise.conditioning, stored.cond_dropout, (chosen or {}).get('label')
-  )
+  labels = (chosen or {}).get('label')
+  check('--guidance', found, stored.denoise.conditioning, stored.cond_dropout, labels, by_model)
   return found

@@ -18,7 +18,13 @@ from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.denoiser import Denoiser
-from diffusion_distillation.networks.guidance import Guided, calls_per_image, guide
+from diffusion_distillation.networks.guidance import (
+  AutoParams,
+  Guided,
+  GuidingModel,
+  calls_per_image,
+  guide,
+)
 from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.system import announcing, compilation, interrupts, sharding
 from diffusion_distillation.system.progress import Progress
@@ -44,6 +50,7 @@ class Drawer:
       part of the compiled program.
     guidance: guidance towards the conditions; a network that takes its weight as an input receives it with the conditions.
     spread: whether such a network receives weights spread over its range instead of that of `guidance`.
+    guiding: the model that guides in place of the unconditional predictions; its parameters are not part of the program.
   """
 
   denoise: Denoiser
@@ -56,12 +63,20 @@ class Drawer:
   label_counts: tuple[int, ...] = dataclasses.field(default=(), compare=False)
   guidance: Guidance = NONE
   spread: bool = dataclasses.field(default=False, compare=False)
+  guiding: GuidingModel | None = None
 
   @property
   def program(self) -> 'Drawer':
-    """The drawer with only what its compiled program depends on: a weight that is an input is not part of it."""
+    """The drawer with only what its compiled program depends on: neither a weight that is an input, nor parameters."""
     known = conditioning.weights(self.denoise.conditioning)
-    return self if known is None else dataclasses.replace(self, guidance=NONE)
+    guiding = self.guiding and dataclasses.replace(self.guiding, params=None)
+    return dataclasses.replace(self, guidance=NONE if known else self.guidance, guiding=guiding)
+
+  def on_devices(self, params: Params) -> Params:
+    """Returns what the compiled program takes as parameters, on all devices: those of the network and of its guiding model."""
+    if self.guidance and self.guiding is not None:
+      return sharding.replicate(AutoParams(params, self.guiding.params))
+    return sharding.replicate(params)
 
   def calls(self, grid: np.ndarray) -> int:
     """Returns the number of network calls per image on a grid of times (N + 1,)."""
@@ -95,7 +110,7 @@ class Drawer:
     (N + 1,) contains the times.
     """
     grid = _padded(grid)
-    size, params = sharding.round_up(self.batch_size), sharding.replicate(params)
+    size, params = sharding.round_up(self.batch_size), self.on_devices(params)
     for start in range(0, num_samples, size):
       interrupts.check()
       index = np.arange(start, start + size, dtype=np.int32)
@@ -135,7 +150,7 @@ class Drawer:
     grid = _padded(grid)
     padded = np.pad(index.astype(np.int32), (0, sharding.round_up(len(index)) - len(index)))
     given = sharding.spread((padded, self.cond(padded, seed)))
-    arrays = (sharding.replicate(params), grid, np.int32(seed), *given)
+    arrays = (self.on_devices(params), grid, np.int32(seed), *given)
     z, x = sharding.to_host(_run(self.program, *arrays))
     return z[: len(index)], x[: len(index)], self.cond(index, seed)
 
@@ -208,7 +223,8 @@ def from_noise(
 ) -> jax.Array:
   """Returns the sampler's last x (B, ...), given noise z (B, ...), the keys (B,) of its steps, and the times (N + 1,)."""
 
-  model, step = guide(drawer.denoise, drawer.guidance), drawer.sampler
+  guiding = None if drawer.guiding is None else drawer.guiding.denoise
+  model, step = guide(drawer.denoise, drawer.guidance, guiding), drawer.sampler
   clip = drawer.space.clip if drawer.clip_x else None
 
   def clipped(denoise: samplers.Denoise) -> samplers.Denoise:

@@ -67,6 +67,12 @@ class EvaluationSection:
     (),
     'Noise levels sigma / alpha, (low, high), between which the sampling steps of the base model are guided; empty: all.',
   )
+  guiding_model: str = key(
+    '',
+    'Folder of a weaker model, or directory of its stage or run, that guides the base model in place of its unconditional '
+    'predictions (autoguidance); empty: none.',
+    path='disk',
+  )
   neighbours: int = key(
     50_000,
     'Number of training images, evenly spread, among which the report looks for those nearest to samples; 0: the report does '

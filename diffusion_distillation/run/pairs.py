@@ -54,6 +54,12 @@ class PairsSection:
     'trained with `dataset.label_dropout`.',
     NOT_NEGATIVE,
   )
+  guiding_model: str = key(
+    '',
+    'Folder of a weaker model, or directory of its stage or run, that guides the base model in place of its unconditional '
+    'predictions (autoguidance); empty: none.',
+    path='disk',
+  )
 
 
 class StoredPairs:
@@ -102,6 +108,7 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
   if 'labels' not in stored:  # older versions always drew balanced labels
     stored['labels'] = lineage['labels'] and 'balanced'
   stored.setdefault('guidance', 0.0)
+  stored.setdefault('guiding_model', None)
   differing = [key for key in lineage if stored.get(key) != lineage[key]]
   if differing:
     key = differing[0]
@@ -121,6 +128,7 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
     clip_x=pairs.clip_x,
     label_counts=counts,
     guidance=pairs.guidance,
+    guiding=pairs.guiding,
     spread=True,
   )
   grid = times.make_grid(pairs.grid, pairs.num_steps, stage.schedule)
@@ -164,6 +172,7 @@ def describe(pairs: Pairs, teacher: Model, label_counts: Sequence[int] = ()) -> 
     if classes(teacher.stage.denoise.conditioning)
     else None,
     'guidance': pairs.guidance.weight,
+    'guiding_model': pairs.guiding and pairs.guiding.digest,
   }
 
 

@@ -1,6 +1,7 @@
 """Images of teacher and student from the same noise, with their cost: what the page of `--mode=serve` shows."""
 
 import dataclasses
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -17,9 +18,9 @@ from diffusion_distillation.evaluation import loading
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.networks.guidance import asked_weight, check
+from diffusion_distillation.networks.guidance import GuidingModel, asked_weight, check
 from diffusion_distillation.serving.worker import Report
-from diffusion_distillation.stages import model, model_folders
+from diffusion_distillation.stages import guiding_models, model, model_folders
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training.state import Params
@@ -68,8 +69,12 @@ class Gallery:
   The weights of a stage are read once and stay on the devices.
   """
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: pathlib.Path, guiding_model: str | os.PathLike[str] | None = None):
     self._directory = directory
+    self._guiding_model = guiding_model
+    self._guiding_models: dict[
+      str | None, GuidingModel
+    ] = {}  # by the digest of the model that is guided
     self._params: dict[pathlib.Path, tuple[str | None, Params]] = {}
     self._compiled: set[Drawer] = set()
 
@@ -130,7 +135,7 @@ class Gallery:
       label: a class by name or number, or 'none' for images without a class; '' for all classes in turn.
       seed: seed of the noise, 0 to MAX_SEED.
       num: number of images, one of NUM_IMAGES.
-      weight: W of guidance, for the stage and for the teacher if it `can_be_guided`; empty for the smallest.
+      weight: W of guidance, for the stage and, if it `can_be_guided`, for the teacher; empty for the smallest.
       report: called with a line of progress before each step that takes time.
 
     Returns:
@@ -150,9 +155,33 @@ class Gallery:
     if TEACHER in self.stages():
       teacher = self.describe(TEACHER)
       known = conditioning.classes(teacher.denoise.conditioning) is not None
-      told = (label if known else None, num, guidance if can_be_guided(teacher) else NONE)
-      requests.insert(0, self._request(TEACHER, teacher, teacher.num_steps, teacher.sampler, *told))
+      given = (label if known else None, num, guidance if self.can_be_guided(teacher) else NONE)
+      requests.insert(0, self._request(TEACHER, teacher, teacher.num_steps, teacher.sampler, *given))
     return [self._draw(request, seed, num, report) for request in requests]
+
+  def can_be_guided(self, stored: StoredModel) -> bool:
+    """Whether a model can be drawn with guidance.
+
+    It takes the weight as an input, it can also be called without a class, or there is a guiding model.
+    """
+    takes = stored.denoise.conditioning
+    if conditioning.weights(takes) is not None:
+      return True
+    return self._guiding_model is not None or bool(takes and stored.cond_dropout)
+
+  def check_guiding_model(self) -> None:
+    """Raises UserError if the guiding model cannot guide the newest stage."""
+    self._guiding(self.describe(self.newest()))
+
+  def _guiding(self, stored: StoredModel) -> GuidingModel | None:
+    """Returns the guiding model for a model that does not take the weight as an input; None if there is none."""
+    if self._guiding_model is None or conditioning.weights(stored.denoise.conditioning):
+      return None
+    if stored.digest not in self._guiding_models:
+      guided = (stored.denoise.conditioning, stored.space, stored.image_shape)
+      found = guiding_models.read('--guiding_model', self._guiding_model, *guided)
+      self._guiding_models[stored.digest] = found
+    return self._guiding_models[stored.digest]
 
   def _request(
     self,
@@ -175,9 +204,10 @@ class Gallery:
       grid = times.make_grid(stored.times, steps, stored.schedule)
     except ValueError as error:
       raise UserError(f'steps={steps}, times={stored.times}: {error}') from error
-    told, labels = stored.denoise.conditioning, (chosen or {}).get('label')
-    check('guidance', guidance, told, stored.cond_dropout, labels)
-    drawer = LoadedModel(stored).drawer(step, stored.clip_x, num, guidance)
+    guiding = self._guiding(stored) if guidance else None
+    takes, labels = stored.denoise.conditioning, (chosen or {}).get('label')
+    check('guidance', guidance, takes, stored.cond_dropout, labels, guiding is not None)
+    drawer = LoadedModel(stored).drawer(step, stored.clip_x, num, guidance, guiding)
     return _Request(stage, stored, grid, str(sampler), chosen, drawer)
 
   def _draw(self, request: _Request, seed: int, num: int, report: Report) -> Drawn:
@@ -215,12 +245,6 @@ def classes(stored: StoredModel) -> list[str]:
     return []
   names = list(stored.class_names) or [str(label) for label in range(known.count)]
   return names + (['none'] if stored.cond_dropout and 'none' not in names else [])
-
-
-def can_be_guided(stored: StoredModel) -> bool:
-  """Whether a model can be drawn with guidance: it takes the weight as an input, or can also be called without a class."""
-  told = stored.denoise.conditioning
-  return conditioning.weights(told) is not None or bool(told and stored.cond_dropout)
 
 
 def check_weight(stored: StoredModel, value: Any) -> Guidance:

@@ -45,19 +45,24 @@ _STYLE = """
 """
 
 
-def serve(directory: pathlib.Path, port: int) -> None:
+def serve(
+  directory: pathlib.Path, port: int, guiding_model: str | os.PathLike[str] | None = None
+) -> None:
   """Serves the page until a signal arrives.
 
   Args:
     directory: a workdir, the directory of a stage, or the folder of a model.
     port: the port on 127.0.0.1; 0 for any free one.
+    guiding_model: where a weaker model is that guides the models of the page; None: their predictions without a class do.
 
   Raises:
     UserError: there is no model, gradio is not installed, or the port is in use.
     Preempted: a signal arrived.
   """
-  gallery, worker = Gallery(directory), MainThreadWorker()
+  gallery, worker = Gallery(directory, guiding_model), MainThreadWorker()
   gallery.stages()
+  if guiding_model is not None:
+    gallery.check_guiding_model()
   uvicorn = _import('uvicorn')
   with _listen(port) as listener:
     application = _application(gallery, worker)
@@ -184,9 +189,7 @@ def _choices(gr: Any, gallery: Gallery, stage: Any) -> list[Any]:
     gr.update(value=stored.num_steps),
     gr.update(value=stored.sampler),
     gr.update(choices=known, value='', visible=len(known) > 1),
-    gr.update(
-      value=default_weight(stored.denoise.conditioning), visible=galleries.can_be_guided(stored)
-    ),
+    gr.update(value=default_weight(stored.denoise.conditioning), visible=gallery.can_be_guided(stored)),
   ]
 
 

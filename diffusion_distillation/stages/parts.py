@@ -18,8 +18,9 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Context, Method
 from diffusion_distillation.networks import NETWORKS, conditioning
 from diffusion_distillation.networks.denoiser import Denoiser
-from diffusion_distillation.networks.guidance import check
+from diffusion_distillation.networks.guidance import GuidingModel, check
 from diffusion_distillation.networks.spaces import SPACES, Space
+from diffusion_distillation.stages import guiding_models
 from diffusion_distillation.stages.stage import Pairs, Stage
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training.optimizers import DECAYS, Adam, LearningRate
@@ -143,8 +144,14 @@ def make_context(config: Config, base: Stage) -> Context:
   )
 
 
-def guidance_of(section: str, weight: float, base: Stage, interval: Sequence[float] = ()) -> Guidance:
-  """Returns the guidance of the base that a section of the config asks for.
+def guidance_of(
+  section: str,
+  weight: float,
+  base: Stage,
+  interval: Sequence[float] = (),
+  guiding: GuidingModel | None = None,
+) -> Guidance:
+  """Returns the guidance of the base that a section of the config asks for, by a guiding model if there is one.
 
   Raises:
     UserError: the base cannot be guided because of how it is trained, or the interval is not valid.
@@ -153,11 +160,35 @@ def guidance_of(section: str, weight: float, base: Stage, interval: Sequence[flo
     found = make_guidance(weight, interval)
   except ValueError as error:
     raise UserError(f'{section}.guidance_interval={tuple(interval)}: {error}') from error
-  check(f'{section}.guidance', found, base.denoise.conditioning, base.recipe.cond_dropout)
+  by_model = guiding is not None
+  check(
+    f'{section}.guidance',
+    found,
+    base.denoise.conditioning,
+    base.recipe.cond_dropout,
+    by_model=by_model,
+  )
   return found
 
 
-def taught_guidance(section: str, weight: float, teacher: Stage) -> Guidance:
+def guiding_of(section: str, path: str, weights: Sequence[float], base: Stage) -> GuidingModel | None:
+  """Returns the guiding model of a section of the config, `section.guiding_model`; None if `path` is empty.
+
+  Raises:
+    UserError: all weights of guidance are 0, or the model cannot be read or does not fit the base.
+  """
+  if not path:
+    return None
+  if not any(weights):
+    raise UserError(f'{section}.guiding_model={path} only applies to {section}.guidance above 0')
+  return guiding_models.read(
+    f'{section}.guiding_model', path, base.denoise.conditioning, base.space, base.image_shape
+  )
+
+
+def taught_guidance(
+  section: str, weight: float, teacher: Stage, guiding: GuidingModel | None = None
+) -> Guidance:
   """Returns the guidance of a teacher, as `guidance_of` does.
 
   Raises:
@@ -168,7 +199,7 @@ def taught_guidance(section: str, weight: float, teacher: Stage) -> Guidance:
       f'{section}.guidance={weight:g}: the teacher, {teacher.name}, takes the weight as an input, and its students are '
       f'trained with all of its weights; set {section}.guidance=0'
     )
-  return guidance_of(section, weight, teacher)
+  return guidance_of(section, weight, teacher, guiding=guiding)
 
 
 def make_recipe(
@@ -226,6 +257,7 @@ def make_pairs(config: Config, teacher: Stage) -> Pairs:
   section = config.pairs
   choose('pairs.grid', section.grid, dict.fromkeys(times.GRIDS))
   choose('pairs.labels', section.labels, dict.fromkeys(conditioning.LABELS))
+  guiding = guiding_of('pairs', section.guiding_model, [section.guidance], teacher)
   return Pairs(
     count=section.num_pairs,
     sampler=choose('pairs.sampler', section.sampler, DETERMINISTIC)(),
@@ -235,7 +267,8 @@ def make_pairs(config: Config, teacher: Stage) -> Pairs:
     seed=make_seed(config, *b'pairs'),
     batch_size=section.batch_size,
     labels=section.labels,
-    guidance=taught_guidance('pairs', section.guidance, teacher),
+    guidance=taught_guidance('pairs', section.guidance, teacher, guiding),
+    guiding=guiding,
   )
 
 

@@ -123,8 +123,10 @@ def plan(
     raise UserError(
       f'methods={tuple(config.methods)}: models of latents can be imported and sampled, but not distilled yet; set methods=()'
     )
-  for weight in config.evaluation.guidance:
-    parts.guidance_of('evaluation', weight, base, config.evaluation.guidance_interval)
+  section = config.evaluation
+  guiding = parts.guiding_of('evaluation', section.guiding_model, section.guidance, base)
+  for weight in section.guidance:
+    parts.guidance_of('evaluation', weight, base, section.guidance_interval, guiding)
   student, teacher = _student_network(config, base, data), base
   stages = [base]
   for name in config.methods:

@@ -12,7 +12,7 @@ from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.denoiser import Denoiser
-from diffusion_distillation.networks.guidance import adds_input
+from diffusion_distillation.networks.guidance import GuidingModel, adds_input
 from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.stages.texts import TextEncoder
 from diffusion_distillation.training.recipe import Recipe
@@ -32,7 +32,8 @@ class Pairs:
     seed: seed of the noise.
     batch_size: number of images drawn at a time.
     labels: distribution of a conditional teacher's labels, one of `conditioning.LABELS`.
-    guidance: guidance towards these labels.
+    guidance: the guidance of the teacher.
+    guiding: the model that guides it in place of its unconditional predictions, if there is one.
   """
 
   count: int
@@ -44,6 +45,7 @@ class Pairs:
   batch_size: int
   labels: str = 'data'
   guidance: Guidance = NONE
+  guiding: GuidingModel | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,8 +214,24 @@ def test_guidance_is_drawn_by_two_calls_or_as_an_input_of_the_student(workdir):
     draw(gallery, weight=1, label='none')
   never = conditional('halved', 3, num_steps=2, cond_dropout=0.0)
   model.write(workdir / 'halved_0002' / 'model', never, anew=True)
-  assert [galleries.can_be_guided(of) for of in (told, STAGES['base'], never, stored(Small(1)))] == [
+  assert [gallery.can_be_guided(of) for of in (told, STAGES['base'], never, stored(Small(1)))] == [
     *(True, True, False, False)
   ]
   with pytest.raises(UserError, match=r'^guidance=1: .*without label dropout'):
     draw(gallery, weight=1)
+
+
+def test_the_page_draws_with_a_guiding_model(workdir, tmp_path):
+  weaker = stored(Small(1), seed=9)
+  model.write(tmp_path / 'weaker', weaker)
+  gallery = Gallery(workdir, tmp_path / 'weaker')
+  gallery.check_guiding_model()
+  drawn = draw(gallery, weight=1.5, label='dog')
+  for one in drawn:
+    own = LoadedModel(STAGES[one.stage])
+    expected = own.sample(4, seed=5, labels=[1], guidance=1.5, guiding_model=tmp_path / 'weaker')
+    assert_same_images(one.images, expected)
+  assert drawn[1].calls == 4  # two steps of two calls
+  assert gallery.can_be_guided(stored(Small(1)))
+  with pytest.raises(UserError, match=r'^--guiding_model=.*nothing: .* holds no model'):
+    Gallery(workdir, tmp_path / 'nothing').check_guiding_model()
