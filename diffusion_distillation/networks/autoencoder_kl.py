@@ -12,7 +12,14 @@ import jax.numpy as jnp
 
 from diffusion_distillation.networks.checks import check_choices
 from diffusion_distillation.networks.unet import DTYPES, upsample
-from diffusion_distillation.networks.unet2d_blocks import ACTIVATIONS, Attention, Resnet, Style
+from diffusion_distillation.networks.unet2d_blocks import (
+  ACTIVATIONS,
+  Attention,
+  Resnet,
+  Style,
+  check_blocks,
+  check_groups,
+)
 
 DOWN_BLOCKS = ('DownEncoderBlock2D',)
 UP_BLOCKS = ('UpDecoderBlock2D',)
@@ -35,6 +42,12 @@ class Gaussian(NamedTuple):
     """Draws from the distribution, (B, h, w, C)."""
     noise = jax.random.normal(rng, self.mean.shape, self.mean.dtype)
     return self.mean + jnp.exp(0.5 * self.log_variance) * noise
+
+
+def _out(h: jax.Array, out_ch: int, style: Style) -> jax.Array:
+  """Applies the last layers of encoder and decoder, as modules of the caller; SiLU, whatever the activation of the blocks is."""
+  h = nn.silu(style.norm('conv_norm_out')(h))
+  return nn.Conv(out_ch, (3, 3), dtype=style.dtype, name='conv_out')(h)
 
 
 def _middle(h: jax.Array, style: Style, attend: bool) -> jax.Array:
@@ -68,9 +81,7 @@ class Encoder(nn.Module):
           ch, (3, 3), 2, padding=[(0, 1)] * 2, dtype=dtype, name=f'{block}.downsamplers.0.conv'
         )
         h = down(h)
-    h = _middle(h, style, self.attend)
-    h = nn.silu(style.norm('conv_norm_out')(h))  # whatever act_fn is
-    return nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv_out')(h)
+    return _out(_middle(h, style, self.attend), self.out_ch, style)
 
 
 class Decoder(nn.Module):
@@ -93,8 +104,7 @@ class Decoder(nn.Module):
         h = Resnet(ch, style, name=f'{block}.resnets.{i}')(h, None, True)
       if place < levels - 1:
         h = nn.Conv(ch, (3, 3), dtype=dtype, name=f'{block}.upsamplers.0.conv')(upsample(h))
-    h = nn.silu(style.norm('conv_norm_out')(h))  # whatever act_fn is
-    return nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv_out')(h)
+    return _out(h, self.out_ch, style)
 
 
 class AutoencoderKL(nn.Module):
@@ -145,17 +155,9 @@ class AutoencoderKL(nn.Module):
     """Raises ValueError, saying what to change, if the hyper-parameters describe no autoencoder."""
     check_choices({'dtype': (self.dtype, DTYPES), 'act_fn': (self.act_fn, ACTIVATIONS)})
     levels = len(self.block_out_channels)
-    for name, types, known in (
-      ('down_block_types', self.down_block_types, DOWN_BLOCKS),
-      ('up_block_types', self.up_block_types, UP_BLOCKS),
-    ):
-      if len(types) != levels:
-        raise ValueError(f'{name} has {len(types)} entries, but block_out_channels has {levels}')
-      if unknown := [block for block in types if block not in known]:
-        raise ValueError(f'{name}: {unknown[0]!r} is not one of {", ".join(known)}')
-    for ch in self.block_out_channels:
-      if ch % self.norm_num_groups:
-        raise ValueError(f'norm_num_groups={self.norm_num_groups} does not divide {ch} channels')
+    check_blocks('down_block_types', self.down_block_types, DOWN_BLOCKS, levels)
+    check_blocks('up_block_types', self.up_block_types, UP_BLOCKS, levels)
+    check_groups(self.norm_num_groups, self.block_out_channels)
     if not self.scaling_factor > 0.0:
       raise ValueError(f'scaling_factor={self.scaling_factor} must be positive')
 

@@ -26,6 +26,8 @@ from diffusion_distillation.networks.unet2d_blocks import (
   Attention,
   Resnet,
   Style,
+  check_blocks,
+  check_groups,
   timestep_embedding,
 )
 
@@ -145,20 +147,10 @@ class UNet2D(nn.Module):
           f'num_train_timesteps={self.num_train_timesteps} is less than the {timesteps} timesteps of the schedule'
         )
     levels = len(self.block_out_channels)
-    for name, types, known in (
-      ('down_block_types', self.down_block_types, DOWN_BLOCKS),
-      ('up_block_types', self.up_block_types, UP_BLOCKS),
-    ):
-      if len(types) != levels:
-        raise ValueError(f'{name} has {len(types)} entries, but block_out_channels has {levels}')
-      if unknown := [block for block in types if block not in known]:
-        raise ValueError(f'{name}: {unknown[0]!r} is not one of {", ".join(known)}')
+    check_blocks('down_block_types', self.down_block_types, DOWN_BLOCKS, levels)
+    check_blocks('up_block_types', self.up_block_types, UP_BLOCKS, levels)
     check_sides(image_shape, levels, 'block_out_channels')
-    if not self.norm_num_groups or self.norm_num_groups < 1:
-      raise ValueError(f'norm_num_groups={self.norm_num_groups} must be positive')
-    for ch in self.block_out_channels:
-      if ch % self.norm_num_groups:
-        raise ValueError(f'norm_num_groups={self.norm_num_groups} does not divide {ch} channels')
+    check_groups(self.norm_num_groups, self.block_out_channels)
     for ch in self._attending():
       if ch % (self.attention_head_dim or ch):
         raise ValueError(f'attention_head_dim={self.attention_head_dim} does not divide {ch} channels')

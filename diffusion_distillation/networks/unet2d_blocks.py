@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -37,6 +37,23 @@ def timestep_embedding(
   return jnp.pad(found, ((0, 0), (0, dim % 2)))
 
 
+def check_blocks(name: str, types: Sequence[str | None], known: Collection[str], levels: int) -> None:
+  """Raises ValueError unless there is one known type of blocks for each level; `name` is that of the hyper-parameter."""
+  if len(types) != levels:
+    raise ValueError(f'{name} has {len(types)} entries, but block_out_channels has {levels}')
+  if unknown := [block for block in types if block not in known]:
+    raise ValueError(f'{name}: {unknown[0]!r} is not one of {", ".join(known)}')
+
+
+def check_groups(num_groups: int | None, channels: Sequence[int]) -> None:
+  """Raises ValueError unless GroupNorm can divide each of these numbers of channels into `num_groups` groups."""
+  if not num_groups or num_groups < 1:
+    raise ValueError(f'norm_num_groups={num_groups} must be positive')
+  for ch in channels:
+    if ch % num_groups:
+      raise ValueError(f'norm_num_groups={num_groups} does not divide {ch} channels')
+
+
 @dataclasses.dataclass(frozen=True)
 class Style:
   """The hyper-parameters that all blocks of a network share; see `UNet2D`."""
@@ -59,7 +76,7 @@ class Style:
 
 
 class Resnet(nn.Module):
-  """Residual block with optional resampling; its output is divided by `divisor`. Without `emb`, it is not told the time."""
+  """Residual block with optional resampling; its output is divided by `divisor`. Without `emb`, it does not depend on the time."""
 
   out_ch: int
   style: Style
@@ -76,12 +93,12 @@ class Resnet(nn.Module):
       h = style.norm('norm2')(h)
     else:
       width = 2 * self.out_ch if style.scale_shift else self.out_ch
-      told = nn.Dense(width, dtype=dtype, name='time_emb_proj')(style.act(emb))
+      projected = nn.Dense(width, dtype=dtype, name='time_emb_proj')(style.act(emb))
       if style.scale_shift:
-        scale, shift = jnp.split(told, 2, axis=-1)
+        scale, shift = jnp.split(projected, 2, axis=-1)
         h = style.norm('norm2')(h, scale, shift)
       else:
-        h = style.norm('norm2')(h + told[:, None, None, :])
+        h = style.norm('norm2')(h + projected[:, None, None, :])
     h = Dropout(style.dropout)(style.act(h), deterministic)
     h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv2')(h)
     x = resample(x)

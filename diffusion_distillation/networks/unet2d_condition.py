@@ -20,7 +20,14 @@ from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERM
 from diffusion_distillation.networks.layers import ATTENTION_KERNELS
 from diffusion_distillation.networks.transformer import Transformer, TransformerStyle
 from diffusion_distillation.networks.unet import DTYPES, upsample
-from diffusion_distillation.networks.unet2d_blocks import ACTIVATIONS, Resnet, Style, timestep_embedding
+from diffusion_distillation.networks.unet2d_blocks import (
+  ACTIVATIONS,
+  Resnet,
+  Style,
+  check_blocks,
+  check_groups,
+  timestep_embedding,
+)
 
 # By name of the block: whether its residual blocks are followed by transformers.
 DOWN_BLOCKS = {'CrossAttnDownBlock2D': True, 'DownBlock2D': False}
@@ -130,12 +137,9 @@ class UNet2DCondition(nn.Module):
     )
     self._check_levels()
     check_sides(image_shape, len(self.block_out_channels), 'block_out_channels')
-    if not self.norm_num_groups or self.norm_num_groups < 1:
-      raise ValueError(f'norm_num_groups={self.norm_num_groups} must be positive')
+    check_groups(self.norm_num_groups, self.block_out_channels)
     attends = self._attends()
     for ch, heads, attending in zip(self.block_out_channels, self._heads(), attends, strict=True):
-      if ch % self.norm_num_groups:
-        raise ValueError(f'norm_num_groups={self.norm_num_groups} does not divide {ch} channels')
       if attending and (not heads or ch % heads):
         raise ValueError(
           f'attention_head_dim={heads}, the number of heads, does not divide {ch} channels'
@@ -144,14 +148,8 @@ class UNet2DCondition(nn.Module):
   def _check_levels(self) -> None:
     """Raises ValueError unless all hyper-parameters are those of the same number of levels."""
     levels = len(self.block_out_channels)
-    for name, types, known in (
-      ('down_block_types', self.down_block_types, DOWN_BLOCKS),
-      ('up_block_types', self.up_block_types, UP_BLOCKS),
-    ):
-      if len(types) != levels:
-        raise ValueError(f'{name} has {len(types)} entries, but block_out_channels has {levels}')
-      if unknown := [block for block in types if block not in known]:
-        raise ValueError(f'{name}: {unknown[0]!r} is not one of {", ".join(known)}')
+    check_blocks('down_block_types', self.down_block_types, DOWN_BLOCKS, levels)
+    check_blocks('up_block_types', self.up_block_types, UP_BLOCKS, levels)
     for name in (
       *('layers_per_block', 'transformer_layers_per_block'),
       *('attention_head_dim', 'only_cross_attention'),
