@@ -72,7 +72,7 @@ def _prepare_updates(stage: Stage) -> Prepared:
     nonlocal state
     for recipe, program in zip(recipes, programs, strict=True):
       state, _ = program(recipe, state, frozen, batch)
-      sharding.settle(state)
+      sharding.wait_on_cpu(state)
 
   def wait() -> None:
     jax.block_until_ready(state)
@@ -207,7 +207,7 @@ def peak_flops(dtype: str, seconds: float = 2.0) -> float:
 
     def run(a: jax.Array = a, b: jax.Array = b, last: list[jax.Array] = last) -> None:
       last[0] = product(a, b)
-      sharding.settle(last[0])
+      sharding.wait_on_cpu(last[0])
 
     def wait(last: list[jax.Array] = last) -> None:
       jax.block_until_ready(last[0])

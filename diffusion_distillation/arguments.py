@@ -71,7 +71,7 @@ def _prefer(config_file: pathlib.Path) -> None:
       _log.warning('%s is ignored: configs.%s is %s; rename the file', path, path.stem, used)
 
 
-def whole(text: str) -> str:
+def rewrite_integers(text: str) -> str:
   """Rewrites each whole number in `text`, such as 1e3 or 1000.0, as an integer; leaves the rest unchanged."""
 
   def rewrite(match: re.Match[str]) -> str:
@@ -89,7 +89,7 @@ class WholeParser(flags.IntegerParser):
   """absl's parser of integers, extended to accept 1e3."""
 
   def convert(self, argument: int | str) -> int:
-    return super().convert(whole(argument) if isinstance(argument, str) else argument)
+    return super().convert(rewrite_integers(argument) if isinstance(argument, str) else argument)
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -142,7 +142,7 @@ def _prepared(argument: str, kinds: dict[str, typing.Any]) -> str:
   kind = kinds.get(name)
   if int not in (kind, *typing.get_args(kind)):
     return argument
-  value = whole(value)
+  value = rewrite_integers(value)
   if kind is int and value not in ('', 'None') and not re.fullmatch(r'[+-]?[\d_]+', value):
     raise UserError(f'{name}={value} must be an integer')
   return f'--config.{name}={value}'

@@ -139,7 +139,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     prepared = [argv[0], '--verbosity=-1', *arguments.prepare(argv[1:])]
     rest = flags.FLAGS(prepared)
     if (flags.FLAGS['verbosity'].value or 0) < 0:
-      checkpoints.hush()
+      checkpoints.silence_background_errors()
       logging.getLogger('matplotlib').setLevel(logging.ERROR)  # warns about an unwritable home
     getattr(flags.FLAGS['config'].value, 'items', None)  # raises if the file could not be loaded
     return rest

@@ -184,7 +184,9 @@ def _replay(options: Options) -> None:
   config = _stored_config(options, directory)
   with sharding.laid_out(**config.mesh):
     found = replay.replay(config, directory, options.stage, options.step)
-  print(f'{replay.told(found)}; details are in {directory / options.stage / "nonfinite.json"}')
+  print(
+    f'{replay.describe_findings(found)}; details are in {directory / options.stage / "nonfinite.json"}'
+  )
 
 
 def _evaluate(options: Options) -> None:

@@ -31,7 +31,7 @@ WHOLE = {
 
 @pytest.mark.parametrize('text', WHOLE)
 def test_whole_numbers_are_integers_however_they_are_written(text):
-  assert arguments.whole(text) == WHOLE[text]
+  assert arguments.rewrite_integers(text) == WHOLE[text]
 
 
 def test_only_keys_that_are_integers_are_read_so():
@@ -134,7 +134,7 @@ def test_a_file_beside_a_config_of_ones_own_that_is_not_read_is_named(tmp_path, 
 
 @pytest.mark.parametrize('number', ['1e99999999999999999999', '-1e-99999999999999999999'])
 def test_a_number_that_nothing_can_hold_is_named_by_its_key(number):
-  assert arguments.whole(number) == number
+  assert arguments.rewrite_integers(number) == number
   code, _, err = tiny.run_cli(*tiny.flags(train__num_updates=number), '--mode=plan')
   assert code == 2 and f'train.num_updates={number} must be an integer' in err
   code, _, err = tiny.run_cli(*tiny.flags(), '--mode=plan', f'--steps={number}')

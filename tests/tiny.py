@@ -112,7 +112,7 @@ def run_cli(*args):
       contextlib.redirect_stderr(err),
       flagsaver.flagsaver(),
       mock.patch.object(sys, 'argv', argv),  # where overrides of the config are looked for
-      mock.patch.object(checkpoints, 'hush'),
+      mock.patch.object(checkpoints, 'silence_background_errors'),
     ):
       command.run(command.parse_flags(argv))
   except SystemExit as end:

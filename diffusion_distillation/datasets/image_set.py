@@ -66,7 +66,7 @@ class ImageSet(abc.ABC):
     """Reads the images at `indices` (B,); each broken image is replaced by the next intact one.
 
     Returns:
-      `image` (B, H, W, C) uint8; `cond`, arrays by key such as `label` (B,) int32, or None; `whole` (B,) bool, False for
+      `image` (B, H, W, C) uint8; `cond`, arrays by key such as `label` (B,) int32, or None; `valid` (B,) bool, False for
       replaced images; `skipped`: (index, reason) of the broken images.
 
     Raises:
@@ -74,16 +74,16 @@ class ImageSet(abc.ABC):
     """
     image = np.empty((len(indices), *self.image_shape), np.uint8)
     label = np.empty(len(indices), np.int32)
-    whole = np.empty(len(indices), bool)
+    valid = np.empty(len(indices), bool)
     skipped: dict[int, str] = {}
     for place, (example, broken) in enumerate(map(self._next_whole, map(int, indices))):
       image[place], label[place] = example
-      whole[place] = not broken
+      valid[place] = not broken
       skipped.update(broken)
     return {
       'image': image,
       'cond': {'label': label} if self.classes else None,
-      'whole': whole,
+      'valid': valid,
       'skipped': tuple(skipped.items()),
     }
 
@@ -148,7 +148,7 @@ class InMemory(ImageSet):
     return {
       'image': self.images[indices],
       'cond': {'label': self.labels[indices]} if self.classes else None,
-      'whole': np.ones(len(indices), bool),
+      'valid': np.ones(len(indices), bool),
       'skipped': (),
     }
 

@@ -93,7 +93,7 @@ class Loader:
       future, counted = waiting.popleft()
       batch = future.result()
       self._note(dict(batch.pop('skipped')))
-      batch['mask'] = batch.pop('whole')
+      batch['mask'] = batch.pop('valid')
       return _spread(batch, counted)
 
     try:

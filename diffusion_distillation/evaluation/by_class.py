@@ -114,7 +114,7 @@ def _compute(extractor: Extractor, train: Loader, number: int, dimension: int) -
   ):
     for batch in batches:
       interrupts.check()
-      mask, labels = sharding.whole((batch['mask'], batch['cond']['label']))
+      mask, labels = sharding.gather_batch((batch['mask'], batch['cond']['label']))
       if mask.any():
         features = sharding.to_host(extractor.of(sharding.put(batch['image'])).features)
         tally.add(features[mask], labels[mask])

@@ -78,7 +78,7 @@ def _compute(
       interrupts.check()
       with contextlib.nullcontext() if waiting else announcing.compiling('the network'):
         found = extractor.of_preprocessed(inputs)
-      sharding.settle(found)
+      sharding.wait_on_cpu(found)
       if waiting is not None:  # the devices are busy with the next batch
         store(*waiting)
       waiting = places, found

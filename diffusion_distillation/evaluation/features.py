@@ -96,7 +96,7 @@ def summary(extractor: Extractor, images: Loader, indices: np.ndarray | None = N
   with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
     for batch in batches:
       interrupts.check()
-      mask = sharding.whole(batch['mask'])
+      mask = sharding.gather_batch(batch['mask'])
       if mask.any():
         running.take(extractor.of(sharding.put(batch['image'])), mask)
       progress.advance()

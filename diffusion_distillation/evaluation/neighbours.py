@@ -140,7 +140,7 @@ def find(
     for batch in batches:
       interrupts.check()
       images = sharding.put(batch['image'])
-      mask = sharding.whole(batch['mask'])
+      mask = sharding.gather_batch(batch['mask'])
       if mask.any():
         features, pixels = sharding.to_host((extractor.of(images).features, images))
         by_features.add(features[mask], pixels[mask])
@@ -169,7 +169,7 @@ def _some(images: Loader, most: int) -> np.ndarray:
   ) as batches:
     for batch in batches:
       pixels = sharding.to_host(sharding.put(batch['image']))
-      found.append(pixels[sharding.whole(batch['mask'])])
+      found.append(pixels[sharding.gather_batch(batch['mask'])])
   return np.concatenate(found)
 
 

@@ -184,7 +184,7 @@ class Drawer:
         jax.block_until_ready(images)
         seconds = (time.monotonic() - began) / count
       made = then(images)
-      sharding.settle(made)
+      sharding.wait_on_cpu(made)
       if waiting is not None and use(*waiting):
         return seconds
       waiting = made, count

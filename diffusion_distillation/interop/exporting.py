@@ -108,8 +108,8 @@ def export(
   stored = loaded.stored
   calls = samplers.SAMPLERS[stored.sampler]().calls(stored.num_steps)
   name = stored.provenance.get('stage', folder.name)
-  told = f'{into}: {name} exported as {format}, {calls} network call{"s" * (calls > 1)} per image'
-  return f"{told}; its images agree with the model's"
+  line = f'{into}: {name} exported as {format}, {calls} network call{"s" * (calls > 1)} per image'
+  return f"{line}; its images agree with the model's"
 
 
 def check_out(out: str | os.PathLike[str] | None) -> pathlib.Path:

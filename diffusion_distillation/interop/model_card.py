@@ -40,7 +40,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
   height, width, channels = description['image_shape']
   calls = samplers.SAMPLERS[name]().calls(steps)
   label, weights = (description['conditioning'].get(key) for key in ('label', WEIGHT))
-  told = (
+  guidance_note = (
     f' It takes the weight of guidance as an input: {weights["low"]:g} to {weights["high"]:g}.'
     if weights
     else ''
@@ -53,7 +53,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
     f'{kind} diffusion model of images with {height} x {width} pixels and {channels} '
     f'channel{"s" if channels > 1 else ""}. '
     f'An image takes {steps} {name} step{"s" if steps > 1 else ""}: '
-    f'{calls} network evaluation{"s" if calls > 1 else ""}.{told}\n',
+    f'{calls} network evaluation{"s" if calls > 1 else ""}.{guidance_note}\n',
     f'## How to run it\n\n{to.usage(description)}',
     '## Training\n\n' + _training(made, dataset),
     '## Measurements\n\n' + _measurements(description['metrics'], bool(weights)),

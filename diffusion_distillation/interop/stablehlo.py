@@ -62,8 +62,8 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
   (folder / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
   with announcing.compiling('the exported program'):
     (folder / PROGRAM).write_bytes(lower(drawer, flat, grid).serialize())
-  told = drawer.denoise.conditioning
-  classes, weights = conditioning.classes(told), conditioning.weights(told)
+  taken = drawer.denoise.conditioning
+  classes, weights = conditioning.classes(taken), conditioning.weights(taken)
   constants = {
     'SHAPE': drawer.space.shape(drawer.image_shape),
     'CLASSES': classes.count if classes else 0,
@@ -77,8 +77,8 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
 
 def lower(drawer: Drawer, flat: dict[str, Any], grid: np.ndarray) -> jax.export.Exported:
   """Exports the program for all platforms and any batch size; its first argument is the weights by name."""
-  told = drawer.denoise.conditioning
-  names = tuple(told)
+  taken = drawer.denoise.conditioning
+  names = tuple(taken)
 
   def sampler(weights: dict[str, jax.Array], z: jax.Array, *rest: jax.Array) -> jax.Array:
     keys = rest[-1] if drawer.sampler.draws_noise else jnp.zeros((z.shape[0], 2), jnp.uint32)
@@ -91,7 +91,7 @@ def lower(drawer: Drawer, flat: dict[str, Any], grid: np.ndarray) -> jax.export.
   (b,) = jax.export.symbolic_shape('b')
   weights = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in flat.items()}
   z = jax.ShapeDtypeStruct((b, *drawer.space.shape(drawer.image_shape)), jnp.float32)
-  rest = [jax.ShapeDtypeStruct((b,), condition.zeros(1).dtype) for condition in told.values()]
+  rest = [jax.ShapeDtypeStruct((b,), condition.zeros(1).dtype) for condition in taken.values()]
   rest += [jax.ShapeDtypeStruct((b, 2), jnp.uint32)] if drawer.sampler.draws_noise else []
   return jax.export.export(jax.jit(sampler), platforms=PLATFORMS)(weights, z, *rest)
 

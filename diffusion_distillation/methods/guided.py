@@ -61,7 +61,7 @@ class GuidedSection(TrainingSection):
 
 @flax.struct.dataclass
 class GuidedDistillation(OneNetwork, Student):
-  """The error of the student, told W, against x + W (x - x without the class) of its teacher (Meng et al. 2023, section 3.1).
+  """The error of the student, which receives W, against x + W (x - x without the class) of its teacher (Meng et al. 2023, section 3.1).
 
   Attributes:
     schedule: t to logsnr.
@@ -81,8 +81,8 @@ class GuidedDistillation(OneNetwork, Student):
   @classmethod
   def from_config(cls, name: str, section: Any, context: Context) -> 'GuidedDistillation':
     """See `Student.from_config`; the teacher must be able to predict with and without the class."""
-    told = context.teacher.conditioning
-    check(f'{name}.weights', Guidance(section.weights[-1]), told, context.cond_dropout)
+    takes = context.teacher.conditioning
+    check(f'{name}.weights', Guidance(section.weights[-1]), takes, context.cond_dropout)
     weightings = or_base(context.weighting)
     weighting = choose(f'{name}.weighting', section.weighting, weightings)()
     return cls(context.schedule, weighting, context.uniform)

@@ -248,10 +248,10 @@ def draw(conditioning: Conditioning, index: np.ndarray, seed: int, label_counts:
 
   Labels have the proportions of `label_counts` or, without counts, are balanced. All other values are taken in turn.
   """
-  told, found = classes(conditioning), in_turn(conditioning, index)
-  if told is None or not label_counts:
+  known, found = classes(conditioning), in_turn(conditioning, index)
+  if known is None or not label_counts:
     return found
-  return {**(found or {}), 'label': told.proportional(index, seed, label_counts)}
+  return {**(found or {}), 'label': known.proportional(index, seed, label_counts)}
 
 
 def select(conditioning: Conditioning, cond: Cond) -> Cond:

@@ -131,11 +131,11 @@ class Block(nn.Module):
     h = resample(nn.swish(self._norm(x.shape[-1], 'norm0')(x)), self.way, self.taps)
     h = nn.Conv(ch, (3, 3), kernel_init=style.init, dtype=dtype, name='conv0')(h)
     wide = 2 * ch if style.scale_shift else ch
-    told = nn.Dense(wide, kernel_init=style.init, dtype=dtype, name='affine')(emb)
+    projected = nn.Dense(wide, kernel_init=style.init, dtype=dtype, name='affine')(emb)
     if style.scale_shift:
-      h = self._norm(ch, 'norm1')(h, *jnp.split(told, 2, axis=-1))
+      h = self._norm(ch, 'norm1')(h, *jnp.split(projected, 2, axis=-1))
     else:
-      h = self._norm(ch, 'norm1')(h + told[:, None, None])
+      h = self._norm(ch, 'norm1')(h + projected[:, None, None])
     h = Dropout(self.dropout)(nn.swish(h), deterministic)
     h = nn.Conv(ch, (3, 3), kernel_init=style.init_last, dtype=dtype, name='conv1')(h)
     shortcut = resample(x, self.way, self.taps)

@@ -159,8 +159,8 @@ class SongUNet(EdmUNet):
       if layer.name == 'in1':
         self.sow(BOTTLENECK, INNERMOST, h)
       if last and (self.decoder == 'skip' or not layer.level):
-        told = self._head(h, f'dec.{at}x{at}_aux', z.dtype)
-        out = told if out is None else told + resample(out, 'up', taps)
+        auxiliary = self._head(h, f'dec.{at}x{at}_aux', z.dtype)
+        out = auxiliary if out is None else auxiliary + resample(out, 'up', taps)
     assert out is not None
     return -out if self.preconditioning == 've' else out
 

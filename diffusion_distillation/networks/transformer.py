@@ -42,9 +42,10 @@ class CrossAttention(nn.Module):
     """x: (B, N, C); context: (B, T, D) or None. Returns (B, N, C)."""
     batch, tokens, ch = x.shape
     dense = functools.partial(nn.Dense, ch, dtype=self.style.dtype)
-    told = x if context is None else context
+    source = x if context is None else context
     projected = (
-      dense(use_bias=False, name=f'to_{name}')(h) for name, h in zip('qkv', (x, told, told), strict=True)
+      dense(use_bias=False, name=f'to_{name}')(h)
+      for name, h in zip('qkv', (x, source, source), strict=True)
     )
     q, k, v = (h.reshape(batch, -1, self.num_heads, ch // self.num_heads) for h in projected)
     if self.style.upcast:

@@ -179,15 +179,15 @@ def _loop(
       else:
         state, several = step(recipes, state, frozen, batches)
         pending += several
-      sharding.settle(state)
+      sharding.wait_on_cpu(state)
       done += len(batches)
       last = done == stage.num_updates
       watchers = inputs.watchers(done)
       if last or watchers or done % config.log.every == 0:
-        told = jax.device_get(pending)
-        _tell_skipped(told, done, stage, checkpoints.stage_dir)
-        check(max(int(metrics['skipped_in_a_row']) for metrics in told))
-        values = _summary(told)
+        fetched = jax.device_get(pending)
+        _tell_skipped(fetched, done, stage, checkpoints.stage_dir)
+        check(max(int(metrics['skipped_in_a_row']) for metrics in fetched))
+        values = _summary(fetched)
         if monitor is not None:
           values |= monitor.lag(values)
         with contextlib.suppress(Preempted):  # a signal while drawing; the state is saved below

@@ -90,7 +90,7 @@ class Monitor:
     self._extractor = extractor
     chosen = np.random.Generator(np.random.Philox(0)).permutation(len(images))[:_SAMPLES]
     with contextlib.closing(images.in_order(len(chosen), chosen)) as batches:
-      real = sharding.whole(next(batches))
+      real = sharding.gather_batch(next(batches))
     self.data = Figures.of(real['image'][real['mask']], extractor)
     write_json(stage_dir / 'health.json', dataclasses.asdict(self.data))
     self._label_counts = measure.label_counts(config, stage_dir.parent)

@@ -63,7 +63,7 @@ def keep(stage: Stage, inputs: Inputs, stage_dir: pathlib.Path, state: TrainStat
   _log.warning(
     'stage %s: %s; to examine it again, run: %s',
     stage.name,
-    told(found),
+    describe_findings(found),
     command(stage, stage_dir, int(state.step)),
   )
 
@@ -73,7 +73,7 @@ def command(stage: Stage, stage_dir: pathlib.Path, step: int) -> str:
   return f'python main.py --mode=replay --workdir={stage_dir.parent} --stage={stage.name} --step={step}'
 
 
-def told(found: dict[str, Any]) -> str:
+def describe_findings(found: dict[str, Any]) -> str:
   """Formats the findings of `examine` as one line."""
   wrong = [
     f'{name} ({len(leaves)} array(s), such as {leaves[0]})'
@@ -196,6 +196,6 @@ def _advance(stage: Stage, inputs: Inputs, state: TrainState, step: int) -> Trai
     ):
       interrupts.check()
       state, _ = compiled(stage.recipe_at(k), state, frozen, batch)
-      sharding.settle(state)
+      sharding.wait_on_cpu(state)
       progress.advance()
   return state

@@ -67,18 +67,18 @@ def compiling(what: str) -> Iterator[None]:
 
 def _tell(what: str, requests: _Requests, done: threading.Event) -> None:
   began, clock, found = time.monotonic(), time.strftime('%H:%M:%S'), requests.found
-  told = False
+  announced = False
   while not done.wait(0.1):
-    if told or time.monotonic() - began < _MOMENT:
+    if announced or time.monotonic() - began < _MOMENT:
       continue
     if not compilation.is_cached():
       _print(f'{what}: compiling since {clock}; compiled programs are not cached')
-      told = True
+      announced = True
     elif requests.is_compiling():
       _print(f'{what}: compiling since {clock}; it is not in the cache of compiled programs')
-      told = True
+      announced = True
   seconds = time.monotonic() - began
-  if told:
+  if announced:
     _print(f'{what}: compiled in {seconds:.0f} s')
   elif seconds > _MOMENT and requests.found > found:
     _print(f'{what}: the compiled program was in the cache ({seconds:.1f} s)')

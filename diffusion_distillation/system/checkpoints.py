@@ -49,7 +49,7 @@ class CheckpointSection:
   every: int = key(1000, 'Number of updates between two checkpoints.', POSITIVE)
 
 
-def hush() -> None:
+def silence_background_errors() -> None:
   """Suppresses tracebacks of failed writes from threads of Orbax and TensorStore; the StorageError reports them in one line."""
 
   def keep(record: logging.LogRecord) -> bool:

@@ -66,18 +66,18 @@ def start(
       understood, or the other processes are not found.
   """
   given = (coordinator, num_processes, process_id)
-  told = [value is not None for value in given]
+  is_given = [value is not None for value in given]
   if num_processes == 1 and not process_id:
     return
-  if any(told) and not all(told):
+  if any(is_given) and not all(is_given):
     raise UserError(
       'give all three of --coordinator, --num_processes and --process_id, or none; --num_processes=1 runs a single process'
     )
-  if not any(told) and any(os.environ.get(name) == value for name, value in _ALONE.items()):
+  if not any(is_given) and any(os.environ.get(name) == value for name, value in _ALONE.items()):
     return
   _check(*given)
   limit = max(timeout, _PATIENCE)
-  source, count, index = given if all(told) else _peers()
+  source, count, index = given if all(is_given) else _peers()
   try:
     with _waiting(source, count, index, limit), _warnings_in_one_line():
       jax.distributed.initialize(
@@ -87,10 +87,10 @@ def start(
         shutdown_timeout_seconds=timeout,
       )
   except (ValueError, RuntimeError, KeyError) as error:
-    if not any(told) and any(reason in str(error) for reason in _NOBODY):
+    if not any(is_given) and any(reason in str(error) for reason in _NOBODY):
       return
     text = ' '.join(str(error).split())[:300]
-    if not any(told):
+    if not any(is_given):
       raise UserError(
         f'jax cannot tell from the environment which processes this run has ({source or type(error).__name__}: {text}); '
         'to run a single process, set --num_processes=1; for several, give --coordinator, --num_processes and --process_id'

@@ -136,8 +136,8 @@ def synchronize(reached: Callable[[int], bool]) -> None:
 
   The checks are counted over the lifetime of the runtime, across all runs of a process.
   """
-  looks = itertools.count(1)
-  _reached[:] = [lambda: reached(next(looks))]
+  checks = itertools.count(1)
+  _reached[:] = [lambda: reached(next(checks))]
 
 
 def pending() -> bool:

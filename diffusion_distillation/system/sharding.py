@@ -198,7 +198,7 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, whole)
   split_up = [isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves]
   gathered = _gathering(_mesh())([leaf for leaf, far in zip(leaves, split_up, strict=True) if far])
-  settle(gathered)
+  wait_on_cpu(gathered)
   of_both = iter(gathered)
   return jax.tree.unflatten(
     structure,
@@ -209,7 +209,7 @@ def replicate(tree: Any) -> Any:
   )
 
 
-def settle(tree: Any) -> None:
+def wait_on_cpu(tree: Any) -> None:
   """Waits for `tree` on CPUs with several devices, where concurrent programs can deadlock for lack of threads."""
   if jax.default_backend() == 'cpu' and jax.device_count() > 1:
     jax.block_until_ready(tree)
@@ -251,7 +251,7 @@ def to_host(tree: Any) -> Any:
   return jax.tree.map(copy, tree)
 
 
-def whole(batch: Any) -> Any:
+def gather_batch(batch: Any) -> Any:
   """Returns the whole batch (NumPy) in every process, from the parts that the processes have read."""
   return batch if jax.process_count() == 1 else to_host(put(batch))
 
@@ -262,7 +262,7 @@ def snapshot(tree: Any) -> Any:
   The transfer to the host has been started; each process transfers its own shards.
   """
   copy = _copy(tree)
-  settle(copy)
+  wait_on_cpu(copy)
   for leaf in jax.tree.leaves(copy):
     leaf.copy_to_host_async()
   return copy

@@ -28,7 +28,7 @@ def test_digits_are_images_with_their_labels():
   assert len(train) == 1437 and train.image_shape == (8, 8, 1) and train.classes == tuple('0123456789')
   assert batch['image'].shape == (1437, 8, 8, 1) and batch['image'].dtype == np.uint8
   assert batch['cond']['label'].dtype == np.int32 and np.bincount(batch['cond']['label']).min() > 100
-  assert batch['whole'].all() and batch['skipped'] == ()
+  assert batch['valid'].all() and batch['skipped'] == ()
   levels = np.unique(batch['image'])
   np.testing.assert_array_equal(levels, np.round(np.arange(17) * 255 / 16))
 

@@ -161,7 +161,7 @@ def test_broken_images_are_named_and_another_stands_in(tmp_path, kind):
   assert {order[k] for k, _ in batch['skipped']} == set(reasons) and batch['cond'] is None
   for k, stem in enumerate(order):
     whole = next(name for name in (order + order)[k:] if name not in reasons)
-    assert batch['whole'][k] == (stem not in reasons)
+    assert batch['valid'][k] == (stem not in reasons)
     np.testing.assert_array_equal(batch['image'][k], painted[f'{whole}.png'])
 
 

@@ -161,7 +161,7 @@ def test_classes_are_equally_many():
   images = open_shapes(split='train[:600]', image_size=2)
   batch = images.batch(np.arange(600))
   np.testing.assert_array_equal(np.bincount(batch['cond']['label']), [100] * 6)
-  assert images.classes == shapes.CLASSES and batch['whole'].all() and batch['skipped'] == ()
+  assert images.classes == shapes.CLASSES and batch['valid'].all() and batch['skipped'] == ()
 
 
 def test_training_and_test_images_are_others():

@@ -58,7 +58,7 @@ def test_one_array_that_is_not_finite_is_named(step):
   assert found['nonfinite']['parameters'] == ['student/conv_in/kernel']
   assert found['nonfinite']['averages'] == [] and found['nonfinite']['frozen'] == []
   assert found['nonfinite']['gradients'] and found['step'] == 0
-  assert 'parameters (1 array(s), such as student/conv_in/kernel' in replay.told(found)
+  assert 'parameters (1 array(s), such as student/conv_in/kernel' in replay.describe_findings(found)
 
 
 @pytest.fixture
