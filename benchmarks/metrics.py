@@ -16,12 +16,12 @@ from diffusion_distillation.evaluation.metrics import METRICS, Features, Running
 
 
 def features(count: int, size: int, classes: int, seed: int) -> Features:
-  """Returns features, logits and spatial features of `count` images that do not exist."""
+  """Returns features, logits, spatial features and those of DINOv2 of `count` images that do not exist."""
   rng, running = np.random.default_rng(seed), RunningFeatures(count)
   for start in range(0, count, 500):
     shape = min(500, count - start), size
     batch = np.maximum(rng.normal(size=shape), 0.0).astype(np.float32)
-    running.add(batch, rng.normal(size=(shape[0], classes)).astype(np.float32), batch)
+    running.add(batch, rng.normal(size=(shape[0], classes)).astype(np.float32), batch, batch)
   return running.result()
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     features(count, flags.features, flags.classes, seed)
     for seed, count in enumerate((flags.samples, flags.reference))
   )
-  for shared in (reference, reference.spatial):
+  for shared in (reference, reference.spatial, reference.dinov2):
     assert shared is not None and shared.moments.root.size
   print('| metric | seconds | CPU seconds |\n|---|---|---|')
   for name in METRICS:

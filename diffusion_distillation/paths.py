@@ -11,7 +11,7 @@ _URL = re.compile(r'([a-zA-Z][a-zA-Z0-9+.-]+):/')  # gs:/ as well: pathlib short
 # Paths that are only read.
 _READ = (
   *('--checkpoint', '--images', '--inception', 'load: path'),
-  *('evaluation.inception', 'evaluation.reference'),
+  *('evaluation.inception', 'evaluation.dinov2', 'evaluation.reference'),
 )
 
 

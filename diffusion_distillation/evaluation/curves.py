@@ -30,6 +30,7 @@ _METRICS = {
   'recall': 'recall',
   'inception_score': 'IS',
   'sfid': 'sFID',
+  'fd_dinov2': 'FD-DINOv2',
   'class_accuracy': 'class accuracy',
 }
 _MOST = 8  # curves that can be told apart in one figure

@@ -15,7 +15,7 @@ from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import given, measure, reference
-from diffusion_distillation.evaluation.extracted import Extractor
+from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.given_images import GivenImages
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
@@ -68,8 +68,11 @@ def measure_images(
   with _place(config, workdir) as (train, directory):
     own_shape = None if config.evaluation.inception else train.images.image_shape
     given.check(images, own_shape, f'FD-{train.images.name}')
-    extractor, real, header = measure.real_images(config, train, directory, None, len(images))
-    found, digest = given.features_of(extractor, images, train.images.image_shape)
+    extractors, real, header = measure.real_images(config, train, directory, None, len(images))
+    found, digest = given.features_of(extractors.main, images, train.images.image_shape)
+    if extractors.dinov2 is not None:
+      beside, _ = given.features_of(extractors.dinov2, images, train.images.image_shape)
+      found = dataclasses.replace(found, dinov2=beside)
   described = {'images': images.source.partition('=')[2], 'digest': digest, 'num_images': len(images)}
   if out is None:
     assert workdir is not None  # one of them is given
@@ -113,8 +116,8 @@ def measure_model(
     labels = section.labels if classes else None
     if labels == 'data' and not sum(stored.label_counts):
       labels = 'balanced'
-    extractor, real, header = measure.real_images(config, train, directory, labels)
-    found = _draw(config, model, extractor, stored.label_counts if labels == 'data' else ())
+    extractors, real, header = measure.real_images(config, train, directory, labels)
+    found = _draw(config, model, extractors, stored.label_counts if labels == 'data' else ())
   sampler = make_sampler(stored.sampler, section.gamma)
   weight = default_weight(stored.denoise.conditioning)
   described = {
@@ -153,7 +156,7 @@ def _place(config: Config, workdir: pathlib.Path | None) -> Any:
 
 
 def _draw(
-  config: Config, model: LoadedModel, extractor: Extractor, label_counts: tuple[int, ...]
+  config: Config, model: LoadedModel, extractors: Extractors, label_counts: tuple[int, ...]
 ) -> Features:
   """Returns the features of samples of a model."""
   stored, section = model.stored, config.evaluation
@@ -165,7 +168,7 @@ def _draw(
   running, size = RunningFeatures(section.num_samples), sharding.round_up(section.batch_size)
   with Progress('evaluation', -(-section.num_samples // size), images_per_step=size) as progress:
     for images, count in draw.batches(stored.params, grid, section.num_samples, section.seed):
-      running.take(extractor.of(images), slice(count))
+      running.take(extractors.of(images), slice(count))
       progress.advance()
   return running.result()
 

@@ -10,7 +10,6 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.evaluation.features import FeatureExtractor, batch_size
 from diffusion_distillation.evaluation.given_images import Batch, GivenImages
-from diffusion_distillation.evaluation.inception import InceptionExtractor
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.progress import Progress
@@ -41,8 +40,8 @@ def features_of(
       yield batch
 
   with Progress('features of the images', steps, images_per_step=size) as progress:
-    if isinstance(extractor, InceptionExtractor):
-      for count, found in extractor.of_given(batches(), size):
+    if (of_given := getattr(extractor, 'of_given', None)) is not None:  # it resizes images of any size
+      for count, found in of_given(batches(), size):
         running.take(found, slice(count))
         progress.advance()
     else:

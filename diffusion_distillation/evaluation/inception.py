@@ -7,19 +7,16 @@ it is executed. As no digest of the public weights is known to this project, the
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.flax
 from flax import traverse_util
 
-from diffusion_distillation import paths
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation import image_batches, weight_files
 from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.evaluation.given_images import Batch
 from diffusion_distillation.networks.inception import (
@@ -31,16 +28,16 @@ from diffusion_distillation.networks.inception import (
   Outputs,
   preprocess,
 )
-from diffusion_distillation.system import compilation, sharding, torch_files
+from diffusion_distillation.system import compilation, sharding
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.training.state import Params
-
-Arrays = dict[str, np.ndarray]
 
 AT_ONCE = 64  # maximum number of images per device at a time, which bounds the memory
 _FC = ('fc.weight', 'fc.bias')
 _NORMS = ('weight', 'bias', 'running_mean', 'running_var')
 _COUNTER = 'num_batches_tracked'
+_NETWORK = 'the Inception of the FID'
+_EXPECTED = 'the pt_inception-2015-12-05 weights of pytorch-fid'
 
 
 class Weights(NamedTuple):
@@ -69,23 +66,9 @@ def read_weights(path: str | os.PathLike[str], flag: str) -> Weights:
   Raises:
     UserError: the file does not exist, is damaged, or holds other tensors; the message names them.
   """
-  source = f'{flag}={os.fspath(path)}'
-  file = paths.on_disk(flag, path)
-  if not file.is_file():
-    raise UserError(
-      f'{source}: there is no such file; name the pt_inception-2015-12-05 weights of pytorch-fid'
-    )
-  is_safetensors = file.suffix.lower() == '.safetensors'
-  found = _read_safetensors(file, source) if is_safetensors else torch_files.read(file, source)
+  found, source = weight_files.read(path, flag, _EXPECTED)
   state = _checked(found, source)
   return Weights(_to_params(state), NUM_LOGITS if _FC[0] in state else 0, digest(state))
-
-
-def _read_safetensors(path: pathlib.Path, source: str) -> Arrays:
-  try:
-    return {name: np.asarray(value) for name, value in safetensors.flax.load_file(path).items()}
-  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-    raise UserError(f'{source} is damaged or not a safetensors file ({error}); copy it again') from error
 
 
 @functools.cache
@@ -103,38 +86,21 @@ def _shapes() -> dict[str, tuple[int, ...]]:
   return found | {'fc.weight': (NUM_LOGITS, NUM_FEATURES), 'fc.bias': (NUM_LOGITS,)}
 
 
-def _checked(found: Mapping[str, np.ndarray], source: str) -> Arrays:
+def _checked(found: Mapping[str, np.ndarray], source: str) -> weight_files.Arrays:
   """Returns the tensors of the network in float32; raises UserError unless all are there with the right shapes."""
   shapes = _shapes()
   given = {name: value for name, value in found.items() if not name.endswith(f'.bn.{_COUNTER}')}
   wanted = {name for name in shapes if name not in _FC or any(n in given for n in _FC)}
-  for problem, names in (('lacks', wanted - given.keys()), ('has', given.keys() - wanted)):
-    if names:
-      more = f' and {len(names) - 1} other{"s" * (len(names) > 2)}' if len(names) > 1 else ''
-      raise UserError(
-        f'{source} {problem} {min(names)[:80]}{more}, so it is not the Inception of the FID; name the '
-        'pt_inception-2015-12-05 weights of pytorch-fid'
-      )
-  state: Arrays = {}
-  for name in sorted(wanted):
-    value = np.asarray(given[name])
-    if value.shape != shapes[name]:
-      raise UserError(
-        f'{source}: {name} has shape {value.shape} instead of {shapes[name]}, so it is not the Inception of the FID; '
-        'name the pt_inception-2015-12-05 weights of pytorch-fid'
-      )
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-      raise UserError(f'{source}: {name} holds {value.dtype} instead of floating-point numbers')
-    state[name] = np.ascontiguousarray(value, np.float32)
-    negative = name.endswith('running_var') and value.size and state[name].min() < 0.0
-    if negative or not np.isfinite(state[name]).all():
-      raise UserError(
-        f'{source}: {name} has numbers that are {"negative" if negative else "not finite"}'
-      )
+  weight_files.check_names(given.keys(), wanted, source, _NETWORK, _EXPECTED)
+  own_shapes = {name: shapes[name] for name in wanted}
+  state = weight_files.to_float32(given, own_shapes, source, _NETWORK, _EXPECTED)
+  for name, value in state.items():
+    if name.endswith('running_var') and value.size and value.min() < 0.0:
+      raise UserError(f'{source}: {name} has numbers that are negative')
   return state
 
 
-def _to_params(state: Arrays) -> Params:
+def _to_params(state: weight_files.Arrays) -> Params:
   """Folds each batch normalization into its convolution, in float64; returns the parameters of `Inception`."""
   flat: dict[tuple[str, ...], np.ndarray] = {}
   for name, kernel in state.items():
@@ -154,24 +120,9 @@ def _to_params(state: Arrays) -> Params:
 def preprocessed(batches: Iterable[Batch], size: int) -> Iterator[tuple[np.ndarray, jax.Array]]:
   """Yields places and preprocessed images (size, SIDE, SIDE, 3) on the devices, of batches of at most `size` images.
 
-  The images beyond the places are padding.
-
-  Complete batches are resized on the devices, by a small program for each size of images. The rest is resized by NumPy and put
-  together, so that a folder of many sizes needs few programs and no half-empty batches.
+  See `image_batches.preprocessed`.
   """
-  places, rest = np.empty(0, np.int64), np.empty((0, SIDE, SIDE, 3), np.float32)
-  for batch in batches:
-    if len(batch.places) == size:
-      yield batch.places, _preprocess(sharding.spread(batch.images))
-      continue
-    places = np.concatenate([places, batch.places])
-    rest = np.concatenate([rest, preprocess(batch.images)])
-    if len(rest) >= size:
-      yield places[:size], sharding.spread(rest[:size])
-      places, rest = places[size:], rest[size:]
-  if len(rest):
-    padding = np.zeros((size - len(rest), SIDE, SIDE, 3), np.float32)
-    yield places, sharding.spread(np.concatenate([rest, padding]))
+  return image_batches.preprocessed(batches, size, preprocess, _preprocess)
 
 
 _preprocess = jax.jit(preprocess)
@@ -247,22 +198,12 @@ def _of_preprocessed(params: Params, images: jax.Array, num_logits: int) -> Outp
 @functools.partial(compilation.jit, static_argnums=(2, 3))
 def _of_images(params: Params, images: jax.Array, num_logits: int, devices: int) -> Outputs:
   """Maps uint8 images, which are split over the devices, to features: at most AT_ONCE on each device at a time."""
-  each = len(images) // devices
-  times = -(-each // AT_ONCE)
-  size = -(-each // times)
-  parts = images.reshape(devices, each, *images.shape[1:])
-  parts = jnp.pad(parts, [(0, 0), (0, times * size - each), *[(0, 0)] * (images.ndim - 1)])
-  parts = parts.reshape(devices, times, size, *images.shape[1:]).swapaxes(0, 1)
 
-  def some(part: jax.Array) -> Outputs:
-    found = _forward(params, preprocess(part.reshape(-1, *images.shape[1:])), num_logits)
-    return jax.tree.map(lambda x: x.reshape(devices, size, -1), found)
+  def of_part(part: jax.Array) -> Outputs:
+    return _forward(params, preprocess(part), num_logits)
 
-  def joined(x: jax.Array) -> jax.Array:  # (times, devices, size, D)
-    whole = x.swapaxes(0, 1).reshape(devices, times * size, -1)
-    return whole[:, :each].reshape(len(images), -1)
-
-  return jax.tree.map(joined, jax.lax.map(some, parts))
+  found: Outputs = image_batches.in_parts(of_part, images, devices, AT_ONCE)
+  return found
 
 
 def load(path: str | os.PathLike[str], flag: str = 'evaluation.inception') -> InceptionExtractor:

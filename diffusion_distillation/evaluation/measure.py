@@ -16,8 +16,8 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
-from diffusion_distillation.evaluation import by_class, features, inception, looks, report
-from diffusion_distillation.evaluation.extracted import Extracted, Extractor
+from diffusion_distillation.evaluation import by_class, dinov2, features, inception, looks, report
+from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
 from diffusion_distillation.evaluation.reference import (
   Real,
@@ -83,7 +83,8 @@ def evaluate(
   began = time.monotonic()
   stages = [model.stage for model in models]
   labels = _labels(config, stages[0])
-  extractor, real, results = real_images(config, train, workdir, labels)
+  extractors, real, results = real_images(config, train, workdir, labels)
+  extractor = extractors.main
   results['seconds'] = {model.stage.name: model.seconds for model in models}
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
@@ -117,7 +118,9 @@ def evaluate(
       if (earlier := known.get(key_of(row))) is not None:
         row |= earlier
       else:
-        row, images = measure_setting(config, setting, extractor, real.reference, floor, counts, classes)
+        row, images = measure_setting(
+          config, setting, extractors, real.reference, floor, counts, classes
+        )
         drawn[_place(setting)] = images
       if 'file' in results['reference']:
         row['reference'] = results['reference']['file']
@@ -145,8 +148,8 @@ def real_images(
   workdir: pathlib.Path,
   labels: str | None,
   num_samples: int | None = None,
-) -> tuple[Extractor, Real, dict[str, Any]]:
-  """Returns the extractor, the features of real images, and results without rows.
+) -> tuple[Extractors, Real, dict[str, Any]]:
+  """Returns the extractors, the features of real images, and results without rows.
 
   Args:
     config: the config of the run.
@@ -167,14 +170,19 @@ def real_images(
   floor = 'floor' if size == section.num_samples else f'floor_{size}'
   real = load_or_compute(directory, extractor, train, held_out, size, seed, given.features, floor)
   described = given.described or describe_images(train, real)
-  results = header(extractor, real, described, train, held_out, seed, labels)
+  extractors = Extractors(extractor, dinov2.load(section.dinov2) if section.dinov2 else None)
+  if extractors.dinov2 is not None:
+    directory = directory_of(workdir, extractors.dinov2)
+    beside = load_or_compute(directory, extractors.dinov2, train, held_out, size, seed, None, floor)
+    real = real.with_dinov2(beside)
+  results = header(extractors, real, described, train, held_out, seed, labels)
   for loader, role in ((train, 'train'), (held_out, 'held_out')):
     loader.close()
     if broken := results['skipped'][role]:
       _log.warning('%d of %d images of %s were skipped', broken, len(loader), loader.images.name)
   for sentence in results['warnings'] if extractor.metric == 'FID' else ():
     _log.warning('%s', sentence)
-  return extractor, real, results
+  return extractors, real, results
 
 
 def describe(config: Config, setting: Setting) -> dict[str, Any]:
@@ -252,7 +260,7 @@ def grid(config: Config, stage: Stage, num_steps: int) -> np.ndarray:
 def measure_setting(
   config: Config,
   setting: Setting,
-  extractor: Extractor,
+  extractor: Extractor | Extractors,
   reference: Features,
   floor: float,
   label_counts: tuple[int, ...] = (),

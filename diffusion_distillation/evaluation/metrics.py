@@ -32,6 +32,7 @@ class Features:
     count: number of images in the set; None if it is not known.
     posterior: sums over the class probabilities, see `RunningScore`; None if the extractor has no logits.
     spatial: the spatial features of the same images; None if the extractor has none.
+    dinov2: the features that DINOv2 has of the same images, or None.
   """
 
   moments: Moments
@@ -39,6 +40,7 @@ class Features:
   count: int | None
   posterior: np.ndarray | None = None
   spatial: 'Features | None' = None
+  dinov2: 'Features | None' = None
 
 
 class RunningFeatures:
@@ -51,28 +53,32 @@ class RunningFeatures:
     self._moments, self._some, self.seen = RunningMoments(), list[np.ndarray](), 0
     self._count, self._stride = count, math.ceil(count / _KEPT)
     self._score: RunningScore | None = None
-    self._spatial: RunningFeatures | None = None
+    self._others: dict[str, RunningFeatures] = {}  # spatial features, and those of DINOv2
 
   def add(
-    self, features: np.ndarray, logits: np.ndarray | None = None, spatial: np.ndarray | None = None
+    self,
+    features: np.ndarray,
+    logits: np.ndarray | None = None,
+    spatial: np.ndarray | None = None,
+    dinov2: np.ndarray | None = None,
   ) -> None:
-    """Adds a batch of features (n, D) and, if the extractor has them, logits (n, K) and spatial features (n, S)."""
+    """Adds a batch of features (n, D) and, where there are any, logits (n, K), spatial and DINOv2's features (n, S), (n, F)."""
     self._moments.add(features)
     self._some.append(np.array(features[-self.seen % self._stride :: self._stride]))  # not a view of all
     self.seen += len(features)
     if logits is not None:
       self._score = self._score or RunningScore()
       self._score.add(logits)
-    if spatial is not None:
-      self._spatial = self._spatial or RunningFeatures(self._count)
-      self._spatial.add(spatial)
+    for name, other in (('spatial', spatial), ('dinov2', dinov2)):
+      if other is not None:
+        self._others.setdefault(name, RunningFeatures(self._count)).add(other)
 
   def take(self, extracted: Extracted, chosen: np.ndarray | slice) -> None:
     """Adds the chosen images of a batch on the devices."""
     found: Extracted = sharding.to_host(extracted)
-    features, logits, spatial = (None if x is None else np.asarray(x)[chosen] for x in found)
+    features, *others = (None if x is None else np.asarray(x)[chosen] for x in found)
     assert features is not None
-    self.add(features, logits, spatial)
+    self.add(features, *others)
 
   def result(self) -> Features:
     """Returns the features of all images; raises ValueError if there are fewer than two."""
@@ -81,7 +87,7 @@ class RunningFeatures:
       some=np.concatenate(self._some),
       count=self.seen,
       posterior=None if self._score is None else self._score.result(),
-      spatial=None if self._spatial is None else self._spatial.result(),
+      **{name: running.result() for name, running in self._others.items()},
     )
 
 
@@ -129,6 +135,11 @@ def _sfid(samples: Features, reference: Features) -> Estimate:
   return frechet_estimate(samples.spatial, reference.spatial)
 
 
+def _fd_dinov2(samples: Features, reference: Features) -> Estimate:
+  assert samples.dinov2 is not None and reference.dinov2 is not None  # because the metric needs 'dinov2'
+  return frechet_estimate(samples.dinov2, reference.dinov2)
+
+
 Measure = Callable[[Features, Features], float | Estimate | None]
 
 # What a metric can need beyond the moments of both sets.
@@ -136,6 +147,7 @@ _INPUTS: dict[str, Callable[[Features, Features], bool]] = {
   'individual': lambda samples, reference: samples.some is not None and reference.some is not None,
   'classes': lambda samples, reference: samples.posterior is not None,
   'spatial': lambda samples, reference: samples.spatial is not None and reference.spatial is not None,
+  'dinov2': lambda samples, reference: samples.dinov2 is not None and reference.dinov2 is not None,
 }
 
 
@@ -147,7 +159,7 @@ class Metric:
     measure: the function.
     better: 'lower' or 'higher', the direction of better samples.
     needs: inputs without which the metric is left out: 'individual' features of both sets, 'classes' (logits of the samples),
-      or 'spatial' features of both sets.
+      or 'spatial' or 'dinov2' features of both sets.
   """
 
   measure: Measure
@@ -171,6 +183,7 @@ METRICS: dict[str, Metric | Measure] = {
   'recall': Metric(_of_individuals(manifold.recall), 'higher', ('individual',)),
   'inception_score': Metric(_inception_score, 'higher', ('classes',)),
   'sfid': Metric(_sfid, needs=('spatial',)),
+  'fd_dinov2': Metric(_fd_dinov2, needs=('dinov2',)),
 }
 
 

@@ -7,6 +7,7 @@ workdir/features/given.safetensors      features of the images in a file of refe
 workdir/features/NAME/                  the same for an extractor NAME other than the classifier of the dataset
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -65,6 +66,10 @@ class Real(NamedTuple):
   reference: Features
   held_out: Features
   floor: Features
+
+  def with_dinov2(self, found: 'Real') -> 'Real':
+    """Returns these features with those that DINOv2 has of the same images beside them."""
+    return Real(*(dataclasses.replace(a, dinov2=b) for a, b in zip(self, found, strict=True)))
 
 
 def load_or_compute(

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
-from diffusion_distillation.evaluation.extracted import Extractor
+from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.metrics import Features, entry, measure_all
 from diffusion_distillation.evaluation.reference import Real
 from diffusion_distillation.stages.model import add_metrics
@@ -41,7 +41,7 @@ def measured(samples: Features, reference: Features) -> dict[str, Any]:
 
 
 def header(
-  extractor: Extractor,
+  extractors: Extractors,
   real: Real,
   described: dict[str, Any],
   train: Loader,
@@ -52,7 +52,7 @@ def header(
   """Returns the contents of `results.json` with an empty list of rows.
 
   Args:
-    extractor: the feature extractor.
+    extractors: the feature extractors.
     real: features of real images.
     described: the reference, see `reference.describe`.
     train: the training images.
@@ -63,6 +63,7 @@ def header(
   Returns:
     The contents; `metrics` names the metrics that apply, each with its better direction, and `warnings` holds sentences.
   """
+  extractor = extractors.main
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
   reference, unseen, floor = real
   of_floor, of_unseen = measured(floor, reference), measured(unseen, reference)
@@ -81,6 +82,7 @@ def header(
       'task': getattr(extractor, 'task', None),
       'held_out_accuracy': getattr(extractor, 'accuracy', None),
     },
+    **_described_dinov2(extractors),
     'reference': described,
     'skipped': {
       'train': len(train) - (reference.count or 0) if 'split' in described else len(train.skipped),
@@ -91,6 +93,12 @@ def header(
   }
 
 
+def _described_dinov2(extractors: Extractors) -> dict[str, Any]:
+  """Returns what `results.json` says of the extractor of `fd_dinov2`, if there is one."""
+  found = extractors.dinov2
+  return {} if found is None else {'dinov2': {'name': found.name, 'digest': found.digest}}
+
+
 def warnings(samples: Features) -> list[str]:
   """Returns what a reader of a table with this many samples should know, as sentences."""
   count, size = samples.count or 0, len(samples.moments.mean)
@@ -99,10 +107,12 @@ def warnings(samples: Features) -> list[str]:
     found.append(
       f'{count} samples per row; published figures are taken with {_USUAL} and more, and fewer samples give larger distances.'
     )
-  if count <= size:
-    found.append(
-      f'{count} samples have a singular covariance in {size} dimensions: distances of so few are mostly bias.'
-    )
+  sizes = [size] if samples.dinov2 is None else [size, len(samples.dinov2.moments.mean)]
+  for size in sizes:
+    if count <= size:
+      found.append(
+        f'{count} samples have a singular covariance in {size} dimensions: distances of so few are mostly bias.'
+      )
   return found
 
 
@@ -168,6 +178,7 @@ def known_rows(path: pathlib.Path, results: dict[str, Any]) -> dict[tuple, dict[
     old = read_json(path)
     same = old['extractor']['digest'] == results['extractor']['digest']
     same = same and _identity(old.get('reference', {})) == _identity(results['reference'])
+    same = same and len({found['dinov2']['digest'] for found in (old, results) if 'dinov2' in found}) < 2
     return {key_of(row): row for row in old['rows'] if row['value'] >= 0.0} if same else {}
   except (DamagedError, KeyError, TypeError, AttributeError) as error:
     _log.warning('%s is damaged (%r); measuring its rows again', path, error)

@@ -33,6 +33,12 @@ class EvaluationSection:
     '.safetensors); if empty, distances are measured in the features of a classifier that is trained on the dataset.',
     path='disk',
   )
+  dinov2: str = key(
+    '',
+    'Weight file of DINOv2 (`dinov2_vitl14_pretrain.pth` of the original code, or the `model.safetensors` of transformers), with '
+    'which `fd_dinov2` is measured beside the other metrics; if empty, it is not.',
+    path='disk',
+  )
   samplers: tuple[str, ...] = key(
     ('ddim', 'ancestral'),
     'Samplers with which the base model is evaluated.',

@@ -129,7 +129,7 @@ def _measurements(rows: Sequence[Mapping[str, Any]], takes_weight: bool) -> str:
   return (
     _table(columns, table)
     + f'\n`frechet` is the Fréchet distance {", ".join(names)} between features of generated images and of training images; '
-    'the name of the feature extractor follows `FD-`. Smaller distances (`frechet`, `kid`, `sfid`) are better, and larger '
+    'the name of the feature extractor follows `FD-`. Smaller distances (`frechet`, `kid`, `sfid`, `fd_dinov2`) are better, and larger '
     f'`precision`, `recall` and `inception_score`. All are only comparable for the same extractor and number of samples.{_notes(rows, takes_weight)}\n'
   )
 

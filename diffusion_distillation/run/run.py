@@ -8,7 +8,7 @@ import pathlib
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import inception, measure, reference
+from diffusion_distillation.evaluation import dinov2, inception, measure, reference
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import forecast, gate, monitor, tracking
 from diffusion_distillation.run.inputs import Inputs, gather, load_distance, needed
@@ -58,6 +58,8 @@ def _check(
   reference.check(config)
   if config.evaluation.inception:  # raises its errors now, not after training
     inception.load(config.evaluation.inception)
+  if config.evaluation.dinov2:
+    dinov2.load(config.evaluation.dinov2)
   distances_of = {stage.name: load_distance(stage) for stage in stages}
   done = {stage.name for stage in stages if provenance.is_finished(workdir, stage)}
   for stage in stages:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.datasets.image_set import InMemory
-from diffusion_distillation.evaluation import by_class, features, figures, measure, sampling
+from diffusion_distillation.evaluation import by_class, dinov2, features, figures, measure, sampling
+from diffusion_distillation.evaluation.frechet import Moments, frechet_distance
+from diffusion_distillation.networks.dinov2 import Size
 from diffusion_distillation.stages.provenance import Model
 from tests import tiny
 
@@ -49,7 +51,7 @@ def asked(monkeypatch):
     return real[len(grid) :][:num_samples]
 
   def seconds_per_image(self, params, grid, num_samples, seed, then, use):
-    for batch in np.split(draw(self, params, grid, num_samples, seed), 4):
+    for batch in np.split(draw(self, params, grid, num_samples, seed), 3):
       use(then(batch), len(batch))
     return 0.001
 
@@ -240,3 +242,52 @@ def test_features_of_real_images_are_computed_once(workdir, asked, read):
   other, _ = evaluate(workdir, evaluation__seed=2)
   assert sum(read) == NUM_SAMPLES and other['floor']['seed'] == 2
   assert other['floor']['value'] != first['floor']['value'] and other['held_out'] == first['held_out']
+
+
+@pytest.fixture
+def of_dinov2(monkeypatch):
+  """Makes a file of weights DINOv2's, with some pixels as features instead of the network."""
+
+  def forward(params, images, size):
+    return images.reshape(len(images), -1)[:, 20 : 20 + size.width] * params['scale'][None]
+
+  def named(digest, width=4):
+    params = {'scale': np.ones(width, np.float32)}
+    found = dinov2.Weights(params, Size(width, 1, 1), digest)
+    monkeypatch.setattr(dinov2, 'read_weights', lambda path, flag: found)
+    return {'evaluation__dinov2': 'dinov2.pth'}
+
+  monkeypatch.setattr(dinov2, '_forward', forward)
+  monkeypatch.setattr(dinov2, 'preprocess', lambda images: images.astype(np.float32))
+  return named
+
+
+def test_the_distance_by_dinov2_stands_beside_the_other_metrics(workdir, asked, of_dinov2, read, caplog):
+  plain, _ = evaluate(workdir)
+  asked.clear()
+  kept, _ = evaluate(workdir, **of_dinov2('a'))  # like the rows of a run before its weights were named
+  assert not asked.rows() and kept['dinov2'] == {'name': 'dinov2_vit414', 'digest': 'a'}
+  assert '5 of 5 rows' in caplog.text and 'lack fd_dinov2' in caplog.text
+  found, images = evaluate(workdir, again=True, **of_dinov2('a'))
+  pixels = images.images.reshape(len(images), -1)[:, 20:24].astype(np.float64)
+  real = Moments(pixels.mean(0), np.cov(pixels.T))
+  for row, before in zip(found['rows'], plain['rows'], strict=True):
+    assert row['value'] == before['value'] and row['metrics'].keys() - before['metrics'] == {'fd_dinov2'}
+    drawn = pixels[row['num_steps'] + 1 :][:NUM_SAMPLES]
+    expected = frechet_distance(real, Moments(drawn.mean(0), np.cov(drawn.T)))
+    assert row['metrics']['fd_dinov2'] == pytest.approx(expected) and row['errors']['fd_dinov2'] > 0.0
+  assert found['metrics']['fd_dinov2'] == {'better': 'lower'}
+  assert {'fd_dinov2'} < found['floor']['metrics'].keys() & found['held_out']['metrics'].keys()
+  report = (workdir / 'report' / 'index.html').read_text()
+  assert 'FD-DINOv2' in report and 'dinov2_vit414' in report
+
+  asked.clear()
+  read.clear()
+  again, _ = evaluate(workdir, **of_dinov2('a'))
+  assert not asked.rows() and not read and again['rows'] == found['rows']
+  evaluate(workdir)
+  assert not asked.rows()  # without the weights, rows that were measured with them are still right
+  evaluate(workdir, again=True, **of_dinov2('a'))
+  asked.clear()
+  evaluate(workdir, **of_dinov2('b'))
+  assert len(asked.rows()) == 5  # other weights: other distances

@@ -62,9 +62,11 @@ def test_features_of_the_classifier_and_of_inception_do_not_replace_each_other(t
   assert places == {tmp_path / 'features', tmp_path / 'features' / 'inception-2015-12-05'}
 
 
-def test_a_file_that_cannot_be_read_is_refused_before_the_training(tmp_path):
+@pytest.mark.parametrize('name', ['inception', 'dinov2'])
+def test_a_file_that_cannot_be_read_is_refused_before_the_training(tmp_path, name):
   workdir = tmp_path / 'new'
-  args = (*tiny.flags(evaluation__inception=tmp_path / 'none.pth'), f'--workdir={workdir}')
+  named = {f'evaluation__{name}': tmp_path / 'none.pth'}
+  args = (*tiny.flags(**named), f'--workdir={workdir}')
   code, _, err = tiny.run_cli(*args)
   assert code == 2 and not workdir.exists()
-  assert err.startswith(f'error: evaluation.inception={tmp_path}/none.pth: there is no such file')
+  assert err.startswith(f'error: evaluation.{name}={tmp_path}/none.pth: there is no such file')

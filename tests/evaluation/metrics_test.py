@@ -21,10 +21,11 @@ def test_the_features_that_are_kept_are_spread_evenly_whatever_the_batches(count
   np.testing.assert_allclose(found.moments.mean, features.mean(axis=0, dtype=np.float64), rtol=1e-12)
 
 
-def normal(rng, count, dim=4, spread=1.0, shift=0.0, classes=3, spatial=6):
-  """Features, logits and spatial features of `count` images."""
+def normal(rng, count, dim=4, spread=1.0, shift=0.0, classes=3, spatial=6, dinov2=5):
+  """Features, logits, spatial features and those of DINOv2 of `count` images."""
   features = spread * rng.normal(size=(count, dim)) + shift
-  parts = features, rng.normal(size=(count, classes)), rng.normal(size=(count, spatial)) + shift
+  logits = rng.normal(size=(count, classes))
+  parts = features, logits, *(rng.normal(size=(count, size)) + shift for size in (spatial, dinov2))
   return [part.astype(np.float32) for part in parts]
 
 
@@ -53,7 +54,7 @@ def test_a_metric_without_its_input_is_left_out():
   only_moments = metrics.Features(reference.moments, None, None)
   assert measure_all(samples, only_moments).keys() == {'frechet', 'inception_score'}
   few = measure_all(gathered(normal(rng, 3)), reference)
-  assert few.keys() == {'frechet', 'kid', 'inception_score', 'sfid'}
+  assert few.keys() == {'frechet', 'kid', 'inception_score', 'sfid', 'fd_dinov2'}
 
 
 def test_metrics_say_which_direction_is_better():
@@ -67,6 +68,7 @@ def test_metrics_say_which_direction_is_better():
   worse[0][::2] += 9.0
   worse[1][:] = [20, 0, 0]
   worse[2] += 3.0
+  worse[3] += 3.0
   bad = measure_all(gathered(worse), reference)
   assert good.keys() == bad.keys() == METRICS.keys()
   for name in METRICS:
