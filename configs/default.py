@@ -20,6 +20,7 @@ from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import ModelSection
 from diffusion_distillation.run.gate import GateSection
 from diffusion_distillation.run.pairs import PairsSection
+from diffusion_distillation.run.tracking import EarlyStopSection
 from diffusion_distillation.system.checkpoints import CheckpointSection
 from diffusion_distillation.system.compilation import ComputeSection
 from diffusion_distillation.system.logs import LogSection
@@ -74,6 +75,7 @@ def _sections() -> dict[str, type]:
     'log': LogSection,
     'evaluation': EvaluationSection,
     'gate': GateSection,
+    'early_stop': EarlyStopSection,
     'mesh': MeshSection,
     'compute': ComputeSection,
   }

@@ -202,7 +202,7 @@ class Gate:
     found = self._measured(model, teacher)
     if not found.fails:
       return None
-    total = more_updates(stage, config)
+    total = None if config.early_stop.patience else more_updates(stage, config)
     what = (
       f'stage {stage.name} falls short of its teacher after {stage.num_updates} updates: its Frechet distance is '
       f"{found.student:.4g}, its teacher's {found.teacher:.4g}, that of training images {found.floor:.4g} "
@@ -212,6 +212,8 @@ class Gate:
       _log.warning('%s; training it to %d updates', what, total)
       return stage.lengthened(total)
     remedy = f'raise gate.limit={config.gate.limit:g} or gate.factor'
+    if config.early_stop.patience:
+      remedy = f'raise gate.factor, as early_stop.patience={config.early_stop.patience} decides how long a stage is trained'
     if config.gate.stop:
       raise QualityError(
         f'{what}; {remedy}, set gate.stop=False, or remove {self._workdir / stage.name} and train it with other settings'

@@ -17,7 +17,7 @@ from diffusion_distillation.config import Config
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted
 from diffusion_distillation.run import attempts, replay
 from diffusion_distillation.run.inputs import Inputs, shapes
-from diffusion_distillation.stages import provenance, trained
+from diffusion_distillation.stages import extending, provenance, trained
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import announcing, interrupts, sharding
@@ -76,14 +76,38 @@ def fit(
           f'{workdir / stage.name} was finished, but no complete checkpoint is left; restore one, or remove '
           'the directory to train the stage again'
         )
-      if inputs.tracker is not None:
-        inputs.tracker.resume(int(state.step), state.ema_params[0])
-      if int(state.step) < stage.num_updates:
+      state, ended = _resume_tracker(stage, inputs, checkpoints, state, seconds)
+      if int(state.step) < stage.num_updates and not ended:
         state, seconds = _until_the_end(loop, stage, inputs, checkpoints, state, seconds)
     model = trained.to_model(stage, state, seconds)
     provenance.check_digest(workdir, model)
-  provenance.finish_stage(workdir, parents, model, config, anew)
+  early = {} if inputs.tracker is None else inputs.tracker.outcome(model.step)
+  provenance.finish_stage(workdir, parents, model, config, anew, early)
   return model
+
+
+def _resume_tracker(
+  stage: Stage, inputs: Inputs, checkpoints: Checkpoints, state: TrainState, seconds: float
+) -> tuple[TrainState, bool]:
+  """Makes up for a measurement that a signal prevented; returns the state, and whether the stage ends with it."""
+  tracker, done = inputs.tracker, int(state.step)
+  if tracker is None:  # nothing is measured, or the stage was finished before
+    stopped = extending.stopped_at(checkpoints.stage_dir.parent, stage)
+    if stopped not in (None, done):
+      raise DamagedError(
+        f'{checkpoints.stage_dir} was stopped early after {stopped} updates, but neither its model nor that checkpoint is '
+        'complete; restore one, or remove the directory to train the stage again'
+      )
+    return state, stopped is not None
+  tracker.resume(done, state.ema_params[0])
+  if not tracker.ends(done):
+    return state, False
+  state, changed = tracker.with_best(state)
+  if changed:  # the checkpoint holds the last average
+    checkpoints.discard(done)
+    checkpoints.save(done, state, seconds)
+    checkpoints.wait()
+  return state, True
 
 
 def _until_the_end(
@@ -193,6 +217,8 @@ def _loop(
         with contextlib.suppress(Preempted):  # a signal while drawing; the state is saved below
           for watcher in watchers:
             values |= watcher.look(state, frozen)
+        if inputs.tracker in watchers and inputs.tracker.ends(done):
+          (state, _), last = inputs.tracker.with_best(state), True
         writer.write(done, values)
         progress.note(_note(values))
         pending = []
@@ -202,7 +228,7 @@ def _loop(
         check(int(state.skipped_in_a_row))
         seconds = time.monotonic() - began
         checkpoints.save(done, state, seconds)
-      if stop:
+      if stop or last:
         break
   checkpoints.wait()
   interrupts.check()

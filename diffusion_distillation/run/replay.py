@@ -155,7 +155,7 @@ def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dic
   for parent in sorted(parents):
     weights = stage.parent_weights if parent == stage.parent else 'ema'
     model = provenance.load_model(directory, stages[parent], config, (weights,))
-    if model is None or model.step < stages[parent].num_updates:
+    if model is None or not provenance.is_finished(directory, stages[parent]):
       raise UserError(f'stage {parent}, a parent of stage {name}, is not finished')
     models[parent] = model
   inputs = gather(stage, models, images, directory, load_distance(stage))

@@ -55,6 +55,7 @@ def _check(
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
   gate.check(config)
+  tracking.check(config)
   reference.check(config)
   if config.evaluation.inception:  # raises its errors now, not after training
     inception.load(config.evaluation.inception)

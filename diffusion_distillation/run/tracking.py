@@ -1,7 +1,12 @@
-"""Measures a stage's samples at intervals during training, and keeps the weights that were best.
+"""Measures a stage's samples at intervals during training, keeps the weights that were best, and stops a stage early.
 
 stage_dir/best/        the model with the lowest Frechet distance so far; see `stages/model.py`
-stage_dir/track.json   the distance at each measured update, and the update of the best
+stage_dir/track.json   the distance at each measured update with its error, and the update of the best
+
+A measurement improves on the earlier ones if it is below the last improvement by more than its own standard error. With
+`early_stop.patience` = K, a stage ends after K measurements in a row without an improvement. Whether it does is a function of
+the recorded measurements up to that update, so that a stage that is interrupted and resumed ends at the same update. The
+first moving average of the finished stage is then the best one that was measured.
 """
 
 import dataclasses
@@ -9,12 +14,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion_distillation.config import Config
+from diffusion_distillation.config import NOT_NEGATIVE, Config, key
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import RunningMoments, frechet_distance
 from diffusion_distillation.evaluation.metrics import Features
+from diffusion_distillation.evaluation.uncertainty import error_and_bias
 from diffusion_distillation.run import samples
 from diffusion_distillation.stages import model as models
 from diffusion_distillation.stages import provenance
@@ -26,6 +32,52 @@ from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.training.state import Params, TrainState
 
 BEST, _RECORD = 'best', 'track.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopSection:
+  """Ending a stage before its last update, when its samples have stopped to improve."""
+
+  patience: int = key(
+    0,
+    'Number of measurements in a row, `log.frechet_every` updates apart, without an improvement of the Frechet distance beyond '
+    'its standard error, after which a stage ends; its first moving average is then the best one that was measured. 0: every '
+    'stage has all its updates, and keeps its last average.',
+    NOT_NEGATIVE,
+  )
+
+
+def check(config: Config) -> None:
+  """Raises UserError if the section `early_stop` is not valid."""
+  if not (patience := config.early_stop.patience):
+    return
+  if not config.log.frechet_every:
+    raise UserError(
+      f'early_stop.patience={patience} counts measurements, but log.frechet_every=0 takes none; set log.frechet_every to the '
+      'number of updates between two measurements'
+    )
+  if config.dataset.name == 'none':
+    raise UserError(
+      f'early_stop.patience={patience} needs images to compare samples with, and dataset.name=none has none; set '
+      'early_stop.patience=0'
+    )
+
+
+def is_stopped(values: Mapping[int, float], errors: Mapping[int, float], patience: int) -> bool:
+  """Whether the last `patience` measurements have not improved on the earlier ones.
+
+  Args:
+    values: the distances by number of updates.
+    errors: their standard errors; 0 where one is missing.
+    patience: the number of measurements; 0: never.
+  """
+  lowest, since = float('inf'), 0
+  for done in sorted(values):
+    if values[done] < lowest - errors.get(done, 0.0):
+      lowest, since = values[done], 0
+    else:
+      since += 1
+  return 0 < patience <= since
 
 
 class Tracker:
@@ -61,6 +113,36 @@ class Tracker:
     ends = (*self._stage.earlier_ends, self._stage.num_updates)
     return done % self._config.log.frechet_every == 0 or done in ends
 
+  def ends(self, done: int) -> bool:
+    """Whether the stage ends after update `done` with its best weights; False without early stopping."""
+    patience, found = self._config.early_stop.patience, self._recorded()
+    if not patience or str(done) not in found['frechet']:
+      return False
+    values, errors = (
+      {int(at): value for at, value in found[name].items() if int(at) <= done}
+      for name in ('frechet', 'errors')
+    )
+    return done == self._stage.num_updates or is_stopped(values, errors, patience)
+
+  def with_best(self, state: TrainState) -> tuple[TrainState, bool]:
+    """Returns the state with the best weights as its first moving average, and whether these were other ones."""
+    best, (ema, *others) = models.read(self._workdir / self._stage.name / BEST), state.ema_params
+    if digest(ema) == best.digest:
+      return state, False
+    averages = type(state.ema_params)([sharding.place(best.params), *others])
+    return dataclasses.replace(state, ema_params=averages), True
+
+  def outcome(self, done: int) -> dict[str, Any]:
+    """Returns what stage.json records of a stage that ended after update `done`; empty without early stopping."""
+    if not self._config.early_stop.patience:
+      return {}
+    found = {
+      name: value for name, value in self._recorded().items() if name not in ('frechet', 'errors')
+    }
+    return {
+      'early_stop': {'patience': self._config.early_stop.patience, 'updates': done, 'measured': found}
+    }
+
   def resume(self, done: int, params: Params) -> None:
     """Measures the parameters after update `done`, from which training resumes, if a signal prevented this measurement.
 
@@ -78,21 +160,24 @@ class Tracker:
     """Returns the distance of the parameters after update `done`, and records it."""
     found = self._recorded()  # in every process, before the first one writes
     known = found['best']
-    value = float(cluster.from_first(self._distance(params)))  # processes may differ in the last bits
+    value, error = cluster.from_first(self._distance(params))  # processes may differ in the last bits
     if known is None or value < known['frechet']:
       self._keep(done, params)
       found['best'] = {'updates': done, 'frechet': value}
-    found['frechet'][str(done)] = value
+    found['frechet'][str(done)], found['errors'][str(done)] = value, error
     write_json(self._workdir / self._stage.name / _RECORD, found)
     cluster.barrier()
     return value
 
-  def _distance(self, params: Params) -> float:
+  def _distance(self, params: Params) -> tuple[float, float]:
+    """Returns the Frechet distance of samples, and its standard error."""
     config, count = self._config, self._config.log.frechet_samples
     drawn = samples.features_of(config, self._workdir, self._extractor, self._stage, params, count)
     running = RunningMoments()
     running.add(drawn)
-    return frechet_distance(running.result(), self._reference.moments)
+    moments, reference = running.result(), self._reference.moments
+    error, _ = error_and_bias(moments, drawn, count, reference)
+    return frechet_distance(reference, moments), error
 
   def _keep(self, done: int, params: Params) -> None:
     """Writes the parameters as the best model."""
@@ -103,21 +188,34 @@ class Tracker:
     folder = self._workdir / self._stage.name / BEST
     models.write(folder, dataclasses.replace(stored, provenance=made), anew=True)
 
+  def check_record(self) -> None:
+    """Raises UserError if the stage is stopped early and earlier measurements were taken in another way."""
+    self._recorded()
+
   def _recorded(self) -> dict[str, Any]:
     """Returns the measurements of the stage by number of updates, and the best one."""
     path, samples_of = self._workdir / self._stage.name / _RECORD, self._described()
     found = read_json(path) if path.is_file() else {}
-    if not all(found.get(key) == value for key, value in samples_of.items()):
-      return {**samples_of, 'frechet': {}, 'best': None}  # measured in another way
+    changed = [name for name, value in samples_of.items() if found.get(name) != value]
+    if changed and found.get('frechet') and self._config.early_stop.patience:
+      listed = ', '.join(f'{name} was {found.get(name)}, is {samples_of[name]}' for name in changed)
+      raise UserError(
+        f'{path}: stage {self._stage.name} is stopped early by measurements that were taken in another way: {listed}. Measure '
+        f'in the same way, or remove {path.parent} to train this stage again'
+      )
+    if changed:
+      return {**samples_of, 'frechet': {}, 'errors': {}, 'best': None}  # measured in another way
+    found.setdefault('errors', {})  # older versions did not record them
     if not isinstance(found.get('frechet'), dict) or 'best' not in found:
       raise DamagedError(f'{path} is damaged (no measurements in it); remove it')
     return found
 
   def _described(self) -> dict[str, Any]:
     """Returns everything that measurements must share to be compared."""
-    evaluation = self._config.evaluation
-    return {
-      'samples': self._config.log.frechet_samples,
+    evaluation, log = self._config.evaluation, self._config.log
+    interval = {'every': log.frechet_every} if self._config.early_stop.patience else {}
+    return interval | {
+      'samples': log.frechet_samples,
       'seed': evaluation.seed,
       'clip_x': evaluation.clip_x,
       'labels': evaluation.labels,
@@ -132,7 +230,9 @@ def begin(
   """Creates the tracker of a stage; makes the run's feature extractor and its reference if they do not exist yet."""
   extractor, reference = samples.prepare(config, workdir, images)
   (workdir / stage.name).mkdir(exist_ok=True)
-  return Tracker(config, stage, workdir, parents, extractor, reference)
+  tracker = Tracker(config, stage, workdir, parents, extractor, reference)
+  tracker.check_record()
+  return tracker
 
 
 def read_best(workdir: pathlib.Path, names: Sequence[str]) -> models.StoredModel:

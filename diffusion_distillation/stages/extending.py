@@ -26,6 +26,18 @@ def updates_of(found: Mapping[str, Any], stage: Stage) -> int:
   return stage.num_updates if found.get('imported') or recorded is None else int(recorded)
 
 
+def trained_updates(found: Mapping[str, Any], stage: Stage) -> int:
+  """Returns the updates that a finished stage was trained for, which are fewer if it was stopped early."""
+  return int((found.get('early_stop') or {}).get('updates', updates_of(found, stage)))
+
+
+def stopped_at(workdir: pathlib.Path, stage: Stage) -> int | None:
+  """Returns the updates after which early stopping ended a finished stage; None if it did not."""
+  path = workdir / stage.name / 'stage.json'
+  found = read_json(path) if path.is_file() else {}
+  return trained_updates(found, stage) if found.get('finished') and found.get('early_stop') else None
+
+
 def is_trained(found: Mapping[str, Any], stage: Stage) -> bool:
   """Whether the lineage `found` says that all updates of `stage` are done."""
   return bool(found.get('finished')) and updates_of(found, stage) >= stage.num_updates
@@ -108,6 +120,11 @@ def _check_extension(
   if found.get('imported'):
     raise UserError(
       f'{begin}it was imported and has no optimizer state; set its number of updates back to {old}'
+    )
+  if stopped := found.get('early_stop'):
+    raise UserError(
+      f'{begin}early_stop.patience ended it after {stopped.get("updates")} updates with its best weights; set its number of '
+      f'updates back to {old}, or remove {workdir / name} to train it again'
     )
   if found.get('finished') and not Checkpoints(workdir / name).steps():
     raise UserError(

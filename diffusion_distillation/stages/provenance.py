@@ -165,11 +165,22 @@ def _updates_of(made: Mapping[str, Any]) -> int | None:
 
 
 def finish_stage(
-  workdir: pathlib.Path, parents: Parents, model: Model, config: Config, anew: bool
+  workdir: pathlib.Path,
+  parents: Parents,
+  model: Model,
+  config: Config,
+  anew: bool,
+  early_stop: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes the model of a finished stage and records its digest in the provenance, unless this was done before.
 
-  `anew`: the model's folder is incomplete or was not read, and is replaced.
+  Args:
+    workdir: the directory that contains the stage's directory.
+    parents: its parents.
+    model: the model.
+    config: the config of the run.
+    anew: the model's folder is incomplete or was not read, and is replaced.
+    early_stop: what stage.json records of how early stopping ended the stage; empty or None without it.
   """
   path, stored = workdir / model.stage.name / 'stage.json', to_stored(workdir, model, config, parents)
   folder = path.parent / 'model'
@@ -183,7 +194,7 @@ def finish_stage(
     outcome = {'finished': True, 'digest': model.digest, 'seconds': model.seconds}
     outcome['digests'] = dict(model.digests)
     lineage = _lineage(model.stage, parents, config) | extending.history(found)
-    write_json(path, lineage | outcome)
+    write_json(path, lineage | outcome | dict(early_stop or {}))
 
 
 def is_finished(workdir: pathlib.Path, stage: Stage) -> bool:
@@ -237,7 +248,7 @@ def load_model(
   if restored is None:
     return None
   model = to_model(stage, *restored)
-  if model.step == stage.num_updates:
+  if model.step == extending.trained_updates(found, stage):
     check_digest(workdir, model)
   return model
 
@@ -267,7 +278,7 @@ def _from_folder(workdir: pathlib.Path, stage: Stage, folder: pathlib.Path) -> M
   """Reads a finished stage's model from its folder; `read` checks its digest."""
   stored, found = read(folder), read_json(folder.parent / 'stage.json')
   seconds, all_ = float(stored.provenance['seconds']), {'ema': stored.params}
-  return Model(stage, 'ema', str(stored.digest), extending.updates_of(found, stage), seconds, all_)
+  return Model(stage, 'ema', str(stored.digest), extending.trained_updates(found, stage), seconds, all_)
 
 
 def release(workdir: pathlib.Path, model: Model, keep: Collection[str]) -> Model:

@@ -159,6 +159,13 @@ class Checkpoints:
         )
       self._writer.save_async(step, state, custom_metadata=sealed, force=True)
 
+  def discard(self, step: int) -> None:
+    """Removes the checkpoint of a step, which can then be saved again; an older one is left if there is one."""
+    self.close()  # as in `_set_aside`
+    if files.writes():
+      shutil.rmtree(self._directory / str(step))
+    cluster.barrier()
+
   def wait(self) -> None:
     """Waits until all checkpoints are written; raises StorageError as `save` does."""
     with self._told_of_failure(self._saving):

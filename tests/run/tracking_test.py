@@ -41,7 +41,7 @@ def track(tmp_path):
 @pytest.fixture
 def scripted(monkeypatch):
   """A tracker's distances are the parameters themselves."""
-  monkeypatch.setattr(Tracker, '_distance', lambda self, params: float(params['value']))
+  monkeypatch.setattr(Tracker, '_distance', lambda self, params: (float(params['value']), 0.5))
 
 
 def params(value):
@@ -54,7 +54,7 @@ def record(workdir, stage=STUDENT):
 
 def test_the_value_is_the_frechet_distance_of_the_stage_s_own_sampler(track):
   """A shift of every pixel by 0.2, in units of 16 grey levels, moves each of the 16 features by 0.2 * 127.5 / 16."""
-  good, spoiled = (track(of.stage)._distance(of.params) for of in (GOOD, SPOILED))
+  good, spoiled = (track(of.stage)._distance(of.params)[0] for of in (GOOD, SPOILED))
   floor = gate.floor_of(of_data().some, 200, 0).value
   assert good < 2 * floor
   assert spoiled - good == pytest.approx(16 * (0.2 * 127.5 / 16) ** 2, rel=0.1)
@@ -68,6 +68,7 @@ def test_the_best_weights_are_kept(track, scripted, tmp_path):
   found = record(tmp_path)
   assert found['frechet'] == {'4': 5.0, '8': 3.0, '12': 3.0, '16': 4.0}
   assert found['best'] == {'updates': 8, 'frechet': 3.0} and found['samples'] == 200
+  assert found['errors'] == dict.fromkeys(found['frechet'], 0.5)
   described = json.loads((tmp_path / STUDENT.name / 'best' / 'model.json').read_text())
   assert described['provenance']['updates'] == 8 and described['digest'] == digest(params(3.0))
   assert described['num_steps'] == 2 and 'seconds' not in described['provenance']
@@ -112,7 +113,7 @@ def test_the_best_weights_can_be_sampled(track, monkeypatch, tmp_path):
   options = types.SimpleNamespace(stage=None, weights='best')
   with pytest.raises(UserError, match=r'--weights=best: .* kept no best weights'):
     modes._model_of_workdir(options, tmp_path, CONFIG)
-  monkeypatch.setattr(Tracker, '_distance', lambda self, params: 1.0)
+  monkeypatch.setattr(Tracker, '_distance', lambda self, params: (1.0, 0.1))
   found = sharding.to_host(BASE.init_params(jax.random.key(0)))
   track(BASE).measure(4, found)
   stored = modes._model_of_workdir(options, tmp_path, CONFIG)
