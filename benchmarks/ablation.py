@@ -29,7 +29,7 @@ from configs import digits
 from diffusion_distillation import datasets
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError, UserError
-from diffusion_distillation.evaluation import features, measure
+from diffusion_distillation.evaluation import features, kept_features, measure
 from diffusion_distillation.run import gate, loop
 from diffusion_distillation.run.inputs import Inputs
 from diffusion_distillation.stages import extending, plan
@@ -77,7 +77,7 @@ class Bench:
     self.extractor = features.load_or_train(
       self.workdir / 'extractor.safetensors', self.images, held_out
     )
-    self.reference = self.extractor.summary(self.images)
+    self.reference = kept_features.of_all(self.extractor, self.images)
     self.step = sharding.compile_step(step.train_steps)
     self.path = self.workdir / 'rows.json'
     stored = read_json(self.path) if self.path.exists() else {'scale': self.scale, 'rows': []}

@@ -1,35 +1,20 @@
-"""Quality by class: whether the classifier recognizes the class that a sample was drawn for, and the distance within a class.
+"""Quality by class: whether the classifier recognizes the class that a sample was drawn for, and the distance within a class."""
 
-workdir/features/by_class.safetensors  moments of the training images' features, class by class
-"""
-
-import contextlib
-import json
-import math
-import os
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation.extracted import Extractor
+from diffusion_distillation.evaluation.extracted import Extracted, Extractor
 from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
+from diffusion_distillation.evaluation.kept_features import Arrays, Summary
 from diffusion_distillation.evaluation.reference import dimension as dimension_of
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond, Conditioning
-from diffusion_distillation.system import cluster, files, interrupts, sharding
-from diffusion_distillation.system.checkpoints import digest
-from diffusion_distillation.system.progress import Progress
 
-_BATCH = 500
-_FORMAT = 1  # version of the file
 _MOST = 100  # classes; with more of them, rows only have the accuracy over all classes
-
 
 Predict = Callable[[np.ndarray], np.ndarray]  # features (n, D) -> classes (n,)
 
@@ -39,15 +24,17 @@ class Reference(NamedTuple):
 
   Attributes:
     counts: (K,), number of images of each class.
-    moments: mean (K, D) and covariance (K, D, D), zero for a class of fewer than two images.
+    mean, cov, root: mean (K, D), covariance and its root (K, D, D), zero for a class of fewer than two images.
   """
 
   counts: np.ndarray
-  moments: Moments
+  mean: np.ndarray
+  cov: np.ndarray
+  root: np.ndarray
 
   def of(self, label: int) -> Moments:
     """Returns the moments of one class."""
-    return Moments(self.moments.mean[label], self.moments.cov[label])
+    return Moments.with_root(self.mean[label], self.cov[label], self.root[label])
 
 
 def suffices(count: float, dimension: int) -> bool:
@@ -66,80 +53,60 @@ def predictor(extractor: Extractor) -> Predict | None:
   return lambda features: np.argmax(features @ kernel + bias[None, :], axis=1)
 
 
-def load_or_compute(
-  directory: pathlib.Path, extractor: Extractor, train: Loader, num_samples: int
-) -> Reference | None:
-  """Returns the training images' features by class, from the file in `directory` or computed and written there.
+class ByClass(Summary):
+  """The training images' features by class; `result` is set by `load`.
 
   Args:
-    directory: an existing directory.
+    number: number of classes.
+    dimension: number of features.
+  """
+
+  name = 'by_class'
+
+  def __init__(self, number: int, dimension: int) -> None:
+    self._number, self._dimension = number, dimension
+    self.result: Reference
+
+  def begin(self, count: int) -> np.ndarray | None:
+    del count
+    self._tally = _Moments(self._number)
+    return None
+
+  def add(self, found: Extracted, places: np.ndarray, labels: np.ndarray | None) -> None:
+    del places
+    assert labels is not None  # the images have classes
+    self._tally.add(np.asarray(found.features), labels)
+
+  def arrays(self) -> Arrays:
+    shape = self._number, self._dimension
+    mean, cov = np.zeros(shape), np.zeros((*shape, self._dimension))
+    root = np.zeros_like(cov)
+    for label in range(self._number):
+      if self._tally.counts[label] > 1:
+        moments = self._tally.of(label)
+        mean[label], cov[label], root[label] = moments.mean, moments.cov, moments.root
+    return {'counts': self._tally.counts, 'mean': mean, 'cov': cov, 'root': root}
+
+  def load(self, arrays: Arrays) -> None:
+    self.result = Reference(arrays['counts'], arrays['mean'], arrays['cov'], arrays['root'])
+
+
+def summary(extractor: Extractor, train: Loader, num_samples: int) -> ByClass | None:
+  """Returns the summary of the training images by class.
+
+  Args:
     extractor: the map to features.
     train: the training images.
-    num_samples: number of samples per row.
+    num_samples: number of samples per row of conditional models; 0 if the models are unconditional.
 
   Returns:
-    The features; None if the images have no classes, or too many for `num_samples` samples to suffice for each.
+    The summary; None if the images have no classes, or too many for `num_samples` samples to suffice for each.
   """
   number = len(train.images.classes)
   dimension = dimension_of(extractor, train.images.image_shape) if number else 0
   if not number or number > _MOST or not suffices(num_samples / number, dimension):
     return None
-  path = directory / 'by_class.safetensors'
-  described = {
-    'format': _FORMAT,
-    'extractor': extractor.digest,
-    'images': train.images.identity,
-    'image_shape': list(train.images.image_shape),
-  }
-  found = _read(path, described)
-  if cluster.agree(found is not None):
-    return found
-  made = _compute(extractor, train, number, dimension)
-  if files.writes():
-    arrays = {'counts': made.counts, 'mean': made.moments.mean, 'cov': made.moments.cov}
-    meta = {'of': json.dumps(described), 'digest': digest(arrays)}
-    temporary = path.with_suffix('.tmp')
-    safetensors.numpy.save_file(arrays, temporary, meta)
-    os.replace(temporary, path)
-  return made
-
-
-def _compute(extractor: Extractor, train: Loader, number: int, dimension: int) -> Reference:
-  tally = _Moments(number)
-  size = sharding.round_up(_BATCH)
-  batches, count = train.in_order(size), math.ceil(len(train) / size)
-  with (
-    contextlib.closing(batches),
-    Progress('features by class', count, images_per_step=size) as progress,
-  ):
-    for batch in batches:
-      interrupts.check()
-      mask, labels = sharding.gather_batch((batch['mask'], batch['cond']['label']))
-      if mask.any():
-        features = sharding.to_host(extractor.of(sharding.put(batch['image'])).features)
-        tally.add(features[mask], labels[mask])
-      progress.advance()
-  mean, cov = np.zeros((number, dimension)), np.zeros((number, dimension, dimension))
-  for label in range(number):
-    if tally.counts[label] > 1:
-      moments = tally.of(label)
-      mean[label], cov[label] = moments.mean, moments.cov
-  return Reference(tally.counts, Moments(mean, cov))
-
-
-def _read(path: pathlib.Path, described: dict[str, Any]) -> Reference | None:
-  """Reads the file; returns None if it is missing, was made from something else, or is damaged, so that it is made again."""
-  if not path.is_file():
-    return None
-  try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      meta = file.metadata()
-      arrays = {key: file.get_tensor(key) for key in ('counts', 'mean', 'cov')}
-    if json.loads(meta['of']) != described or digest(arrays) != meta['digest']:
-      return None
-    return Reference(arrays['counts'], Moments(arrays['mean'], arrays['cov']))
-  except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
-    return None
+  return ByClass(number, dimension)
 
 
 class _Moments:
@@ -217,13 +184,13 @@ class Tally:
   def _distance(self, label: int) -> float | None:
     if self._moments is None or self._reference is None:
       return None
-    reference, dimension = self._reference, self._reference.moments.mean.shape[1]
+    reference, dimension = self._reference, self._reference.mean.shape[1]
     if label >= len(reference.counts):
       return None
     fewest = min(int(self._counts[label]), int(reference.counts[label]))
     if not suffices(fewest, dimension):
       return None
-    return frechet_distance(self._moments.of(label), reference.of(label))
+    return frechet_distance(reference.of(label), self._moments.of(label))  # whose root is known
 
 
 class Classes(NamedTuple):
@@ -249,15 +216,7 @@ class Classes(NamedTuple):
 NO_CLASSES = Classes(None, 0, None)
 
 
-def classes(directory: pathlib.Path, extractor: Extractor, train: Loader, num_samples: int) -> Classes:
-  """Returns what is known about the training images' classes.
-
-  Args:
-    directory: directory of the features of real images; it exists.
-    extractor: the map to features.
-    train: the training images; closed afterwards.
-    num_samples: number of samples per row of conditional models; 0 if the models are unconditional.
-  """
-  with contextlib.closing(train):
-    reference = load_or_compute(directory, extractor, train, num_samples)
+def classes(extractor: Extractor, train: Loader, found: ByClass | None) -> Classes:
+  """Returns what is known about the training images' classes; `found` is their `summary`, which has its result."""
+  reference = None if found is None else found.result
   return Classes(predictor(extractor), len(train.images.classes), reference)

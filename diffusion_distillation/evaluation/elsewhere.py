@@ -17,7 +17,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import given, measure, reference
 from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.given_images import GivenImages
-from diffusion_distillation.evaluation.loading import LoadedModel
+from diffusion_distillation.evaluation.loading import LoadedModel, batch_size
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.evaluation.reference import Real
 from diffusion_distillation.evaluation.results import measured
@@ -68,7 +68,8 @@ def measure_images(
   with _place(config, workdir) as (train, directory):
     own_shape = None if config.evaluation.inception else train.images.image_shape
     given.check(images, own_shape, f'FD-{train.images.name}')
-    extractors, real, header = measure.real_images(config, train, directory, None, len(images))
+    extractors = measure.open_extractors(config, train, directory)
+    real, header = measure.real_images(config, extractors, train, directory, None, len(images))
     found, digest = given.features_of(extractors.main, images, train.images.image_shape)
     if extractors.dinov2 is not None:
       beside, _ = given.features_of(extractors.dinov2, images, train.images.image_shape)
@@ -116,7 +117,8 @@ def measure_model(
     labels = section.labels if classes else None
     if labels == 'data' and not sum(stored.label_counts):
       labels = 'balanced'
-    extractors, real, header = measure.real_images(config, train, directory, labels)
+    extractors = measure.open_extractors(config, train, directory)
+    real, header = measure.real_images(config, extractors, train, directory, labels)
     found = _draw(config, model, extractors, stored.label_counts if labels == 'data' else ())
   sampler = make_sampler(stored.sampler, section.gamma)
   weight = default_weight(stored.denoise.conditioning)
@@ -160,12 +162,13 @@ def _draw(
 ) -> Features:
   """Returns the features of samples of a model."""
   stored, section = model.stored, config.evaluation
+  at_once = batch_size(stored, section.batch_size, section.num_samples)
   draw = dataclasses.replace(
-    model.drawer(make_sampler(stored.sampler, section.gamma), stored.clip_x, section.batch_size),
+    model.drawer(make_sampler(stored.sampler, section.gamma), stored.clip_x, at_once),
     label_counts=label_counts,
   )
   grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
-  running, size = RunningFeatures(section.num_samples), sharding.round_up(section.batch_size)
+  running, size = RunningFeatures(section.num_samples), sharding.round_up(at_once)
   with Progress('evaluation', -(-section.num_samples // size), images_per_step=size) as progress:
     for images, count in draw.batches(stored.params, grid, section.num_samples, section.seed):
       running.take(extractors.of(images), slice(count))

@@ -8,7 +8,6 @@ the class of an image or, for a dataset without labels, by how many quarter turn
 import contextlib
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,6 @@ from flax import traverse_util
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor
-from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.networks import classifier
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.system import cluster, files, interrupts, sharding
@@ -72,10 +70,6 @@ class FeatureExtractor:
     logits, features = _apply(self.params, images)
     return Extracted(features, logits if self.task == 'classes' else None)
 
-  def summary(self, images: Loader, indices: np.ndarray | None = None) -> Features:
-    """Computes the features of all images, or of those at `indices`; see `summary`."""
-    return summary(self, images, indices)
-
 
 def features_of(extractor: Extractor, images: np.ndarray) -> np.ndarray:
   """Maps (n, H, W, C) uint8 images, the same in every process, to (n, D) float32 features, in batches of one shape."""
@@ -85,22 +79,6 @@ def features_of(extractor: Extractor, images: np.ndarray) -> np.ndarray:
     padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
     parts.append(sharding.to_host(extractor.of(sharding.spread(padded)).features)[: len(part)])
   return np.concatenate(parts)
-
-
-def summary(extractor: Extractor, images: Loader, indices: np.ndarray | None = None) -> Features:
-  """Computes the features of all images, or of those at `indices`; unreadable images are left out."""
-  number = len(images) if indices is None else len(indices)
-  size = batch_size(extractor, number)
-  running, count = RunningFeatures(number), math.ceil(number / size)
-  batches, name = images.in_order(size, indices), f'features of {images.images.name}'
-  with contextlib.closing(batches), Progress(name, count, images_per_step=size) as progress:
-    for batch in batches:
-      interrupts.check()
-      mask = sharding.gather_batch(batch['mask'])
-      if mask.any():
-        running.take(extractor.of(sharding.put(batch['image'])), mask)
-      progress.advance()
-  return running.result()
 
 
 def batch_size(extractor: Extractor | None = None, number: int = 0) -> int:

@@ -20,6 +20,14 @@ class Moments:
     root: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0.0))[None, :]) @ vectors.T
     return root
 
+  @classmethod
+  def with_root(cls, mean: np.ndarray, cov: np.ndarray, root: np.ndarray | None) -> 'Moments':
+    """Returns moments whose root is known; None: it is computed when it is needed."""
+    found = cls(mean, cov)
+    if root is not None:
+      found.__dict__['root'] = root  # where `cached_property` looks for it
+    return found
+
 
 class RunningMoments:
   """Accumulates the moments of batches of features, as float64 sums about the mean of the first batch."""

@@ -12,6 +12,7 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion.guidance import Guidance
 from diffusion_distillation.evaluation import neighbours
 from diffusion_distillation.evaluation.extracted import Extractor
+from diffusion_distillation.evaluation.kept_features import OfEach
 from diffusion_distillation.evaluation.neighbours import Neighbours
 from diffusion_distillation.evaluation.sampling import Chosen
 from diffusion_distillation.networks import conditioning
@@ -143,6 +144,7 @@ def gather(
   held_out: Loader,
   section: Any,
   workdir: pathlib.Path,
+  searched: OfEach | None,
 ) -> Looks:
   """Draws and reads what the report shows beside the rows.
 
@@ -154,13 +156,14 @@ def gather(
     held_out: the held-out images; closed afterwards.
     section: the section `evaluation` of the config.
     workdir: the directory of the run.
+    searched: the features of the training images among which the nearest are looked for; None: none are shown.
   """
   own, near = own_rows(measured), None
   of = section.neighbours_of or next(reversed(own), '')
   with contextlib.closing(train), contextlib.closing(held_out):
-    if section.neighbours and of in own:
+    if searched is not None and of in own:
       drawn = draw(own[of][0], neighbours.COMPARED, None)
-      near = neighbours.find(drawn, extractor, train, held_out, section.neighbours)
+      near = neighbours.find(drawn, extractor, train, held_out, searched)
   return Looks(
     samples=samples(measured, draw),
     watched=watched(measured, workdir),

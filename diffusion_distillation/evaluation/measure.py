@@ -1,11 +1,12 @@
 """Evaluates every stage: students at their own step count, the undistilled base at each of the step counts."""
 
+import contextlib
 import dataclasses
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.evaluation import by_class, dinov2, features, inception, looks, report
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
+from diffusion_distillation.evaluation.kept_features import OfEach, Summary
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
 from diffusion_distillation.evaluation.reference import (
   Real,
@@ -83,13 +85,17 @@ def evaluate(
   began = time.monotonic()
   stages = [model.stage for model in models]
   labels = _labels(config, stages[0])
-  extractors, real, results = real_images(config, train, workdir, labels)
-  extractor = extractors.main
+  extractors = open_extractors(config, train, workdir)
+  extractor, size = extractors.main, config.evaluation.num_samples
+  by_classes = by_class.summary(extractor, train, size if labels else 0)
+  most = config.evaluation.neighbours
+  searched = OfEach('searched', most) if most else None
+  more = [summary for summary in (by_classes, searched) if summary is not None]
+  real, results = real_images(config, extractors, train, workdir, labels, more=more)
   results['seconds'] = {model.stage.name: model.seconds for model in models}
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
-  size = config.evaluation.num_samples
-  classes = by_class.classes(directory_of(workdir, extractor), extractor, train, size if labels else 0)
+  classes = by_class.classes(extractor, train, by_classes)
   of_training_images = real.floor if 'file' in results['reference'] else real.reference
   results['class_shares'] = classes.shares(of_training_images.some)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
@@ -110,6 +116,7 @@ def evaluate(
     for guidance in guidances(config, place, stages[place])
   ]
   drawn: dict[tuple, np.ndarray] = {}
+  kept: set[int] = set()
   steps = sum(s.num_steps for s in todo)
   floor = results['floor']['value']
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
@@ -117,6 +124,7 @@ def evaluate(
       row = describe(config, setting)
       if (earlier := known.get(key_of(row))) is not None:
         row |= earlier
+        kept.add(len(results['rows']))
       else:
         row, images = measure_setting(
           config, setting, extractors, real.reference, floor, counts, classes
@@ -129,11 +137,11 @@ def evaluate(
       guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}{guided}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
-  note_missing(results)
+  note_missing(results, kept)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
   draw, held_out = _drawing(config, counts, drawn), workdirs.open_images(config, 'eval')
-  seen = looks.gather(todo, draw, extractor, train, held_out, config.evaluation, workdir)
+  seen = looks.gather(todo, draw, extractor, train, held_out, config.evaluation, workdir, searched)
   if files.writes():
     report.write(config, results, seen, workdir / 'report')
     write_json(partial, results)
@@ -142,35 +150,51 @@ def evaluate(
   return results
 
 
-def real_images(
-  config: Config,
-  train: Loader,
-  workdir: pathlib.Path,
-  labels: str | None,
-  num_samples: int | None = None,
-) -> tuple[Extractors, Real, dict[str, Any]]:
-  """Returns the extractors, the features of real images, and results without rows.
+def open_extractors(config: Config, train: Loader, workdir: pathlib.Path) -> Extractors:
+  """Returns the extractors of an evaluation; reads their weights, or trains the classifier of the dataset.
 
   Args:
     config: the config of the run.
     train: the training images.
-    workdir: the directory of the run, for extractor and features.
+    workdir: the directory of the run, for the classifier.
+  """
+  section = config.evaluation
+  found = dinov2.load(section.dinov2) if section.dinov2 else None
+  if section.inception:
+    return Extractors(inception.load(section.inception), found)
+  with contextlib.closing(workdirs.open_images(config, 'eval')) as held_out:
+    classifier = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
+  return Extractors(classifier, found)
+
+
+def real_images(
+  config: Config,
+  extractors: Extractors,
+  train: Loader,
+  workdir: pathlib.Path,
+  labels: str | None,
+  num_samples: int | None = None,
+  more: Sequence[Summary] = (),
+) -> tuple[Real, dict[str, Any]]:
+  """Returns the features of real images, and results without rows.
+
+  Args:
+    config: the config of the run.
+    extractors: the feature extractors.
+    train: the training images.
+    workdir: the directory of the run, for the features.
     labels: see `header`.
     num_samples: number of images of the floor; None: `evaluation.num_samples`.
+    more: further summaries of the features of the training images.
   """
   held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
-  extractor: Extractor
-  if section.inception:
-    extractor = inception.load(section.inception)
-  else:
-    extractor = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
+  extractor = extractors.main
   directory, seed = directory_of(workdir, extractor), section.seed
   size = num_samples or section.num_samples
   given = from_file(directory, extractor, train.images.image_shape, section.reference)
   floor = 'floor' if size == section.num_samples else f'floor_{size}'
-  real = load_or_compute(directory, extractor, train, held_out, size, seed, given.features, floor)
+  real = load_or_compute(directory, extractor, train, held_out, size, seed, given.features, floor, more)
   described = given.described or describe_images(train, real)
-  extractors = Extractors(extractor, dinov2.load(section.dinov2) if section.dinov2 else None)
   if extractors.dinov2 is not None:
     directory = directory_of(workdir, extractors.dinov2)
     beside = load_or_compute(directory, extractors.dinov2, train, held_out, size, seed, None, floor)
@@ -182,7 +206,7 @@ def real_images(
       _log.warning('%d of %d images of %s were skipped', broken, len(loader), loader.images.name)
   for sentence in results['warnings'] if extractor.metric == 'FID' else ():
     _log.warning('%s', sentence)
-  return extractors, real, results
+  return real, results
 
 
 def describe(config: Config, setting: Setting) -> dict[str, Any]:

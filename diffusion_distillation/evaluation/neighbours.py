@@ -13,6 +13,7 @@ import numpy as np
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.evaluation.features import features_of
+from diffusion_distillation.evaluation.kept_features import OfEach, spread
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.progress import Progress
 
@@ -114,7 +115,7 @@ def find(
   extractor: Extractor,
   train: Loader,
   held_out: Loader,
-  most: int,
+  searched: OfEach,
 ) -> Neighbours:
   """Compares samples and held-out images with the training images.
 
@@ -123,29 +124,28 @@ def find(
     extractor: the map to features.
     train: the training images.
     held_out: the held-out images, of which at most COMPARED are used, evenly spread.
-    most: number of training images to search, evenly spread; all of them if there are fewer.
+    searched: the features of the training images to search.
   """
   unseen = _some(held_out, COMPARED)
   queries, shown = np.concatenate([samples, unseen]), min(SHOWN, len(samples))
   by_features = Nearest(features_of(extractor, queries), shown, NEAREST)
   by_pixels = Nearest(_flat(queries), shown, NEAREST)
-  searched = 0
-  chosen = _spread(len(train), most)
+  done, places = 0, searched.places
   size = sharding.round_up(_BATCH)
-  batches = train.in_order(size, chosen)
+  batches = train.in_order(size, places)
   with (
     contextlib.closing(batches),
-    Progress('nearest training images', -(-len(chosen) // size), images_per_step=size) as progress,
+    Progress('nearest training images', -(-len(places) // size), images_per_step=size) as progress,
   ):
-    for batch in batches:
+    for k, batch in enumerate(batches):
       interrupts.check()
-      images = sharding.put(batch['image'])
-      mask = sharding.gather_batch(batch['mask'])
-      if mask.any():
-        features, pixels = sharding.to_host((extractor.of(images).features, images))
-        by_features.add(features[mask], pixels[mask])
-        by_pixels.add(_flat(pixels[mask]), pixels[mask])
-        searched += int(mask.sum())
+      here: dict[str, np.ndarray] = sharding.gather_batch({key: batch[key] for key in ('image', 'mask')})
+      intact = np.flatnonzero(here['mask'])
+      if len(intact):
+        pixels = here['image'][intact]
+        by_features.add(searched.features[k * size + intact], pixels)
+        by_pixels.add(_flat(pixels), pixels)
+        done += len(intact)
       progress.advance()
 
   def divided(distances: np.ndarray) -> Distances:
@@ -157,7 +157,7 @@ def find(
     by_pixels=by_pixels.images,
     features=divided(by_features.distances),
     pixels=divided(by_pixels.distances),
-    searched=searched,
+    searched=done,
   )
 
 
@@ -165,17 +165,12 @@ def _some(images: Loader, most: int) -> np.ndarray:
   """Returns up to `most` images (n, H, W, C), evenly spread; unreadable ones are left out."""
   found = []
   with contextlib.closing(
-    images.in_order(sharding.round_up(_BATCH), _spread(len(images), most))
+    images.in_order(sharding.round_up(_BATCH), spread(len(images), most))
   ) as batches:
     for batch in batches:
       pixels = sharding.to_host(sharding.put(batch['image']))
       found.append(pixels[sharding.gather_batch(batch['mask'])])
   return np.concatenate(found)
-
-
-def _spread(count: int, most: int) -> np.ndarray:
-  """Returns at most `most` indices below `count`, in even intervals."""
-  return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 def _flat(images: np.ndarray) -> np.ndarray:

@@ -3,44 +3,35 @@
 workdir/features/reference.safetensors  features of all training images
 workdir/features/held_out.safetensors   features of the held-out images
 workdir/features/floor.safetensors      features of training images drawn with replacement
+workdir/features/by_class.safetensors   moments of the training images' features, class by class
+workdir/features/searched.safetensors   features of the individual training images that the report searches
 workdir/features/given.safetensors      features of the images in a file of reference statistics
 workdir/features/NAME/                  the same for an extractor NAME other than the classifier of the dataset
 """
 
 import dataclasses
-import json
-import logging
-import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation import given, given_images, reference_files
+from diffusion_distillation.evaluation import given, given_images, kept_features, reference_files
 from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.evaluation.features import (
   DIMENSION,
   FeatureExtractor,
   batch_size,
-  summary,
 )
-from diffusion_distillation.evaluation.frechet import Moments
+from diffusion_distillation.evaluation.kept_features import OfAll, OfDraw, Summary
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.evaluation.reference_files import StoredStatistics
 from diffusion_distillation.networks.inception import NUM_FEATURES
-from diffusion_distillation.system import cluster, files
-from diffusion_distillation.system.checkpoints import digest
-
-_log = logging.getLogger(__name__)
-
-FORMAT = 2  # version of the files; increase it when features are summarized in another way
+from diffusion_distillation.system import cluster
 
 
 def directory_of(workdir: pathlib.Path, extractor: Extractor) -> pathlib.Path:
@@ -81,30 +72,34 @@ def load_or_compute(
   seed: int,
   reference: Features | None = None,
   floor: str = 'floor',
+  more: Sequence[Summary] = (),
 ) -> Real:
   """Returns the features of real images; reads files in `directory` that were made from the same images and extractor.
 
   Args:
     directory: directory of the files; created if necessary.
-    extractor: the feature extractor.
+    extractor: the map to features.
     train: the training images.
     held_out: the held-out images.
     size: number of training images to draw for the floor.
     seed: seed of this draw.
     reference: the reference if it is not the training images.
     floor: name of the floor's file.
+    more: further summaries of the training images, which are computed in the same pass.
   """
-  chosen = np.random.Generator(np.random.Philox(seed)).integers(len(train), size=size)
+  of_train, unseen = OfAll('reference'), OfAll('held_out')
+  drawn = OfDraw(floor, size, seed)
+  summaries = [drawn, *more] if reference else [of_train, drawn, *more]
+  kept_features.load_or_compute(directory, extractor, train, summaries)
+  kept_features.load_or_compute(directory, extractor, held_out, [unseen])
+  return Real(reference or of_train.result, unseen.result, drawn.result)
 
-  def of(name: str, images: Loader, indices: np.ndarray | None = None, **drawn: int) -> Features:
-    path, described = directory / f'{name}.safetensors', _describe(extractor, images) | drawn
-    return _kept(path, described, lambda: summary(extractor, images, indices))
 
-  return Real(
-    reference=reference or of('reference', train),
-    held_out=of('held_out', held_out),
-    floor=of(floor, train, chosen, size=size, seed=seed),
-  )
+def of_training_images(directory: pathlib.Path, extractor: Extractor, train: Loader) -> Features:
+  """Returns the features of all training images; see `load_or_compute`."""
+  found = OfAll('reference')
+  kept_features.load_or_compute(directory, extractor, train, [found])
+  return found.result
 
 
 class Given(NamedTuple):
@@ -159,13 +154,18 @@ def _of_statistics(
   """Returns the features of a file with moments, with images, or both."""
   some = None
   if stored.has_images:
-    described = {'format': FORMAT, 'extractor': extractor.digest, 'images': stored.digest}
-
-    def compute() -> Features:
+    described = {
+      'format': kept_features.FORMAT,
+      'extractor': extractor.digest,
+      'images': stored.digest,
+    }
+    arrays = kept_features.read(directory, 'given', described)
+    if not cluster.agree(arrays is not None) or arrays is None:
       images = given_images.open_images(path, reference_files.KEY)
-      return given.features_of(extractor, images, image_shape)[0]
-
-    of_images = _kept(directory / 'given.safetensors', described, compute)
+      found = given.features_of(extractor, images, image_shape)[0]
+      arrays = kept_features.to_arrays(found, with_root=stored.moments is None)
+      kept_features.write(directory, 'given', described, arrays)
+    of_images = kept_features.from_arrays(arrays)
     if stored.moments is None:
       return of_images
     some = of_images.some
@@ -191,69 +191,3 @@ def describe_images(train: Loader, real: Real) -> dict[str, Any]:
     'digest': images.identity,
     'num_images': real.reference.count,
   }
-
-
-def _describe(extractor: Extractor, images: Loader) -> dict[str, Any]:
-  """Returns the cache key: everything that the features depend on."""
-  return {
-    'format': FORMAT,
-    'extractor': extractor.digest,
-    'images': images.images.identity,
-    'image_shape': list(images.images.image_shape),
-  }
-
-
-def _kept(path: pathlib.Path, described: dict[str, Any], compute: Callable[[], Features]) -> Features:
-  """Returns the features in a file if they match the description; otherwise computes them and writes the file."""
-  found = _read(path, described)
-  everywhere = cluster.agree(found is not None)
-  if found is not None and everywhere:
-    return found
-  made = compute()
-  if files.writes():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = _arrays(made)
-    meta = {'of': json.dumps(described), 'count': str(made.count), 'digest': digest(arrays)}
-    temporary = path.with_suffix('.tmp')
-    safetensors.numpy.save_file(arrays, temporary, meta)
-    os.replace(temporary, path)
-  return made
-
-
-def _read(path: pathlib.Path, described: dict[str, Any]) -> Features | None:
-  """Reads the features in a file; returns None if it is missing, does not match, or is damaged, which is logged."""
-  if not path.is_file():
-    return None
-  try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      meta = file.metadata()
-      arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if json.loads(meta['of']) != described:
-      return None
-    if digest(arrays) != meta['digest']:
-      raise ValueError('its digest differs')
-    return _features(arrays, int(meta['count']))
-  except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-    _log.warning('%s is damaged (%s); computing its features again', path, error)
-    return None
-
-
-def _arrays(features: Features, prefix: str = '') -> dict[str, np.ndarray]:
-  """Returns the arrays of features by name; those of the spatial features begin with 'spatial_'."""
-  found = {'mean': features.moments.mean, 'cov': features.moments.cov}
-  found |= {} if features.some is None else {'some': features.some}
-  found |= {} if features.posterior is None else {'posterior': features.posterior}
-  found = {prefix + key: array for key, array in found.items()}
-  return found | ({} if features.spatial is None else _arrays(features.spatial, 'spatial_'))
-
-
-def _features(arrays: dict[str, np.ndarray], count: int, prefix: str = '') -> Features:
-  """The inverse of `_arrays`; raises KeyError if there are no moments."""
-  spatial = None if prefix or 'spatial_mean' not in arrays else _features(arrays, count, 'spatial_')
-  return Features(
-    Moments(arrays[prefix + 'mean'], arrays[prefix + 'cov']),
-    arrays.get(prefix + 'some'),
-    count,
-    arrays.get(prefix + 'posterior'),
-    spatial,
-  )

@@ -197,7 +197,7 @@ def class_table(results: Mapping[str, Any], class_names: Sequence[str]) -> dict[
   Returns:
     `columns`, the captions; `lines`, the name of a class, the share of real images of it or None, and a cell for each column:
     `accuracy` or `share`, with the standard `error`, and `frechet`, each of which may be None; `left_out`, the number of
-    classes that are not listed, because others have a lower accuracy in the last column.
+    classes that are not listed, because others are worse in the last column.
   """
   chosen: dict[str, Mapping[str, Any]] = {}
   for row in results['rows']:
@@ -220,8 +220,7 @@ def class_table(results: Mapping[str, Any], class_names: Sequence[str]) -> dict[
   kept = lines
   if number_of > _CLASSES:
     last = [line['cells'][-1] for line in lines]
-    key = [c['accuracy'] if c['accuracy'] is not None else c['share'] or 0.0 for c in last]
-    kept = [lines[k] for k in sorted(range(number_of), key=lambda k: key[k])[:_WORST]]
+    kept = [lines[k] for k in sorted(range(number_of), key=lambda k: _quality(last[k]))[:_WORST]]
   return {
     'columns': columns,
     'lines': kept,
@@ -230,6 +229,14 @@ def class_table(results: Mapping[str, Any], class_names: Sequence[str]) -> dict[
     'shares': any('share' in row['by_class'] for row in chosen.values()),
     'distances': any('frechet' in row['by_class'] for row in chosen.values()),
   }
+
+
+def _quality(cell: Mapping[str, float | None]) -> float:
+  """Returns a number that is lower for a class of worse samples: accuracy or share, else the negative distance, if known."""
+  shown = cell['accuracy'] if cell['accuracy'] is not None else cell['share']
+  if shown is not None:
+    return shown
+  return math.inf if cell['frechet'] is None else -cell['frechet']
 
 
 def _cell(row: Mapping[str, Any], label: int) -> dict[str, float | None]:

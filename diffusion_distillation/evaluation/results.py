@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import pathlib
 import platform
+from collections.abc import Collection
 from typing import Any
 
 from diffusion_distillation.datasets.loading import Loader
@@ -190,15 +191,31 @@ def _identity(reference: dict[str, Any]) -> str | None:
   return reference['digest'] if 'file' in reference else None
 
 
-def note_missing(results: dict[str, Any]) -> None:
-  """Logs which metrics earlier rows lack. Rows that are kept are not measured again because of a new metric."""
+def note_missing(results: dict[str, Any], kept: Collection[int]) -> None:
+  """Logs which metrics some rows lack, and why.
+
+  Rows that are kept are not measured again because of a new metric. New rows lack a metric if they have too few samples for it,
+  because `evaluation.tolerance` ended them early or `evaluation.num_samples` is small.
+
+  Args:
+    results: the contents of `results.json`.
+    kept: the places of the rows that an earlier evaluation has measured.
+  """
   lacking = [results['metrics'].keys() - row.get('metrics', {'frechet'}) for row in results['rows']]
-  if count := sum(map(bool, lacking)):
-    names = [name for name in results['metrics'] if any(name in names for names in lacking)]
-    _log.warning(
-      '%d of %d rows were measured by an older version and lack %s; --mode=evaluate measures all rows again',
-      *(count, len(lacking), ', '.join(names)),
-    )
+  reasons: dict[str, list[set[str]]] = {
+    'were measured by an earlier evaluation and lack %s; --mode=evaluate measures all rows again': [],
+    'have too few samples for %s, because evaluation.tolerance ended them early': [],
+    'have too few samples for %s; raise evaluation.num_samples': [],
+  }
+  earlier, ended, few = reasons.values()
+  for place, (names, row) in enumerate(zip(lacking, results['rows'], strict=True)):
+    if names:
+      is_early = row.get('num_drawn', row['num_samples']) < row['num_samples']
+      (earlier if place in kept else ended if is_early else few).append(names)
+  for reason, found in reasons.items():
+    if found:
+      listed = [name for name in results['metrics'] if any(name in names for names in found)]
+      _log.warning(f'%d of %d rows {reason}', len(found), len(lacking), ', '.join(listed))
 
 
 def record(rows: list[dict[str, Any]], models: list[Model], workdir: pathlib.Path) -> None:

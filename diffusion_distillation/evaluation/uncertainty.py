@@ -42,6 +42,38 @@ class Estimate(NamedTuple):
   bias: float | None = None
 
 
+class _Expansion(NamedTuple):
+  """The expansion of the distance about the moments of the samples.
+
+  Attributes:
+    influence: (N,), the influence of individual samples.
+    whitened: (N, K), w of individual samples, for the K eigenvalues of S that are not negligible.
+    roots: (K,), the roots r of these.
+  """
+
+  influence: np.ndarray
+  whitened: np.ndarray
+  roots: np.ndarray
+
+
+def _expand(samples: Moments, some: np.ndarray, reference: Moments) -> _Expansion:
+  root = reference.root
+  product = root @ samples.cov @ root
+  values, vectors = np.linalg.eigh((product + product.T) / 2.0)
+  r = np.sqrt(np.maximum(values, 0.0))
+  kept = r > _NEGLIGIBLE * r.max(initial=0.0)
+  r, whiten = r[kept], (root @ vectors)[:, kept] / r[kept][None, :]
+  centred = np.asarray(some, np.float64) - samples.mean[None, :]
+  w = centred @ whiten
+  influence = 2.0 * centred @ (samples.mean - reference.mean) + (centred**2).sum(1) - w**2 @ r
+  return _Expansion(influence, w, r)
+
+
+def influences(samples: Moments, some: np.ndarray, reference: Moments) -> np.ndarray:
+  """Returns the influence i(x) of individual samples (N, D) on the Frechet distance to the reference, (N,), up to a constant."""
+  return _expand(samples, some, reference).influence
+
+
 def error_and_bias(
   samples: Moments, some: np.ndarray, count: int, reference: Moments
 ) -> tuple[float, float | None]:
@@ -59,15 +91,7 @@ def error_and_bias(
   Returns:
     The standard error, and the bias, which is None for at most D samples: the expansion does not hold there.
   """
-  root = reference.root
-  product = root @ samples.cov @ root
-  values, vectors = np.linalg.eigh((product + product.T) / 2.0)
-  r = np.sqrt(np.maximum(values, 0.0))
-  kept = r > _NEGLIGIBLE * r.max(initial=0.0)
-  r, whiten = r[kept], (root @ vectors)[:, kept] / r[kept][None, :]
-  centred = np.asarray(some, np.float64) - samples.mean[None, :]
-  w = centred @ whiten
-  influence = 2.0 * centred @ (samples.mean - reference.mean) + (centred**2).sum(1) - w**2 @ r
+  influence, w, r = _expand(samples, some, reference)
   error = float(influence.std() / np.sqrt(count))
   if count <= len(samples.mean):
     return error, None

@@ -12,9 +12,9 @@ it computes the shortfall
   (S - b) - f (T - b),
 
 which is at most 0 for a student that passes, and its standard error. The student fails if the shortfall exceeds two standard
-errors: a student that is exactly as bad as allowed fails one time in forty. The error is that of a jackknife over blocks of
-samples (Efron & Tibshirani 1993, chapter 11), each with the same noise for student and teacher, so that the noise that both share
-cancels. With few samples the error is large and only gross failures are found; more samples make the gate stricter, never laxer.
+errors: a student that is exactly as bad as allowed fails one time in forty. The error is that of the infinitesimal jackknife
+(`evaluation/uncertainty.py`): the influences of a pair of samples with the same noise, one of the student and one of the teacher,
+are subtracted, so that the noise that both share cancels. With few samples the error is large and only gross failures are found; more samples make the gate stricter, never laxer.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from diffusion_distillation.errors import QualityError, UserError
 from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
 from diffusion_distillation.evaluation.metrics import Features
+from diffusion_distillation.evaluation.uncertainty import influences
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import samples
 from diffusion_distillation.stages import extending
@@ -48,13 +49,12 @@ from diffusion_distillation.system.files import read_json, write_json
 
 _log = logging.getLogger(__name__)
 
-_BLOCKS = 10  # of the jackknife
 _DRAWS = 16  # sets of training images whose mean distance is the floor
 _SURE = 2.0  # standard errors by which a student must fall short to fail
 
 FACTOR = Range('zero or at least 1', lambda v: v == 0 or 1 <= v < math.inf)
 MULTIPLE = Range('at least 1', lambda v: 1 <= v < math.inf)
-ENOUGH = Range('at least 20', lambda v: v >= 20)  # two in each block
+ENOUGH = Range('at least 20', lambda v: v >= 20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def floor_of(real: np.ndarray, count: int, seed: int) -> Floor:
   """Returns the floor of `count` images, which are drawn with replacement from those with the features `real` (N, D)."""
   rng, whole = np.random.Generator(np.random.Philox(seed)), moments_of(real)
   drawn = (real[rng.integers(len(real), size=count)] for _ in range(_DRAWS))
-  found = [frechet_distance(moments_of(some), whole) for some in drawn]
+  found = [frechet_distance(whole, moments_of(some)) for some in drawn]  # whose root is computed once
   return Floor(float(np.mean(found)), float(np.std(found, ddof=1)) / math.sqrt(_DRAWS))
 
 
@@ -140,17 +140,12 @@ def shortfall(
     floor: the floor of n images.
     factor: the largest ratio of the distances, each less the floor.
   """
-  block = np.arange(len(student)) % _BLOCKS
-
-  def distances(kept: np.ndarray) -> tuple[float, float]:
-    found = [frechet_distance(moments_of(features[kept]), reference) for features in (student, teacher)]
-    return found[0], found[1]
-
-  of_student, of_teacher = distances(block >= 0)
+  both = [(features, moments_of(features)) for features in (student, teacher)]
+  of_student, of_teacher = (frechet_distance(reference, moments) for _, moments in both)
   value = (of_student - floor.value) - factor * (of_teacher - floor.value)
-  without = np.array([s - factor * t for s, t in (distances(block != k) for k in range(_BLOCKS))])
-  variance = (_BLOCKS - 1) / _BLOCKS * float(np.sum((without - without.mean()) ** 2))
-  error = math.hypot(math.sqrt(variance), (factor - 1.0) * floor.error)
+  by_student, by_teacher = (influences(moments, features, reference) for features, moments in both)
+  of_samples = float(np.std(by_student - factor * by_teacher)) / math.sqrt(len(student))
+  error = math.hypot(of_samples, (factor - 1.0) * floor.error)
   return Shortfall(of_student, of_teacher, floor.value, value, error)
 
 

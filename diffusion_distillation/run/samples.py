@@ -10,7 +10,7 @@ from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.evaluation import measure
 from diffusion_distillation.evaluation.features import FeatureExtractor, load_or_train
 from diffusion_distillation.evaluation.metrics import Features
-from diffusion_distillation.evaluation.reference import directory_of, load_or_compute
+from diffusion_distillation.evaluation.reference import directory_of, of_training_images
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import sharding
@@ -20,14 +20,10 @@ from diffusion_distillation.training.state import Params
 
 def prepare(config: Config, workdir: pathlib.Path, images: Loader) -> tuple[FeatureExtractor, Features]:
   """Returns the extractor of a run and the features of its training images; makes their files as the evaluation does."""
-  section = config.evaluation
   held_out = workdirs.open_images(config, 'eval')
   extractor = load_or_train(workdir / 'extractor.safetensors', images, held_out)
-  size, seed = section.num_samples, section.seed
-  directory = directory_of(workdir, extractor)
-  real = load_or_compute(directory, extractor, images, held_out, size, seed)
   held_out.close()
-  return extractor, real.reference
+  return extractor, of_training_images(directory_of(workdir, extractor), extractor, images)
 
 
 def features_of(

@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_distillation.datasets.image_set import InMemory
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation import by_class
+from diffusion_distillation.evaluation import by_class, kept_features
 from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import RunningMoments, frechet_distance
@@ -76,9 +76,15 @@ def train(counts, seed=0):
   return images, labels, Loader(InMemory('three', (8, 8, 1), names, 'i', images, labels))
 
 
+def summarized(directory, loader, num_samples):
+  found = by_class.summary(extractor(), loader, num_samples)
+  kept_features.load_or_compute(directory, extractor(), loader, [found])
+  return found
+
+
 def test_the_distance_of_a_class_is_that_of_its_samples_to_its_training_images(tmp_path):
   images, labels, loader = train((40, 40, 5))
-  known = by_class.classes(tmp_path, extractor(), loader, 30)
+  known = by_class.classes(extractor(), loader, summarized(tmp_path, loader, 30))
   tally = known.tally({'label': Classes(3)})
   samples = np.random.default_rng(5).normal(size=(60, DIMENSION)).astype(np.float32)
   drawn_for = np.repeat([0, 1, 2], [5, 30, 25])
@@ -93,24 +99,27 @@ def test_the_distance_of_a_class_is_that_of_its_samples_to_its_training_images(t
 
 def test_the_reference_is_computed_once_and_again_for_other_images(tmp_path, monkeypatch):
   computed = []
-  really = by_class._compute
-  monkeypatch.setattr(by_class, '_compute', lambda *args: computed.append(1) or really(*args))
+  really = kept_features.compute
+  monkeypatch.setattr(kept_features, 'compute', lambda *args: computed.append(1) or really(*args))
   _, _, loader = train((20, 20))
-  first = by_class.load_or_compute(tmp_path, extractor(), loader, 100)
-  again = by_class.load_or_compute(tmp_path, extractor(), loader, 100)
+  first = summarized(tmp_path, loader, 100).result
+  again = summarized(tmp_path, loader, 100).result
   assert len(computed) == 1
-  np.testing.assert_array_equal(first.moments.cov, again.moments.cov)
+  np.testing.assert_array_equal(first.cov, again.cov)
+  moments = again.of(1)
+  np.testing.assert_allclose(moments.root @ moments.root, moments.cov, atol=1e-6)
+  assert np.shares_memory(moments.root, again.root)  # it is read, not computed
   loader.images = InMemory('three', (8, 8, 1), ('a', 'b'), 'other', *train((20, 20), 1)[:2])
-  by_class.load_or_compute(tmp_path, extractor(), loader, 100)
+  summarized(tmp_path, loader, 100)
   assert len(computed) == 2
   (tmp_path / 'by_class.safetensors').write_bytes(b'damaged')
-  by_class.load_or_compute(tmp_path, extractor(), loader, 100)
+  summarized(tmp_path, loader, 100)
   assert len(computed) == 3
 
 
-def test_no_images_are_read_where_samples_do_not_suffice(tmp_path):
+def test_no_images_are_read_where_samples_do_not_suffice():
   _, _, loader = train((20, 20))
   loader.in_order = None
-  assert by_class.load_or_compute(tmp_path, extractor(), loader, 2 * 2 * DIMENSION - 1) is None
+  assert by_class.summary(extractor(), loader, 2 * 2 * DIMENSION - 1) is None
   loader.images = InMemory('none', (8, 8, 1), (), 'i', *train((20, 20))[:2])
-  assert by_class.load_or_compute(tmp_path, extractor(), loader, 100) is None
+  assert by_class.summary(extractor(), loader, 100) is None

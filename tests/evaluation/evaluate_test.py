@@ -8,6 +8,7 @@ import pytest
 from diffusion_distillation.datasets.image_set import InMemory
 from diffusion_distillation.evaluation import by_class, dinov2, features, figures, measure, sampling
 from diffusion_distillation.evaluation.frechet import Moments, frechet_distance
+from diffusion_distillation.evaluation.results import note_missing
 from diffusion_distillation.networks.dinov2 import Size
 from diffusion_distillation.stages.provenance import Model
 from tests import tiny
@@ -165,7 +166,7 @@ def test_rows_of_an_older_version_are_kept_and_said_to_lack_metrics(workdir, ask
   results, _ = evaluate(workdir)
   assert not asked.rows() and results['rows'][:2] == old['rows'][:2]
   (line,) = [r.getMessage() for r in caplog.records if '--mode=evaluate' in r.getMessage()]
-  assert line.startswith('2 of 5 rows were measured by an older version and lack kid, precision,')
+  assert line.startswith('2 of 5 rows were measured by an earlier evaluation and lack kid, precision,')
   assert 'frechet' not in line
   caplog.clear()
   again, _ = evaluate(workdir, again=True)
@@ -231,7 +232,7 @@ def test_nothing_is_drawn_twice(workdir, asked, monkeypatch):
 
 def test_features_of_real_images_are_computed_once(workdir, asked, read):
   first, images = evaluate(workdir)
-  assert sum(read) >= len(images) + 360 + NUM_SAMPLES
+  assert sum(read) == len(images) + 360  # the floor is drawn from the former
   read.clear()
   second, _ = evaluate(workdir, again=True)
   assert not read
@@ -240,8 +241,26 @@ def test_features_of_real_images_are_computed_once(workdir, asked, read):
   values = [[row['value'] for row in results['rows']] for results in (first, second)]
   assert values[0] == values[1]
   other, _ = evaluate(workdir, evaluation__seed=2)
-  assert sum(read) == NUM_SAMPLES and other['floor']['seed'] == 2
+  drawn = np.random.Generator(np.random.Philox(2)).integers(len(images), size=NUM_SAMPLES)
+  assert sum(read) == len(set(drawn.tolist())) and other['floor']['seed'] == 2
   assert other['floor']['value'] != first['floor']['value'] and other['held_out'] == first['held_out']
+
+
+def test_rows_say_why_they_lack_metrics(caplog):
+  metrics = {'frechet': {}, 'kid': {}, 'precision': {}, 'fd_dinov2': {}}
+  of_two = {'frechet': 1.0, 'kid': 1.0, 'precision': 1.0}
+  rows = [
+    {'num_samples': 90, 'num_drawn': 90, 'metrics': of_two | {'fd_dinov2': 1.0}},
+    {'num_samples': 90, 'num_drawn': 2, 'metrics': of_two},
+    {'num_samples': 90, 'num_drawn': 2, 'metrics': {'frechet': 1.0, 'fd_dinov2': 1.0}},
+    {'num_samples': 90, 'num_drawn': 90, 'metrics': {'frechet': 1.0, 'kid': 1.0, 'fd_dinov2': 1.0}},
+  ]
+  note_missing({'metrics': metrics, 'rows': rows}, kept={0, 1})
+  assert [record.getMessage() for record in caplog.records] == [
+    '1 of 4 rows were measured by an earlier evaluation and lack fd_dinov2; --mode=evaluate measures all rows again',
+    '1 of 4 rows have too few samples for kid, precision, because evaluation.tolerance ended them early',
+    '1 of 4 rows have too few samples for precision; raise evaluation.num_samples',
+  ]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation import features
+from diffusion_distillation.evaluation import features, kept_features
 from diffusion_distillation.networks.classifier import Classifier
 from diffusion_distillation.system.checkpoints import digest
 
@@ -124,16 +124,19 @@ def test_moments_are_those_of_the_images_that_are_whole_each_once(few, extractor
   images = noise(27, broken=broken)
   found = extractor(images.images[[k for k in range(27) if k not in broken]])
   loader = Loader(images if hold is InMemory else streamed(images))
-  assert_moments_of(extractor.summary(loader).moments, found)
+  assert_moments_of(kept_features.of_all(extractor, loader).moments, found)
   assert set(loader.skipped) == set(broken)
 
 
 def test_moments_of_chosen_images_count_them_as_often_as_they_are_chosen(few, extractor):
   images = noise(27, broken=BROKEN)
-  chosen = np.random.default_rng(1).integers(27, size=45)
+  chosen = np.random.Generator(np.random.Philox(1)).integers(27, size=45)
   found = extractor(images.images[[k for k in chosen if k not in BROKEN]])
   assert 20 < len(found) < 45
-  assert_moments_of(extractor.summary(Loader(streamed(images)), chosen).moments, found)
+  drawn = kept_features.OfDraw('floor', 45, 1)
+  kept_features.compute(extractor, Loader(streamed(images)), [drawn])
+  drawn.load(drawn.arrays())
+  assert_moments_of(drawn.result.moments, found)
 
 
 def test_only_a_classifier_of_classes_has_logits(few, extractor):
@@ -218,5 +221,5 @@ def test_it_learns_to_tell_quarter_turns_apart(tmp_path, monkeypatch):
 def test_a_set_of_which_nothing_can_be_read_is_no_reference(few, extractor):
   images = noise(9, broken=set(range(9)))
   with pytest.raises(Exception, match=r'9 images in a row, of .*, cannot be used') as error:
-    extractor.summary(Loader(streamed(images)))
+    kept_features.of_all(extractor, Loader(streamed(images)))
   assert not isinstance(error.value, BrokenImage)

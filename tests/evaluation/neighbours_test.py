@@ -5,7 +5,7 @@ import pytest
 
 from diffusion_distillation.datasets.image_set import InMemory
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation import neighbours
+from diffusion_distillation.evaluation import kept_features, neighbours
 from diffusion_distillation.evaluation.extracted import Extracted
 
 COUNT = 1203  # training images: more than two batches, and a part of one
@@ -33,7 +33,10 @@ TRAIN, HELD_OUT = noise(0, COUNT), noise(1, 40)
 
 
 def find(samples, most=COUNT, train=TRAIN, **given):
-  return neighbours.find(samples, Coarse(), loader(train, **given), loader(HELD_OUT), most)
+  searched = kept_features.OfEach('searched', most)
+  kept_features.compute(Coarse(), loader(train, **given), [searched])
+  searched.load(searched.arrays())
+  return neighbours.find(samples, Coarse(), loader(train, **given), loader(HELD_OUT), searched)
 
 
 def brute(queries, vectors):

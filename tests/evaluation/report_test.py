@@ -213,6 +213,10 @@ def test_of_many_classes_the_worst_are_listed():
   table = report.class_table(results_of(rows), [])
   assert [line['name'] for line in table['lines']] == [str(k) for k in range(29, 19, -1)]
   assert table['left_out'] == 20
+  distances = [None, *(1.0 + k for k in range(29))]  # of an extractor of other classes
+  rows = [ROWS[0] | {'by_class': {'count': [100] * 30, 'frechet': distances}}]
+  table = report.class_table(results_of(rows), [])
+  assert [line['name'] for line in table['lines']] == [str(k) for k in range(29, 19, -1)]
 
 
 def test_a_class_is_shown_at_a_stage_s_largest_number_of_steps():

@@ -58,8 +58,6 @@ class Pooled:
   def __call__(self, images):
     return images.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16) / 16.0
 
-  summary = extractors.FeatureExtractor.summary
-
 
 def stage(name, num_steps):
   return types.SimpleNamespace(
