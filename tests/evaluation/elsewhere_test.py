@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import elsewhere, given, given_images
+from diffusion_distillation.evaluation import dinov2, elsewhere, given, given_images, loading
 from diffusion_distillation.evaluation.elsewhere import check_out
+from diffusion_distillation.evaluation.frechet import Moments, frechet_distance
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.dinov2 import Size, preprocess
 from diffusion_distillation.run import evaluating
 from tests import tiny
 
@@ -155,6 +157,54 @@ def test_a_model_that_draws_what_a_text_says_is_refused_before_anything_is_compu
   model = SimpleNamespace(stored=SimpleNamespace(denoise=SimpleNamespace(conditioning=told)))
   with pytest.raises(UserError, match='draws what a text says, and models of text cannot be measured'):
     elsewhere.measure_model(tiny.config(), model, tmp_path, tmp_path / 'out.json')
+
+
+def test_a_model_of_latents_is_drawn_in_batches_of_its_own_size(monkeypatch):
+  """A network decodes its images, so that fewer are drawn at a time than `evaluation.batch_size` says."""
+  asked = []
+
+  class Stop(Exception):
+    pass
+
+  def drawer(sampler, clip_x, batch_size):
+    asked.append(batch_size)
+    raise Stop
+
+  stored = SimpleNamespace(
+    **{'space': SimpleNamespace(own_programs=True), 'image_shape': (1024, 1024, 3)},
+    **{'sampler': 'ddim', 'clip_x': False},
+  )
+  for own_programs, expected in ((True, loading.batch_size(stored, 32, 48)), (False, 32)):
+    stored.space.own_programs = own_programs
+    with pytest.raises(Stop):
+      elsewhere._draw(tiny.config(), SimpleNamespace(stored=stored, drawer=drawer), None, ())
+    assert asked.pop() == expected <= 32
+  assert (
+    loading.batch_size(
+      SimpleNamespace(**vars(stored) | {'space': SimpleNamespace(own_programs=True)}), 32, 48
+    )
+    < 32
+  )
+
+
+@pytest.mark.slow
+def test_images_are_measured_by_dinov2_too(workdir, samples, tmp_path, monkeypatch):
+  """Two pixels of each image stand for the network."""
+
+  def forward(params, images, size):
+    return images.reshape(len(images), -1)[:, 100_000 : 100_000 + size.width] + params['zero'][None]
+
+  weights = dinov2.Weights({'zero': np.zeros(2, np.float32)}, Size(2, 1, 3), 'e' * 64)
+  monkeypatch.setattr(dinov2, 'read_weights', lambda path, flag: weights)
+  monkeypatch.setattr(dinov2, '_forward', forward)
+  config = tiny.flags(evaluation__dinov2='dinov2.pth')
+  found, lines, _ = evaluate(f'--workdir={workdir}', f'--images={samples[0]}', *config)
+  with np.load(samples[0]) as arrays:
+    inputs = preprocess(arrays['images']).reshape(len(arrays['images']), -1)[:, 100_000:100_002]
+  train = preprocess(tiny.plan()[1].images.images).reshape(1437, -1)[:, 100_000:100_002]
+  moments = [Moments(x.mean(0, np.float64), np.cov(np.float64(x).T)) for x in (inputs, train)]
+  assert found['metrics']['fd_dinov2'] == pytest.approx(frechet_distance(*moments), rel=1e-4)
+  assert found['dinov2']['digest'] == 'e' * 64 and any(line.startswith('fd_dinov2') for line in lines)
 
 
 def test_grey_images_in_three_channels_are_those_of_a_grey_dataset_and_coloured_ones_are_not():

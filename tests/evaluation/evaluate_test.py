@@ -246,6 +246,20 @@ def test_features_of_real_images_are_computed_once(workdir, asked, read):
   assert other['floor']['value'] != first['floor']['value'] and other['held_out'] == first['held_out']
 
 
+def test_with_a_file_as_reference_the_shares_of_classes_are_those_of_the_training_images(
+  workdir, asked, tmp_path
+):
+  """A file has no individual features; the floor, training images that are drawn with replacement, stands for them."""
+  np.savez(tmp_path / 'published.npz', mu=np.zeros(64), sigma=np.eye(64))
+  results, images = evaluate(workdir, evaluation__reference=str(tmp_path / 'published.npz'))
+  extractor = features.load_or_train(workdir / 'extractor.safetensors', None, None)
+  rng = np.random.Generator(np.random.Philox(results['floor']['seed']))
+  drawn = images.images[rng.integers(len(images), size=NUM_SAMPLES)]
+  predicted = by_class.predictor(extractor)(extractor(drawn))
+  expected = np.bincount(predicted, minlength=10) / NUM_SAMPLES
+  assert results['class_shares'] == pytest.approx(expected.tolist())
+
+
 def test_rows_say_why_they_lack_metrics(caplog):
   metrics = {'frechet': {}, 'kid': {}, 'precision': {}, 'fd_dinov2': {}}
   of_two = {'frechet': 1.0, 'kid': 1.0, 'precision': 1.0}

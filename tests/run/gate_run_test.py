@@ -122,6 +122,20 @@ def test_a_measurement_is_read_back_unless_anything_that_it_depends_on_changed(j
   assert drawn == ['another', 'True']
   stricter = Gate(tiny.config(gate__factor=3.0, gate__samples=500), judge._workdir, None)
   assert stricter._measured(GOOD, TEACHER).value != found.value and len(drawn) == 4
+  balanced = {'gate__factor': 2.0, 'gate__samples': 500, 'evaluation__labels': 'balanced'}
+  Gate(tiny.config(**balanced), judge._workdir, None)._measured(GOOD, TEACHER)
+  assert len(drawn) == 6  # other labels: other samples
+  checks = json.loads((judge._workdir / 'student' / 'gate.json').read_text())['checks']
+  assert [check['labels'] for check in checks] == ['data', 'data', 'data', 'balanced']
+
+
+def test_only_the_training_images_are_summarized_for_measurements_during_training(monkeypatch, tmp_path):
+  monkeypatch.setattr(samples, 'load_or_train', lambda path, train, held_out: Pooled())
+  (_, images), config = tiny.plan(), tiny.config()
+  _, found = samples.prepare(config, tmp_path, images)
+  assert found.count == len(images)
+  directory = samples.directory_of(tmp_path, Pooled())
+  assert [path.name for path in directory.iterdir()] == ['reference.safetensors']
 
 
 SPOILING = {
