@@ -17,7 +17,14 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
-from diffusion_distillation.evaluation import by_class, dinov2, features, inception, looks, report
+from diffusion_distillation.evaluation import (
+  by_class,
+  dinov2,
+  features,
+  inception,
+  report,
+  report_contents,
+)
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
 from diffusion_distillation.evaluation.kept_features import OfEach, Summary
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
@@ -141,7 +148,9 @@ def evaluate(
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
   draw, held_out = _drawing(config, counts, drawn), workdirs.open_images(config, 'eval')
-  seen = looks.gather(todo, draw, extractor, train, held_out, config.evaluation, workdir, searched)
+  seen = report_contents.gather(
+    todo, draw, extractor, train, held_out, config.evaluation, workdir, searched
+  )
   if files.writes():
     report.write(config, results, seen, workdir / 'report')
     write_json(partial, results)
@@ -305,8 +314,8 @@ def measure_setting(
   def is_enough(made: tuple[Extracted, jax.Array], count: int) -> bool:
     nonlocal due
     found, images = made
-    if running.seen < looks.SHOWN:
-      first.append(sharding.to_host(images)[:count][: looks.SHOWN - running.seen])
+    if running.seen < report_contents.SHOWN:
+      first.append(sharding.to_host(images)[:count][: report_contents.SHOWN - running.seen])
     cond = draw.cond(np.arange(running.seen, running.seen + count), config.evaluation.seed)
     tally.add(sharding.to_host(found.features)[:count], cond)
     running.take(found, slice(count))
@@ -338,7 +347,7 @@ def _place(setting: Setting) -> tuple:
 
 def _drawing(
   config: Config, label_counts: tuple[int, ...], drawn: Mapping[tuple, np.ndarray]
-) -> looks.Draw:
+) -> report_contents.Draw:
   """Returns a function that draws the images of a setting; `drawn` are the first ones of new rows, by `_place`."""
 
   def draw(setting: Setting, count: int, chosen: Chosen) -> np.ndarray:

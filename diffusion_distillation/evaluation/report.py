@@ -12,8 +12,8 @@ import numpy as np
 from diffusion_distillation.config import Config, flatten
 from diffusion_distillation.evaluation import curves, figures, pictures
 from diffusion_distillation.evaluation.figures import Picture
-from diffusion_distillation.evaluation.looks import ByGuidance, Looks
 from diffusion_distillation.evaluation.neighbours import Neighbours
+from diffusion_distillation.evaluation.report_contents import ByGuidance, ReportContents
 from diffusion_distillation.evaluation.themes import LIGHT
 
 _FIGURES = (
@@ -65,7 +65,9 @@ def signed(difference: tuple[float, float | None] | None) -> str:
   return f'{value:+.{_digits(error)}f} ± {error:.{_digits(error)}f}' if error else f'{value:+.3g}'
 
 
-def write(config: Config, results: Mapping[str, Any], seen: Looks, directory: pathlib.Path) -> None:
+def write(
+  config: Config, results: Mapping[str, Any], seen: ReportContents, directory: pathlib.Path
+) -> None:
   """Writes `index.html`, its figures as .png files, and the samples of each stage as `samples.npz`.
 
   A figure is only written if it has something to show: `seconds.png` needs rows that were timed, `cost.png` students,
@@ -117,7 +119,7 @@ def write(config: Config, results: Mapping[str, Any], seen: Looks, directory: pa
   (directory / 'index.html').write_text(html)
 
 
-def _figures(results: Mapping[str, Any], seen: Looks) -> dict[str, Picture]:
+def _figures(results: Mapping[str, Any], seen: ReportContents) -> dict[str, Picture]:
   """Draws the figures that have something to show, by name."""
   rows = curves.few(results['rows'])
   by_calls, by_seconds, by_cost = curves.by_calls(rows), curves.by_seconds(rows), curves.by_cost(results)

@@ -1,6 +1,7 @@
 """The features that images are compared by: their network, its task, and moments over sets with broken images."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
 from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import features, kept_features
 from diffusion_distillation.networks.classifier import Classifier
 from diffusion_distillation.system.checkpoints import digest
@@ -223,3 +225,25 @@ def test_a_set_of_which_nothing_can_be_read_is_no_reference(few, extractor):
   with pytest.raises(Exception, match=r'9 images in a row, of .*, cannot be used') as error:
     kept_features.of_all(extractor, Loader(streamed(images)))
   assert not isinstance(error.value, BrokenImage)
+
+
+def test_a_damaged_extractor_is_named_and_not_used(finished, tmp_path):
+  whole = (finished / 'extractor.safetensors').read_bytes()
+  path = tmp_path / 'extractor.safetensors'
+  for position in (12, len(whole) // 2):
+    content = bytearray(whole)
+    content[position] ^= 1
+    for damaged in (bytes(content), whole[: len(whole) // 2]):
+      path.write_bytes(damaged)
+      with pytest.raises(DamagedError, match=r'extractor\.safetensors is damaged'):
+        features.load_or_train(path, None, None)
+      assert path.read_bytes() == damaged
+
+
+def test_the_stored_extractor_is_the_one_of_the_results(finished):
+  extractor = features.load_or_train(finished / 'extractor.safetensors', None, None)
+  results = json.loads((finished / 'results.json').read_text())
+  assert extractor.digest == results['extractor']['digest']
+  images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1)).astype(np.uint8)
+  assert extractor(images).shape == (7, 64)
+  np.testing.assert_allclose(extractor(images)[:2], extractor(images[:2]), rtol=1e-5)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion_distillation.evaluation import comparing, looks, neighbours, report
+from diffusion_distillation.evaluation import comparing, neighbours, report, report_contents
 from tests import browser, tiny
 from tests.evaluation.comparing_test import DEFAULT, run
 from tests.evaluation.rows import ROWS, STUDENTS, results_of
@@ -28,12 +28,16 @@ def seen():
   distances = neighbours.Distances(np.linspace(1, 2, 50), np.linspace(1, 3, 50))
   nearest = [noise(8, 3, 8, 8, 3)] * 2
   lines = [{'step': k, 'diversity': k / 9, 'dm_gradient': 0.1} for k in (3, 6, 9)]
-  return looks.Looks(
+  return report_contents.ReportContents(
     {f'stage_{k}\n1 step': noise(16, 8, 8, 3) for k in range(3)},
-    {'dmd': looks.Watched(lines, None)},
+    {'dmd': report_contents.Watched(lines, None)},
     neighbours.Neighbours(noise(8, 8, 8, 3), *nearest, distances, distances, 1000),
     'dmd',
-    (looks.ByGuidance('base', (0.0, 0.5, 1.0, 2.0, 4.0), tuple(range(10)), noise(10, 5, 8, 8, 3)),),
+    (
+      report_contents.ByGuidance(
+        'base', (0.0, 0.5, 1.0, 2.0, 4.0), tuple(range(10)), noise(10, 5, 8, 8, 3)
+      ),
+    ),
     tuple(f'a class with a rather long name {k}' for k in range(12)),
   )
 

@@ -1,9 +1,8 @@
-"""What is measured, and how it is shown."""
+"""How results are shown: the figures, the page and its tables."""
 
 import base64
 import html.parser
 import io
-import json
 import warnings
 
 import matplotlib
@@ -11,16 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_distillation.diffusion import samplers
-from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.evaluation import (
   curves,
-  features,
   figures,
-  looks,
-  measure,
-  pictures,
   report,
+  report_contents,
 )
 from tests import tiny
 from tests.evaluation.rows import ROWS, STUDENTS, results_of
@@ -91,13 +85,15 @@ def test_the_figure_of_cost_has_each_student_at_its_seconds_with_its_calls():
 def written(directory, rows, seen=None, **more):
   """The page, and the names of the figures beside it."""
   images = np.zeros((3, 8, 8, 1), np.uint8)
-  seen = looks.Looks({'base\n4 steps': images}) if seen is None else seen
+  seen = report_contents.ReportContents({'base\n4 steps': images}) if seen is None else seen
   report.write(tiny.config(), results_of(rows, **more), seen, directory)
   return (directory / 'index.html').read_text(), {path.stem for path in directory.glob('*.png')}
 
 
 def watched(**stages):
-  return looks.Looks({}, {name: looks.Watched(*found) for name, found in stages.items()})
+  return report_contents.ReportContents(
+    {}, {name: report_contents.Watched(*found) for name, found in stages.items()}
+  )
 
 
 @pytest.mark.parametrize(
@@ -173,8 +169,8 @@ def guided_rows():
 
 def test_guidance_is_shown_by_weight_and_class(tmp_path):
   images = np.zeros((2, 3, 8, 8, 1), np.uint8)
-  grid = looks.ByGuidance('base', (0.0, 1.0, 2.0), (0, 1), images)
-  seen = looks.Looks({}, by_guidance=(grid,), class_names=('cat', 'dog'))
+  grid = report_contents.ByGuidance('base', (0.0, 1.0, 2.0), (0, 1), images)
+  seen = report_contents.ReportContents({}, by_guidance=(grid,), class_names=('cat', 'dog'))
   text, found = written(tmp_path / 'report', guided_rows(), seen)
   assert 'guidance' in found and text.count('<td class="pixels"><img') == 6
   assert '<th></th><th>0</th><th>1</th><th>2</th>' in text
@@ -188,7 +184,7 @@ BY_CLASS = {'count': [100, 50], 'accuracy': [0.5, 0.75], 'frechet': [None, 12.5]
 
 def test_classes_have_a_line_each_with_errors(tmp_path):
   rows = [ROWS[0] | {'by_class': BY_CLASS}, *ROWS[1:]]
-  seen = looks.Looks({}, class_names=('cat', 'dog'))
+  seen = report_contents.ReportContents({}, class_names=('cat', 'dog'))
   text, _ = written(tmp_path / 'report', rows, seen)
   assert '<td>cat</td><td>50.0 ± 5.0 %</td>' in text  # sqrt(1/4 / 100)
   assert '<td>dog</td><td>75.0 ± 6.1 %<small>12.5</small></td>' in text
@@ -197,13 +193,15 @@ def test_classes_have_a_line_each_with_errors(tmp_path):
 
 def test_unconditional_models_show_the_shares_of_the_classes_beside_the_data_s(tmp_path):
   rows = [ROWS[0] | {'num_drawn': 100, 'by_class': {'share': [0.9, 0.1]}}, *ROWS[1:]]
-  text, _ = written(tmp_path / 'report', rows, looks.Looks({}), class_shares=[0.5, 0.5])
+  text, _ = written(
+    tmp_path / 'report', rows, report_contents.ReportContents({}), class_shares=[0.5, 0.5]
+  )
   assert '<td>1</td><td>50.0 %</td><td>10.0 ± 3.0 %</td>' in text
 
 
 def test_an_extractor_of_other_classes_leaves_the_distances(tmp_path):
   rows = [ROWS[0] | {'by_class': {'count': [100, 50], 'frechet': [None, 12.5]}}, *ROWS[1:]]
-  text, _ = written(tmp_path / 'report', rows, looks.Looks({}))
+  text, _ = written(tmp_path / 'report', rows, report_contents.ReportContents({}))
   assert '<td>1</td><td><small>12.5</small></td>' in text and 'errors of the share' not in text
 
 
@@ -256,108 +254,7 @@ def test_the_page_fetches_nothing_and_has_each_figure_for_light_and_dark(tmp_pat
 
 def test_samples_are_kept_for_a_comparison(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1)).astype(np.uint8)
-  text, _ = written(tmp_path / 'report', ROWS, looks.Looks({'dmd\n1 step': images}))
+  text, _ = written(tmp_path / 'report', ROWS, report_contents.ReportContents({'dmd\n1 step': images}))
   assert text.count('alt="Samples of dmd, 1 step"') == 2  # in two halves
   with np.load(tmp_path / 'report' / 'samples.npz', allow_pickle=False) as arrays:
     np.testing.assert_array_equal(arrays['dmd, 1 step'], images)
-
-
-def test_a_strip_has_transparent_gaps_and_every_image_at_its_place():
-  images = np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 4, 4, 1), np.uint8)
-  with Image.open(io.BytesIO(pictures.strip(images, 3, side=4))) as image:
-    sheet = np.asarray(image)
-  assert sheet.shape == (2 * 6 - 2, 3 * 6 - 2, 4)
-  for k in range(5):
-    top, left = 6 * (k // 3), 6 * (k % 3)
-    assert (sheet[top : top + 4, left : left + 4] == [k + 1, k + 1, k + 1, 255]).all()
-  assert (sheet[..., 3] == 255).sum() == 5 * 16
-
-
-def test_a_grid_puts_every_image_where_it_belongs():
-  images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 4, 4, 1), np.uint8)
-  sheet = pictures.grid(images, columns=3, gap=2)
-  assert sheet.shape == (2 * 6 + 2, 3 * 6 + 2, 1)
-  for k in range(5):
-    top, left = 2 + 6 * (k // 3), 2 + 6 * (k % 3)
-    assert (sheet[top : top + 4, left : left + 4] == k).all()
-  assert (sheet[8:12, 14:18] == 255).all()
-  assert (sheet == 255).sum() == sheet.size - 5 * 16
-
-
-@pytest.mark.parametrize('channels', [1, 3])
-def test_png_and_npz_hold_the_images(tmp_path, channels):
-  images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, channels)).astype(np.uint8)
-  pictures.save(pictures.check_out(tmp_path / 'x.npz', 4), images, np.arange(4))
-  with np.load(tmp_path / 'x.npz', allow_pickle=False) as arrays:
-    np.testing.assert_array_equal(arrays['images'], images)
-    assert arrays['labels'].tolist() == [0, 1, 2, 3]
-  pictures.save(pictures.check_out(tmp_path / 'x.png', 4), images, None)
-  with Image.open(tmp_path / 'x.png') as image:
-    sheet = np.asarray(image).reshape(70, 70, channels)
-  np.testing.assert_array_equal(sheet[2:34:4, 2:34:4], images[0])
-  np.testing.assert_array_equal(sheet[36:68:4, 36:68:4], images[3])
-  assert sorted(path.name for path in tmp_path.iterdir()) == ['x.npz', 'x.png']
-
-
-def test_out_has_to_be_a_png_or_npz_in_a_directory(tmp_path):
-  assert pictures.check_out(tmp_path / 'x.png', 1) == (tmp_path / 'x.png', '.png')
-  for out in (None, tmp_path / 'x.gif', tmp_path / 'no' / 'x.png'):
-    with pytest.raises(UserError, match='--out'):
-      pictures.check_out(out, 1)
-
-
-def test_a_damaged_extractor_is_named_and_not_used(finished, tmp_path):
-  whole = (finished / 'extractor.safetensors').read_bytes()
-  path = tmp_path / 'extractor.safetensors'
-  for position in (12, len(whole) // 2):
-    content = bytearray(whole)
-    content[position] ^= 1
-    for damaged in (bytes(content), whole[: len(whole) // 2]):
-      path.write_bytes(damaged)
-      with pytest.raises(DamagedError, match=r'extractor\.safetensors is damaged'):
-        features.load_or_train(path, None, None)
-      assert path.read_bytes() == damaged
-
-
-def test_the_stored_extractor_is_the_one_of_the_results(finished):
-  extractor = features.load_or_train(finished / 'extractor.safetensors', None, None)
-  results = json.loads((finished / 'results.json').read_text())
-  assert extractor.digest == results['extractor']['digest']
-  images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1)).astype(np.uint8)
-  assert extractor(images).shape == (7, 64)
-  np.testing.assert_allclose(extractor(images)[:2], extractor(images[:2]), rtol=1e-5)
-
-
-def rows_of(**overrides):
-  config = tiny.config(**overrides)
-  stages = tiny.plan(**overrides)[0]
-  return [(stages[place].name, *rest) for place, *rest in measure.rows(stages, config)]
-
-
-def test_the_base_is_measured_under_every_sampler_and_each_student_at_its_own_steps():
-  names = tuple(samplers.SAMPLERS)
-  assert rows_of(evaluation__samplers=names) == [
-    *(('base', 'ema', name, steps) for steps in (4, 2, 1) for name in names),
-    ('progressive_0002', 'ema', 'ddim', 2),
-    ('progressive_0001', 'ema', 'ddim', 1),
-  ]
-
-
-def test_further_averages_are_measured_at_their_stages_own_steps():
-  averages = {'train__ema_decay': (0.9, 0.5, 0.2), 'distill__ema_decay': (0.0, 0.8)}
-  assert rows_of(evaluation__samplers=('heun',), distill__start_steps=2, **averages) == [
-    ('base', 'ema', 'heun', 2),
-    ('base', 'ema', 'heun', 1),
-    ('base', 'ema_0.5', 'ddim', 2),
-    ('base', 'ema_0.2', 'ddim', 2),
-    ('progressive_0001', 'ema', 'ddim', 1),
-    ('progressive_0001', 'ema_0.8', 'ddim', 1),
-  ]
-
-
-def test_rows_of_more_steps_than_wanted_are_left_out():
-  limits = {'distill__start_steps': 16, 'evaluation__max_steps': 4, 'train__ema_decay': (0.9, 0.5)}
-  assert rows_of(evaluation__samplers=('ddim',), **limits) == [
-    *(('base', 'ema', 'ddim', steps) for steps in (4, 2, 1)),
-    *((f'progressive_000{steps}', 'ema', 'ddim', steps) for steps in (4, 2, 1)),
-  ]

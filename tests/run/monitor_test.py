@@ -13,7 +13,7 @@ from PIL import Image
 from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.errors import Preempted
-from diffusion_distillation.evaluation import looks, measure
+from diffusion_distillation.evaluation import measure, report_contents
 from diffusion_distillation.networks.denoiser import Bound
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.run import loop, monitor
@@ -345,4 +345,4 @@ def test_a_half_written_line_of_metrics_is_left_out_of_the_report(tmp_path):
   measured = [
     types.SimpleNamespace(model=types.SimpleNamespace(stage=types.SimpleNamespace(name='base')))
   ]
-  assert looks.watched(measured, tmp_path)['base'].lines == [{'step': 4, 'loss': 1.0}]
+  assert report_contents.watched(measured, tmp_path)['base'].lines == [{'step': 4, 'loss': 1.0}]

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import looks
+from diffusion_distillation.evaluation import report_contents
 from diffusion_distillation.networks.conditioning import Classes
 from tests import tiny
 
@@ -37,15 +37,15 @@ ROWS = [
 
 
 def test_a_stage_is_shown_at_its_own_steps_with_its_own_sampler():
-  found = looks.own_rows(ROWS)
+  found = report_contents.own_rows(ROWS)
   assert {name: [(m.sampler, m.num_steps) for m in own] for name, own in found.items()} == {
     'base': [('ddim', 4)],
     'student': [('ddim', 2)],
   }
-  assert list(looks.samples(ROWS, draw)) == ['base\n4 steps', 'student\n2 steps']
+  assert list(report_contents.samples(ROWS, draw)) == ['base\n4 steps', 'student\n2 steps']
   # A base that was not measured with its own sampler is shown with the first that it was measured with.
   others = [measured('base', sampler, 4, own=(4, 'ddim')) for sampler in ('heun', 'euler')]
-  assert [m.sampler for m in looks.own_rows(others)['base']] == ['heun']
+  assert [m.sampler for m in report_contents.own_rows(others)['base']] == ['heun']
 
 
 def test_classes_by_weight_start_from_the_same_noise_for_all_models_that_have_several():
@@ -55,16 +55,16 @@ def test_classes_by_weight_start_from_the_same_noise_for_all_models_that_have_se
     measured('one', 'ddim', 4, 1.0),
     *(measured('unconditional', 'ddim', 4, weight, classes=0) for weight in (0.0, 2.0)),
   ]
-  base, guided = looks.by_guidance(rows, draw)
+  base, guided = report_contents.by_guidance(rows, draw)
   assert (base.stage, base.weights, base.labels) == ('base', (0.0, 0.5, 2.0), (0, 1, 2))
   assert base.images.shape == (3, 3, 1, 1, 3)
   for k, label in enumerate(base.labels):
     for j, weight in enumerate(base.weights):
       assert base.images[k, j, 0, 0].tolist() == [10 * weight, label, 4]
   assert (guided.stage, guided.weights) == ('guided', (0.0, 2.0))
-  assert looks.by_guidance([measured('base', 'ddim', 4, w, classes=99) for w in (0.0, 1.0)], draw)[
-    0
-  ].labels == (*range(10),)
+  assert report_contents.by_guidance(
+    [measured('base', 'ddim', 4, w, classes=99) for w in (0.0, 1.0)], draw
+  )[0].labels == (*range(10),)
 
 
 def test_the_stage_whose_neighbours_are_shown_has_to_be_in_the_plan():

@@ -66,7 +66,7 @@ class ByGuidance:
 
 
 @dataclasses.dataclass(frozen=True)
-class Looks:
+class ReportContents:
   """What the report shows beside the rows.
 
   Attributes:
@@ -145,7 +145,7 @@ def gather(
   section: Any,
   workdir: pathlib.Path,
   searched: OfEach | None,
-) -> Looks:
+) -> ReportContents:
   """Draws and reads what the report shows beside the rows.
 
   Args:
@@ -164,7 +164,7 @@ def gather(
     if searched is not None and of in own:
       drawn = draw(own[of][0], neighbours.COMPARED, None)
       near = neighbours.find(drawn, extractor, train, held_out, searched)
-  return Looks(
+  return ReportContents(
     samples=samples(measured, draw),
     watched=watched(measured, workdir),
     neighbours=near,
