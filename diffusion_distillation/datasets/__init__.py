@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from diffusion_distillation.datasets import digits, folder, prepared, shapes, tfds
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
-from diffusion_distillation.datasets.settings import NONE, ROLES, Settings
+from diffusion_distillation.datasets.settings import NONE, PROMPTS, ROLES, Settings
 
 # Any other name is a dataset of tensorflow-datasets.
 SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
@@ -45,6 +45,7 @@ def describe(settings: Settings) -> tuple[tuple[int, int, int], int]:
 
 __all__ = [
   'NONE',
+  'PROMPTS',
   'ROLES',
   'SOURCES',
   'BrokenImage',

@@ -117,7 +117,10 @@ def disk(stages: list[Stage], finished: set[str]) -> int:
   todo = [stage for stage in stages if stage.name not in finished]
   states = [_bytes(stage.abstract_state()) for stage in todo]
   pairs = next(
-    (stage.pairs.count * (8 * int(np.prod(stage.image_shape)) + 4) for stage in todo if stage.pairs), 0
+    (
+      stage.pairs.count * (8 * int(np.prod(stage.recipe.shape[1:])) + 4) for stage in todo if stage.pairs
+    ),
+    0,
   )
   return _CHECKPOINTS * sum(states) + max(states, default=0) + pairs
 

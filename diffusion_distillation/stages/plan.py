@@ -119,9 +119,9 @@ def plan(
     choose('methods', name, _students())
   choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
   base = _base(config, data, origin)
-  if base.space.own_programs and config.methods:
+  if base.space.own_programs and config.methods and config.dataset.random_flip:
     raise UserError(
-      f'methods={tuple(config.methods)}: models of latents can be imported and sampled, but not distilled yet; set methods=()'
+      'dataset.random_flip=True: the latents of a mirrored image are not its mirrored latents; set it to False'
     )
   section = config.evaluation
   guiding = parts.guiding_of('evaluation', section.guiding_model, section.guidance, base)
