@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import diffusion_distillation
 from diffusion_distillation.datasets.prompts import Prompts
@@ -18,7 +19,8 @@ from diffusion_distillation.diffusion.samplers import DDIM
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import sampling
 from diffusion_distillation.interop import importing
-from diffusion_distillation.methods import METHODS
+from diffusion_distillation.methods import METHODS, distances
+from diffusion_distillation.networks import classifier
 from diffusion_distillation.run import encoding, inputs, loop, pairs
 from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import workdir
@@ -250,3 +252,24 @@ def test_an_imported_pipeline_becomes_a_one_step_student_that_draws_prompts(tmp_
   np.testing.assert_array_equal(student.sample(3, prompts=['a red circle', 'blue'], seed=1)[:2], drawn)
   with pytest.raises(UserError, match='guidance'):
     student.sample(prompts=['blue'], guidance=2.0)
+
+
+def test_distances_of_images_decode_and_others_do_not(tmp_path):
+  stages = {
+    name: planned(methods=('dmd',), dmd__distance=name)[-1] for name in ('l2', 'lpips', 'features')
+  }
+  decoded = {
+    name: isinstance(stage.recipe.networks['distance'].distance, distances.Decoded)
+    for name, stage in stages.items()
+  }
+  assert decoded == {'l2': False, 'lpips': True, 'features': True}
+  of_classifier = {
+    name: np.zeros(shape, np.float32) for name, shape in classifier.shapes(2, text_model.IMAGE).items()
+  }
+  safetensors.numpy.save_file(of_classifier, tmp_path / 'x.safetensors')
+  stage = dataclasses.replace(stages['features'], distance_weights=str(tmp_path / 'x.safetensors'))
+  found = inputs.load_distance(stage)
+  assert found['decoder'] is stage.space.weights() and set(found) == {'decoder', 'distance'}
+  assert inputs.load_distance(stages['l2']) is None
+  with pytest.raises(UserError, match=r'dmd\.distance_weights='):
+    inputs.load_distance(stages['lpips'])
