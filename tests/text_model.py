@@ -2,6 +2,7 @@
 
 import functools
 
+import array_record.python.array_record_data_source  # noqa: F401 (declares a flag, which must outlive `tiny.run_cli`)
 import jax
 import numpy as np
 

@@ -12,8 +12,9 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.datasets.prompts import Prompts
 from diffusion_distillation.errors import DamagedError, Preempted, UserError
 from diffusion_distillation.run import encoding
+from diffusion_distillation.stages import workdir
 from diffusion_distillation.stages.texts import TextEncoder
-from tests import text_model
+from tests import text_model, tiny
 
 CAPTIONS = Prompts('few', text_model.PROMPTS, 'identity of few')
 
@@ -164,3 +165,21 @@ def test_long_texts_are_counted_and_a_full_disk_is_one_line(tmp_path, monkeypatc
 @dataclasses.dataclass
 class _Usage:
   free: int
+
+
+def test_prepare_encodes_once_for_several_runs(tmp_path, asked, monkeypatch):
+  directory, c = text_model.begin(tmp_path)
+  flags = ['--mode=prepare', '--config=configs/stable_diffusion.py', '--config.dataset.name=prompts']
+  flags += [
+    f'--config.dataset.path={c.dataset.path}',
+    f'--config.dataset.prepared={tmp_path / "shared"}',
+  ]
+  code, out, err = tiny.run_cli(*flags, f'--workdir={directory}')
+  assert code == 0 and '5 texts prepared' in out, err
+  c.dataset.prepared = str(tmp_path / 'shared')
+  monkeypatch.setattr(TextEncoder, 'embedder', None)
+  captions = workdir.open_captions(directory, c)
+  found = encoding.of_run(c, directory, text_model.stored(), captions)
+  assert found.folder.parent == tmp_path / 'shared' and f'{found.folder}: ' in out
+  code, _, err = tiny.run_cli(*flags)
+  assert code == 2 and '--mode=prepare with dataset.name=prompts needs --workdir' in err
