@@ -33,6 +33,7 @@ def show(
   config: Config,
   workdir: pathlib.Path,
   distances: Mapping[str, Params] | None = None,
+  device_gb: float = 0.0,
 ) -> None:
   """Prints the plan, its memory and disk requirements, and a summary of the images to stderr. Compiles nothing.
 
@@ -42,13 +43,14 @@ def show(
     config: the config of the run.
     workdir: the workdir of the run; it need not exist.
     distances: weights of the distance, for each stage that has one with weights.
+    device_gb: memory of the devices to plan for in gigabytes; 0 for those of this machine.
 
   Raises:
     UserError: the requirements cannot be met; see `preflight.needs`.
   """
   for line in table(stages, finished, config):
     _print(line)
-  for line in preflight.needs(stages, finished, workdir, distances or {}):
+  for line in preflight.needs(stages, finished, workdir, distances or {}, device_gb):
     _print(line)
   if files.writes() and config.dataset.name != datasets.NONE:
     for line in _survey(stages, config, workdir):

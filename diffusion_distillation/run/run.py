@@ -91,24 +91,29 @@ def _show(
   stages: list[Stage],
   done: set[str],
   distances_of: dict[str, Params],
+  device_gb: float = 0.0,
 ) -> None:
-  """Checks a plan against the workdir and shows it."""
+  """Checks a plan against the workdir and shows it; see `forecast.show` for `device_gb`."""
   workdirs.check_made_with(workdir, config)
   extending.check_configs(workdir, stages, config)
-  forecast.show(stages, done, config, workdir, distances_of)
+  forecast.show(stages, done, config, workdir, distances_of, device_gb)
 
 
 def show_plan(config: Config, workdir: pathlib.Path) -> None:
   """Shows what `run` would do, the memory and disk space it needs, and how long it would take; writes nothing.
 
-  Known datasets need not be present. With `log.measured_updates` = 0, nothing is compiled and no time is estimated.
+  Known datasets need not be present. With `log.measured_updates` = 0, or for other devices than this machine's
+  (`compute.device_gb`), nothing is compiled and no time is estimated.
 
   Raises:
     UserError: the config is not valid, or does not match the workdir.
   """
   stages = workdirs.described_plan(workdir, config)
   done, distances_of = _check(config, workdir, stages)
-  _show(config, workdir, stages, done, distances_of)
+  device_gb = config.compute.device_gb
+  _show(config, workdir, stages, done, distances_of, device_gb)
+  if device_gb:
+    return
   forecast.show_times(stages, done, sharding.compile_step(train_steps), config, distances_of)
 
 
