@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import pathlib
 import shutil
 
@@ -26,7 +27,7 @@ from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import workdir
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.stages.provenance import Model
-from tests import text_model
+from tests import text_model, tiny
 from tests.interop import stable_diffusion_import_test as whole
 
 NO_GAN = {'dmd2__gan_generator': 0.0, 'dmd2__gan_fake': 0.0}
@@ -273,3 +274,42 @@ def test_distances_of_images_decode_and_others_do_not(tmp_path):
   assert inputs.load_distance(stages['l2']) is None
   with pytest.raises(UserError, match=r'dmd\.distance_weights='):
     inputs.load_distance(stages['lpips'])
+
+
+# The scale of guidance in diffusers' convention, updates and examples (Yin et al. 2023, section 4.3; DMD2's released code).
+PUBLISHED = {
+  'sd15_dmd.py': ('dmd', 3.0, 20_000, 2304, 1),
+  'sd15_dmd.py:guidance_8': ('dmd', 8.0, 165_000, 2304, 1),
+  'sd15_dmd2.py': ('dmd2', 1.75, 40_000, 2048, 10),
+  'sd15_dmd2.py:four_steps': ('dmd2', 1.75, 40_000, 2048, 10),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_the_configs_have_the_published_settings_and_are_planned_for_an_imported_model(name, tmp_path):
+  method, scale, updates, examples, fake_updates = PUBLISHED[name]
+  file, _, variant = name.partition(':')
+  c = importlib.import_module(f'configs.{file.removesuffix(".py")}').get_config(variant)
+  section = c[method]
+  assert section.guidance == scale - 1.0 and (section.num_updates, section.batch_size) == (
+    updates,
+    examples,
+  )
+  assert (
+    section.fake_updates == fake_updates and section.learning_rate == section.fake_learning_rate == 1e-5
+  )
+  assert (section.weight_decay, section.clip_norm, section.warmup) == (0.01, 10.0, 500)
+  if name == 'sd15_dmd2.py':
+    return
+  if method == 'dmd':
+    assert c.pairs.guidance == section.guidance and section.regression == 0.25
+  c.dataset.path = str(text_model.write_prompts(tmp_path / 'prompts.txt'))
+  importing.adopt_stored(
+    c, tmp_path / 'run', text_model.stored(), {'source': 'test', 'folder': 'nowhere'}
+  )
+  flags = ['--mode=plan', f'--config=configs/{name}', f'--workdir={tmp_path / "run"}']
+  flags += [f'--config.dataset.path={c.dataset.path}', '--config.compute.device_gb=0.001']
+  code, _, err = tiny.run_cli(*flags)
+  assert code == 0, err
+  assert f'{updates:,} updates of {examples} images' in err and '5 prompts of prompts' in err
+  assert f'{method:<25}fits ' in err and f'{method}.micro_batches=' in err
