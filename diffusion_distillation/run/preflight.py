@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.run import inputs
@@ -36,7 +37,7 @@ class Memory:
     frozen: parameters of the teacher and weights of a distance.
     gradients: gradients of the networks in training, and the updates computed from them.
     gathered: parameters of sharded networks that an update fetches from other devices at a time.
-    activations: activations that one micro-batch keeps for the backward pass.
+    activations: activations that one micro-batch keeps for the backward pass, and those of the largest block that it recomputes.
     snapshot: the copy of networks, averages and optimizer that a checkpoint is written from in the background.
   """
 
@@ -175,25 +176,58 @@ def _as_numbers(tree: Any) -> Any:
 
 
 def _activations(stage: Stage, state: Any, frozen: Mapping[str, Params]) -> int:
-  """Returns the bytes per example of the residuals that the loss keeps for its gradient and that grow with the batch."""
+  """Returns the bytes per example of the residuals that the loss keeps for its gradient and that grow with the batch.
+
+  Where blocks are recomputed (`compute.remat`), the residuals of the largest block are added, which its gradient needs.
+  """
   recipe = stage.recipe.at(stage.recipe.method.period - 1)
   recipe = dataclasses.replace(recipe, shape=(_PRIME, *recipe.shape[1:]))
 
-  def residuals(state: Any, frozen: Any, batch: Any) -> Any:
+  def loss(trained: Any, state: Any, frozen: Any, batch: Any) -> Any:
     rng = jax.random.key(0)
     examples = step.make_examples(recipe, batch, rng, rng)
-    fixed = {**frozen, **state.params, 'average': state.ema_params[0]}
+    nets = recipe.bind({**frozen, **state.params, 'average': state.ema_params[0], **trained})
+    return recipe.method.loss(nets, examples, rng, jnp.array(0))[0]
 
-    def loss(trained: Any) -> Any:
-      nets = recipe.bind({**fixed, **trained})
-      return recipe.method.loss(nets, examples, rng, jnp.array(0))[0]
+  trained = {name: state.params[name] for name in recipe.method.trained}
+  given = (trained, state, dict(frozen), shapes(stage, _PRIME))
 
-    return jax.vjp(loss, {name: state.params[name] for name in recipe.method.trained})[1]
+  def residuals(trained: Any, *others: Any) -> Any:
+    return jax.vjp(lambda trained: loss(trained, *others), trained)[1]
 
-  batch = shapes(stage, _PRIME)
-  kept = jax.tree.leaves(jax.eval_shape(residuals, state, dict(frozen), batch))
-  grows = [leaf for leaf in kept if any(size and size % _PRIME == 0 for size in leaf.shape)]
+  blocks = {str(block.in_avals): block for block in _recomputed(jax.make_jaxpr(loss)(*given).jaxpr)}
+  largest = max((_growing(_residuals_of(block)) for block in blocks.values()), default=0)
+  return _growing(jax.eval_shape(residuals, *given)) + largest
+
+
+def _growing(tree: Any) -> int:
+  """Returns the bytes per example of those arrays that grow with the batch."""
+  grows = [leaf for leaf in jax.tree.leaves(tree) if any(n and n % _PRIME == 0 for n in leaf.shape)]
   return _bytes(grows) // _PRIME
+
+
+def _recomputed(jaxpr: Any) -> Iterator[Any]:
+  """Yields the blocks, as closed jaxprs, whose residuals are recomputed in the backward pass."""
+  for equation in jaxpr.eqns:
+    inner = [
+      getattr(value, 'jaxpr', value) for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr)
+    ]
+    for found in inner:
+      if hasattr(found, 'eqns'):
+        if equation.primitive.name in ('checkpoint', 'remat', 'remat2'):
+          yield core.ClosedJaxpr(found, ())
+        else:
+          yield from _recomputed(found)
+
+
+def _is_jaxpr(value: Any) -> bool:
+  return hasattr(value, 'eqns') or hasattr(value, 'jaxpr')
+
+
+def _residuals_of(block: Any) -> Any:
+  function = core.jaxpr_as_fun(block)
+  given = [jax.ShapeDtypeStruct(var.shape, var.dtype) for var in block.in_avals]
+  return jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *given)
 
 
 def disk(stages: list[Stage], finished: set[str]) -> int:
