@@ -6,6 +6,7 @@ import functools
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -274,3 +275,13 @@ def test_stable_diffusion_at_full_size_is_counted_from_shapes(tmp_path):
   layout = preflight.smallest_layout(found, 80e9)
   assert layout[:2] == (1, 1) and layout.micro_batches > 1
   assert preflight.smallest_layout(found, 40e9)[:2] == (2, 2)
+
+
+def test_the_largest_recomputed_block_is_counted_by_what_its_gradient_needs():
+  """Of sin(sin(x w)): x, and the cosines of both sines' arguments; another block is smaller."""
+  x, w = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((preflight._PRIME, 4), (4, 5)))
+  large = jax.checkpoint(lambda x, w: jnp.sin(jnp.sin(x @ w)))
+  small = jax.checkpoint(lambda h: jnp.sin(h))
+  jaxpr = jax.make_jaxpr(jax.jit(lambda x, w: small(large(x, w)).sum()))(x, w).jaxpr
+  sizes = [preflight._growing(preflight._residuals_of(block)) for block in preflight._recomputed(jaxpr)]
+  assert sizes == [4 * (4 + 5 + 5), 4 * 5]
