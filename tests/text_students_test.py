@@ -5,24 +5,28 @@ import dataclasses
 import importlib
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 import diffusion_distillation
+from diffusion_distillation import datasets
 from diffusion_distillation.datasets.prompts import Prompts
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import make_guidance
 from diffusion_distillation.diffusion.samplers import DDIM
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import sampling
+from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.interop import importing
 from diffusion_distillation.methods import METHODS, distances
 from diffusion_distillation.networks import classifier
-from diffusion_distillation.run import encoding, inputs, loop, pairs
+from diffusion_distillation.run import encoding, evaluating, gate, inputs, loop, monitor, pairs
 from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import workdir
 from diffusion_distillation.stages.plan import plan
@@ -214,12 +218,14 @@ def _first_two(really):
 
 
 @pytest.mark.slow
-def test_rounds_and_a_student_that_takes_the_weight_are_trained_on_encoded_images(tmp_path, monkeypatch):
+def test_rounds_a_gan_and_a_student_that_takes_the_weight_are_trained_on_encoded_images(
+  tmp_path, monkeypatch
+):
   from tests.run.encoding_test import images
 
   directory, c = text_model.begin(
     tmp_path,
-    methods=('guided', 'progressive', 'consistency'),
+    methods=('dmd2', 'guided', 'progressive', 'consistency'),
     distill__end_steps=2,
     dataset__label_dropout=0.25,
   )
@@ -313,3 +319,53 @@ def test_the_configs_have_the_published_settings_and_are_planned_for_an_imported
   assert code == 0, err
   assert f'{updates:,} updates of {examples} images' in err and '5 prompts of prompts' in err
   assert f'{method:<25}fits ' in err and f'{method}.micro_batches=' in err
+
+
+@pytest.mark.slow
+def test_samples_of_prompts_are_watched_and_compared_with_the_pairs(texts, tmp_path):
+  c = text_model.config('prompts.txt', methods=('dmd',), **GUIDED)
+  stage = dataclasses.replace(planned(methods=('dmd',), **GUIDED)[-1], num_updates=100)
+  stored = pairs.ensure(tmp_path, stage.pairs, base(planned(methods=())[0]), texts)
+  watching = monitor.begin_with_texts(stage, tmp_path, c, texts, stored)
+  params, model = text_model.stored().params, text_model.stored()
+  state = types.SimpleNamespace(
+    ema_params=(params,), params={'student': params, 'fake_score': params}, step=100
+  )
+  found = watching.look(state, {'teacher': params})
+  real = np.asarray(model.space.decode(stored.read(np.arange(12))['image']))
+  flat = real.reshape(12, -1) / 255.0  # as images of 8x8 are not averaged
+  spread = np.sqrt(flat.var(0).sum())
+  assert watching.data.spread == pytest.approx(spread, rel=1e-5)
+  draw = LoadedModel(model).drawer(DDIM(), False, 64)
+  draw = dataclasses.replace(draw, texts=texts)
+  drawn = draw.draw(params, times.uniform(1), 64, c.evaluation.seed)
+  own = np.sqrt((drawn.reshape(64, -1) / 255.0).var(0).sum())
+  assert found['diversity'] == pytest.approx(own / spread, rel=1e-5)
+  assert found['brightness'] == pytest.approx(drawn.mean() / 255.0)
+  with Image.open(tmp_path / 'dmd' / 'denoisings.png') as picture:
+    sheet = np.asarray(picture.convert('RGB'))
+  assert sheet.shape[0] > sheet.shape[1]
+  without = monitor.begin_with_texts(stage, tmp_path, c, texts, None)
+  assert set(without.look(state, {'teacher': params})) == {'brightness', 'saturation'}
+
+
+def test_colours_at_a_low_resolution_stand_for_the_features_of_large_images():
+  images = np.zeros((2, 35, 64, 3), np.uint8)
+  images[1, :2, :4, 0] = 255  # the first block of 2x4 pixels
+  found = monitor._pixels(images)
+  assert found.shape == (2, 17 * 16 * 3)
+  assert found[1, 0] == 1.0 and np.count_nonzero(found) == 1
+
+
+def test_a_run_of_texts_has_no_gate_and_is_not_evaluated(tmp_path):
+  with pytest.raises(
+    UserError, match=r'models that draw what a text says are not measured; set gate\.factor=0'
+  ):
+    gate.check(text_model.config('prompts.txt', gate__factor=1.5), True)
+  directory, c = text_model.begin(tmp_path)
+  with pytest.raises(
+    UserError, match='this model draws what a text says, and such models cannot be measured yet'
+  ):
+    evaluating.evaluate(c, directory)
+  with pytest.raises(UserError, match=r'dataset\.name=prompts has no images'):
+    datasets.open_split(datasets.Settings.of(c.dataset), 'train')

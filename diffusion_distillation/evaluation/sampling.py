@@ -30,8 +30,18 @@ from diffusion_distillation.system import announcing, compilation, interrupts, s
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
 
+_PIXELS = 2**20  # of the images that a network decodes at a time
+
 Chosen = Mapping[str, Sequence[Any]] | None  # for each condition by key, values to draw in turn
 _GRID = 8192  # grids are padded to this many steps, so that one program serves all step counts
+
+
+def at_a_time(space: Space, image_shape: tuple[int, ...], most: int, num_samples: int) -> int:
+  """Returns how many images to draw at a time: `most`, unless they are large, because a network decodes them."""
+  if not space.own_programs:
+    return most
+  height, width = image_shape[:2]
+  return min(most, num_samples, max(1, _PIXELS // (height * width)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,10 +209,8 @@ def _growing(tree: Any) -> int:
 def _recomputed(jaxpr: Any) -> Iterator[Any]:
   """Yields the blocks, as closed jaxprs, whose residuals are recomputed in the backward pass."""
   for equation in jaxpr.eqns:
-    inner = [
-      getattr(value, 'jaxpr', value) for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr)
-    ]
-    for found in inner:
+    for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr):
+      found: Any = getattr(value, 'jaxpr', value)
       if hasattr(found, 'eqns'):
         if equation.primitive.name in ('checkpoint', 'remat', 'remat2'):
           yield core.ClosedJaxpr(found, ())

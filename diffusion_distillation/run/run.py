@@ -73,7 +73,7 @@ def _check(
 ) -> tuple[set[str], dict[str, Params]]:
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
-  gate.check(config)
+  gate.check(config, stages[0].text is not None)
   reference.check(config)
   if config.evaluation.inception:  # raises its errors now, not after training
     inception.load(config.evaluation.inception)
@@ -167,6 +167,17 @@ def _encode(
   return encoding.of_run(config, workdir, stages[0], captions)
 
 
+def _monitor(
+  config: Config, stage: Stage, workdir: pathlib.Path, images: Loader | None, inputs: Inputs
+) -> monitor.Monitor | None:
+  """Returns the monitor of a stage; None if it has neither images to be compared with nor texts to be drawn."""
+  if images is not None:
+    return monitor.begin(config, stage, workdir, images)
+  if inputs.texts is None:
+    return None
+  return monitor.begin_with_texts(stage, workdir, config, inputs.texts, inputs.pairs)
+
+
 def _train(
   config: Config,
   workdir: pathlib.Path,
@@ -187,9 +198,8 @@ def _train(
     def train(stage: Stage, inputs: Inputs = inputs) -> Model:
       if not provenance.is_finished(workdir, stage):
         inputs = inputs.held()
-        if monitor.watches(config, stage) and inputs.teacher is not None and images is not None:
-          found = monitor.begin(config, stage, workdir, images)
-          inputs = dataclasses.replace(inputs, monitor=found)
+        if monitor.watches(config, stage) and inputs.teacher is not None:
+          inputs = dataclasses.replace(inputs, monitor=_monitor(config, stage, workdir, images, inputs))
         if config.log.frechet_every and images is not None:
           tracker = tracking.begin(config, stage, workdir, images, inputs.parents(stage))
           inputs = dataclasses.replace(inputs, tracker=tracker)
