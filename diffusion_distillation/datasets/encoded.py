@@ -21,7 +21,6 @@ from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.system.files import read_json
 
 INFO, NO_TEXT = 'info.json', 'no_text.npy'
-DTYPES = ('float32', 'float16')
 AGAIN = 'remove its folder to have it encoded again'
 
 
@@ -50,7 +49,7 @@ class Encoded:
     image_shape: (H, W, C) of the images; () without images.
     x_shape: shape of an encoded image; () without images.
     no_text: (T, D) float32, the embeddings of the empty text.
-    dtype: type of the stored numbers, one of DTYPES.
+    dtype: type of the stored numbers, one of `settings.ENCODED_DTYPES`.
     source: reads the records.
     folder: the folder of the files.
   """

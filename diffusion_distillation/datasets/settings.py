@@ -9,6 +9,7 @@ from diffusion_distillation.datasets import decoding
 from diffusion_distillation.errors import UserError
 
 ROLES = ('train', 'eval')
+ENCODED_DTYPES = ('float32', 'float16')
 WITHOUT_FILES = ('digits', 'shapes')
 NONE = 'none'  # no images, for runs that need none
 PROMPTS = 'prompts'  # texts without images, for models that draw what a text says
@@ -113,7 +114,7 @@ class DatasetSection(Settings):
   encoded_dtype: str = config.key(
     'float32',
     'Type in which the embeddings of texts and the latents of images are stored; `float16` halves their size on disk.',
-    choices=('float32', 'float16'),
+    choices=ENCODED_DTYPES,
   )
   workers: int = config.key(
     4,

@@ -87,7 +87,7 @@ def ensure(
     directory: where the folders of encoded datasets are.
     captions: the texts or, as an `ImageSet` too, images with their captions.
     model: the networks.
-    dtype: type of the stored numbers, one of `encoded.DTYPES`.
+    dtype: type of the stored numbers, one of `settings.ENCODED_DTYPES`.
     workers: number of processes that decode images.
     shard_bytes: approximate size of a file.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_distillation.config import Config, check_numbers, choose
+from diffusion_distillation.datasets.settings import ENCODED_DTYPES
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS, or_base
@@ -118,6 +119,7 @@ def plan(
   for name in config.methods:
     choose('methods', name, _students())
   choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
+  choose('dataset.encoded_dtype', config.dataset.encoded_dtype, dict.fromkeys(ENCODED_DTYPES))
   base = _base(config, data, origin)
   if base.space.own_programs and config.methods and config.dataset.random_flip:
     raise UserError(

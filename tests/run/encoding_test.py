@@ -10,6 +10,7 @@ import pytest
 from diffusion_distillation.datasets import InMemory, encoded
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.datasets.prompts import Prompts
+from diffusion_distillation.datasets.settings import ENCODED_DTYPES
 from diffusion_distillation.errors import DamagedError, Preempted, UserError
 from diffusion_distillation.run import encoding
 from diffusion_distillation.stages import workdir
@@ -115,7 +116,7 @@ def test_half_precision_takes_half_of_the_space(directory, tmp_path):
   whole = ensure(directory).batch(np.arange(5))['cond']['text']
   assert half.dtype == np.float32 and (half != whole).any()
   np.testing.assert_allclose(half, whole, rtol=1e-3, atol=1e-4)
-  sizes = [encoding.size_of_record(CAPTIONS, text_model.stored(), dtype) for dtype in encoded.DTYPES]
+  sizes = [encoding.size_of_record(CAPTIONS, text_model.stored(), dtype) for dtype in ENCODED_DTYPES]
   assert sizes == [6 * 8 * 4, 6 * 8 * 2]
 
 
