@@ -21,9 +21,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """
   strong = {'': False, 'guidance_8': True}[variant]
   c = stable_diffusion.distilled('dmd')
-  guidance = (
-    7.0 if strong else 2.0
-  )  # W of x + W (x - x without a text), which is diffusers' guidance_scale less 1
+  guidance = 7.0 if strong else 2.0  # W, which is diffusers' guidance_scale less 1
 
   c.pairs.num_pairs = 12_000_000 if strong else 500_000
   c.pairs.sampler = 'dpm_solver_2m'

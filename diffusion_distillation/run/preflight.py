@@ -110,10 +110,8 @@ def smallest_layout(shapes: Shapes, limit: float) -> Layout | None:
   """
   size = shapes.batch_size
   for devices in (2**k for k in range(11)):
-    if size % devices:
-      continue
     for fsdp in (2**k for k in range(devices.bit_length())):
-      least = shapes.on(devices, fsdp, size // devices)
+      least = shapes.on(devices, fsdp, max(1, size // devices))
       room = limit - (least.total - least.activations)
       for micro_batches in (m for m in range(1, size // devices + 1) if size % (m * devices) == 0):
         activations = shapes.activations * (size // (m := micro_batches * devices))
