@@ -25,7 +25,7 @@ def train(stage, updates=2):
   step = sharding.compile_step(train_steps)
   for k in range(updates):
     state, told = step(stage.recipe.at(k), state, frozen, batch)
-    sharding.settle(state)
+    sharding.wait_on_cpu(state)
   return sharding.to_host(told), sharding.to_host(state.params), state
 
 
