@@ -10,11 +10,35 @@ from configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Returns the config: 50 DDIM steps, as in diffusers' pipeline, and no students, which latents do not have yet."""
+  """Returns the config: 50 DDIM steps, as in diffusers' pipeline, and no students; sd15_dmd.py and sd15_dmd2.py have some."""
   c = default.get_config()
   c.dataset.name = 'none'
   c.methods = ()
   c.distill.start_steps = 50
   c.evaluation.grid = 'leading_to_first'
   c.evaluation.clip_x = False
+  return c
+
+
+def distilled(method: str) -> ml_collections.ConfigDict:
+  """Returns what the configs of students share: prompts as data, little memory, and the optimizer of DMD and DMD2."""
+  c = get_config()
+  c.dataset.name = 'prompts'
+  c.dataset.encoded_dtype = 'float16'
+  c.weighting = 'snr'
+  c.methods = (method,)
+
+  section = c[method]
+  section.learning_rate = 1e-5
+  section.fake_learning_rate = 1e-5
+  section.weight_decay = 0.01
+  section.warmup = 500
+  section.clip_norm = 10.0
+  section.fake_weighting = 'snr'
+
+  c.compute.dtype = 'bfloat16'
+  c.compute.teacher_dtype = 'bfloat16'
+  c.compute.remat = True
+  c.checkpoint.every = 500
+  c.log.measured_updates = 0  # a network of this size takes minutes to compile
   return c

@@ -53,7 +53,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     workdir: the directory of the run; docs/train.md lists the files in it.
 
   Returns:
-    The contents of `results.json`; empty for `dataset.name=none`, where nothing is measured.
+    The contents of `results.json`; empty for `dataset.name=none` and for models of texts, where nothing is measured.
 
   Raises:
     UserError: the config is not valid or does not match the workdir; raised before anything is written or compiled.
@@ -73,4 +73,4 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   finally:
     interrupts.uninstall()
   results = directory / 'results.json'
-  return files.read_json(results) if config.dataset.name != NONE else {}
+  return files.read_json(results) if config.dataset.name != NONE and results.is_file() else {}

@@ -37,7 +37,7 @@ from diffusion_distillation.evaluation.loading import (
 )
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
-from diffusion_distillation.run import evaluating, replay, tracking
+from diffusion_distillation.run import encoding, evaluating, replay, tracking
 from diffusion_distillation.run import run as run_module
 from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, provenance, workdir
@@ -78,9 +78,29 @@ def _prepare(options: Options) -> None:
   config = _config(options)
   check_numbers(config)
   dataset = config.dataset
+  if options.workdir is not None and _encode(config, _workdir(options)):
+    return
+  if dataset.name == datasets.PROMPTS:
+    raise UserError(
+      '--mode=prepare with dataset.name=prompts needs --workdir, whose imported model encodes the prompts'
+    )
   broken = preparing.prepare(datasets.Settings.of(dataset), dataset.workers)
   skipped = ', '.join(f'{count} of {role}' for role, count in broken.items())
   print(f'{dataset.prepared}: prepared; images skipped: {skipped}')
+
+
+def _encode(config: Config, directory: pathlib.Path) -> bool:
+  """Encodes the texts of a run, and images with them, if its imported model takes texts; returns whether it does."""
+  captions = workdir.open_captions(directory, config)
+  if captions is None:
+    return False
+  stage = workdir.stored_plan(directory, config)[0]
+  found = encoding.of_run(config, directory, stage, captions)
+  if files.writes() and found is not None:
+    print(
+      f'{found.folder}: {len(found):,} {"images and captions" if found.x_shape else "texts"} prepared'
+    )
+  return True
 
 
 def _train(options: Options) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from diffusion_distillation.datasets import digits, folder, prepared, shapes, tfds
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
-from diffusion_distillation.datasets.settings import NONE, ROLES, Settings
+from diffusion_distillation.datasets.settings import NONE, PROMPTS, ROLES, Settings
+from diffusion_distillation.errors import UserError
 
 # Any other name is a dataset of tensorflow-datasets.
 SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
@@ -16,6 +17,8 @@ SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
 
 def open_original(settings: Settings, role: str) -> ImageSet:
   """Opens the split for 'train' or 'eval' from its original source, not from a prepared copy; see `open_split`."""
+  if settings.name == PROMPTS:
+    raise UserError('dataset.name=prompts has no images, which this command needs')
   return SOURCES.get(settings.name, tfds.open_split)(settings, role)
 
 
@@ -45,6 +48,7 @@ def describe(settings: Settings) -> tuple[tuple[int, int, int], int]:
 
 __all__ = [
   'NONE',
+  'PROMPTS',
   'ROLES',
   'SOURCES',
   'BrokenImage',

@@ -21,6 +21,16 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
 
 
+def shuffled(size: int, seed: int, position: np.ndarray) -> np.ndarray:
+  """Returns which of `size` examples stand at the positions (B,) of an endless stream of shuffled epochs."""
+  epochs, offsets = np.divmod(np.asarray(position, np.int64), size)
+  indices = np.empty(len(position), np.int64)
+  for epoch in np.unique(epochs):
+    here = epochs == epoch
+    indices[here] = _permutation(size, seed, int(epoch))[offsets[here]]
+  return indices
+
+
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
   """An endless stream of shuffled epochs; each epoch visits every example once.
@@ -37,12 +47,7 @@ class Shuffled:
 
   def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
     position = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
-    epochs, offsets = np.divmod(position, self.size)
-    indices = np.empty(self.batch_size, np.int64)
-    for epoch in np.unique(epochs):
-      here = epochs == epoch
-      indices[here] = _permutation(self.size, self.seed, int(epoch))[offsets[here]]
-    return indices, np.ones(self.batch_size, bool)
+    return shuffled(self.size, self.seed, position), np.ones(self.batch_size, bool)
 
 
 @dataclasses.dataclass(frozen=True)

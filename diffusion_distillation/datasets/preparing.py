@@ -138,7 +138,7 @@ def _write_split(loader: Loader, directory: pathlib.Path, role: str, info: dict[
   with Progress(f'preparing {role}', size, size - len(indices)) as progress:
     records = _records(loader, indices)
     for path, inside in ranges.items():
-      temporary = _write_shard(path, itertools.islice(records, len(inside)), progress)
+      temporary = write_shard(path, itertools.islice(records, len(inside)), progress)
       split['bytes'][path.name] = temporary.stat().st_size
       split['broken'] |= {str(k): reason for k, reason in loader.skipped.items() if k in inside}
       files.write_json(directory / prepared.INFO, info)
@@ -159,7 +159,7 @@ def _records(loader: Loader, indices: Sequence[int]) -> Iterator[bytes]:
         yield prepared.pack(image, label) if whole else prepared.pack_broken(loader.skipped[k])
 
 
-def _write_shard(path: pathlib.Path, records: Iterator[bytes], progress: Progress) -> pathlib.Path:
+def write_shard(path: pathlib.Path, records: Iterator[bytes], progress: Progress) -> pathlib.Path:
   """Writes records to a temporary file next to `path`, and returns its path."""
   from array_record.python import array_record_module
 

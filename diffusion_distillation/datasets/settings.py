@@ -9,8 +9,10 @@ from diffusion_distillation.datasets import decoding
 from diffusion_distillation.errors import UserError
 
 ROLES = ('train', 'eval')
+ENCODED_DTYPES = ('float32', 'float16')
 WITHOUT_FILES = ('digits', 'shapes')
 NONE = 'none'  # no images, for runs that need none
+PROMPTS = 'prompts'  # texts without images, for models that draw what a text says
 OURS = (*WITHOUT_FILES, 'folder')  # suggested for unknown names
 
 
@@ -20,18 +22,20 @@ class Settings:
 
   name: str = config.key(
     'digits',
-    'Dataset: `digits`, `shapes`, `folder`, or the name of a dataset of tensorflow-datasets, such as `cifar10`.',
+    'Dataset: `digits`, `shapes`, `folder`, or the name of a dataset of tensorflow-datasets, such as `cifar10`; `prompts`: '
+    'texts without images; `none`: no images.',
   )
   path: str = config.key(
     '',
     'Location of the images: a directory, .zip or URL for `folder`; `data_dir` for tensorflow-datasets, whose default is '
-    'used if this is empty.',
+    'used if this is empty; a .txt, .csv or .jsonl file for `prompts`.',
     path='any',
   )
   prepared: str = config.key(
     '',
     'Directory of the decoded copy of the dataset that `--mode=prepare` writes and all other modes read; if empty, the '
-    'dataset itself is read.',
+    'dataset itself is read. For a model that draws what a text says: the directory of the encoded texts and images, which '
+    'several runs may share; if empty, they are in the workdir.',
     path='disk',
   )
   split: str = config.key(
@@ -106,6 +110,11 @@ class DatasetSection(Settings):
     4.0,
     'Largest size in gigabytes, after decoding, of a dataset that is decoded once and kept in memory.',
     config.NOT_NEGATIVE,
+  )
+  encoded_dtype: str = config.key(
+    'float32',
+    'Type in which the embeddings of texts and the latents of images are stored; `float16` halves their size on disk.',
+    choices=ENCODED_DTYPES,
   )
   workers: int = config.key(
     4,

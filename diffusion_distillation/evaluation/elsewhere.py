@@ -145,7 +145,11 @@ def _place(config: Config, workdir: pathlib.Path | None) -> Any:
     raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')
   if workdir is not None:
     _, train = workdirs.plan_for(workdir, config)
-    assert train is not None  # as there is a dataset
+    if train is None:
+      raise UserError(
+        f'--workdir={workdir}: its model draws what a text says, and runs of such models have no images to compare with; leave '
+        'out --workdir, and name a --config with such images'
+      )
     with workdirs.lock_workdir(workdir):
       yield train, workdir
     return

@@ -14,7 +14,7 @@ from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation.sampling import Chosen, Drawer
+from diffusion_distillation.evaluation.sampling import Chosen, Drawer, at_a_time
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import NONE_OF, Cond
 from diffusion_distillation.networks.guidance import GuidingModel, asked_weight, check
@@ -22,7 +22,6 @@ from diffusion_distillation.stages import guiding_models, model, model_folders
 from diffusion_distillation.stages.model import StoredModel
 
 _BATCH = 256
-_PIXELS = 2**20  # of the images that a network decodes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,10 +168,7 @@ def read_guiding(
 
 def batch_size(stored: StoredModel, most: int, num_samples: int) -> int:
   """Returns how many images to draw at a time: `most`, unless they are large, because a network decodes them."""
-  if not stored.space.own_programs:
-    return most
-  height, width = stored.image_shape[:2]
-  return min(most, num_samples, max(1, _PIXELS // (height * width)))
+  return at_a_time(stored.space, stored.image_shape, most, num_samples)
 
 
 def with_texts(

@@ -30,8 +30,18 @@ from diffusion_distillation.system import announcing, compilation, interrupts, s
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training.state import Params
 
+_PIXELS = 2**20  # of the images that a network decodes at a time
+
 Chosen = Mapping[str, Sequence[Any]] | None  # for each condition by key, values to draw in turn
 _GRID = 8192  # grids are padded to this many steps, so that one program serves all step counts
+
+
+def at_a_time(space: Space, image_shape: tuple[int, ...], most: int, num_samples: int) -> int:
+  """Returns how many images to draw at a time: `most`, unless they are large, because a network decodes them."""
+  if not space.own_programs:
+    return most
+  height, width = image_shape[:2]
+  return min(most, num_samples, max(1, _PIXELS // (height * width)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Drawer:
     guidance: guidance towards the conditions; a network that takes its weight as an input receives it with the conditions.
     spread: whether such a network receives weights spread over its range instead of that of `guidance`.
     guiding: the model that guides in place of the unconditional predictions; its parameters are not part of the program.
+    texts: the texts to draw from if none are chosen; not part of the compiled program.
   """
 
   denoise: Denoiser
@@ -64,6 +75,7 @@ class Drawer:
   guidance: Guidance = NONE
   spread: bool = dataclasses.field(default=False, compare=False)
   guiding: GuidingModel | None = None
+  texts: conditioning.Texts | None = dataclasses.field(default=None, compare=False)
 
   @property
   def program(self) -> 'Drawer':
@@ -84,12 +96,12 @@ class Drawer:
     return calls_per_image(told, self.guidance, self.sampler, grid, self.schedule)
 
   def cond(self, index: np.ndarray, seed: int, chosen: Chosen = None) -> Cond:
-    """Returns the conditioning of the images at `index`: the chosen values in turn, or labels following `label_counts`."""
+    """Returns the conditioning of the images at `index`: the chosen values in turn, or else as `conditioning.draw`."""
     told = self.denoise.conditioning
     if chosen:
       found = conditioning.in_turn(told, index, chosen)
     else:
-      found = conditioning.draw(told, index, seed, self.label_counts)
+      found = conditioning.draw(told, index, seed, self.label_counts, self.texts)
     if known := conditioning.weights(told):
       weight = self.guidance.weight if self.guidance else known.low
       one = np.full(len(index), weight, np.float32)

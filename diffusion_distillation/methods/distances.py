@@ -1,13 +1,13 @@
-"""Distances between images, for regression losses.
+"""Distances for regression losses: between any x, or between images.
 
-A distance is a function `distance(x, y, weights) -> (B,)` of images (B, H, W, C) in [-1, 1]. `weights` is the result of
-`load`, an argument of the compiled step, or None.
+A distance is a function `distance(x, y, weights) -> (B,)` of x (B, H, W, C); if it is one between images (`of_images`), these
+are in [-1, 1]. `weights` is the result of `load`, an argument of the compiled step, or None.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ def _mse(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class L2:
-  """The mean squared difference between pixels."""
+  """The mean squared difference between pixels, or between latents."""
+
+  of_images: ClassVar[bool] = False
 
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
     return _mse(x, y)
@@ -41,6 +43,8 @@ class PseudoHuber:
 
   The paper sums over D pixels and uses c sqrt(D); this is the paper's distance divided by sqrt(D).
   """
+
+  of_images: ClassVar[bool] = False
 
   c: float = 0.00054
 
@@ -62,6 +66,8 @@ class Features:
   The classifier is the `extractor.safetensors` of a run. The classifier of the current run is also used to evaluate it, which
   would favor this student; choose the classifier of another run, or interpret the evaluation accordingly.
   """
+
+  of_images: ClassVar[bool] = True
 
   def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
     pairs = zip(classifier.layers(weights, x), classifier.layers(weights, y), strict=True)
@@ -103,6 +109,8 @@ class Lpips:
   Attributes:
     size: height to which smaller images are resized bilinearly; DMD uses 224.
   """
+
+  of_images: ClassVar[bool] = True
 
   size: int = 224
 
@@ -164,6 +172,27 @@ class Weighted:
     return jnp.asarray(self.distance(x, y, weights))
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+  """A distance between images, of latents that are decoded first (Yin et al. 2023, section 4.3).
+
+  `weights` holds the distance's own as `distance` and the decoder's parameters as `decoder`.
+
+  Attributes:
+    distance: the distance between images.
+    decode: decode(params, x) returns images (B, H, W, C), about in [-1, 1].
+  """
+
+  of_images: ClassVar[bool] = True
+
+  distance: Any
+  decode: Callable[[Any, jax.Array], jax.Array]
+
+  def __call__(self, x: jax.Array, y: jax.Array, weights: Weights = None) -> jax.Array:
+    of_x, of_y = (self.decode(weights['decoder'], latents) for latents in (x, y))
+    return jnp.asarray(self.distance(of_x, of_y, weights['distance']))
+
+
 Distance = L2 | PseudoHuber | Features | Lpips
 DISTANCES: dict[str, type] = {
   'l2': L2,
@@ -179,12 +208,16 @@ def make_distance(name: str, section: Any) -> Distance:
   return distance
 
 
-def load(distance: Distance, path: str, image_shape: tuple[int, ...], key: str) -> Weights:
+def load(distance: Distance | Decoded, path: str, image_shape: tuple[int, ...], key: str) -> Weights:
   """Reads the weights of a distance from a safetensors file; None for a distance without weights.
+
+  Those of a decoder are not among them.
 
   Raises:
     UserError: the file does not exist or does not contain these weights; the message names the config's `key`.
   """
+  if isinstance(distance, Decoded):
+    return load(distance.distance, path, image_shape, key)
   if not isinstance(distance, Features | Lpips):
     return None
   if not path or not pathlib.Path(path).is_file():

@@ -153,6 +153,14 @@ class Text:
     )
 
 
+class Texts(Protocol):
+  """The embeddings of a set of texts, from which texts are drawn."""
+
+  def draw(self, index: np.ndarray, seed: int) -> Mapping[str, np.ndarray]:
+    """Returns `text` and `no_text` of the samples at `index` (B,), each (B, T, D) float32; a function of (seed, index)."""
+    ...
+
+
 Conditioning = Mapping[str, Condition]
 WEIGHT = 'guidance'  # the key of `Weights`
 
@@ -243,12 +251,31 @@ def in_turn(
   return found or None
 
 
-def draw(conditioning: Conditioning, index: np.ndarray, seed: int, label_counts: Sequence[int]) -> Cond:
+def examples(conditioning: Conditioning, count: int) -> Cond:
+  """Returns what `draw` returns for `count` examples, as zeros; in contrast to `zeros`, with `no_text` beside a text."""
+  found = zeros(conditioning, count)
+  texts = [key for key, condition in conditioning.items() if isinstance(condition, Text)]
+  return found and {**found, **{NONE_OF + key: found[key] for key in texts}}
+
+
+def draw(
+  conditioning: Conditioning,
+  index: np.ndarray,
+  seed: int,
+  label_counts: Sequence[int],
+  texts: Texts | None = None,
+) -> Cond:
   """Returns the conditioning of the samples at `index` (B,).
 
-  Labels have the proportions of `label_counts` or, without counts, are balanced. All other values are taken in turn.
+  Labels have the proportions of `label_counts` or, without counts, are balanced. Texts are drawn from `texts`. All other
+  values are taken in turn.
+
+  Raises:
+    UserError: a text is needed, and there are no `texts`.
   """
-  known, found = classes(conditioning), in_turn(conditioning, index)
+  given = {} if texts is None or not takes_text(conditioning) else dict(texts.draw(index, seed))
+  others = {key: condition for key, condition in conditioning.items() if key not in given}
+  known, found = classes(conditioning), {**(in_turn(others, index) or {}), **given} or None
   if known is None or not label_counts:
     return found
   return {**(found or {}), 'label': known.proportional(index, seed, label_counts)}

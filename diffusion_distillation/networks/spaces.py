@@ -19,6 +19,11 @@ class Space(Protocol):
 
   own_programs: ClassVar[bool]
 
+  @property
+  def decoder(self) -> 'Decoder | None':
+    """The network that decodes x, to be called inside another program with its parameters; None if x are images."""
+    ...
+
   def shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of x for images of `image_shape` (H, W, C)."""
     ...
@@ -45,6 +50,7 @@ class Pixels:
   """Pixels: uint8 values 0..255 are mapped to x in [-1, 1]; the shape is unchanged."""
 
   own_programs: ClassVar[bool] = False
+  decoder: ClassVar[None] = None
 
   def shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
     """See `Space.shape`."""
@@ -76,7 +82,23 @@ def _encode(vae: Any, params: Any, image: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(vae: Any, params: Any, x: jax.Array) -> jax.Array:
-  return Pixels().decode(vae.apply({'params': params}, vae.unscaled(x), method='decode'))
+  return Pixels().decode(Decoder(vae)(params, x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+  """An autoencoder as a function from latents to images.
+
+  Attributes:
+    vae: the autoencoder.
+  """
+
+  vae: Any
+
+  def __call__(self, params: Any, x: jax.Array) -> jax.Array:
+    """Returns the images (B, H, W, C), about in [-1, 1], of x (B, h, w, c)."""
+    found: jax.Array = self.vae.apply({'params': params}, self.vae.unscaled(x), method='decode')
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +118,11 @@ class Latents:
   vae: Any
   digest: str
   weights: Callable[[], Any] = dataclasses.field(compare=False, repr=False)
+
+  @property
+  def decoder(self) -> Decoder:
+    """See `Space.decoder`; `weights` returns its parameters."""
+    return Decoder(self.vae)
 
   def shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
     """See `Space.shape`; raises ValueError, saying what to change, if the autoencoder does not take images of this shape."""

@@ -15,6 +15,7 @@ from diffusion_distillation.networks.layers import attention
 from diffusion_distillation.networks.unet2d import Style
 
 _EPSILON = 1e-6  # of the group norm before the blocks, whatever that of the residual blocks is
+_WIDEST_FUSED = 128  # channels of a head that the fused kernel of attention takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,9 @@ class CrossAttention(nn.Module):
     if self.style.upcast:
       q, k = q.astype(jnp.float32), k.astype(jnp.float32)
       h = attention(q, k, v, 'xla')  # the fused kernel wants one dtype
-    else:
-      h = attention(q, k, v, self.style.kernel)
+    else:  # attention to a text is cheap, and the fused kernel takes no wider heads
+      fused = context is None and q.shape[-1] <= _WIDEST_FUSED
+      h = attention(q, k, v, self.style.kernel if fused else 'xla')
     return dense(name='to_out.0')(h.reshape(batch, tokens, ch))
 
 

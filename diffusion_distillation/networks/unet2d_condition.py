@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.checks import check_choices, check_sides
-from diffusion_distillation.networks.conditioning import Classes, Cond, Conditioning, Text
+from diffusion_distillation.networks.conditioning import Cond, Conditioning, Text, conditions
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
-from diffusion_distillation.networks.layers import ATTENTION_KERNELS
+from diffusion_distillation.networks.layers import ATTENTION_KERNELS, add_weight
 from diffusion_distillation.networks.transformer import Transformer, TransformerStyle
 from diffusion_distillation.networks.unet import DTYPES, upsample
 from diffusion_distillation.networks.unet2d_blocks import (
@@ -75,6 +75,7 @@ class UNet2DCondition(nn.Module):
     center_input_sample: whether the network first maps its input from [0, 1] to [-1, 1].
     dropout: dropout rate inside residual blocks.
     num_classes: number of classes, told as `label` beside the text; 0 for none.
+    guidance: (low, high), the weights of guidance that the network takes as an input; () for no such input.
     dtype: dtype of activations, 'float32' or 'bfloat16'; see `unet.UNet`.
     remat: whether each block's activations are recomputed in the backward pass instead of being stored.
     attention: attention kernel, a name in `layers.ATTENTION_KERNELS`.
@@ -108,6 +109,7 @@ class UNet2DCondition(nn.Module):
   center_input_sample: bool = False
   dropout: float = 0.0
   num_classes: int = 0
+  guidance: tuple[float, ...] = ()
   dtype: str = 'float32'
   remat: bool = False
   attention: str = 'xla'
@@ -115,9 +117,9 @@ class UNet2DCondition(nn.Module):
 
   @property
   def conditioning(self) -> Conditioning:
-    """The embedding of the text as `text`, and the class as `label` if there are classes."""
+    """The embedding of the text as `text`, the class if there are classes, and the weight of guidance if it is an input."""
     text = {'text': Text(self.text_length, self.cross_attention_dim)}
-    return text | ({'label': Classes(self.num_classes)} if self.num_classes else {})
+    return {**text, **conditions(self.num_classes, self.guidance)}
 
   def check(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError, saying what to change, unless the network accepts latents of shape (H, W, C)."""
@@ -199,7 +201,7 @@ class UNet2DCondition(nn.Module):
     )
 
   def _embedding(self, logsnr: jax.Array, cond: Cond) -> jax.Array:
-    """Returns the embedding of time and class, (B, D) float32."""
+    """Returns the embedding of time, class and weight of guidance, (B, D) float32."""
     assert isinstance(self.schedule, Discrete)
     first, act = self.block_out_channels[0], ACTIVATIONS[self.act_fn]
     width = self.time_embedding_dim or 4 * first
@@ -210,7 +212,7 @@ class UNet2DCondition(nn.Module):
     if self.num_classes:
       one_hot = jax.nn.one_hot((cond or {})['label'], self.num_classes)
       emb = emb + nn.Dense(width, use_bias=False, name='class_embedding')(one_hot)
-    return emb
+    return add_weight(emb, self.guidance, cond)
 
   @nn.compact
   def __call__(

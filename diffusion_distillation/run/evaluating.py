@@ -22,7 +22,10 @@ def evaluate(config: Config, directory: pathlib.Path) -> pathlib.Path:
   """
   planned, images = workdir.plan_for(directory, config)
   if images is None:
-    raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')
+    raise UserError(
+      f'--mode=evaluate needs images to compare with: dataset.name={config.dataset.name} has none, or this model draws what a '
+      'text says, and such models cannot be measured yet'
+    )
   reference.check(config)
   with workdir.lock_workdir(directory):
     found = [_released(directory, stage, config) for stage in planned]

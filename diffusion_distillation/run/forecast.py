@@ -1,12 +1,15 @@
 """Shows the plan of a run before it starts: stages, updates, network calls, and estimated times."""
 
 import contextlib
+import dataclasses
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 
 from diffusion_distillation import datasets
@@ -14,9 +17,11 @@ from diffusion_distillation.config import Config
 from diffusion_distillation.datasets import survey
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.evaluation import measure, rows
+from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import calls_per_image
-from diffusion_distillation.run import preflight
+from diffusion_distillation.run import encoding, preflight
 from diffusion_distillation.run.inputs import stand_in
+from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import announcing, files, interrupts, sharding
 from diffusion_distillation.training.state import Params
@@ -28,6 +33,7 @@ def show(
   config: Config,
   workdir: pathlib.Path,
   distances: Mapping[str, Params] | None = None,
+  device_gb: float = 0.0,
 ) -> None:
   """Prints the plan, its memory and disk requirements, and a summary of the images to stderr. Compiles nothing.
 
@@ -37,17 +43,29 @@ def show(
     config: the config of the run.
     workdir: the workdir of the run; it need not exist.
     distances: weights of the distance, for each stage that has one with weights.
+    device_gb: memory of the devices to plan for in gigabytes; 0 for those of this machine.
 
   Raises:
     UserError: the requirements cannot be met; see `preflight.needs`.
   """
   for line in table(stages, finished, config):
     _print(line)
-  for line in preflight.needs(stages, finished, workdir, distances or {}):
+  for line in preflight.needs(stages, finished, workdir, distances or {}, device_gb):
     _print(line)
   if files.writes() and config.dataset.name != datasets.NONE:
-    for line in survey.lines(datasets.Settings.of(config.dataset)):
+    for line in _survey(stages, config, workdir):
       _print(line)
+
+
+def _survey(stages: list[Stage], config: Config, workdir: pathlib.Path) -> Iterator[str]:
+  """Yields lines that summarize the dataset: its images or, for a model that takes texts, its texts."""
+  captions = workdirs.open_captions(workdir, config)
+  if captions is None:
+    yield from survey.lines(datasets.Settings.of(config.dataset))
+    return
+  size = encoding.size_of_record(captions, stages[0], config.dataset.encoded_dtype) * len(captions)
+  kind = 'images with captions' if isinstance(captions, datasets.ImageSet) else 'prompts'
+  yield f'{len(captions):,} {kind} of {captions.name}; {size / 1e9:.3f} GB as encoded by the model'
 
 
 def show_times(
@@ -149,8 +167,8 @@ def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
 
 
 def evaluation_calls(stages: list[Stage], config: Config) -> int:
-  """Returns the number of single-image network calls of a complete evaluation; 0 if there are no images."""
-  if config.dataset.name == datasets.NONE:
+  """Returns the number of single-image network calls of a complete evaluation; 0 without images, or for models of texts."""
+  if config.dataset.name == datasets.NONE or stages[0].text is not None:
     return 0
   return config.evaluation.num_samples * sum(
     calls_per_image(
@@ -185,10 +203,24 @@ def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Par
   return (time.monotonic() - began) / timed
 
 
+@dataclasses.dataclass(frozen=True)
+class _Blank:
+  """Texts whose embeddings are zeros, to time a network with."""
+
+  conditioning: Any
+
+  def draw(self, index: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """See `conditioning.Texts.draw`."""
+    del seed
+    found = conditioning.examples(self.conditioning, len(index)) or {}
+    return {key: found[key] for key in ('text', 'no_text')}
+
+
 def seconds_per_call(stage: Stage, config: Config) -> float:
   """Returns the time of one network call per image, when a sampler draws full batches."""
   params = sharding.to_host(stage.init_params(jax.random.key(0)))
   draw = measure.drawer(config, stage, config.evaluation.samplers[0])
+  draw = dataclasses.replace(draw, texts=_Blank(stage.denoise.conditioning))
   size = sharding.round_up(config.evaluation.batch_size)
   seconds = draw.seconds_per_image(
     params, times.uniform(2), size, 0, then=lambda images: (), use=lambda *_: None

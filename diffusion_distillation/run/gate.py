@@ -284,12 +284,13 @@ def make_gate(config: Config, workdir: pathlib.Path, images: Loader | None) -> G
   return Gate(config, workdir, images) if config.gate.factor and images is not None else None
 
 
-def check(config: Config) -> None:
-  """Raises UserError if the section `gate` is not valid."""
+def check(config: Config, takes_text: bool = False) -> None:
+  """Raises UserError if the section `gate` is not valid; models that take texts are not measured, and have no gate."""
+  begin = f'gate.factor={config.gate.factor:g} needs images to compare samples with, and'
   if config.gate.factor and config.dataset.name == 'none':
-    raise UserError(
-      f'gate.factor={config.gate.factor:g} needs images to compare samples with, and dataset.name=none has none; set gate.factor=0'
-    )
+    raise UserError(f'{begin} dataset.name=none has none; set gate.factor=0')
+  if config.gate.factor and takes_text:
+    raise UserError(f'{begin} models that draw what a text says are not measured; set gate.factor=0')
 
 
 def until_it_passes(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion_distillation.datasets.encoded import Encoded
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.methods import distances
 from diffusion_distillation.networks import conditioning
@@ -30,7 +31,7 @@ class Inputs:
   """The inputs that a stage is trained with.
 
   Attributes:
-    images: the training images, or None if the run has none.
+    images: the training images, encoded ones if the model draws what a text says, or None if the run has none.
     teacher: the parent stage's model, or None.
     start: the model that the student starts from; None for the teacher or new parameters.
     pairs: stored pairs of the teacher, or None if the stage needs none.
@@ -39,6 +40,7 @@ class Inputs:
     tracker: measures the stage's samples during training, or None.
     label_counts: number of images of each class; a stage without images draws its labels in these proportions, or takes
       all classes in turn if this is ().
+    texts: the encoded texts of a model that takes them, or None.
   """
 
   images: Loader | None
@@ -49,6 +51,7 @@ class Inputs:
   monitor: Monitor | None = None
   tracker: Tracker | None = None
   label_counts: tuple[int, ...] = ()
+  texts: Encoded | None = None
 
   def parents(self, stage: Stage) -> provenance.Parents:
     """Returns the parents for the stage's provenance."""
@@ -104,10 +107,11 @@ class Inputs:
       for i in range(start, stop):
         if images is not None:
           found = next(images)
-          batch = {'image': found['image'], 'cond': conditioning.select(told, found['cond'])}
+          key = 'x' if 'x' in found else 'image'
+          batch = {key: found[key], 'cond': conditioning.select(told, found['cond'])}
         else:
           index = _part(i, stage.batch_size)
-          batch = {'cond': conditioning.draw(told, index, seed, self.label_counts)}
+          batch = {'cond': conditioning.draw(told, index, seed, self.label_counts, self.texts)}
         yield batch if pairs is None else batch | {'pairs': next(pairs)}
 
 
@@ -124,12 +128,14 @@ def shapes(stage: Stage, batch_size: int) -> dict[str, Any]:
   x = jax.ShapeDtypeStruct((batch_size, *stage.recipe.shape[1:]), np.float32)
 
   def conds(told: conditioning.Conditioning) -> dict[str, Any] | None:
-    one = {key: condition.zeros(1) for key, condition in told.items()}
+    one = conditioning.examples(told, 1) or {}
     found = {key: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for key, v in one.items()}
     return found or None
 
   batch: dict[str, Any] = {'cond': conds(conditioning.of_data(told))}
-  if 'images' in needs:
+  if 'images' in needs and stage.space.own_programs:
+    batch['x'] = x
+  elif 'images' in needs:
     batch['image'] = jax.ShapeDtypeStruct((batch_size, *stage.image_shape), np.uint8)
   if 'pairs' in needs:
     batch['pairs'] = {'noise': x, 'image': x, 'cond': conds(told)}
@@ -149,18 +155,27 @@ def stand_in(stage: Stage) -> dict[str, Any]:
   return jax.tree.map(fill, shapes(stage, stage.batch_size))
 
 
+def examples_of(images: Loader | None, texts: Encoded | None) -> Loader | None:
+  """Returns what stages that need images read: encoded images if there are any, else the images."""
+  if texts is None or not texts.x_shape:
+    return images
+  return Loader(texts, part=sharding.part())  # type: ignore[arg-type]
+
+
 def gather(
   stage: Stage,
   models: Mapping[str, Model],
   images: Loader | None,
   workdir: pathlib.Path,
   distance: Params = None,
+  texts: Encoded | None = None,
 ) -> Inputs:
   """Gathers the inputs of a stage whose parents are among `models`; draws its pairs if they do not exist yet."""
   teacher = models[stage.parent].use(stage.parent_weights) if stage.parent else None
   start = models[stage.start] if stage.start else None
-  pairs = ensure(workdir, stage.pairs, teacher) if teacher and stage.pairs else None
-  return Inputs(images, teacher, start, pairs, distance, label_counts=workdirs.label_counts(workdir))
+  pairs = ensure(workdir, stage.pairs, teacher, texts) if teacher and stage.pairs else None
+  counts = workdirs.label_counts(workdir)
+  return Inputs(images, teacher, start, pairs, distance, label_counts=counts, texts=texts)
 
 
 def needed(stages: Iterable[Stage], name: str) -> set[str]:
@@ -175,4 +190,7 @@ def load_distance(stage: Stage) -> Params:
   if weighted is None:
     return None
   key = f'{stage.name}.distance_weights'
-  return distances.load(weighted.distance, stage.distance_weights, stage.image_shape, key)
+  found = distances.load(weighted.distance, stage.distance_weights, stage.image_shape, key)
+  if not isinstance(weighted.distance, distances.Decoded):
+    return found
+  return {'distance': found, 'decoder': stage.space.weights()}  # type: ignore[attr-defined]

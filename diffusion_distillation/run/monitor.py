@@ -6,10 +6,9 @@ stage_dir/denoisings.png   DMD: samples, noised samples, and their denoisings by
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +19,11 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.process import diffuse
 from diffusion_distillation.evaluation import measure, pictures
-from diffusion_distillation.evaluation.features import FeatureExtractor, load_or_train
-from diffusion_distillation.networks.conditioning import Cond
+from diffusion_distillation.evaluation.features import load_or_train
+from diffusion_distillation.evaluation.sampling import at_a_time
+from diffusion_distillation.networks.conditioning import Cond, Texts
 from diffusion_distillation.networks.denoiser import Bound
-from diffusion_distillation.networks.spaces import Space
+from diffusion_distillation.run.pairs import StoredPairs
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.workdir import open_images
 from diffusion_distillation.system import files, logs, sharding
@@ -36,6 +36,8 @@ MOST_STEPS = (
   8  # students with more steps are not monitored: their samples cost too much, and they do not collapse
 )
 _SAMPLES = 256
+_DECODED = 64  # samples of a student whose images a network decodes
+_SIDE = 16  # of the images that stand for the features of large images
 _TIMES = (0.3, 0.5, 0.7, 0.9)  # times of the noised samples in the picture
 _KEPT = 0.9  # decay of the running loss per line of metrics
 
@@ -58,7 +60,7 @@ class Figures:
   saturation: float
 
   @classmethod
-  def of(cls, images: np.ndarray, extractor: FeatureExtractor) -> 'Figures':
+  def of(cls, images: np.ndarray, extractor: Callable[[np.ndarray], np.ndarray]) -> 'Figures':
     """Computes the statistics of (n, H, W, C) uint8 images."""
     scaled = images.astype(np.float64) / 255.0
     largest, smallest = scaled.max(-1), scaled.min(-1)
@@ -74,8 +76,10 @@ class Monitor:
     config: the config of the run.
     stage: the stage in training.
     stage_dir: the directory of the stage.
-    images: the training images.
+    images: the training images, or an array of images (n, H, W, C) that stand for them; None if there are none, so that
+      diversity is not measured.
     extractor: extracts the features that diversity is measured in.
+    texts: the texts of the samples, if the student takes texts.
   """
 
   def __init__(
@@ -83,16 +87,16 @@ class Monitor:
     config: Config,
     stage: Stage,
     stage_dir: pathlib.Path,
-    images: Loader,
-    extractor: FeatureExtractor,
+    images: Loader | np.ndarray | None,
+    extractor: Callable[[np.ndarray], np.ndarray],
+    texts: Texts | None = None,
   ) -> None:
     self._config, self._stage, self._stage_dir = config, stage, stage_dir
-    self._extractor = extractor
-    chosen = np.random.Generator(np.random.Philox(0)).permutation(len(images))[:_SAMPLES]
-    with contextlib.closing(images.in_order(len(chosen), chosen)) as batches:
-      real = sharding.gather_batch(next(batches))
-    self.data = Figures.of(real['image'][real['mask']], extractor)
-    write_json(stage_dir / 'health.json', dataclasses.asdict(self.data))
+    self._extractor, self._texts = extractor, texts
+    real = images if images is None or isinstance(images, np.ndarray) else _some(images)
+    self.data = None if real is None else Figures.of(real, extractor)
+    if self.data is not None:
+      write_json(stage_dir / 'health.json', dataclasses.asdict(self.data))
     self._label_counts = measure.label_counts(config, stage_dir.parent)
     self._running: float | None = None
     self._warned: set[str] = set()
@@ -109,7 +113,7 @@ class Monitor:
     return done % self._config.log.health_every == 0 or done == self._stage.num_updates
 
   def look(self, state: TrainState, frozen: Mapping[str, Params]) -> dict[str, float]:
-    """Draws samples and returns their `diversity` relative to the data, their `brightness` and their `saturation`.
+    """Draws samples and returns their `brightness`, their `saturation` and, if there are data, their `diversity` relative to them.
 
     Args:
       state: the training state.
@@ -117,12 +121,20 @@ class Monitor:
     """
     stage, config = self._stage, self._config
     draw = measure.drawer(config, stage, stage.sampler, self._label_counts)
+    count = _SAMPLES
+    if self._texts is not None:
+      count = _DECODED
+      size = at_a_time(stage.space, stage.image_shape, draw.batch_size, count)
+      draw = dataclasses.replace(draw, texts=self._texts, batch_size=size)
     grid = times.uniform(stage.num_steps)
-    images = draw.draw(state.ema_params[0], grid, _SAMPLES, config.evaluation.seed)
+    images = draw.draw(state.ema_params[0], grid, count, config.evaluation.seed)
     if 'fake_score' in state.params:
       networks = {'teacher': frozen['teacher'], 'fake_score': state.params['fake_score']}
       self._picture(networks, images[:8], draw.cond(np.arange(8), config.evaluation.seed))
     figures = Figures.of(images, self._extractor)
+    found = {'brightness': figures.brightness, 'saturation': figures.saturation}
+    if self.data is None:
+      return found
     diversity = figures.spread / max(self.data.spread, 1e-12)
     begun = int(state.step) <= stage.num_updates / 5
     self._warn(
@@ -130,11 +142,7 @@ class Monitor:
       diversity < LEAST_DIVERSITY and not begun,
       f'the samples are only {diversity:.2f} times as diverse as the data',
     )
-    return {
-      'diversity': diversity,
-      'brightness': figures.brightness,
-      'saturation': figures.saturation,
-    }
+    return {'diversity': diversity, **found}
 
   def lag(self, values: Mapping[str, float]) -> dict[str, float]:
     """Returns `fake_score_lag`, the fake score's latest loss divided by its running loss, or {} if there is none yet."""
@@ -160,9 +168,11 @@ class Monitor:
     """Writes denoisings.png: the samples, then for each time the noised samples and both networks' denoisings."""
     logsnr = self._stage.schedule(jnp.array(_TIMES))
     scores = self._stage.recipe.bind(params)
-    networks = (scores['teacher'], scores['fake_score'])
-    rows = _denoisings(self._stage.space, networks, images, logsnr, cond)
-    sheet = np.concatenate([images, sharding.to_host(rows)])
+    networks, space = (scores['teacher'], scores['fake_score']), self._stage.space
+    rows = _denoisings(networks, space.encode(jnp.asarray(images)), logsnr, cond)
+    size = len(images)
+    decoded = [sharding.to_host(space.decode(rows[k : k + size])) for k in range(0, len(rows), size)]
+    sheet = np.concatenate([images, *decoded])
     if not files.writes():
       return
     picture = pictures.to_pil(pictures.grid(pictures.enlarge(sheet, 32), len(images)))
@@ -176,6 +186,38 @@ def watches(config: Config, stage: Stage) -> bool:
   return bool(config.log.health_every) and stage.parent is not None and stage.num_steps <= MOST_STEPS
 
 
+def _some(images: Loader) -> np.ndarray:
+  """Returns some of the training images, (n, H, W, C) uint8."""
+  chosen = np.random.Generator(np.random.Philox(0)).permutation(len(images))[:_SAMPLES]
+  with contextlib.closing(images.in_order(len(chosen), chosen)) as batches:
+    real = sharding.gather_batch(next(batches))
+  found: np.ndarray = real['image'][real['mask']]
+  return found
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+  """Returns the colours of images (n, H, W, C) uint8 at a resolution of about 16x16, (n, D), in place of features."""
+  height, width = (max(1, side // _SIDE) for side in images.shape[1:3])
+  small = images[:, : images.shape[1] // height * height, : images.shape[2] // width * width]
+  blocks = small.reshape(
+    len(small), small.shape[1] // height, height, small.shape[2] // width, width, -1
+  )
+  return blocks.mean((2, 4)).reshape(len(small), -1) / 255.0
+
+
+def begin_with_texts(
+  stage: Stage, workdir: pathlib.Path, config: Config, texts: Texts, pairs: StoredPairs | None
+) -> Monitor:
+  """Creates the monitor of a student that takes texts; it is compared with the images of the stored pairs, if there are any."""
+  (workdir / stage.name).mkdir(exist_ok=True)
+  real = None
+  if pairs is not None:
+    some = pairs.read(np.arange(min(_DECODED, len(pairs))))['image']
+    decode = stage.space.decode
+    real = np.concatenate([sharding.to_host(decode(jnp.asarray(x)[None])) for x in some])
+  return Monitor(config, stage, workdir / stage.name, real, _pixels, texts)
+
+
 def begin(config: Config, stage: Stage, workdir: pathlib.Path, images: Loader) -> Monitor:
   """Creates the monitor of a stage; trains the workdir's feature extractor if it does not exist yet."""
   held_out = open_images(config, 'eval')
@@ -185,23 +227,16 @@ def begin(config: Config, stage: Stage, workdir: pathlib.Path, images: Loader) -
   return Monitor(config, stage, workdir / stage.name, images, extractor)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _denoisings(
-  space: Space,
-  networks: tuple[Bound, Bound],
-  images: jax.Array,
-  logsnr: jax.Array,
-  cond: Cond,
-) -> jax.Array:
-  """Returns (3 T n, H, W, C) uint8: noised images, teacher's and fake score's denoisings of n images at each of T times."""
-  x = space.encode(images)
+@jax.jit
+def _denoisings(networks: tuple[Bound, Bound], x: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
+  """Returns (3 T n, ...), noised x, teacher's and fake score's denoisings of n examples x (n, ...) at each of T times."""
   eps = jax.random.normal(jax.random.key(0), x.shape)
   rows = []
   for at in logsnr:
     full = jnp.full(len(x), at)
     z = diffuse(x, eps, full)
     rows += [z, *(network(z, full, cond).x for network in networks)]
-  return space.decode(jnp.concatenate(rows))
+  return jnp.concatenate(rows)
 
 
 def _follow(running: float | None, value: float) -> float:

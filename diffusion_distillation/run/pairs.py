@@ -1,8 +1,8 @@
 """Stored (noise, image) pairs: noise and the images that a teacher's deterministic sampler draws from it. Drawn only once.
 
 workdir/pairs/pairs.json   the teacher and settings that the pairs were drawn with, and a digest of each file
-workdir/pairs/00000.npy    a batch: records of noise, image (float32) and the teacher's conditioning: label (int32) and, if the
-                           teacher takes it, the weight of guidance (float32)
+workdir/pairs/00000.npy    a batch: records of noise, image (float32; x of its space) and the teacher's conditioning: label (int32),
+                           the text's place in the dataset (int64) and, if the teacher takes it, the weight of guidance (float32)
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
+from diffusion_distillation.datasets.encoded import Encoded
 from diffusion_distillation.datasets.orders import Shuffled
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
@@ -31,6 +32,8 @@ from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
+
+PROMPT = 'prompt'  # the column of a text's place; its embeddings are not stored again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,11 @@ class StoredPairs:
     seconds: time that it took to draw them.
   """
 
-  def __init__(self, paths: list[pathlib.Path], digest: str, seconds: float) -> None:
+  def __init__(
+    self, paths: list[pathlib.Path], digest: str, seconds: float, texts: Encoded | None = None
+  ) -> None:
     self._parts = [np.load(path, mmap_mode='r') for path in paths]
+    self._texts = texts
     self.digest, self.seconds = digest, seconds
 
   def __len__(self) -> int:
@@ -81,9 +87,11 @@ class StoredPairs:
     """Returns `noise` and `image` (n, ...), and their `cond`."""
     parts, places = np.divmod(indices, len(self._parts[0]))
     found = np.stack([self._parts[part][place] for part, place in zip(parts, places, strict=True)])
-    keys = [name for name in found.dtype.names or () if name not in ('noise', 'image')]
-    cond = {key: found[key] for key in keys} or None
-    return {'noise': found['noise'], 'image': found['image'], 'cond': cond}
+    keys = [name for name in found.dtype.names or () if name not in ('noise', 'image', PROMPT)]
+    cond = {key: found[key] for key in keys}
+    if self._texts is not None:
+      cond |= self._texts.texts(found[PROMPT])
+    return {'noise': found['noise'], 'image': found['image'], 'cond': cond or None}
 
   def shuffled(self, seed: int, batch_size: int, start: int, stop: int) -> Generator[dict[str, Any]]:
     """Yields this process's part of batches `start` to `stop` of an endless stream of shuffled epochs."""
@@ -93,8 +101,12 @@ class StoredPairs:
       yield self.read(order(i)[0][index * size : (index + 1) * size])
 
 
-def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
+def ensure(
+  workdir: pathlib.Path, pairs: Pairs, teacher: Model, texts: Encoded | None = None
+) -> StoredPairs:
   """Returns the pairs in `workdir`. Draws missing files, and draws files that do not match their digests again.
+
+  Pairs of a teacher that takes texts have `texts`, in an order that depends on the seed.
 
   Raises:
     UserError: the existing pairs come from another teacher, or were drawn with other settings.
@@ -103,7 +115,7 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
   directory = workdir / 'pairs'
   directory.mkdir(exist_ok=True)
   counts = label_counts(workdir) if pairs.labels == 'data' else ()
-  path, lineage = directory / 'pairs.json', describe(pairs, teacher, counts)
+  path, lineage = directory / 'pairs.json', describe(pairs, teacher, counts, texts)
   stored = read_json(path) if path.exists() else lineage | {'digests': [], 'seconds': 0.0}
   if 'labels' not in stored:  # older versions always drew balanced labels
     stored['labels'] = lineage['labels'] and 'balanced'
@@ -130,6 +142,7 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
     guidance=pairs.guidance,
     guiding=pairs.guiding,
     spread=True,
+    texts=texts,
   )
   grid = times.make_grid(pairs.grid, pairs.num_steps, stage.schedule)
   count = -(-pairs.count // pairs.batch_size)
@@ -145,19 +158,24 @@ def ensure(workdir: pathlib.Path, pairs: Pairs, teacher: Model) -> StoredPairs:
           _log.warning('%s is damaged or missing: drawn again', file)
         began = time.monotonic()
         index = np.arange(k * pairs.batch_size, min((k + 1) * pairs.batch_size, pairs.count))
-        drawn = draw.pairs(teacher.params, grid, pairs.seed, index)
+        noise, image, cond = draw.pairs(teacher.params, grid, pairs.seed, index)
+        if texts is not None:
+          cond = {key: values for key, values in (cond or {}).items() if key not in ('text', 'no_text')}
+          cond[PROMPT] = texts.places(index, pairs.seed)
         if files.writes():
-          _save(file, *drawn)
+          _save(file, noise, image, cond)
         cluster.barrier()
         digests[k : k + 1] = [_digest(file)]
         stored['seconds'] += time.monotonic() - began
         write_json(path, stored)
       progress.advance()
   digest = hashlib.sha256(''.join(digests).encode()).hexdigest()
-  return StoredPairs(paths, digest, stored['seconds'])
+  return StoredPairs(paths, digest, stored['seconds'], texts)
 
 
-def describe(pairs: Pairs, teacher: Model, label_counts: Sequence[int] = ()) -> dict[str, Any]:
+def describe(
+  pairs: Pairs, teacher: Model, label_counts: Sequence[int] = (), texts: Encoded | None = None
+) -> dict[str, Any]:
   """Returns everything that determines the pairs; without `label_counts`, labels are balanced."""
   return {
     'teacher': {'stage': teacher.stage.name, 'weights': teacher.weights, 'digest': teacher.digest},
@@ -173,7 +191,7 @@ def describe(pairs: Pairs, teacher: Model, label_counts: Sequence[int] = ()) -> 
     else None,
     'guidance': pairs.guidance.weight,
     'guiding_model': pairs.guiding and pairs.guiding.digest,
-  }
+  } | ({} if texts is None else {'texts': texts.identity})
 
 
 def _save(path: pathlib.Path, noise: np.ndarray, image: np.ndarray, cond: Cond) -> None:

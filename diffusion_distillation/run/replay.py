@@ -22,8 +22,8 @@ import numpy as np
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.orders import Shuffled
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.run import attempts
-from diffusion_distillation.run.inputs import Inputs, gather, load_distance
+from diffusion_distillation.run import attempts, encoding
+from diffusion_distillation.run.inputs import Inputs, examples_of, gather, load_distance
 from diffusion_distillation.stages import provenance, workdir
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import cluster, files, interrupts, sharding
@@ -87,7 +87,7 @@ def examine(stage: Stage, inputs: Inputs, state: TrainState) -> dict[str, Any]:
   """Examines the next update of `state` without applying it.
 
   Returns:
-    `stage`, `step`, `seed`, `images` (the indices of the batch), `loss`, the metrics, and `nonfinite`: the names of the
+    `stage`, `step`, `seed`, `images` (the indices of the batch's images or texts), `loss`, the metrics, and `nonfinite`: the names of the
     arrays in the state, the frozen parameters and the gradients that contain a NaN or an infinity.
   """
   step = int(state.step)
@@ -106,10 +106,12 @@ def examine(stage: Stage, inputs: Inputs, state: TrainState) -> dict[str, Any]:
 
 
 def _indices(stage: Stage, inputs: Inputs, step: int) -> list[int]:
-  """Returns the indices of the images in an update's batch; empty for a stage that needs no images."""
-  if inputs.images is None or 'images' not in stage.recipe.method.needs:
+  """Returns the indices of the images or texts in an update's batch; empty for a stage that needs none."""
+  with_images = inputs.images is not None and 'images' in stage.recipe.method.needs
+  read = inputs.images if with_images else inputs.texts
+  if read is None or not stage.recipe.method.needs & {'images', 'labels'}:
     return []
-  order = Shuffled(len(inputs.images), stage.seed_at(step), stage.batch_size)
+  order = Shuffled(len(read), stage.seed_at(step), stage.batch_size)
   found: list[int] = order(step)[0].tolist()
   return found
 
@@ -158,7 +160,9 @@ def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dic
     if model is None or not provenance.is_finished(directory, stages[parent]):
       raise UserError(f'stage {parent}, a parent of stage {name}, is not finished')
     models[parent] = model
-  inputs = gather(stage, models, images, directory, load_distance(stage))
+  texts = encoding.of_run(config, directory, stage, workdir.open_captions(directory, config))
+  examples = examples_of(images, texts)
+  inputs = gather(stage, models, examples, directory, load_distance(stage), texts)
   stage, state = _nearest(directory / name, stage, inputs, step)
   state = _advance(stage, inputs, state, step)
   found = examine(stage, inputs, state)

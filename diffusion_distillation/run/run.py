@@ -6,12 +6,15 @@ import logging
 import pathlib
 
 from diffusion_distillation.config import Config
+from diffusion_distillation.datasets import ImageSet
+from diffusion_distillation.datasets.encoded import Encoded
 from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.datasets.prompts import Captions
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import dinov2, inception, measure, reference
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.run import forecast, gate, monitor, tracking
-from diffusion_distillation.run.inputs import Inputs, gather, load_distance, needed
+from diffusion_distillation.run import encoding, forecast, gate, monitor, tracking
+from diffusion_distillation.run.inputs import Inputs, examples_of, gather, load_distance, needed
 from diffusion_distillation.run.loop import fit
 from diffusion_distillation.stages import extending, provenance
 from diffusion_distillation.stages import workdir as workdirs
@@ -39,13 +42,29 @@ def check_batches(config: Config) -> None:
       )
 
 
-def _check_needs(stages: list[Stage], done: set[str], images: Loader | None) -> None:
-  """Raises UserError if an unfinished stage needs images, and there are none."""
+def _check_needs(
+  config: Config, stages: list[Stage], done: set[str], images: Loader | None, captions: Captions | None
+) -> None:
+  """Raises UserError if an unfinished stage needs images or texts, and there are none."""
+  name, has_images = config.dataset.name, images is not None or isinstance(captions, ImageSet)
   for stage in stages:
-    if images is None and stage.name not in done and 'images' in stage.recipe.method.needs:
+    if stage.name in done:
+      continue
+    if not has_images and 'images' in stage.recipe.method.needs:
+      gan = getattr(stage.recipe.method, 'gan', None) is not None
+      remedy = (
+        f'; set {stage.name}.gan_generator=0 and {stage.name}.gan_fake=0 to train it without a GAN'
+        if gan
+        else ''
+      )
       raise UserError(
-        f'stage {stage.name} is trained on images; dataset.name=none only works for stages that need no images, such as '
-        'knowledge or one-step dmd without a GAN'
+        f'stage {stage.name} is trained on images; dataset.name={name} only works for stages that need no images, such as '
+        f'knowledge or one-step dmd without a GAN{remedy}'
+      )
+    if captions is None and conditioning.takes_text(stage.denoise.conditioning):
+      raise UserError(
+        f'stage {stage.name} is trained on texts, and dataset.name={name} has none; set dataset.name=prompts and '
+        'dataset.path to a file of prompts'
       )
 
 
@@ -54,7 +73,7 @@ def _check(
 ) -> tuple[set[str], dict[str, Params]]:
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
-  gate.check(config)
+  gate.check(config, stages[0].text is not None)
   tracking.check(config)
   reference.check(config)
   if config.evaluation.inception:  # raises its errors now, not after training
@@ -75,24 +94,29 @@ def _show(
   stages: list[Stage],
   done: set[str],
   distances_of: dict[str, Params],
+  device_gb: float = 0.0,
 ) -> None:
-  """Checks a plan against the workdir and shows it."""
+  """Checks a plan against the workdir and shows it; see `forecast.show` for `device_gb`."""
   workdirs.check_made_with(workdir, config)
   extending.check_configs(workdir, stages, config)
-  forecast.show(stages, done, config, workdir, distances_of)
+  forecast.show(stages, done, config, workdir, distances_of, device_gb)
 
 
 def show_plan(config: Config, workdir: pathlib.Path) -> None:
   """Shows what `run` would do, the memory and disk space it needs, and how long it would take; writes nothing.
 
-  Known datasets need not be present. With `log.measured_updates` = 0, nothing is compiled and no time is estimated.
+  Known datasets need not be present. With `log.measured_updates` = 0, or for other devices than this machine's
+  (`compute.device_gb`), nothing is compiled and no time is estimated.
 
   Raises:
     UserError: the config is not valid, or does not match the workdir.
   """
   stages = workdirs.described_plan(workdir, config)
   done, distances_of = _check(config, workdir, stages)
-  _show(config, workdir, stages, done, distances_of)
+  device_gb = config.compute.device_gb
+  _show(config, workdir, stages, done, distances_of, device_gb)
+  if device_gb:
+    return
   forecast.show_times(stages, done, sharding.compile_step(train_steps), config, distances_of)
 
 
@@ -109,8 +133,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     QualityError: a student falls short of its teacher; see `gate`.
   """
   stages, images = workdirs.plan_for(workdir, config)
+  captions = workdirs.open_captions(workdir, config)
   done, distances_of = _check(config, workdir, stages)
-  _check_needs(stages, done, images)
+  _check_needs(config, stages, done, images, captions)
   # The processes that read images always end before this one does.
   reading = contextlib.nullcontext() if images is None else contextlib.closing(images)
   with reading, workdirs.lock_workdir(workdir):
@@ -120,11 +145,40 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       workdirs.claim_images(workdir, images.images)
       if any(conditioning.classes(stage.denoise.conditioning) for stage in stages):
         workdirs.count_labels(workdir, images.images)
-    models = _train(config, workdir, stages, done, images, distances_of)
+    texts = _encode(config, workdir, stages, done, captions)
+    models = _train(config, workdir, stages, done, images, distances_of, texts)
     if images is None:
-      _log.warning('dataset.name=none: skipping the evaluation, as there are no images to compare with')
+      why = (
+        'there are no images to compare with' if captions is None else 'models of texts are not measured'
+      )
+      _log.warning('dataset.name=%s: skipping the evaluation, as %s', config.dataset.name, why)
     else:
       measure.evaluate(config, models, images, workdir, again=False)
+
+
+def _encode(
+  config: Config,
+  workdir: pathlib.Path,
+  stages: list[Stage],
+  done: set[str],
+  captions: Captions | None,
+) -> Encoded | None:
+  """Returns the encoded texts, if a stage is still to be trained with them."""
+  if captions is None or all(stage.name in done for stage in stages):
+    return None
+  workdirs.claim_images(workdir, captions)
+  return encoding.of_run(config, workdir, stages[0], captions)
+
+
+def _monitor(
+  config: Config, stage: Stage, workdir: pathlib.Path, images: Loader | None, inputs: Inputs
+) -> monitor.Monitor | None:
+  """Returns the monitor of a stage; None if it has neither images to be compared with nor texts to be drawn."""
+  if images is not None:
+    return monitor.begin(config, stage, workdir, images)
+  if inputs.texts is None:
+    return None
+  return monitor.begin_with_texts(stage, workdir, config, inputs.texts, inputs.pairs)
 
 
 def _train(
@@ -134,20 +188,21 @@ def _train(
   done: set[str],
   images: Loader | None,
   distances_of: dict[str, Params],
+  texts: Encoded | None = None,
 ) -> list[Model]:
   """Trains the unfinished stages; keeps only those weights in memory that later stages need."""
   step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
   models: dict[str, Model] = {}
   judge = gate.make_gate(config, workdir, images)
+  examples = examples_of(images, texts)
   for k, stage in enumerate(stages):
-    inputs = gather(stage, models, images, workdir, distances_of[stage.name])
+    inputs = gather(stage, models, examples, workdir, distances_of[stage.name], texts)
 
     def train(stage: Stage, inputs: Inputs = inputs) -> Model:
       if not provenance.is_finished(workdir, stage):
         inputs = inputs.held()
-        if monitor.watches(config, stage) and inputs.teacher is not None and images is not None:
-          found = monitor.begin(config, stage, workdir, images)
-          inputs = dataclasses.replace(inputs, monitor=found)
+        if monitor.watches(config, stage) and inputs.teacher is not None:
+          inputs = dataclasses.replace(inputs, monitor=_monitor(config, stage, workdir, images, inputs))
         if config.log.frechet_every and images is not None:
           tracker = tracking.begin(config, stage, workdir, images, inputs.parents(stage))
           inputs = dataclasses.replace(inputs, tracker=tracker)

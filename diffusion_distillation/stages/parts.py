@@ -16,6 +16,7 @@ from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import Context, Method
+from diffusion_distillation.methods.distances import Decoded, Weighted
 from diffusion_distillation.networks import NETWORKS, conditioning
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.guidance import GuidingModel, check
@@ -233,7 +234,7 @@ def make_recipe(
   if 'joint_clip' in of and of.joint_clip:
     adam['clipped_together'] = tuple(name for name in method.trained if name != 'student')
   return Recipe(
-    networks=FrozenDict(method.networks(*networks)),
+    networks=FrozenDict(_seeing_images(method.networks(*networks), space)),
     method=method,
     optimizer=build('optimizer', Adam, weight_decay=of.weight_decay, **adam),
     learning_rate={
@@ -250,6 +251,14 @@ def make_recipe(
     micro_batches=of.micro_batches,
     target_decay=None if target_decay in (0.0, of.ema_decay[0]) else target_decay,
   )
+
+
+def _seeing_images(networks: dict[str, Any], space: Space) -> dict[str, Any]:
+  """Returns the networks of a loss; a distance between images decodes x first, if x is not an image itself."""
+  weighted = networks.get('distance')
+  if weighted is None or not weighted.distance.of_images or space.decoder is None:
+    return networks
+  return {**networks, 'distance': Weighted(Decoded(weighted.distance, space.decoder))}
 
 
 def make_pairs(config: Config, teacher: Stage) -> Pairs:

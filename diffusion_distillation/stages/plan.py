@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_distillation.config import Config, check_numbers, choose
+from diffusion_distillation.datasets.settings import ENCODED_DTYPES
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.diffusion.weightings import WEIGHTINGS, or_base
@@ -118,10 +119,11 @@ def plan(
   for name in config.methods:
     choose('methods', name, _students())
   choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
+  choose('dataset.encoded_dtype', config.dataset.encoded_dtype, dict.fromkeys(ENCODED_DTYPES))
   base = _base(config, data, origin)
-  if base.space.own_programs and config.methods:
+  if base.space.own_programs and config.methods and config.dataset.random_flip:
     raise UserError(
-      f'methods={tuple(config.methods)}: models of latents can be imported and sampled, but not distilled yet; set methods=()'
+      'dataset.random_flip=True: the latents of a mirrored image are not its mirrored latents; set it to False'
     )
   section = config.evaluation
   guiding = parts.guiding_of('evaluation', section.guiding_model, section.guidance, base)

@@ -50,13 +50,15 @@ class Tokenizer:
     self._tokenizer.add_special_tokens(list(ids))
     self._begin, self._end, self._pad = ids[_BEGIN], ids[_END], ids[pad]
     self._length = length
+    self.cut = 0  # number of texts so far that were too long
 
-  def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    """Returns the tokens (n, length) int32: begin, text, end, padding. A text that is too long is cut, with a warning."""
+  def __call__(self, texts: Sequence[str], warns: bool = True) -> np.ndarray:
+    """Returns the tokens (n, length) int32: begin, text, end, padding. A text that is too long is cut and, if asked, named."""
     rows = []
     for text in texts:
       found = self._tokenizer.encode(text, add_special_tokens=False).ids
-      if len(found) > self._length - 2:
+      self.cut += len(found) > self._length - 2
+      if warns and len(found) > self._length - 2:
         _log.warning(
           'the text %r has %d tokens; only the first %d are read',
           text if len(text) <= 60 else f'{text[:60]}...',
@@ -154,6 +156,21 @@ class TextEncoder:
     """Returns the embeddings of texts (n, T, D) float32, T being the encoder's number of positions.
 
     Raises:
+      UserError: as `tokenize`.
+    """
+    params, tokens = self.weights(), self.tokenize()(texts)
+    rows = [_embed(self.network, params, jnp.asarray(row)[None]) for row in tokens]
+    return np.concatenate([np.asarray(row, np.float32) for row in rows])
+
+  def embedder(self) -> Callable[[np.ndarray], jax.Array]:
+    """Returns a function from tokens (n, T) to embeddings (n, T, D), for many texts: it holds the parameters on the device."""
+    params = jax.device_put(self.weights(), jax.local_devices()[0])
+    return lambda tokens: _embed(self.network, params, jnp.asarray(tokens))
+
+  def tokenize(self) -> Tokenizer:
+    """Returns the tokenizer.
+
+    Raises:
       UserError: the library `tokenizers` is not installed, or the tokenizer is missing, damaged or another encoder's.
     """
     tokenize = Tokenizer(self.tokenizer, self.network.max_position_embeddings)
@@ -161,6 +178,4 @@ class TextEncoder:
       raise UserError(
         f"the tokenizer's tokens go up to {tokenize.largest}, but the text encoder knows {self.network.vocab_size}"
       )
-    params, tokens = self.weights(), tokenize(texts)
-    rows = [_embed(self.network, params, jnp.asarray(row)[None]) for row in tokens]
-    return np.concatenate([np.asarray(row, np.float32) for row in rows])
+    return tokenize

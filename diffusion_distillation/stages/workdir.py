@@ -11,8 +11,9 @@ from typing import IO, Any
 
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, check_known, flatten
-from diffusion_distillation.datasets import loading
+from diffusion_distillation.datasets import loading, prompts
 from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.datasets.prompts import Captions
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import comparison, extending, model
@@ -101,42 +102,77 @@ def open_images(config: Config, role: str) -> Loader:
 def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader | None]:
   """Returns the stages of a run in `workdir`, which need not exist, and the training images, not yet read.
 
-  With `dataset.name=none` there are no images, and their shape and classes come from the first model in the workdir.
+  With `dataset.name=none` there are no images, and their shape and classes come from the first model in the workdir. If that
+  draws what a text says, there are no images either; see `open_captions`.
 
   Raises:
     UserError: the config or the images are not valid, or the run in `workdir` began with other images.
   """
   if config.dataset.name == datasets.NONE:
     return stored_plan(workdir, config), None
+  if (captions := open_captions(workdir, config)) is not None:
+    check_images(workdir, captions)
+    return stored_plan(workdir, config), None
   loader = open_images(config, 'train')
   open_images(config, 'eval')  # raises its errors now, not after training
   check_images(workdir, loader.images)
   shape, classes = loader.images.image_shape, loader.images.classes
-  origin = _of_images(find_origin(workdir), config)
-  if origin is not None and origin.image_shape != shape:
-    raise UserError(
-      f'dataset {config.dataset.name!r} has images of shape {shape}, but the imported model in {workdir} draws '
-      f'{origin.image_shape}; set dataset.image_size and dataset.channels, or dataset.name=none'
-    )
+  origin = find_origin(workdir)
+  _check_shape(workdir, config, shape, origin)
   return cut(workdir, plan(config, shape, len(classes), origin)), loader
 
 
 def described_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
   """Returns the stages of a run like `plan_for`, but does not need the files of known datasets."""
-  if config.dataset.name == datasets.NONE:
+  if config.dataset.name == datasets.NONE or open_captions(workdir, config) is not None:
     return stored_plan(workdir, config)
   described = datasets.describe(datasets.Settings.of(config.dataset))
-  return cut(workdir, plan(config, *described, _of_images(find_origin(workdir), config)))
+  return cut(workdir, plan(config, *described, find_origin(workdir)))
 
 
-def _of_images(origin: Origin | None, config: Config) -> Origin | None:
-  """Returns `origin`; raises UserError if it draws texts, which no dataset has."""
-  if origin is not None and conditioning.takes_text(origin.denoise.conditioning):
+def _check_shape(
+  workdir: pathlib.Path, config: Config, shape: tuple[int, ...], origin: Origin | None
+) -> None:
+  """Raises UserError if the images of a dataset have another shape than those that the imported model draws."""
+  if origin is not None and origin.image_shape != shape:
     raise UserError(
-      f'dataset.name={config.dataset.name}: the imported model draws what a text says, and no dataset has texts yet; set '
-      'dataset.name=none'
+      f'dataset {config.dataset.name!r} has images of shape {shape}, but the imported model in {workdir} draws '
+      f'{origin.image_shape}; set dataset.image_size and dataset.channels, or dataset.name=none'
     )
-  return origin
+
+
+def open_captions(workdir: pathlib.Path, config: Config) -> Captions | None:
+  """Opens the texts that the imported model of a workdir is trained with; an `ImageSet` if they are captions of images.
+
+  Returns None if the model takes no texts, or with `dataset.name=none`.
+
+  Raises:
+    UserError: the dataset has no texts, or there are texts and no model in the workdir that takes them.
+  """
+  origin, name = find_origin(workdir), config.dataset.name
+  takes_text = origin is not None and conditioning.takes_text(origin.denoise.conditioning)
+  if name == datasets.PROMPTS and (origin is None or not takes_text):
+    raise UserError(
+      f'dataset.name=prompts: {workdir} holds no imported model that draws what a text says; begin with --mode=import '
+      '--source=stable_diffusion'
+    )
+  if origin is None or not takes_text or name == datasets.NONE:
+    return None
+  if conditioning.classes(origin.denoise.conditioning):
+    raise UserError(f'{workdir}: the imported model takes classes beside texts, which no dataset has')
+  settings = datasets.Settings.of(config.dataset)
+  if name == datasets.PROMPTS:
+    return prompts.read(settings)
+  images = datasets.open_original(settings, 'train')
+  if not hasattr(images, 'caption'):
+    raise UserError(
+      f'dataset.name={name}: the imported model draws what a text says, and this dataset has no captions; set '
+      'dataset.name=prompts, or none'
+    )
+  images.check(datasets.Settings.key('train'))
+  _check_shape(workdir, config, images.image_shape, origin)
+  found: Captions = images
+  return found
 
 
 def find_origin(workdir: pathlib.Path) -> Origin | None:
@@ -163,8 +199,8 @@ def origin_of(stored: model.StoredModel) -> Origin:
   )
 
 
-def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
-  """Raises UserError if there is a run in `workdir` that began with other images."""
+def check_images(workdir: pathlib.Path, images: datasets.ImageSet | Captions) -> None:
+  """Raises UserError if there is a run in `workdir` that began with other images or texts."""
   path = workdir / 'dataset.json'
   if not path.is_file():
     return
@@ -172,18 +208,22 @@ def check_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
   if not isinstance(found.get('classes'), list):
     raise DamagedError(f'{path} is damaged (no classes in it); restore it from a copy')
   if found.get('identity') != images.identity:
+    now, of = len(images), len(getattr(images, 'classes', ()))
     raise UserError(
       f'{path}: this run began with other images: {found.get("num_images")} of {len(found["classes"])} '
-      f'classes, now {len(images)} of {len(images.classes)}; restore them, or use another workdir'
+      f'classes, now {now} of {of}; restore them, or use another workdir'
+      if found.get('image_shape')
+      else f'{path}: this run began with other prompts: {found.get("num_images")}, now {now}; restore them, or use another '
+      'workdir'
     )
 
 
-def claim_images(workdir: pathlib.Path, images: datasets.ImageSet) -> None:
+def claim_images(workdir: pathlib.Path, images: datasets.ImageSet | Captions) -> None:
   """Writes `dataset.json`, which includes the class names by label; raises UserError as `check_images` does."""
   check_images(workdir, images)
   path = workdir / 'dataset.json'
   kept = {k: v for k, v in (read_json(path) if path.is_file() else {}).items() if k == 'label_counts'}
-  described = {key: getattr(images, key) for key in ('name', 'image_shape', 'classes', 'identity')}
+  described = {key: getattr(images, key, ()) for key in ('name', 'image_shape', 'classes', 'identity')}
   write_json(path, described | {'num_images': len(images)} | kept)
 
 

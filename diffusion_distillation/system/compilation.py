@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from diffusion_distillation.config import POSITIVE, key
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +48,12 @@ class ComputeSection:
     'Number of updates per call of the compiled program; more than one pays off for small networks on fast devices. '
     '`log.every`, `log.health_every`, `log.frechet_every` and `checkpoint.every` must be multiples of it.',
     POSITIVE,
+  )
+  device_gb: float = key(
+    0.0,
+    'Memory in GB of the devices that `--mode=plan` plans for: it names the smallest number of them that each stage fits, with '
+    "`mesh.fsdp` and `micro_batches`, and measures no times; 0: this machine's devices.",
+    NOT_NEGATIVE,
   )
   fast_cpu: bool = key(
     True,

@@ -101,21 +101,37 @@ def of(tree: Any) -> Any:
 
 
 def _of_shape(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-  parts = mesh.shape['fsdp']
+  axis = _split_axis(shape, mesh.shape['fsdp'])
+  spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, 'fsdp')
+  return NamedSharding(mesh, spec)
+
+
+def _split_axis(shape: tuple[int, ...], parts: int) -> int | None:
+  """Returns the axis along which an array is split into `parts`; None if every device holds it completely."""
   divisible = [k for k, size in enumerate(shape) if size % parts == 0]
-  if len(shape) > 1 and divisible and parts > 1:
-    longest = max(divisible, key=lambda k: (shape[k], k))
-    return NamedSharding(mesh, PartitionSpec(*[None] * longest, 'fsdp'))
-  return NamedSharding(mesh, PartitionSpec())
+  if len(shape) < 2 or not divisible or parts == 1:
+    return None
+  return max(divisible, key=lambda k: (shape[k], k))
+
+
+def fsdp() -> int:
+  """Returns the number of devices over which each network is split."""
+  return int(_mesh().shape['fsdp'])
+
+
+def bytes_in_parts(tree: Any, parts: int) -> int:
+  """Returns the bytes per device of arrays (or their shapes) if each network is split over `parts` devices."""
+
+  def held(leaf: Any) -> int:
+    whole = int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+    return whole if _split_axis(tuple(leaf.shape), parts) is None else whole // parts
+
+  return sum(map(held, jax.tree.leaves(tree)))
 
 
 def bytes_per_device(tree: Any) -> int:
   """Returns the bytes per device of arrays (or their shapes) that are sharded by `of`."""
-  shapes = zip(jax.tree.leaves(tree), jax.tree.leaves(of(tree)), strict=True)
-  return sum(
-    int(np.prod(sharding.shard_shape(tuple(leaf.shape)), dtype=np.int64)) * leaf.dtype.itemsize
-    for leaf, sharding in shapes
-  )
+  return bytes_in_parts(tree, fsdp())
 
 
 def check_batch(section: str, batch_size: int, micro_batches: int) -> None:

@@ -24,8 +24,8 @@ def train_step(
     recipe: the stage's constants.
     state: the training state; the compiled step donates its buffers.
     frozen: parameters that are not updated, by network, such as `teacher`.
-    batch: `cond`, and `image` (B, H, W, C) uint8 and `pairs` if the method needs them. These are global arrays: the loss
-      is the mean over all devices.
+    batch: `cond`, and `image` (B, H, W, C) uint8 or its encoding `x` (B, ...), and `pairs`, if the method needs them. These
+      are global arrays: the loss is the mean over all devices.
 
   Returns:
     The next state, and scalar metrics.
@@ -60,8 +60,8 @@ def make_examples(
 ) -> dict[str, Any]:
   """Returns the batch for the loss: `x` if there are images, `cond`, `pairs`, and the method's random draws."""
   examples = {'cond': batch['cond'], **recipe.method.draw(rng_draw, recipe.shape)}
-  if 'image' in batch:
-    x = recipe.space.encode(batch['image'])
+  if 'x' in batch or 'image' in batch:
+    x = batch['x'] if 'x' in batch else recipe.space.encode(batch['image'])
     if recipe.random_flip:
       x = augment.flip(jax.random.fold_in(rng_augment, 0), x)
     if recipe.dequantize:

@@ -164,7 +164,7 @@ def test_broken_images_of_files_before_an_interruption_are_still_counted_after_i
   sources, tmp_path, monkeypatch
 ):
   expected = prepare(tmp_path / 'uninterrupted', sources['folder'])
-  write_shard, written = preparing._write_shard, []
+  write_shard, written = preparing.write_shard, []
 
   def failing(path, *args):
     if len(written) == 2:
@@ -173,7 +173,7 @@ def test_broken_images_of_files_before_an_interruption_are_still_counted_after_i
     return write_shard(path, *args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(preparing, '_write_shard', failing)
+    patch.setattr(preparing, 'write_shard', failing)
     with pytest.raises(OSError, match='no space'):
       prepare(tmp_path / 'copy', sources['folder'])
   assert prepare(tmp_path / 'copy', sources['folder']) == expected

@@ -141,7 +141,7 @@ def test_where_texts_cannot_be_given_one_line_says_so_before_anything_is_drawn(
     elsewhere.measure_model(tiny.config(), case[2], tmp_path / 'model', tmp_path / 'x.json')
   monkeypatch.setattr(workdir, 'find_origin', lambda path: workdir.origin_of(stored))
   for planned in (workdir.plan_for, workdir.described_plan):
-    with pytest.raises(UserError, match=r'dataset\.name=digits: .* no dataset has texts yet'):
+    with pytest.raises(UserError, match=r'dataset\.name=digits: .* has no captions'):
       planned(tmp_path / 'run', tiny.config(methods=()))
 
 
@@ -176,11 +176,11 @@ def test_a_folder_that_misses_a_network_or_holds_another_is_damaged(case, tmp_pa
     diffusion_distillation.load(folder)
 
 
-def test_students_in_latents_are_refused_before_anything_is_compiled(case):
+def test_latents_are_not_mirrored_and_need_an_imported_autoencoder(case):
   origin = workdir.origin_of(case[2].stored)
-  for name in ('progressive', 'dmd'):
-    with pytest.raises(UserError, match='not distilled yet'):
-      plan.plan(config(methods=(name,)), origin.image_shape, 0, origin)
+  with pytest.raises(UserError, match=r'dataset\.random_flip=True: the latents of a mirrored image'):
+    mirrored = config(methods=('dmd',), **{'dataset.random_flip': True})
+    plan.plan(mirrored, origin.image_shape, 0, origin)
   with pytest.raises(UserError, match=r'model\.space=latents is only for imported models'):
     tiny.plan(model__space='latents')
 
@@ -309,4 +309,4 @@ def test_a_pipeline_is_imported_and_sampled_by_its_commands(pipeline, tmp_path):
   code, _, err = tiny.run_cli('--mode=export', flags[1], f'--out={tmp_path / "exported"}')
   assert code == 2 and "it takes 'text' as an input, which no format supports" in err
   code, _, err = tiny.run_cli(*flags, "--config.methods=('dmd',)")
-  assert code == 2 and 'not distilled yet' in err
+  assert code == 2 and 'stage dmd is trained on texts, and dataset.name=none has none' in err

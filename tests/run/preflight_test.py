@@ -1,17 +1,32 @@
 """What a run is told, and refused, before anything is compiled. (Against the compiler's own figures: scaling_test.py.)"""
 
 import collections
+import dataclasses
 import functools
 import shutil
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from configs import sd15_dmd
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.interop import stable_diffusion
+from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.spaces import Latents
 from diffusion_distillation.run import preflight
 from diffusion_distillation.stages import workdir
+from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.system import sharding
-from tests import tiny
+from diffusion_distillation.training.state import TrainState
+from tests import text_model, tiny
+from tests.interop import stable_diffusion_test as full_size
+
+BLOCKS = {
+  'down_block_types': ['CrossAttnDownBlock2D'] * 3 + ['DownBlock2D'],
+  'up_block_types': ['UpBlock2D'] + ['CrossAttnUpBlock2D'] * 3,
+}
 
 STAGES, _ = tiny.plan(
   methods=('progressive', 'dmd'),
@@ -198,3 +213,75 @@ def test_the_memory_of_the_host_ends_at_the_limit_of_the_container(monkeypatch):
   assert preflight._memory_of_the_host() == 8 * 10**6
   monkeypatch.setattr(preflight, '_container_limits', list)
   assert preflight._memory_of_the_host() > 10**7
+
+
+def shapes(activations=10, batch_size=8, params=1000):
+  """A network of one matrix with two moments; its teacher is another one."""
+  one = jax.ShapeDtypeStruct((params // 8, 8), np.float32)
+  counters = np.zeros((3, 0))
+  state = TrainState(counters[0], {'student': one}, (one,), {'student': (one, one)}, *counters[1:])
+  return preflight.Shapes(state, {'student': one}, {'teacher': one}, activations, batch_size)
+
+
+def test_the_smallest_layout_has_few_devices_then_little_sharding_then_few_micro_batches():
+  """On one device: networks of 4000 bytes in 4 + 1 + 2 + 4 (snapshot) places, and 8 examples of 10 bytes."""
+  fixed = 11 * 4000
+  whole = shapes().on(1, 1, 1)
+  assert whole.total == fixed + 80 and shapes().on(2, 2, 2).activations == 20
+
+  def layout(limit, **changes):
+    found = preflight.smallest_layout(shapes(**changes), limit)
+    return found and (found[:3], found.memory.total <= limit)
+
+  assert layout(fixed + 80) == ((1, 1, 1), True)
+  assert layout(fixed + 79) == ((1, 1, 2), True)
+  assert layout(fixed + 10) == ((1, 1, 8), True)
+  assert layout(fixed + 9) == ((2, 2, 1), True)  # as each device then holds half
+  of_four = fixed / 4 + 2 * 3000 + 20  # two layers, of which each device fetches three quarters
+  assert layout(of_four) == ((4, 4, 1), True) and layout(of_four - 1) == ((4, 4, 2), True)
+  assert layout(of_four, batch_size=6) is None  # which four devices cannot share
+  assert layout(100) is None
+
+
+def test_a_plan_for_other_devices_names_their_layout_and_refuses_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(preflight, '_free', lambda path: 0)
+  monkeypatch.setattr(preflight, '_memory_of_the_host', lambda: 0)
+  lines = list(preflight.needs(STAGES[:2], {'base'}, tmp_path, {}, 40.0))
+  assert any('fits 1 device of 40 GB: 0.0 GB on each' in line for line in lines)
+  lines = list(preflight.needs(STAGES[:2], {'base'}, tmp_path, {}, 1e-6))
+  assert any('fits no layout of devices of 1e-06 GB; set compute.remat=True' in line for line in lines)
+
+
+@pytest.mark.slow
+def test_stable_diffusion_at_full_size_is_counted_from_shapes(tmp_path):
+  """Four networks' parameters in float32 are 16 bytes of 859,520,964; nothing of that size is allocated."""
+  unet = stable_diffusion.unet_of(tmp_path, full_size.UNETS['1.5'][1] | BLOCKS, text_model.SCHEDULE)
+  vae = stable_diffusion.vae_of(tmp_path, full_size.VAE)
+  stored = dataclasses.replace(
+    text_model.stored(),
+    denoise=Denoiser(unet, 'eps'),
+    space=Latents(vae, 'digest', None),
+    image_shape=(512, 512, 3),
+  )
+  c = sd15_dmd.get_config()
+  c.update_from_flattened_dict({'dmd.batch_size': 64, 'dmd.micro_batches': 1})
+  (stage,) = plan(c, (512, 512, 3), 0, workdir.origin_of(stored))[1:]
+  found = preflight.count(stage)
+  one = 4 * 859_520_964
+  memory = found.on(1, 1, 1)
+  assert (memory.params, memory.averages, memory.frozen) == (2 * one, one, one // 2)
+  assert 4 * one <= memory.optimizer < 4 * one + 100
+  assert 0.2e9 < found.activations < 0.5e9  # with remat, in bfloat16
+  layout = preflight.smallest_layout(found, 80e9)
+  assert layout[:2] == (1, 1) and layout.micro_batches > 1
+  assert preflight.smallest_layout(found, 40e9)[:2] == (2, 2)
+
+
+def test_the_largest_recomputed_block_is_counted_by_what_its_gradient_needs():
+  """Of sin(sin(x w)): x, and the cosines of both sines' arguments; another block is smaller."""
+  x, w = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((preflight._PRIME, 4), (4, 5)))
+  large = jax.checkpoint(lambda x, w: jnp.sin(jnp.sin(x @ w)))
+  small = jax.checkpoint(lambda h: jnp.sin(h))
+  jaxpr = jax.make_jaxpr(jax.jit(lambda x, w: small(large(x, w)).sum()))(x, w).jaxpr
+  sizes = [preflight._growing(preflight._residuals_of(block)) for block in preflight._recomputed(jaxpr)]
+  assert sizes == [4 * (4 + 5 + 5), 4 * 5]

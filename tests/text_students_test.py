@@ -1,0 +1,371 @@
+"""Students of a model of latents and texts: every method is planned, trained, resumed, and drawn from."""
+
+import contextlib
+import dataclasses
+import importlib
+import pathlib
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+import diffusion_distillation
+from diffusion_distillation import datasets
+from diffusion_distillation.datasets.prompts import Prompts
+from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.guidance import make_guidance
+from diffusion_distillation.diffusion.samplers import DDIM
+from diffusion_distillation.errors import UserError
+from diffusion_distillation.evaluation import sampling
+from diffusion_distillation.evaluation.loading import LoadedModel
+from diffusion_distillation.interop import importing
+from diffusion_distillation.methods import METHODS, distances
+from diffusion_distillation.networks import classifier
+from diffusion_distillation.run import encoding, evaluating, gate, inputs, loop, monitor, pairs
+from diffusion_distillation.run import run as runs
+from diffusion_distillation.stages import workdir
+from diffusion_distillation.stages.plan import plan
+from diffusion_distillation.stages.provenance import Model
+from tests import text_model, tiny
+from tests.interop import stable_diffusion_import_test as whole
+
+NO_GAN = {'dmd2__gan_generator': 0.0, 'dmd2__gan_fake': 0.0}
+GUIDED = {'pairs__guidance': 2.0, 'dmd__guidance': 2.0}
+STUDENTS = [name for name in METHODS if name != 'denoising']
+
+
+def planned(**changes):
+  """The stages of a config, without a workdir."""
+  stored = text_model.stored()
+  c = text_model.config('prompts.txt', **changes)
+  return plan(c, stored.image_shape, 0, workdir.origin_of(stored))
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+  """The encoded prompts."""
+  return encoding.ensure(tmp_path_factory.mktemp('texts'), CAPTIONS, text_model.stored(), 'float32')
+
+
+CAPTIONS = Prompts('prompts', text_model.PROMPTS, 'identity')
+
+
+def base(stage):
+  stored = text_model.stored()
+  return Model(stage, 'ema', 'digest', 1, 0.0, {'ema': stored.params})
+
+
+@pytest.mark.parametrize('name', STUDENTS)
+def test_every_method_makes_a_student_that_works_on_latents_and_takes_the_text(name):
+  stage = planned(methods=(name,))[-1]
+  assert stage.recipe.shape == (8, *text_model.LATENT) and stage.image_shape == text_model.IMAGE
+  batch = inputs.shapes(stage, 8)
+  known = batch.get('pairs', batch)['cond']
+  assert known['text'].shape == known['no_text'].shape == (8, 6, 8)
+  assert ('x' in batch) == ('images' in stage.recipe.method.needs) and 'image' not in batch
+  assert 'text' in stage.denoise.conditioning and stage.text == text_model.stored().text
+
+
+def test_batches_continue_where_they_were_interrupted_and_do_not_depend_on_their_size(texts):
+  stage = planned(methods=('dmd',), **GUIDED)[-1]
+  given = inputs.Inputs(None, texts=texts)
+
+  def batches(done, stage=stage):
+    with contextlib.closing(given.batches(stage, done)) as found:
+      return [batch['cond'] for batch in found]
+
+  without = dataclasses.replace(
+    stage.recipe, method=dataclasses.replace(stage.recipe.method, regression=0.0)
+  )
+  stage = dataclasses.replace(stage, recipe=without)
+  every, rest = batches(0, stage), batches(2, stage)
+  assert len(every) == 4 and set(every[0]) == {'text', 'no_text'}
+  for expected, found in zip(every[2:], rest, strict=True):
+    np.testing.assert_array_equal(found['text'], expected['text'])
+  halved = dataclasses.replace(stage, recipe=dataclasses.replace(without, shape=(4, *text_model.LATENT)))
+  small = batches(0, halved)
+  together = np.concatenate([small[0]['text'], small[1]['text']])
+  np.testing.assert_array_equal(together, every[0]['text'])
+  np.testing.assert_array_equal(every[0]['no_text'][3], texts.no_text)
+
+
+def test_pairs_are_latents_of_the_guided_teacher_and_each_has_a_text_of_its_own(texts, tmp_path):
+  stage = planned(methods=('dmd',), **GUIDED)[-1]
+  teacher = base(planned(methods=())[0])
+  stored = pairs.ensure(tmp_path, stage.pairs, teacher, texts)
+  found = stored.read(np.array([9, 2]))
+  assert found['image'].shape == found['noise'].shape == (2, *text_model.LATENT)
+  np.testing.assert_array_equal(
+    found['cond']['text'], texts.draw(np.array([9, 2]), stage.pairs.seed)['text']
+  )
+  columns = np.load(tmp_path / 'pairs' / '00000.npy').dtype.names
+  assert columns == ('noise', 'image', 'prompt')
+  model, weight = text_model.stored(), 2.0
+  z = jnp.asarray(found['noise'])
+  cond, logsnr = found['cond'], model.schedule(jnp.asarray([1.0, 0.5]))
+  for k, at in enumerate(logsnr):  # two guided DDIM steps by hand
+    here = jnp.full(2, at)
+    told, blank = (
+      model.denoise(model.params, z, here, {'text': cond[key]}) for key in ('text', 'no_text')
+    )
+    x, eps = (a + weight * (a - b) for a, b in zip(told, blank, strict=True))
+    to = jnp.asarray(np.inf) if k else logsnr[1]
+    z = jnp.sqrt(jax.nn.sigmoid(to)) * x + jnp.sqrt(jax.nn.sigmoid(-to)) * eps
+  np.testing.assert_allclose(found['image'], z, rtol=1e-4, atol=1e-4)
+  other = encoding.ensure(tmp_path / 'half', CAPTIONS, text_model.stored(), 'float16')
+  with pytest.raises(UserError, match='these pairs do not belong to this run: texts was'):
+    pairs.ensure(tmp_path, stage.pairs, teacher, other)
+
+
+def test_a_sample_alone_is_the_one_in_a_batch(texts):
+  stored = text_model.stored()
+  drawer = sampling.Drawer(
+    denoise=stored.denoise,
+    sampler=DDIM(),
+    schedule=stored.schedule,
+    space=stored.space,
+    image_shape=stored.image_shape,
+    batch_size=8,
+    clip_x=False,
+    guidance=make_guidance(2.0),
+    texts=texts,
+  )
+  grid = times.uniform(2)
+  _, together, _ = drawer.pairs(stored.params, grid, 3, np.arange(8))
+  _, alone, _ = drawer.pairs(stored.params, grid, 3, np.array([5]))
+  np.testing.assert_allclose(alone[0], together[5], rtol=1e-5, atol=1e-5)
+  without = dataclasses.replace(drawer, texts=None)
+  with pytest.raises(UserError, match='this model draws what a text says'):
+    without.pairs(stored.params, grid, 3, np.arange(8))
+
+
+def test_what_a_run_lacks_is_one_line_before_anything_is_encoded(tmp_path, monkeypatch):
+  monkeypatch.setattr(encoding, 'ensure', None)
+  stages = planned(methods=('dmd2',))
+  c = text_model.config('prompts.txt', methods=('dmd2',))
+  with pytest.raises(
+    UserError, match=r'stage dmd2 is trained on images; .* dmd2\.gan_generator=0 and dmd2\.gan_fake=0'
+  ):
+    runs._check_needs(c, stages, {'base'}, None, CAPTIONS)
+  runs._check_needs(c, planned(methods=('dmd2',), **NO_GAN), {'base'}, None, CAPTIONS)
+  with pytest.raises(UserError, match=r'dataset\.name=prompts: .* holds no imported model that draws'):
+    workdir.open_captions(tmp_path, c)
+  c.dataset.name = 'none'
+  with pytest.raises(
+    UserError, match=r'stage dmd2 is trained on texts, and dataset\.name=none has none'
+  ):
+    runs._check_needs(c, planned(methods=('dmd2',), **NO_GAN), {'base'}, None, None)
+
+
+def test_a_run_with_other_prompts_is_refused(tmp_path):
+  directory, c = text_model.begin(tmp_path)
+  captions = workdir.open_captions(directory, c)
+  workdir.claim_images(directory, captions)
+  workdir.plan_for(directory, c)
+  pathlib.Path(c.dataset.path).write_text('a red circle\nblue\n')
+  with pytest.raises(UserError, match='this run began with other prompts: 5, now 2'):
+    workdir.plan_for(directory, c)
+
+
+def final(directory, name):
+  return diffusion_distillation.load(directory / name / 'model').stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'changes'),
+  [
+    ('dmd', GUIDED),
+    ('dmd2', {**NO_GAN, 'dmd2__num_steps': 4, 'dmd2__fake_updates': 2, 'dmd2__guidance': 0.75}),
+  ],
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(name, changes, tmp_path, monkeypatch):
+  ends = []
+  for stops in (False, True):
+    directory, c = text_model.begin(tmp_path / str(stops), methods=(name,), **changes)
+    if stops:
+      with monkeypatch.context() as patch:
+        patch.setattr(loop, '_dispatches', _first_two(loop._dispatches))
+        with pytest.raises(_Killed):
+          runs.run(c, directory)
+    runs.run(c, directory)
+    ends.append(final(directory, name))
+  jax.tree.map(np.testing.assert_array_equal, ends[0].params, ends[1].params)
+  assert ends[0].digest == ends[1].digest and ends[0].digest != text_model.stored().digest
+  before = jax.tree.leaves(text_model.stored().params)
+  assert all((a != b).any() for a, b in zip(before, jax.tree.leaves(ends[0].params), strict=True))
+
+
+class _Killed(Exception):
+  """The process ended."""
+
+
+def _first_two(really):
+  """The loop's batches up to a kill in the third update, after the checkpoint at the second."""
+
+  def dispatches(batches, stage, done, config):
+    for k, group in enumerate(really(batches, stage, done, config)):
+      if k == 2:
+        raise _Killed
+      yield group
+
+  return dispatches
+
+
+@pytest.mark.slow
+def test_rounds_a_gan_and_a_student_that_takes_the_weight_are_trained_on_encoded_images(
+  tmp_path, monkeypatch
+):
+  from tests.run.encoding_test import images
+
+  directory, c = text_model.begin(
+    tmp_path,
+    methods=('dmd2', 'guided', 'progressive', 'consistency'),
+    distill__end_steps=2,
+    dataset__label_dropout=0.25,
+  )
+  monkeypatch.setattr(workdir, 'open_captions', lambda *_: images())
+  runs.run(c, directory)
+  student = diffusion_distillation.load(directory / 'progressive_0002' / 'model')
+  drawn = student.sample(prompts=['blue', 'a red circle'], guidance=1.0, seed=3)
+  assert drawn.shape == (2, *text_model.IMAGE) and student.stored.num_steps == 2
+  assert (drawn != student.sample(prompts=['blue', 'a red circle'], guidance=3.0, seed=3)).any()
+  assert final(directory, 'consistency').text == text_model.stored().text
+
+
+@pytest.mark.slow
+def test_an_imported_pipeline_becomes_a_one_step_student_that_draws_prompts(tmp_path):
+  pipeline = whole.write(tmp_path / 'pipeline', 'sd15_tiny')
+  c = text_model.config(
+    text_model.write_prompts(tmp_path / 'prompts.txt'),
+    methods=('dmd',),
+    dmd__num_updates=2,
+    pairs__num_pairs=8,
+    **GUIDED,
+  )
+  importing.from_stable_diffusion(c, c, pipeline, tmp_path / 'run')
+  runs.run(c, tmp_path / 'run')
+  shutil.move(tmp_path / 'run' / 'dmd' / 'model', tmp_path / 'student')
+  shutil.rmtree(tmp_path / 'run')
+  student = diffusion_distillation.load(tmp_path / 'student')
+  assert (student.stored.num_steps, student.stored.provenance['method']) == (1, 'dmd')
+  drawn = student.sample(prompts=['a red circle', 'blue'], seed=1)
+  assert drawn.shape == (2, 16, 16, 3) and drawn.dtype == np.uint8
+  np.testing.assert_array_equal(student.sample(3, prompts=['a red circle', 'blue'], seed=1)[:2], drawn)
+  with pytest.raises(UserError, match='guidance'):
+    student.sample(prompts=['blue'], guidance=2.0)
+
+
+def test_distances_of_images_decode_and_others_do_not(tmp_path):
+  stages = {
+    name: planned(methods=('dmd',), dmd__distance=name)[-1] for name in ('l2', 'lpips', 'features')
+  }
+  decoded = {
+    name: isinstance(stage.recipe.networks['distance'].distance, distances.Decoded)
+    for name, stage in stages.items()
+  }
+  assert decoded == {'l2': False, 'lpips': True, 'features': True}
+  of_classifier = {
+    name: np.zeros(shape, np.float32) for name, shape in classifier.shapes(2, text_model.IMAGE).items()
+  }
+  safetensors.numpy.save_file(of_classifier, tmp_path / 'x.safetensors')
+  stage = dataclasses.replace(stages['features'], distance_weights=str(tmp_path / 'x.safetensors'))
+  found = inputs.load_distance(stage)
+  assert found['decoder'] is stage.space.weights() and set(found) == {'decoder', 'distance'}
+  assert inputs.load_distance(stages['l2']) is None
+  with pytest.raises(UserError, match=r'dmd\.distance_weights='):
+    inputs.load_distance(stages['lpips'])
+
+
+# The scale of guidance in diffusers' convention, updates and examples (Yin et al. 2023, section 4.3; DMD2's released code).
+PUBLISHED = {
+  'sd15_dmd.py': ('dmd', 3.0, 20_000, 2304, 1),
+  'sd15_dmd.py:guidance_8': ('dmd', 8.0, 165_000, 2304, 1),
+  'sd15_dmd2.py': ('dmd2', 1.75, 40_000, 2048, 10),
+  'sd15_dmd2.py:four_steps': ('dmd2', 1.75, 40_000, 2048, 10),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_the_configs_have_the_published_settings_and_are_planned_for_an_imported_model(name, tmp_path):
+  method, scale, updates, examples, fake_updates = PUBLISHED[name]
+  file, _, variant = name.partition(':')
+  c = importlib.import_module(f'configs.{file.removesuffix(".py")}').get_config(variant)
+  section = c[method]
+  assert section.guidance == scale - 1.0 and (section.num_updates, section.batch_size) == (
+    updates,
+    examples,
+  )
+  assert (
+    section.fake_updates == fake_updates and section.learning_rate == section.fake_learning_rate == 1e-5
+  )
+  assert (section.weight_decay, section.clip_norm, section.warmup) == (0.01, 10.0, 500)
+  if name == 'sd15_dmd2.py':
+    return
+  if method == 'dmd':
+    assert c.pairs.guidance == section.guidance and section.regression == 0.25
+  c.dataset.path = str(text_model.write_prompts(tmp_path / 'prompts.txt'))
+  importing.adopt_stored(
+    c, tmp_path / 'run', text_model.stored(), {'source': 'test', 'folder': 'nowhere'}
+  )
+  flags = ['--mode=plan', f'--config=configs/{name}', f'--workdir={tmp_path / "run"}']
+  flags += [f'--config.dataset.path={c.dataset.path}', '--config.compute.device_gb=0.001']
+  code, _, err = tiny.run_cli(*flags)
+  assert code == 0, err
+  assert f'{updates:,} updates of {examples} images' in err and '5 prompts of prompts' in err
+  assert f'{method:<25}fits ' in err and f'{method}.micro_batches=' in err
+
+
+@pytest.mark.slow
+def test_samples_of_prompts_are_watched_and_compared_with_the_pairs(texts, tmp_path):
+  c = text_model.config('prompts.txt', methods=('dmd',), **GUIDED)
+  stage = dataclasses.replace(planned(methods=('dmd',), **GUIDED)[-1], num_updates=100)
+  stored = pairs.ensure(tmp_path, stage.pairs, base(planned(methods=())[0]), texts)
+  watching = monitor.begin_with_texts(stage, tmp_path, c, texts, stored)
+  params, model = text_model.stored().params, text_model.stored()
+  state = types.SimpleNamespace(
+    ema_params=(params,), params={'student': params, 'fake_score': params}, step=100
+  )
+  found = watching.look(state, {'teacher': params})
+  real = np.asarray(model.space.decode(stored.read(np.arange(12))['image']))
+  flat = real.reshape(12, -1) / 255.0  # as images of 8x8 are not averaged
+  spread = np.sqrt(flat.var(0).sum())
+  assert watching.data.spread == pytest.approx(spread, rel=1e-5)
+  draw = LoadedModel(model).drawer(DDIM(), False, 64)
+  draw = dataclasses.replace(draw, texts=texts)
+  drawn = draw.draw(params, times.uniform(1), 64, c.evaluation.seed)
+  own = np.sqrt((drawn.reshape(64, -1) / 255.0).var(0).sum())
+  assert found['diversity'] == pytest.approx(own / spread, rel=1e-5)
+  assert found['brightness'] == pytest.approx(drawn.mean() / 255.0)
+  with Image.open(tmp_path / 'dmd' / 'denoisings.png') as picture:
+    sheet = np.asarray(picture.convert('RGB'))
+  assert sheet.shape[0] > sheet.shape[1]
+  without = monitor.begin_with_texts(stage, tmp_path, c, texts, None)
+  assert set(without.look(state, {'teacher': params})) == {'brightness', 'saturation'}
+
+
+def test_colours_at_a_low_resolution_stand_for_the_features_of_large_images():
+  images = np.zeros((2, 35, 64, 3), np.uint8)
+  images[1, :2, :4, 0] = 255  # the first block of 2x4 pixels
+  found = monitor._pixels(images)
+  assert found.shape == (2, 17 * 16 * 3)
+  assert found[1, 0] == 1.0 and np.count_nonzero(found) == 1
+
+
+def test_a_run_of_texts_has_no_gate_and_is_not_evaluated(tmp_path):
+  with pytest.raises(
+    UserError, match=r'models that draw what a text says are not measured; set gate\.factor=0'
+  ):
+    gate.check(text_model.config('prompts.txt', gate__factor=1.5), True)
+  directory, c = text_model.begin(tmp_path)
+  with pytest.raises(
+    UserError, match='this model draws what a text says, and such models cannot be measured yet'
+  ):
+    evaluating.evaluate(c, directory)
+  with pytest.raises(UserError, match=r'dataset\.name=prompts has no images'):
+    datasets.open_split(datasets.Settings.of(c.dataset), 'train')
