@@ -361,7 +361,7 @@ def test_a_run_of_texts_has_no_gate_and_is_not_evaluated(tmp_path):
   with pytest.raises(
     UserError, match=r'models that draw what a text says are not measured; set gate\.factor=0'
   ):
-    gate.check(text_model.config('prompts.txt', gate__factor=1.5), True)
+    gate.check(text_model.config('prompts.txt', gate__factor=1.5), takes_text=True)
   directory, c = text_model.begin(tmp_path)
   with pytest.raises(
     UserError, match='this model draws what a text says, and such models cannot be measured yet'

@@ -73,8 +73,8 @@ def _check(
 ) -> tuple[set[str], dict[str, Params]]:
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
-  gate.check(config, stages[0].text is not None)
-  tracking.check(config)
+  gate.check(config, takes_text=stages[0].text is not None)
+  tracking.check(config, takes_text=stages[0].text is not None)
   reference.check(config)
   if config.evaluation.inception:  # raises its errors now, not after training
     inception.load(config.evaluation.inception)
