@@ -207,9 +207,9 @@ class Classes(NamedTuple):
     counts = np.bincount(self.predict(features), minlength=self.number)
     return [float(n) for n in counts / len(features)]
 
-  def tally(self, told: Conditioning) -> Tally:
+  def tally(self, conditions: Conditioning) -> Tally:
     """Returns an empty tally for samples of a model with this conditioning."""
-    own = conditioning.classes(told)
+    own = conditioning.classes(conditions)
     return Tally(self.predict, max(self.number, own.count if own else 0), self.reference)
 
 

@@ -146,10 +146,10 @@ def check(runs: Sequence[Run]) -> None:
       )
     if _reference(run) != _reference(first):
       files = [found.results['reference'].get('file') for found in (first, run)]
-      told = 'another evaluation.reference' if any(files) else 'other training images'
+      other = 'another evaluation.reference' if any(files) else 'other training images'
       remedy = 'measure both with the same one' if any(files) else 'compare runs on the same images'
       raise UserError(
-        f'{run.name} was compared with {told} than {first.name}, so that their numbers cannot be compared; {remedy}'
+        f'{run.name} was compared with {other} than {first.name}, so that their numbers cannot be compared; {remedy}'
       )
     if run.results['metric'] != first.results['metric']:
       raise UserError(
@@ -172,12 +172,12 @@ def remarks(runs: Sequence[Run]) -> list[str]:
   found = []
   numbers = {run.name: run.results['floor']['num_samples'] for run in runs}
   if len(set(numbers.values())) > 1:
-    told = ', '.join(f'{name}: {count}' for name, count in numbers.items())
-    found.append(f'The numbers of samples differ ({told}); the distance of fewer samples is larger.')
+    listed = ', '.join(f'{name}: {count}' for name, count in numbers.items())
+    found.append(f'The numbers of samples differ ({listed}); the distance of fewer samples is larger.')
   labels = {run.name: run.results.get('labels') for run in runs if run.results.get('labels')}
   if len(set(labels.values())) > 1:
-    told = ', '.join(f'{name}: {kind}' for name, kind in labels.items())
-    found.append(f'The distributions of the class labels differ ({told}).')
+    listed = ', '.join(f'{name}: {kind}' for name, kind in labels.items())
+    found.append(f'The distributions of the class labels differ ({listed}).')
   seeds = {run.config['evaluation.seed'] for run in runs}
   if len(seeds) > 1:
     found.append(

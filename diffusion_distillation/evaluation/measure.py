@@ -148,11 +148,11 @@ def evaluate(
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
   draw, held_out = _drawing(config, counts, drawn), workdirs.open_images(config, 'eval')
-  seen = report_contents.gather(
+  contents = report_contents.gather(
     todo, draw, extractor, train, held_out, config.evaluation, workdir, searched
   )
   if files.writes():
-    report.write(config, results, seen, workdir / 'report')
+    report.write(config, results, contents, workdir / 'report')
     write_json(partial, results)
     os.replace(partial, path)
   cluster.barrier()  # the others do not leave while the first process writes
@@ -221,7 +221,7 @@ def real_images(
 def describe(config: Config, setting: Setting) -> dict[str, Any]:
   """Returns a row without its measurements; rows with equal descriptions have equal measurements."""
   sampler, by, stage = make(config, setting.sampler), setting.guidance, setting.model.stage
-  told = stage.denoise.conditioning
+  conditions = stage.denoise.conditioning
   return {
     'stage': setting.model.stage.name,
     'weights': setting.model.weights,
@@ -232,7 +232,9 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'guidance': by.weight,
     'guidance_interval': by.interval,
     'guiding_model': setting.guiding and setting.guiding.digest,
-    'nfe': calls_per_image(told, by, sampler, grid(config, stage, setting.num_steps), stage.schedule),
+    'nfe': calls_per_image(
+      conditions, by, sampler, grid(config, stage, setting.num_steps), stage.schedule
+    ),
     'num_samples': config.evaluation.num_samples,
     'tolerance': config.evaluation.tolerance,
     'seed': config.evaluation.seed,

@@ -124,14 +124,14 @@ def from_file(
   file = pathlib.Path(path)
   stored = reference_files.read(file)
   reference_files.check_dimension(file, stored, extractor.metric, dimension(extractor, image_shape))
-  told: dict[str, Any] = {'file': file.name, 'digest': stored.digest, 'content': stored.content}
+  described: dict[str, Any] = {'file': file.name, 'digest': stored.digest, 'content': stored.content}
   if stored.features is not None:
     running = RunningFeatures(len(stored.features))
     running.add(stored.features.astype(np.float32))
     found = running.result()
   else:
     found = _of_statistics(directory, extractor, image_shape, path, stored)
-  return Given(found, told | {'num_images': found.count})
+  return Given(found, described | {'num_images': found.count})
 
 
 def check(config: Config) -> None:

@@ -66,7 +66,7 @@ def signed(difference: tuple[float, float | None] | None) -> str:
 
 
 def write(
-  config: Config, results: Mapping[str, Any], seen: ReportContents, directory: pathlib.Path
+  config: Config, results: Mapping[str, Any], contents: ReportContents, directory: pathlib.Path
 ) -> None:
   """Writes `index.html`, its figures as .png files, and the samples of each stage as `samples.npz`.
 
@@ -76,12 +76,12 @@ def write(
   Args:
     config: the config of the run, which the report shows.
     results: the contents of `results.json`.
-    seen: what the report shows beside the rows.
+    contents: what the report shows beside the rows.
     directory: directory of the report; created if necessary.
   """
   directory.mkdir(exist_ok=True)
-  drawn, table = _figures(results, seen), curves.comparison(results['rows'])
-  lines = {stage: watched.lines for stage, watched in seen.watched.items()}
+  drawn, table = _figures(results, contents), curves.comparison(results['rows'])
+  lines = {stage: watched.lines for stage, watched in contents.watched.items()}
   html = (
     environment()
     .get_template('report.html')
@@ -97,29 +97,29 @@ def write(
       ratios=any(r is not None for line in table for r in line['ratios']),
       left_out=len(curves.few(results['rows'])) < len(results['rows']),
       figures=drawn,
-      samples=[strips(caption, images) for caption, images in seen.samples.items()],
-      neighbours=_neighbours(seen.neighbours),
-      neighbours_of=seen.neighbours_of,
-      classes=class_table(results, seen.class_names),
-      grids=[_grid(found, seen.class_names) for found in seen.by_guidance],
+      samples=[strips(caption, images) for caption, images in contents.samples.items()],
+      neighbours=_neighbours(contents.neighbours),
+      neighbours_of=contents.neighbours_of,
+      classes=class_table(results, contents.class_names),
+      grids=[_grid(found, contents.class_names) for found in contents.by_guidance],
       health=curves.last_health(lines),
-      denoisings={k: figures.encode(w.picture) for k, w in seen.watched.items() if w.picture},
+      denoisings={k: figures.encode(w.picture) for k, w in contents.watched.items() if w.picture},
     )
   )
   for name in _FIGURES:  # one of an earlier evaluation may have nothing to show any more
     (directory / f'{name}.png').unlink(missing_ok=True)
   for name, picture in drawn.items():
     (directory / f'{name}.png').write_bytes(picture.png)
-  if seen.samples:
-    (directory / 'samples.png').write_bytes(figures.to_png(figures.samples(seen.samples), LIGHT))
+  if contents.samples:
+    (directory / 'samples.png').write_bytes(figures.to_png(figures.samples(contents.samples), LIGHT))
     arrays: dict[str, Any] = {
-      caption.replace('\n', ', '): images for caption, images in seen.samples.items()
+      caption.replace('\n', ', '): images for caption, images in contents.samples.items()
     }
     np.savez_compressed(directory / 'samples.npz', **arrays)
   (directory / 'index.html').write_text(html)
 
 
-def _figures(results: Mapping[str, Any], seen: ReportContents) -> dict[str, Picture]:
+def _figures(results: Mapping[str, Any], contents: ReportContents) -> dict[str, Picture]:
   """Draws the figures that have something to show, by name."""
   rows = curves.few(results['rows'])
   by_calls, by_seconds, by_cost = curves.by_calls(rows), curves.by_seconds(rows), curves.by_cost(results)
@@ -131,13 +131,13 @@ def _figures(results: Mapping[str, Any], seen: ReportContents) -> dict[str, Pict
   if panels := curves.by_weight(results['rows'], results['metric']):
     logarithmic = frozenset({results['metric']})
     found['guidance'] = figures.render(lambda theme: figures.by_weight(panels, logarithmic, theme))
-  if near := seen.neighbours:
+  if near := contents.neighbours:
     sets = {
       name: {'samples': d.samples, 'held-out images': d.held_out}
       for name, d in (('in features', near.features), ('in pixels', near.pixels))
     }
     found['nearest'] = figures.render(lambda theme: figures.distances(sets, theme))
-  watched = {stage: w.lines for stage, w in seen.watched.items()}
+  watched = {stage: w.lines for stage, w in contents.watched.items()}
   for name, (title, lines) in curves.health(watched).items():
     found[f'health_{name}'] = figures.render(functools.partial(figures.health, title, lines))
   return found

@@ -92,17 +92,17 @@ class Drawer:
 
   def calls(self, grid: np.ndarray) -> int:
     """Returns the number of network calls per image on a grid of times (N + 1,)."""
-    told = self.denoise.conditioning
-    return calls_per_image(told, self.guidance, self.sampler, grid, self.schedule)
+    conditions = self.denoise.conditioning
+    return calls_per_image(conditions, self.guidance, self.sampler, grid, self.schedule)
 
   def cond(self, index: np.ndarray, seed: int, chosen: Chosen = None) -> Cond:
     """Returns the conditioning of the images at `index`: the chosen values in turn, or else as `conditioning.draw`."""
-    told = self.denoise.conditioning
+    conditions = self.denoise.conditioning
     if chosen:
-      found = conditioning.in_turn(told, index, chosen)
+      found = conditioning.in_turn(conditions, index, chosen)
     else:
-      found = conditioning.draw(told, index, seed, self.label_counts, self.texts)
-    if known := conditioning.weights(told):
+      found = conditioning.draw(conditions, index, seed, self.label_counts, self.texts)
+    if known := conditioning.weights(conditions):
       weight = self.guidance.weight if self.guidance else known.low
       one = np.full(len(index), weight, np.float32)
       found = {**(found or {}), conditioning.WEIGHT: known.spread(index) if self.spread else one}

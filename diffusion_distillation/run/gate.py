@@ -122,9 +122,9 @@ class Floor(NamedTuple):
 
 def floor_of(real: np.ndarray, count: int, seed: int) -> Floor:
   """Returns the floor of `count` images, which are drawn with replacement from those with the features `real` (N, D)."""
-  rng, whole = np.random.Generator(np.random.Philox(seed)), moments_of(real)
+  rng, of_all = np.random.Generator(np.random.Philox(seed)), moments_of(real)
   drawn = (real[rng.integers(len(real), size=count)] for _ in range(_DRAWS))
-  found = [frechet_distance(whole, moments_of(some)) for some in drawn]  # whose root is computed once
+  found = [frechet_distance(of_all, moments_of(some)) for some in drawn]  # whose root is computed once
   return Floor(float(np.mean(found)), float(np.std(found, ddof=1)) / math.sqrt(_DRAWS))
 
 

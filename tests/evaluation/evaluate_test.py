@@ -295,6 +295,7 @@ def of_dinov2(monkeypatch):
   return named
 
 
+@pytest.mark.slow
 def test_the_distance_by_dinov2_stands_beside_the_other_metrics(workdir, asked, of_dinov2, read, caplog):
   plain, _ = evaluate(workdir)
   asked.clear()
