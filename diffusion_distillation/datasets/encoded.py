@@ -81,7 +81,7 @@ class Encoded:
   def batch(self, indices: np.ndarray) -> Batch:
     """Reads the examples at `indices` (B,); see `ImageSet.batch`. In place of `image`, it has `x` (B, ...) float32."""
     x, text = self._read(indices)
-    found = {'cond': self._cond(text), 'whole': np.ones(len(indices), bool), 'skipped': ()}
+    found = {'cond': self._cond(text), 'valid': np.ones(len(indices), bool), 'skipped': ()}
     return found | ({'x': x} if self.x_shape else {})
 
   def _cond(self, text: np.ndarray) -> dict[str, np.ndarray]:
