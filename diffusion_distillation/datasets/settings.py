@@ -11,7 +11,8 @@ from diffusion_distillation.errors import UserError
 ROLES = ('train', 'eval')
 WITHOUT_FILES = ('digits', 'shapes')
 NONE = 'none'  # no images, for runs that need none
-OURS = (*WITHOUT_FILES, 'folder')  # suggested for unknown names
+FROM_PATH = ('folder', 'captions')  # read all files at dataset.path
+OURS = (*WITHOUT_FILES, *FROM_PATH)  # suggested for unknown names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +21,13 @@ class Settings:
 
   name: str = config.key(
     'digits',
-    'Dataset: `digits`, `shapes`, `folder`, or the name of a dataset of tensorflow-datasets, such as `cifar10`.',
+    'Dataset: `digits`, `shapes`, `folder`, `captions` (images with captions), or the name of a dataset of '
+    'tensorflow-datasets, such as `cifar10`.',
   )
   path: str = config.key(
     '',
-    'Location of the images: a directory, .zip or URL for `folder`; `data_dir` for tensorflow-datasets, whose default is '
-    'used if this is empty.',
+    'Location of the images: a directory, .zip or URL for `folder` and `captions`, for which it may also be a .tar; '
+    '`data_dir` for tensorflow-datasets, whose default is used if this is empty.',
     path='any',
   )
   prepared: str = config.key(
