@@ -17,9 +17,9 @@ from diffusion_distillation.training.state import Params
 
 _log = logging.getLogger(__name__)
 
-_VOCABULARY, _MERGES, _WHOLE = 'vocab.json', 'merges.txt', 'tokenizer.json'
+VOCABULARY, MERGES, _WHOLE = 'vocab.json', 'merges.txt', 'tokenizer.json'
 _SETTINGS = ('special_tokens_map.json', 'tokenizer_config.json')
-TOKENIZER_FILES = (_VOCABULARY, _MERGES, _WHOLE, *_SETTINGS)
+TOKENIZER_FILES = (VOCABULARY, MERGES, _WHOLE, *_SETTINGS)
 _BEGIN, _END = '<|startoftext|>', '<|endoftext|>'
 # What CLIP's vocabulary is made of (Radford et al. 2021): runs of letters, single digits, runs of other characters.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -82,20 +82,20 @@ def _build(files: Mapping[str, bytes]) -> Any:
     raise UserError(
       "prompts need the library tokenizers: pip install 'diffusion_distillation[text]'"
     ) from error
-  if not {_VOCABULARY, _MERGES} <= files.keys():
+  if not {VOCABULARY, MERGES} <= files.keys():
     if _WHOLE not in files:
       raise UserError(
-        f'this model has no tokenizer, which prompts need: neither {_VOCABULARY} with {_MERGES} nor {_WHOLE}'
+        f'this model has no tokenizer, which prompts need: neither {VOCABULARY} with {MERGES} nor {_WHOLE}'
       )
     found = tokenizers.Tokenizer.from_str(files[_WHOLE].decode())
     found.no_padding()
     found.no_truncation()
     return found
-  lines = files[_MERGES].decode().splitlines()
+  lines = files[MERGES].decode().splitlines()
   split = (line.partition(' ') for line in lines if line and not line.startswith('#version'))
   pairs = [(left, right) for left, _, right in split]
   model = models.BPE(
-    vocab=json.loads(files[_VOCABULARY]),
+    vocab=json.loads(files[VOCABULARY]),
     merges=pairs,
     end_of_word_suffix='</w>',
     continuing_subword_prefix='',
@@ -156,11 +156,16 @@ class TextEncoder:
     Raises:
       UserError: the library `tokenizers` is not installed, or the tokenizer is missing, damaged or another encoder's.
     """
+    tokens = self.tokens(texts)
+    params = self.weights()
+    rows = [_embed(self.network, params, jnp.asarray(row)[None]) for row in tokens]
+    return np.concatenate([np.asarray(row, np.float32) for row in rows])
+
+  def tokens(self, texts: Sequence[str]) -> np.ndarray:
+    """Returns the tokens of texts (n, T) int32; raises UserError as `embed` does."""
     tokenize = Tokenizer(self.tokenizer, self.network.max_position_embeddings)
     if tokenize.largest >= self.network.vocab_size:
       raise UserError(
         f"the tokenizer's tokens go up to {tokenize.largest}, but the text encoder knows {self.network.vocab_size}"
       )
-    params, tokens = self.weights(), tokenize(texts)
-    rows = [_embed(self.network, params, jnp.asarray(row)[None]) for row in tokens]
-    return np.concatenate([np.asarray(row, np.float32) for row in rows])
+    return tokenize(texts)
