@@ -30,6 +30,7 @@ from diffusion_distillation.evaluation import (
 from diffusion_distillation.evaluation.loading import (
   LoadedModel,
   batch_size,
+  check_negative,
   chosen_classes,
   load,
   read_guiding,
@@ -133,7 +134,9 @@ def _sample(options: Options) -> None:
   by_model = options.guiding_model is not None
   guidance = sample_flags.guidance(stored, options.guidance, options.guidance_interval, chosen, by_model)
   guiding = read_guiding(stored, '--guiding_model', options.guiding_model, guidance)
-  chosen = with_texts(stored, chosen, options.prompts, bool(guidance))
+  if options.negative_prompt is not None:
+    check_negative(stored, bool(guidance), by_model, '--negative_prompt', '--guidance')
+  chosen = with_texts(stored, chosen, options.prompts, bool(guidance), options.negative_prompt)
   size = batch_size(stored, settings.batch_size, count)
   draw = LoadedModel(stored).drawer(step, clip_x, size, guidance, guiding)
   images = draw.draw(stored.params, grid, count, options.seed, chosen, 'sample')
@@ -281,6 +284,7 @@ This page is the output of `python main.py --mode=keys`.
 _GUIDANCE = ('guidance', 'guidance_interval', 'guiding_model')
 _OF_SAMPLING = (
   *('weights', 'sampler', 'steps', 'grid', 'times', 'classes', 'prompts'),
+  'negative_prompt',
   *(*_GUIDANCE, 'clip_x', 'gamma'),
 )
 MODES: dict[str, Callable[[Options], None]] = {
