@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import pathlib
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -68,6 +69,33 @@ def _rows(table: str, text: str, where: str) -> Iterator[tuple[int, Mapping[str,
   for line, content in enumerate(text.split('\n'), 1):
     if content.strip():
       yield line, parsed(content, f'{where}, line {line}')
+
+
+def read_prompts(path: pathlib.Path, key: str) -> list[str]:
+  """Returns the texts in a file: the lines of a .txt, or the captions in a .csv or .jsonl; empty ones are left out.
+
+  Args:
+    path: the file.
+    key: the config key or flag that the path comes from, for messages.
+
+  Raises:
+    UserError: there is no such file, it is of another kind, or it holds no text.
+  """
+  where = f'{key}={path}'
+  if path.suffix.lower() not in ('.txt', '.csv', '.jsonl'):
+    raise UserError(f'{where}: prompts are read from .txt, .csv and .jsonl')
+  try:
+    text = decoded(path.read_bytes(), where)
+  except OSError as error:
+    raise UserError(f'{where} cannot be read: {error.strerror}') from error
+  if path.suffix.lower() == '.txt':
+    found = [line.strip() for line in text.splitlines()]
+  else:
+    rows = _rows(path.name, text, where)
+    found = [caption_of(row, f'{where}, line {line}') for line, row in rows]
+  if not any(found):
+    raise UserError(f'{where} holds no prompt')
+  return [line for line in found if line]
 
 
 def beside(

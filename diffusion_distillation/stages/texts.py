@@ -134,6 +134,12 @@ def _embed(network: CLIPText, params: Params, tokens: jax.Array) -> jax.Array:
   return found.last
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _pool(network: CLIPText, params: Params, tokens: jax.Array) -> jax.Array:
+  found: Encoded = network.apply({'params': params}, tokens)  # type: ignore[assignment]
+  return found.pooled
+
+
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
   """The text encoder of a model. Two are equal if their networks and the digests of their parameters are.
@@ -160,6 +166,11 @@ class TextEncoder:
     params = self.weights()
     rows = [_embed(self.network, params, jnp.asarray(row)[None]) for row in tokens]
     return np.concatenate([np.asarray(row, np.float32) for row in rows])
+
+  def pooled(self, texts: Sequence[str]) -> np.ndarray:
+    """Returns one embedding for each text (n, D) float32, that of its end token; raises UserError as `embed` does."""
+    params, tokens = self.weights(), self.tokens(texts)
+    return np.asarray(_pool(self.network, params, jnp.asarray(tokens)), np.float32)
 
   def tokens(self, texts: Sequence[str]) -> np.ndarray:
     """Returns the tokens of texts (n, T) int32; raises UserError as `embed` does."""

@@ -132,7 +132,7 @@ def test_where_texts_cannot_be_given_one_line_says_so_before_anything_is_drawn(
 ):
   stored = case[2].stored
   model.write(tmp_path / 'model', stored)
-  with pytest.raises(UserError, match='models of text cannot be measured yet'):
+  with pytest.raises(UserError, match=r'draws what a text says; name evaluation\.prompts'):
     elsewhere.measure_model(tiny.config(), case[2], tmp_path / 'model', tmp_path / 'x.json')
   monkeypatch.setattr(workdir, 'find_origin', lambda path: workdir.origin_of(stored))
   for planned in (workdir.plan_for, workdir.described_plan):
