@@ -70,6 +70,11 @@ _PROMPTS = flags.DEFINE_multi_string(
   [],
   'sample: what to draw, for models that are conditioned on text; given several times, the prompts are drawn in turn.',
 )
+_NEGATIVE_PROMPT = flags.DEFINE_string(
+  'negative_prompt',
+  None,
+  'sample: what guidance leads away from, for models that are conditioned on text; by default the empty text.',
+)
 _GUIDANCE = flags.DEFINE_float(
   'guidance',
   None,
@@ -176,6 +181,7 @@ def run(argv: list[str]) -> None:
     times=_TIMES.value,
     classes=_CLASSES.value,
     prompts=_PROMPTS.value,
+    negative_prompt=_NEGATIVE_PROMPT.value,
     guidance=_GUIDANCE.value,
     guidance_interval=_GUIDANCE_INTERVAL.value,
     guiding_model=_GUIDING_MODEL.value or None,

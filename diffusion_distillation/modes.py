@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_distillation import datasets
+from diffusion_distillation import datasets, paths
 from diffusion_distillation.config import (
   Config,
   check_keys,
@@ -16,7 +16,7 @@ from diffusion_distillation.config import (
   expand_paths,
   to_markdown,
 )
-from diffusion_distillation.datasets import preparing
+from diffusion_distillation.datasets import caption_files, preparing
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import (
@@ -30,12 +30,14 @@ from diffusion_distillation.evaluation import (
 from diffusion_distillation.evaluation.loading import (
   LoadedModel,
   batch_size,
+  check_negative,
   chosen_classes,
   load,
   read_guiding,
   with_texts,
 )
-from diffusion_distillation.interop import exporting, importing
+from diffusion_distillation.evaluation.prompted import Prompted
+from diffusion_distillation.interop import clip, exporting, importing
 from diffusion_distillation.options import Options
 from diffusion_distillation.run import encoding, evaluating, replay, tracking
 from diffusion_distillation.run import run as run_module
@@ -153,7 +155,9 @@ def _sample(options: Options) -> None:
   by_model = options.guiding_model is not None
   guidance = sample_flags.guidance(stored, options.guidance, options.guidance_interval, chosen, by_model)
   guiding = read_guiding(stored, '--guiding_model', options.guiding_model, guidance)
-  chosen = with_texts(stored, chosen, options.prompts, bool(guidance))
+  if options.negative_prompt is not None:
+    check_negative(stored, bool(guidance), by_model, '--negative_prompt', '--guidance')
+  chosen = with_texts(stored, chosen, options.prompts, bool(guidance), options.negative_prompt)
   size = batch_size(stored, settings.batch_size, count)
   draw = LoadedModel(stored).drawer(step, clip_x, size, guidance, guiding)
   images = draw.draw(stored.params, grid, count, options.seed, chosen, 'sample')
@@ -216,23 +220,45 @@ def _evaluate(options: Options) -> None:
     own = options.workdir is None and options.config is not None
     config = _checked_config(options) if own else _config_of_run(options, _workdir(options))
     directory = None if options.workdir is None else pathlib.Path(options.workdir)
-    return _show_measured(*elsewhere.measure_images(config, given, directory, out))
+    asked = _prompted(config)
+    if asked is not None and asked.clip is None:
+      raise UserError('evaluation.prompts applies to --images only with evaluation.clip=FOLDER')
+    return _show_measured(*elsewhere.measure_images(config, given, directory, out, asked))
   directory = _workdir(options)
   if (directory / 'model.json').is_file():
     if options.config is None:
       raise UserError(
         f'--workdir={directory} is the folder of a model; name --config, whose dataset its samples are compared with'
       )
-    return _show_measured(
-      *elsewhere.measure_model(_checked_config(options), load(directory), directory, out)
-    )
+    config = _checked_config(options)
+    asked = _prompted(config)
+    return _show_measured(*elsewhere.measure_model(config, load(directory), directory, out, asked))
   if out is not None:
     raise UserError(
       f'--out={out} only applies to --images and to the folder of a model; a run writes results.json'
     )
-  path = evaluating.evaluate(_config_of_run(options, directory), directory)
+  config = _config_of_run(options, directory)
+  if config.evaluation.clip or config.evaluation.prompts:
+    raise UserError(
+      'evaluation.clip and evaluation.prompts only apply to --images and to the folder of a model, STAGE/model'
+    )
+  path = evaluating.evaluate(config, directory)
   if files.writes():
     print(path)
+
+
+def _prompted(config: Config) -> Prompted | None:
+  """Returns the prompts and the CLIP model that the config names; None if it names no prompts."""
+  section = config.evaluation
+  if not section.prompts:
+    if section.clip:
+      raise UserError(
+        f'evaluation.clip={section.clip} needs evaluation.prompts=FILE, one prompt for each image'
+      )
+    return None
+  path = paths.on_disk('evaluation.prompts', section.prompts)
+  prompts = caption_files.read_prompts(path, 'evaluation.prompts')
+  return Prompted(path.name, prompts, clip.read(section.clip) if section.clip else None)
 
 
 def _checked_config(options: Options) -> Config:
@@ -301,6 +327,7 @@ This page is the output of `python main.py --mode=keys`.
 _GUIDANCE = ('guidance', 'guidance_interval', 'guiding_model')
 _OF_SAMPLING = (
   *('weights', 'sampler', 'steps', 'grid', 'times', 'classes', 'prompts'),
+  'negative_prompt',
   *(*_GUIDANCE, 'clip_x', 'gamma'),
 )
 MODES: dict[str, Callable[[Options], None]] = {

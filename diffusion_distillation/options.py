@@ -29,6 +29,7 @@ class Options:
   times: Sequence[str] = ()
   classes: Sequence[str] = ()
   prompts: Sequence[str] = ()
+  negative_prompt: str | None = None
   guidance: float | None = None
   guidance_interval: Sequence[str] = ()
   guiding_model: str | os.PathLike[str] | None = None

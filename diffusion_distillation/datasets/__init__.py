@@ -1,8 +1,8 @@
-"""Datasets of images by name: digits, drawn shapes, a folder or zip, tensorflow-datasets; or a prepared copy of one."""
+"""Datasets of images by name: digits, shapes, folders without and with captions, tensorflow-datasets; or a prepared copy."""
 
 from collections.abc import Callable
 
-from diffusion_distillation.datasets import digits, folder, prepared, shapes, tfds
+from diffusion_distillation.datasets import captions, digits, folder, prepared, shapes, tfds
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
 from diffusion_distillation.datasets.settings import NONE, PROMPTS, ROLES, Settings
 from diffusion_distillation.errors import UserError
@@ -12,6 +12,7 @@ SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
   'digits': digits.open_split,
   'shapes': shapes.open_split,
   'folder': folder.open_split,
+  'captions': captions.open_split,
 }
 
 

@@ -7,7 +7,7 @@ import itertools
 import os
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import fsspec
 import numpy as np
@@ -51,6 +51,25 @@ def arrange(names: Iterable[str]) -> Tree:
   Raises:
     ValueError: only some images are in folders, or some folders have names similar to those of splits.
   """
+  inside, split_of = by_split(names)
+  flat = [name for name, parts in inside.items() if len(parts) == 1]
+  deep = [name for name, parts in inside.items() if len(parts) > 1]
+  if flat and deep:
+    raise ValueError(f'has images in folders ({min(deep)}) and next to them ({min(flat)})')
+  classes = tuple(sorted({inside[name][0] for name in deep}))
+  label = {name: k for k, name in enumerate(classes)}
+  files: dict[str, list[tuple[str, int]]] = {}
+  for name in in_order(inside):
+    files.setdefault(split_of[name], []).append((name, label.get(inside[name][0], 0)))
+  return Tree(files, classes)
+
+
+def by_split(names: Iterable[str]) -> tuple[Parts, dict[str, str]]:
+  """Returns the parts of each name below its split's folder, and the split of each name; see `arrange`.
+
+  Raises:
+    ValueError: some folders have names similar to those of splits.
+  """
   inside = passed_over({name: tuple(name.split('/')) for name in names})
   split_of = dict.fromkeys(inside, 'train')
   tops = {parts[0] if len(parts) > 1 else '' for parts in inside.values()}
@@ -62,16 +81,12 @@ def arrange(names: Iterable[str]) -> Tree:
       f'has a folder {alike[0]!r}; folders of splits must be called {", ".join(SPLIT_FOLDERS)}, must include train, '
       'and must contain all images'
     )
-  flat = [name for name, parts in inside.items() if len(parts) == 1]
-  deep = [name for name, parts in inside.items() if len(parts) > 1]
-  if flat and deep:
-    raise ValueError(f'has images in folders ({min(deep)}) and next to them ({min(flat)})')
-  classes = tuple(sorted({inside[name][0] for name in deep}))
-  label = {name: k for k, name in enumerate(classes)}
-  files: dict[str, list[tuple[str, int]]] = {}
-  for name in sorted(inside, key=lambda name: _hash(inside[name])):
-    files.setdefault(split_of[name], []).append((name, label.get(inside[name][0], 0)))
-  return Tree(files, classes)
+  return inside, split_of
+
+
+def in_order(inside: Parts) -> list[str]:
+  """Returns the names in the order of a hash of their parts."""
+  return sorted(inside, key=lambda name: _hash(inside[name]))
 
 
 def passed_over(parts: Parts) -> Parts:
@@ -147,31 +162,74 @@ def _listing(path: str) -> listing.Listing:
 
 @functools.lru_cache(maxsize=4)
 def _held_out(there: listing.Listing, decoder: decoding.Decoder) -> frozenset[str]:
-  """Returns the names of the held-out images of a small dataset without splits: its last readable images.
+  """Returns the names of the images that are held out of a small dataset without splits; see `last_readable`."""
+  names = [name for name, _ in arrange(there.found).files['train']]
+  files = [(there.found[name][0], 0) for name in names]
+  return last_readable(
+    names, Folder('', (0, 0, 0), (), '', files, there.system, decoder, there.left_out)
+  )
+
+
+def last_readable(names: Sequence[str], images: Folder) -> frozenset[str]:
+  """Returns the names of the last readable images of a small dataset, as many as `splits.held_out_size` says.
 
   Without this check, all held-out images might be broken. Returns an empty set if `splits.held_out` shall choose without
   decoding: for large datasets, which have many held-out images, or if too few images are readable.
   """
-  names = [name for name, _ in arrange(there.found).files['train']]
   size = splits.held_out_size(len(names))
   if len(names) > SMALL:
     return frozenset()
-  files = [(there.found[name][0], 0) for name in names]
-  last = Folder('', (0, 0, 0), (), '', files, there.system, decoder, there.left_out)
-  readable = (name for k, name in reversed(list(enumerate(names))) if last.is_whole(k))
+  readable = (name for k, name in reversed(list(enumerate(names))) if images.is_whole(k))
   held = frozenset(itertools.islice(readable, size))
   return held if len(held) == size else frozenset()
 
 
-def _there(settings: Settings) -> listing.Listing:
-  """Lists the images at the path in the config; raises UserError if there are none."""
+def choose(
+  settings: Settings,
+  role: str,
+  files: Mapping[str, Sequence[tuple[str, int]]],
+  held_out: Callable[[], frozenset[str]],
+) -> list[tuple[str, int]]:
+  """Chooses the files of a role by the splits in the config, or else those of the dataset.
+
+  Args:
+    settings: the dataset.
+    role: 'train' or 'eval'.
+    files: (name, label) of each split's images, in order; all in 'train' if the dataset has no splits of its own.
+    held_out: returns the names to hold out of a dataset without splits, as `last_readable` does.
+
+  Raises:
+    UserError: there are too few images, or only one of two splits is given, or a split does not exist or is empty.
+  """
+  others = [name for name in SPLIT_FOLDERS[1:] if name in files]
+  ours = not others and not settings.spec(role, ('', ''))
+  if (count := sum(map(len, files.values()))) < 4 and ours:
+    raise UserError(f'dataset.path={settings.path} holds {count} images; at least 4 are needed')
+  if role == 'eval' and settings.split and not settings.eval_split and not others:
+    raise UserError(
+      f'dataset.split={settings.split} is given without dataset.eval_split; set it to the held-out split'
+    )
+  if ours and (held := held_out()):
+    return [file for file in files['train'] if (file[0] in held) == (role == 'eval')]
+  default = ('train', others[0]) if others else splits.held_out(len(files['train']))
+  return splits.select(settings.key(role), settings.spec(role, default), files)
+
+
+def location(settings: Settings, kinds: str = 'a directory or a .zip of images') -> str:
+  """Returns the absolute path or the URL in the config; raises UserError if there is none, or nothing at the path."""
   if not settings.path:
-    raise UserError('dataset.name=folder needs dataset.path, a directory or a .zip of images')
+    raise UserError(f'dataset.name={settings.name} needs dataset.path, {kinds}')
   path = settings.path
   if '://' not in path:
     path = os.path.abspath(os.path.expanduser(path))
     if not os.path.exists(path):
       raise UserError(f'dataset.path={settings.path}: there is no such file or directory')
+  return path
+
+
+def _there(settings: Settings) -> listing.Listing:
+  """Lists the images at the path in the config; raises UserError if there are none."""
+  path = location(settings)
   listing.check_kind(os.path.expanduser(settings.path))
   there = _listing(path)
   if not there.found:
@@ -194,21 +252,9 @@ def open_split(settings: Settings, role: str) -> ImageSet:
     tree = arrange(found)
   except ValueError as error:
     raise UserError(f'dataset.path={settings.path} {error}; see docs/your_own_images.md') from error
-  others = [name for name in SPLIT_FOLDERS[1:] if name in tree.files]
-  ours = not others and not settings.spec(role, ('', ''))
-  if len(found) < 4 and ours:
-    raise UserError(f'dataset.path={settings.path} holds {len(found)} images; at least 4 are needed')
-  if role == 'eval' and settings.split and not settings.eval_split and not others:
-    raise UserError(
-      f'dataset.split={settings.split} is given without dataset.eval_split; set it to the held-out split'
-    )
   size, channels = settings.image_size, settings.channels or 3
   decoder = settings.decoder(channels)
-  default = ('train', others[0]) if others else splits.held_out(len(tree.files['train']))
-  if ours and (held := _held_out(there, decoder)):
-    chosen = [file for file in tree.files['train'] if (file[0] in held) == (role == 'eval')]
-  else:
-    chosen = splits.select(settings.key(role), settings.spec(role, default), tree.files)
+  chosen = choose(settings, role, tree.files, lambda: _held_out(there, decoder))
   top = len(os.path.commonpath([os.path.dirname(name) for name in found]))
   described = [(name[top:].lstrip('/'), found[name][1], label) for name, label in chosen]
   return Folder(

@@ -46,6 +46,10 @@ class ImageSet(abc.ABC):
     """Returns the label of each image, (N,) int, if it is known without reading the images; else None."""
     return None
 
+  def caption(self, k: int) -> str | None:
+    """Returns the caption of image k, which is known without reading the image; None if the dataset has no captions."""
+    return None
+
   def beside(self) -> LeftOut:
     """Returns the other files that are stored with the images and not used."""
     return LeftOut()

@@ -69,14 +69,18 @@ class Listing:
     system: the file system that reads the files.
     found: path and size of each image, by its name below the root.
     left_out: all other files.
+    others: path and size of each file that is no image and has one of the suffixes that were asked for.
   """
 
   system: fsspec.AbstractFileSystem
   found: Mapping[str, tuple[str, int]]
   left_out: LeftOut
+  others: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
 
-def list_images(path: str, max_bytes: int, key: str = 'dataset.path') -> Listing:
+def list_images(
+  path: str, max_bytes: int, key: str = 'dataset.path', suffixes: tuple[str, ...] = ()
+) -> Listing:
   """Lists the images at an absolute path or URL.
 
   An image is a file with one of `decoding.SUFFIXES`, in upper or lower case, or a file whose first bytes are those of an
@@ -86,6 +90,7 @@ def list_images(path: str, max_bytes: int, key: str = 'dataset.path') -> Listing
     path: a directory, a zip, or a URL of either.
     max_bytes: maximum size of a file; larger files are left out.
     key: the config key or flag that the path comes from, for messages.
+    suffixes: lower-case suffixes of other files that are listed, too, of any size.
 
   Raises:
     UserError: the path cannot be listed, or is an unsupported archive, or a zip with paths outside of it.
@@ -100,14 +105,14 @@ def list_images(path: str, max_bytes: int, key: str = 'dataset.path') -> Listing
     else:
       system, root = fsspec.core.url_to_fs(path)
       entries = _remote(system, root)
-    found = _sort(system, entries, left_out, max_bytes)
+    found, others = _sort(system, entries, left_out, max_bytes, suffixes)
   except UserError:
     raise
   except (
     Exception
   ) as error:  # from any file system: no such bucket, not a zip, not allowed, not installed
     raise UserError(f'{key}={path} cannot be listed: {error}') from error
-  return Listing(system, found, left_out)
+  return Listing(system, found, left_out, others)
 
 
 def is_zip(path: str) -> bool:
@@ -163,7 +168,7 @@ def _walk(root: str, left_out: LeftOut) -> Iterator[Entry]:
       continue
     seen.add(real)
     for name in list(below):
-      if reason := _clutter(name):
+      if reason := clutter(name):
         below.remove(name)
         left_out.add(reason, f'{inside}{name}/')
     for file in files:
@@ -197,7 +202,7 @@ def _members(source: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -
   for info in infos:
     if info.is_dir() or info.filename.endswith('\\'):
       continue
-    name, problem = _normalized(info.filename), ''
+    name, problem = normalized(info.filename), ''
     if name is None:
       problem = f'holds {info.filename!r}, a path outside the archive; repack it'
     elif name in seen:
@@ -215,7 +220,7 @@ def _members(source: str, infos: Iterable[zipfile.ZipInfo], left_out: LeftOut) -
       yield name, info.filename, info.file_size
 
 
-def _normalized(name: str) -> str | None:
+def normalized(name: str) -> str | None:
   """Normalizes a name in an archive: with slashes, without '.' and '..'; returns None if it is outside the archive."""
   name = name.replace('\\', '/')
   if name.startswith('/') or re.match('[A-Za-z]:/', name):
@@ -232,12 +237,19 @@ def _normalized(name: str) -> str | None:
 
 
 def _sort(
-  system: fsspec.AbstractFileSystem, entries: Iterable[Entry], left_out: LeftOut, max_bytes: int
-) -> dict[str, tuple[str, int]]:
-  """Returns the images among the entries, and counts all other files."""
-  found, unknown = {}, []
+  system: fsspec.AbstractFileSystem,
+  entries: Iterable[Entry],
+  left_out: LeftOut,
+  max_bytes: int,
+  suffixes: tuple[str, ...],
+) -> tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]:
+  """Returns the images among the entries and the other files with these suffixes, and counts the rest."""
+  found, others, unknown = {}, {}, []
   for name, path, size in entries:
-    reason = _clutter(name)
+    reason = clutter(name)
+    if not reason and name.lower().endswith(suffixes):
+      others[name] = (path, size)
+      continue
     if not reason and size > max_bytes:
       reason = f'larger than {max_bytes / 2**20:.0f} MiB'
     if reason:
@@ -247,7 +259,7 @@ def _sort(
     elif size == 0:
       left_out.add('empty', name)
     elif name.lower().endswith(_TEXTS):
-      left_out.add(_other(name), name)
+      left_out.add(unsupported(name), name)
     else:
       unknown.append((name, path, size))
   for start in range(0, len(unknown), _AT_ONCE):
@@ -256,12 +268,12 @@ def _sort(
         found[name] = (path, size)
       else:
         left_out.add(
-          _other(name) if isinstance(head, bytes) else f'that cannot be opened ({head})', name
+          unsupported(name) if isinstance(head, bytes) else f'that cannot be opened ({head})', name
         )
-  return found
+  return found, others
 
 
-def _clutter(name: str) -> str:
+def clutter(name: str) -> str:
   """Returns the reason why a file is left out because of its name, or ''."""
   parts = name.lower().split('/')
   if any(part in _CLUTTER or part.startswith('._') or part == '.ds_store' for part in parts):
@@ -269,7 +281,8 @@ def _clutter(name: str) -> str:
   return 'hidden' if any(part.startswith('.') for part in parts) else ''
 
 
-def _other(name: str) -> str:
+def unsupported(name: str) -> str:
+  """Returns the reason why a file that is no image is left out."""
   suffix = pathlib.PurePosixPath(name).suffix.lower()
   if name.lower().endswith(('.zip', *_ARCHIVES)):
     return f'archives ({suffix}), which are not opened inside a dataset: unpack them'

@@ -20,7 +20,7 @@ import numpy as np
 
 from diffusion_distillation.datasets.image_set import BrokenImage, Example, ImageSet, reading_error
 from diffusion_distillation.datasets.left_out import LeftOut
-from diffusion_distillation.datasets.settings import ROLES, WITHOUT_FILES, Settings
+from diffusion_distillation.datasets.settings import FROM_PATH, ROLES, WITHOUT_FILES, Settings
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.system.files import read_json
 
@@ -63,7 +63,7 @@ def fields(settings: Settings) -> dict[str, Any]:
   """Returns the settings that a copy depends on; of the path of the original, only the folder's name."""
   kept = dataclasses.asdict(settings)
   del kept['prepared']
-  path = pathlib.PurePath(settings.path).stem if settings.name == 'folder' else ''
+  path = pathlib.PurePath(settings.path).stem if settings.name in FROM_PATH else ''
   colours = {} if settings.name in WITHOUT_FILES else {'colours': COLOURS}
   return kept | {'path': path, 'format': FORMAT} | colours
 

@@ -13,7 +13,8 @@ ENCODED_DTYPES = ('float32', 'float16')
 WITHOUT_FILES = ('digits', 'shapes')
 NONE = 'none'  # no images, for runs that need none
 PROMPTS = 'prompts'  # texts without images, for models that draw what a text says
-OURS = (*WITHOUT_FILES, 'folder')  # suggested for unknown names
+FROM_PATH = ('folder', 'captions')  # read all files at dataset.path
+OURS = (*WITHOUT_FILES, *FROM_PATH)  # suggested for unknown names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +23,13 @@ class Settings:
 
   name: str = config.key(
     'digits',
-    'Dataset: `digits`, `shapes`, `folder`, or the name of a dataset of tensorflow-datasets, such as `cifar10`; `prompts`: '
-    'texts without images; `none`: no images.',
+    'Dataset: `digits`, `shapes`, `folder`, `captions` (images with captions), or the name of a dataset of '
+    'tensorflow-datasets, such as `cifar10`; `prompts`: texts without images; `none`: no images.',
   )
   path: str = config.key(
     '',
-    'Location of the images: a directory, .zip or URL for `folder`; `data_dir` for tensorflow-datasets, whose default is '
-    'used if this is empty; a .txt, .csv or .jsonl file for `prompts`.',
+    'Location of the images: a directory, .zip or URL for `folder` and `captions`, for which it may also be a .tar; '
+    '`data_dir` for tensorflow-datasets, whose default is used if this is empty; a .txt, .csv or .jsonl file for `prompts`.',
     path='any',
   )
   prepared: str = config.key(

@@ -35,7 +35,7 @@ def lines(settings: Settings) -> Iterator[str]:
   size = 'x'.join(map(str, sets['train'].image_shape))
   yield f'images of {sets["train"].name}, {size}'
   for role, images in sets.items():
-    yield f'  {_CAPTIONS[role]:<18} {len(images):>8,} image{"s" * (len(images) != 1)} {_classes(images)}'
+    yield f'  {_CAPTIONS[role]:<18} {len(images):>8,} image{"s" * (len(images) != 1)} {_kinds(images)}'
     broken, looked = look(images, SECONDS)
     for line in broken.lines():
       yield f'  {"  of them":<18} {line}'
@@ -43,6 +43,10 @@ def lines(settings: Settings) -> Iterator[str]:
       yield f'  {"  checked":<18} {looked:,}; the others are checked when they are read'
   for line in sets['train'].beside().lines():
     yield f'  {"left out":<18} {line}'
+
+
+def _kinds(images: ImageSet) -> str:
+  return 'with captions' if images.caption(0) is not None else _classes(images)
 
 
 def _classes(images: ImageSet) -> str:

@@ -13,12 +13,15 @@ from typing import Any
 from diffusion_distillation import datasets, paths
 from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion import times
+from diffusion_distillation.diffusion.guidance import NONE
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import given, measure, reference
+from diffusion_distillation.evaluation import given, measure, prompted, reference
+from diffusion_distillation.evaluation.clip_score import RunningScore
 from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.given_images import GivenImages
 from diffusion_distillation.evaluation.loading import LoadedModel, batch_size
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
+from diffusion_distillation.evaluation.prompted import Prompted
 from diffusion_distillation.evaluation.reference import Real
 from diffusion_distillation.evaluation.results import measured
 from diffusion_distillation.networks import conditioning
@@ -45,7 +48,11 @@ def check_out(given: str | os.PathLike[str] | None) -> pathlib.Path | None:
 
 
 def measure_images(
-  config: Config, images: GivenImages, workdir: pathlib.Path | None, out: pathlib.Path | None
+  config: Config,
+  images: GivenImages,
+  workdir: pathlib.Path | None,
+  out: pathlib.Path | None,
+  asked: Prompted | None = None,
 ) -> tuple[dict[str, Any], pathlib.Path]:
   """Measures given images and writes the results to a JSON file.
 
@@ -54,13 +61,17 @@ def measure_images(
     images: the images.
     workdir: the run whose extractor and cached features are used; None: these are computed and not kept.
     out: the file; None: `images_<digest of the images>.json` in the workdir.
+    asked: the prompts of the images with a CLIP model; None: there is no CLIP score.
 
   Returns:
     The results, as `results.json` has them without rows, with the measurements at the top level; and the file.
 
   Raises:
-    UserError: the images do not fit the extractor, or there is neither workdir nor out.
+    UserError: the images do not fit the extractor or the prompts, or there is neither workdir nor out.
   """
+  if asked is not None:
+    asked.check(len(images), images.source)
+  score = None if asked is None else asked.running()
   if out is None and workdir is None:
     raise UserError(
       '--images needs --workdir, whose classifier and images it uses, or --config and --out=FILE.json'
@@ -70,7 +81,8 @@ def measure_images(
     given.check(images, own_shape, f'FD-{train.images.name}')
     extractors = measure.open_extractors(config, train, directory)
     real, header = measure.real_images(config, extractors, train, directory, None, len(images))
-    found, digest = given.features_of(extractors.main, images, train.images.image_shape)
+    also = None if score is None else score.add
+    found, digest = given.features_of(extractors.main, images, train.images.image_shape, also)
     if extractors.dinov2 is not None:
       beside, _ = given.features_of(extractors.dinov2, images, train.images.image_shape)
       found = dataclasses.replace(found, dinov2=beside)
@@ -78,37 +90,56 @@ def measure_images(
   if out is None:
     assert workdir is not None  # one of them is given
     out = workdir / f'images_{digest[:12]}.json'
-  return _write(header, described, found, real, out), out
+  described |= {} if asked is None else asked.describe()
+  return _write(header, described, found, real, out, score), out
 
 
 def measure_model(
-  config: Config, model: LoadedModel, folder: pathlib.Path, out: pathlib.Path | None
+  config: Config,
+  model: LoadedModel,
+  folder: pathlib.Path,
+  out: pathlib.Path | None,
+  asked: Prompted | None = None,
 ) -> tuple[dict[str, Any], pathlib.Path]:
   """Measures the model in a folder with its own sampler and steps, and writes the results to a JSON file.
 
-  Labels are drawn as `evaluation.labels` says, in the proportions that are stored with the model.
+  Labels are drawn as `evaluation.labels` says, in the proportions that are stored with the model. A model of texts draws one
+  image for each prompt, with `evaluation.guidance`; see `prompted.draw`.
 
   Args:
     config: the config, whose dataset the samples are compared with.
     model: the model.
     folder: where the model was read, for the results.
     out: the file.
+    asked: what a model of texts draws.
 
   Raises:
-    UserError: the model's images have another shape than the dataset's, it draws texts, or there is no out.
+    UserError: the model's images have another shape than the dataset's, or there is no out, or a model of texts has no prompts, or
+      another model has.
   """
   if out is None:
     raise UserError(
       f'--workdir={folder} is the folder of a model, which stays as it is; name --out=FILE.json'
     )
   stored, section = model.stored, config.evaluation
-  if conditioning.takes_text(stored.denoise.conditioning):
+  of_texts = conditioning.takes_text(stored.denoise.conditioning)
+  if of_texts != (asked is not None):
     raise UserError(
-      f'--workdir={folder}: this model draws what a text says, and models of text cannot be measured yet; measure images '
-      'that it drew, with --images'
+      f'--workdir={folder}: '
+      + (
+        'this model draws what a text says; name evaluation.prompts=FILE'
+        if of_texts
+        else 'this model draws no texts; leave out evaluation.prompts and evaluation.clip'
+      )
     )
+  weight, by = default_weight(stored.denoise.conditioning), NONE
+  if asked is not None:
+    asked, by = asked.first(section.num_samples), prompted.guidance_of(config, stored)
+    weight = by.weight
   with _place(config, None) as (train, directory):
-    if stored.image_shape != train.images.image_shape:
+    if asked is not None:
+      prompted.check_shape(stored, train.images.image_shape, folder, config.dataset.name)
+    elif stored.image_shape != train.images.image_shape:
       raise UserError(
         f'--workdir={folder} draws images of shape {stored.image_shape}, but dataset {config.dataset.name!r} has '
         f'{train.images.image_shape}; name the config of its dataset'
@@ -119,9 +150,14 @@ def measure_model(
       labels = 'balanced'
     extractors = measure.open_extractors(config, train, directory)
     real, header = measure.real_images(config, extractors, train, directory, labels)
-    found = _draw(config, model, extractors, stored.label_counts if labels == 'data' else ())
+    if asked is not None:
+      found, score = prompted.draw(config, model, extractors, asked, train.images.image_shape)
+    else:
+      counts = stored.label_counts if labels == 'data' else ()
+      found, score = _draw(config, model, extractors, counts), None
   sampler = make_sampler(stored.sampler, section.gamma)
-  weight = default_weight(stored.denoise.conditioning)
+  grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
+  calls = model.drawer(sampler, stored.clip_x, 1, by).calls(grid)
   described = {
     'model': str(folder),
     'digest': stored.digest,
@@ -129,12 +165,13 @@ def measure_model(
     'num_steps': stored.num_steps,
     'grid': stored.times,
     'guidance': weight,
-    'nfe': sampler.calls(stored.num_steps),
+    'nfe': calls,
     'clip_x': stored.clip_x,
     'num_samples': section.num_samples,
     'seed': section.seed,
   }
-  return _write(header, described, found, real, out), out
+  described |= {} if asked is None else asked.describe()
+  return _write(header, described, found, real, out, score), out
 
 
 @contextlib.contextmanager
@@ -181,13 +218,19 @@ def _draw(
 
 
 def _write(
-  header: dict[str, Any], described: dict[str, Any], found: Features, real: Real, out: pathlib.Path
+  header: dict[str, Any],
+  described: dict[str, Any],
+  found: Features,
+  real: Real,
+  out: pathlib.Path,
+  score: RunningScore | None,
 ) -> dict[str, Any]:
   """Returns and writes the results: what was measured and with which result, and what it was compared with."""
   rest = {key: value for key, value in header.items() if key != 'rows'}
   results = described | {'metric': rest.pop('metric')} | measured(found, real.reference)
   names = rest.pop('metrics')
   results |= {'better': {name: names[name]['better'] for name in results['metrics'] if name in names}}
+  prompted.add_score(results, score)
   write_json(out, results | rest)
   return results | rest
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,7 +16,10 @@ from diffusion_distillation.system.progress import Progress
 
 
 def features_of(
-  extractor: Extractor, images: GivenImages, image_shape: tuple[int, ...]
+  extractor: Extractor,
+  images: GivenImages,
+  image_shape: tuple[int, ...],
+  also: Callable[[Sequence[int], np.ndarray], None] | None = None,
 ) -> tuple[Features, str]:
   """Computes the features of all images, and the sha256 of their shapes and pixels, in order.
 
@@ -24,6 +27,7 @@ def features_of(
     extractor: the feature extractor.
     images: the images, the same in every process.
     image_shape: (H, W, C) of the dataset, which the images must have if the extractor is a classifier of the dataset.
+    also: called with the places and the pixels of each batch, for other measurements.
 
   Raises:
     UserError: an image has another shape, or cannot be read.
@@ -37,6 +41,8 @@ def features_of(
       interrupts.check()
       for place, image in zip(batch.places, batch.images, strict=True):
         digests[place] = hashlib.sha256(f'{image.shape}'.encode() + image.tobytes()).digest()
+      if also is not None:
+        also(batch.places.tolist(), batch.images)
       yield batch
 
   with Progress('features of the images', steps, images_per_step=size) as progress:

@@ -45,6 +45,7 @@ class LoadedModel:
     guidance_interval: tuple[float, float] | None = None,
     prompts: Sequence[str] | None = None,
     guiding_model: str | os.PathLike[str] | None = None,
+    negative_prompt: str | None = None,
   ) -> np.ndarray:
     """Draws images; image k is a function of (seed, k) and its label and prompt.
 
@@ -61,13 +62,14 @@ class LoadedModel:
       prompts: what to draw in turn, for models that are conditioned on text.
       guiding_model: the folder of a weaker model, a stage, or a workdir, whose predictions take the place of those without a
         class (autoguidance); any model can be guided in this way.
+      negative_prompt: what guidance leads away from, in place of the empty text.
 
     Returns:
       (num_samples, H, W, C) uint8.
 
     Raises:
       UserError: the sampler or a label does not exist, a number is out of range, the model's schedule has no grid with
-        this number of steps, the model cannot be guided, or prompts are missing or not possible.
+        this number of steps, the model cannot be guided, or prompts are missing or not possible, or a negative prompt has no effect.
     """
     chosen = self.check_labels(labels)
     num_samples = len(prompts or ()) if num_samples is None else num_samples
@@ -89,7 +91,9 @@ class LoadedModel:
     by_model = read_guiding(self.stored, 'guiding_model', guiding_model, by)
     takes, labelled = self.stored.denoise.conditioning, (chosen or {}).get('label')
     check('guidance', by, takes, self.stored.cond_dropout, labelled, by_model is not None)
-    chosen = with_texts(self.stored, chosen, prompts or (), bool(by), 'prompts')
+    if negative_prompt is not None:
+      check_negative(self.stored, bool(by), by_model is not None, 'negative_prompt', 'guidance')
+    chosen = with_texts(self.stored, chosen, prompts or (), bool(by), negative_prompt, 'prompts')
     size = batch_size(self.stored, min(_BATCH, num_samples), num_samples)
     draw = self.drawer(cls(), self.stored.clip_x, size, by, by_model)
     return draw.draw(self.stored.params, grid, num_samples, seed, chosen)
@@ -172,7 +176,12 @@ def batch_size(stored: StoredModel, most: int, num_samples: int) -> int:
 
 
 def with_texts(
-  stored: StoredModel, chosen: Chosen, prompts: Sequence[str], guided: bool, name: str = '--prompts'
+  stored: StoredModel,
+  chosen: Chosen,
+  prompts: Sequence[str],
+  guided: bool,
+  negative: str | None = None,
+  name: str = '--prompts',
 ) -> Chosen:
   """Returns what to draw in turn, for a `Drawer`: `chosen`, and the embeddings of the prompts if there are any.
 
@@ -180,7 +189,8 @@ def with_texts(
     stored: the model.
     chosen: the classes to draw.
     prompts: the texts; none for a model without a text encoder.
-    guided: whether to embed the empty text as well, which guidance compares with.
+    guided: whether to embed the text as well that guidance compares with.
+    negative: this text, see `check_negative`; None for the empty text.
     name: the start of the error messages, such as the flag.
 
   Raises:
@@ -188,16 +198,46 @@ def with_texts(
   """
   if not conditioning.takes_text(stored.denoise.conditioning):
     if prompts:
-      raise UserError(
-        f'{name}: {stored.provenance.get("stage", "the model")} is not conditioned on text'
-      )
+      raise UserError(f'{name}: {_name(stored)} is not conditioned on text')
     return chosen
   if not prompts:
     raise UserError(f'{name}: this model draws what a text says, and none was given')
   if stored.text is None:
     raise UserError(f'{name}: this model has no text encoder; call `denoise` with embeddings instead')
   found: dict[str, Any] = {**(chosen or {}), 'text': stored.text.embed(prompts)}
-  return found | ({NONE_OF + 'text': stored.text.embed([''])} if guided else {})
+  return found | ({NONE_OF + 'text': stored.text.embed([negative or ''])} if guided else {})
+
+
+def check_negative(stored: StoredModel, guided: bool, by_model: bool, name: str, guidance: str) -> None:
+  """Raises UserError if a negative prompt has no effect.
+
+  Args:
+    stored: the model.
+    guided: whether it is guided.
+    by_model: whether a guiding model guides it, in place of its predictions for the empty text.
+    name: the start of the error messages, such as the flag.
+    guidance: what the weight of guidance is called.
+  """
+  takes = stored.denoise.conditioning
+  if not conditioning.takes_text(takes):
+    raise UserError(f'{name}: {_name(stored)} is not conditioned on text')
+  if conditioning.weights(takes) is not None or not stored.cond_dropout:
+    raise UserError(
+      f'{name}: this model makes no call that guidance leads away from: it was distilled without the empty text, or takes '
+      'the weight of guidance as an input; leave the text out'
+    )
+  if by_model:
+    raise UserError(
+      f'{name}: a guiding model receives the same text as the model that it guides; leave one of them out'
+    )
+  if not guided:
+    raise UserError(
+      f'{name}: guidance leads away from this text, and there is none; add {guidance}, for example 6.5'
+    )
+
+
+def _name(stored: StoredModel) -> str:
+  return str(stored.provenance.get('stage', 'the model'))
 
 
 def chosen_classes(stored: StoredModel, given: Sequence[str], name: str = '--classes=') -> Chosen:

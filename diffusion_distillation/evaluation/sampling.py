@@ -115,15 +115,16 @@ class Drawer:
     num_samples: int,
     seed: int,
     chosen: Chosen = None,
+    first: int = 0,
   ) -> Iterator[tuple[jax.Array, int]]:
     """Yields batches (B, H, W, C) uint8 on the devices, and the number of images in each that are not padding.
 
-    In total, `num_samples` images are not padding. Batches are dispatched without waiting for their results. `grid`
+    In total, `num_samples - first` images are not padding: those from `first` on, a multiple of the batch size. Batches are dispatched without waiting for their results. `grid`
     (N + 1,) contains the times.
     """
     grid = _padded(grid)
     size, params = sharding.round_up(self.batch_size), self.on_devices(params)
-    for start in range(0, num_samples, size):
+    for start in range(first, num_samples, size):
       interrupts.check()
       index = np.arange(start, start + size, dtype=np.int32)
       count = min(size, num_samples - start)

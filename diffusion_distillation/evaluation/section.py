@@ -39,6 +39,18 @@ class EvaluationSection:
     'which `fd_dinov2` is measured beside the other metrics; if empty, it is not.',
     path='disk',
   )
+  clip: str = key(
+    '',
+    'Folder of a CLIP model of transformers (such as clip-vit-base-patch16), with which `--mode=evaluate` computes the CLIP score of '
+    '`--images`, or of the folder of a model of texts; empty: none.',
+    path='disk',
+  )
+  prompts: str = key(
+    '',
+    'File of prompts, one for each image: .txt with one per line, or .csv or .jsonl with a column `text` or `caption`. '
+    '`--mode=evaluate` draws the first `num_samples` of them with the folder of a model of texts.',
+    path='disk',
+  )
   samplers: tuple[str, ...] = key(
     ('ddim', 'ancestral'),
     'Samplers with which the base model is evaluated.',

@@ -49,7 +49,8 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
     UserError: a part of the model cannot be expressed in diffusers; the message names it.
   """
   drawer, params, grid = _as_theirs(drawer, params, grid)
-  scheduler = _scheduler(drawer, grid)
+  assert isinstance(drawer.schedule, Discrete)  # as every UNet2D has
+  settings = scheduler(drawer.schedule, drawer.denoise.output, grid, drawer.clip_x)
   contents: dict[str, Any] = {
     'model_index.json': {
       '_class_name': 'DDIMPipeline',
@@ -57,7 +58,7 @@ def write(drawer: Drawer, params: Params, grid: np.ndarray, folder: pathlib.Path
       'unet': ['diffusers', 'UNet2DModel'],
     },
     'unet/config.json': _network(drawer),
-    'scheduler/scheduler_config.json': scheduler,
+    'scheduler/scheduler_config.json': settings,
   }
   for name, content in contents.items():
     (folder / name).parent.mkdir(exist_ok=True)
@@ -77,13 +78,13 @@ def _as_theirs(drawer: Drawer, params: Params, grid: np.ndarray) -> tuple[Drawer
   """Returns the same sampler with a `UNet2D` in discrete time; raises UserError, naming each part that diffusers lacks."""
   network, schedule = drawer.denoise.network, drawer.schedule
   if problems := _problems(drawer):
-    raise _refuse('; '.join(problems))
+    raise refuse('; '.join(problems))
   if not isinstance(network, UNet):
     return drawer, params, grid
   try:
     theirs = diffusers_unet.express(network, params, schedule, grid, drawer.image_shape)
   except ValueError as error:
-    raise _refuse(str(error)) from error
+    raise refuse(str(error)) from error
   denoise = dataclasses.replace(drawer.denoise, network=theirs.network)
   drawer = dataclasses.replace(drawer, denoise=denoise, schedule=theirs.schedule)
   return drawer, theirs.params, grid if theirs.schedule == schedule else times.uniform(len(grid) - 1)
@@ -105,8 +106,9 @@ def _problems(drawer: Drawer) -> list[str]:
   return found
 
 
-def _refuse(what: str) -> UserError:
-  return UserError(f'--format=diffusers: {what}; --format=jax exports every model')
+def refuse(what: str, elsewhere: str = '; --format=jax exports every model') -> UserError:
+  """Returns the error about a model that cannot be written in this format."""
+  return UserError(f'--format=diffusers: {what}{elsewhere}')
 
 
 def _network(drawer: Drawer) -> dict[str, Any]:
@@ -124,14 +126,25 @@ def _network(drawer: Drawer) -> dict[str, Any]:
   }
 
 
-def _scheduler(drawer: Drawer, grid: np.ndarray) -> dict[str, Any]:
+def scheduler(
+  schedule: Discrete, output: str, grid: np.ndarray, clip_x: bool, to_first: bool = False
+) -> dict[str, Any]:
   """Returns scheduler_config.json: the schedule, and the spacing of timesteps that matches `grid`.
 
-  With set_alpha_to_one, the last step of DDIMScheduler ends at clean data, as ours does.
+  With set_alpha_to_one, the last step of DDIMScheduler ends at clean data, as ours does; without, at the first timestep.
+
+  Args:
+    schedule: the schedule in discrete time.
+    output: what the network predicts, a name in `diffusers.PREDICTIONS`.
+    grid: the times (N + 1,).
+    clip_x: whether x is clipped.
+    to_first: whether the grid may end at the first timestep.
+
+  Raises:
+    UserError: DDIMScheduler does not have these times.
   """
-  schedule = drawer.schedule
-  assert isinstance(schedule, Discrete)  # as every UNet2D has
   count, steps = schedule.num_timesteps, len(grid) - 1
+  at_first = bool(to_first and np.isclose(grid[0], 1.0 / count))
   timesteps = np.float64(grid[1:]) * count - 1.0
   ratio = count // steps
   spacings = {
@@ -141,8 +154,8 @@ def _scheduler(drawer: Drawer, grid: np.ndarray) -> dict[str, Any]:
   found = [
     name for name, theirs in spacings.items() if np.allclose(timesteps, theirs, rtol=0.0, atol=1e-2)
   ]
-  if count % steps or not found or grid[0] > 0.0:
-    raise _refuse(
+  if count % steps or not found or (grid[0] > 0.0 and not at_first):
+    raise refuse(
       f'DDIMScheduler cannot represent its {steps} steps: their number must divide {count}, and the grid must be '
       'uniform or leading'
     )
@@ -156,10 +169,10 @@ def _scheduler(drawer: Drawer, grid: np.ndarray) -> dict[str, Any]:
     'rescale_betas_zero_snr': schedule.zero_snr,
     'steps_offset': schedule.steps_offset,
     'timestep_spacing': found[0],
-    'prediction_type': diffusers.PREDICTIONS[drawer.denoise.output],
-    'clip_sample': drawer.clip_x,
+    'prediction_type': diffusers.PREDICTIONS[output],
+    'clip_sample': clip_x,
     'clip_sample_range': 1.0,
-    'set_alpha_to_one': True,
+    'set_alpha_to_one': not at_first,
     'thresholding': False,
   }
 

@@ -17,9 +17,16 @@ from diffusion_distillation.errors import StorageError, UserError
 from diffusion_distillation.evaluation import pictures, sampling
 from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
-from diffusion_distillation.interop import diffusers_writer, model_card, onnx_writer, stablehlo
+from diffusion_distillation.interop import (
+  diffusers_writer,
+  model_card,
+  onnx_writer,
+  stable_diffusion_writer,
+  stablehlo,
+)
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import model, model_folders
+from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.system import files, interrupts
 from diffusion_distillation.training.state import Params
 
@@ -60,6 +67,47 @@ FORMATS: dict[str, Format] = {
 }
 
 
+class TextFormat(NamedTuple):
+  """A format that models of texts are exported to.
+
+  Attributes:
+    write: receives the model and the folder to write to; compares what was written with the model, and raises StorageError if
+      they differ.
+    library, files, usage: see `Format`.
+  """
+
+  write: Callable[[StoredModel, pathlib.Path], None]
+  library: str
+  files: Mapping[str, str]
+  usage: Callable[[Mapping[str, Any]], str]
+
+
+OF_TEXTS: dict[str, TextFormat] = {
+  'diffusers': TextFormat(
+    stable_diffusion_writer.write,
+    'diffusers',
+    stable_diffusion_writer.FILES,
+    stable_diffusion_writer.usage,
+  )
+}
+
+
+def _format(name: str, stored: StoredModel) -> Format | TextFormat:
+  """Returns the format of this name for a model; raises UserError if the format does not support its conditions."""
+  to = choose('--format', name, FORMATS)
+  of_texts = conditioning.takes_text(stored.denoise.conditioning)
+  if of_texts and name in OF_TEXTS:
+    return OF_TEXTS[name]
+  if unknown := sorted(set(stored.denoise.conditioning) - set(to.conditions)):
+    able = [name for name, other in FORMATS.items() if unknown[0] in other.conditions]
+    able = list(OF_TEXTS) if of_texts else able
+    raise UserError(
+      f'--format={name} cannot export this model: it takes {("text" if of_texts else unknown[0])!r} as an input, which '
+      + (f'only --format={able[0]} supports' if able else 'no format supports')
+    )
+  return to
+
+
 def export(
   workdir: pathlib.Path, stage: str | None, out: str | os.PathLike[str] | None, format: str = 'jax'
 ) -> str:
@@ -78,15 +126,11 @@ def export(
     UserError: there is no finished stage, no such format, or `out` is not writable; nothing was written.
     StorageError: the files draw other images than the model; nothing was kept.
   """
-  to, into = choose('--format', format, FORMATS), check_out(out)
+  choose('--format', format, FORMATS)
+  into = check_out(out)
   folder = find(workdir, stage)
   loaded = load(folder)
-  if unknown := sorted(set(loaded.stored.denoise.conditioning) - set(to.conditions)):
-    able = [name for name, other in FORMATS.items() if unknown[0] in other.conditions]
-    raise UserError(
-      f'--format={format} cannot export this model: it takes {unknown[0]!r} as an input, which '
-      + (f'only --format={able[0]} supports' if able else 'no format supports')
-    )
+  to = _format(format, loaded.stored)
   temporary = into.with_name(f'.{into.name}.tmp')
   made = [parent for parent in into.parents if not parent.exists()]
   shutil.rmtree(temporary, ignore_errors=True)
@@ -109,7 +153,8 @@ def export(
   calls = samplers.SAMPLERS[stored.sampler]().calls(stored.num_steps)
   name = stored.provenance.get('stage', folder.name)
   line = f'{into}: {name} exported as {format}, {calls} network call{"s" * (calls > 1)} per image'
-  return f"{line}; its images agree with the model's"
+  what = 'weights, timesteps and tokens are' if isinstance(to, TextFormat) else 'images agree with'
+  return f"{line}; its {what} the model's"
 
 
 def check_out(out: str | os.PathLike[str] | None) -> pathlib.Path:
@@ -139,7 +184,20 @@ def find(workdir: pathlib.Path, stage: str | None) -> pathlib.Path:
   return workdir / stage / 'model'
 
 
-def _write(to: Format, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.Path) -> None:
+def _write(
+  to: Format | TextFormat, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.Path
+) -> None:
+  if isinstance(to, TextFormat):
+    to.write(loaded.stored, into)
+  else:
+    _write_and_draw(to, loaded, into)
+  description = without_paths(files.read_json(folder / model.DESCRIPTION))
+  files.write_json(into / model.DESCRIPTION, description)
+  card = model_card.render(description, to, _dataset(folder, loaded.stored.provenance))
+  (into / 'README.md').write_text(card, encoding='utf-8')
+
+
+def _write_and_draw(to: Format, loaded: LoadedModel, into: pathlib.Path) -> None:
   stored, count = loaded.stored, BATCHES[0]
   drawer = loaded.drawer(samplers.SAMPLERS[stored.sampler](), stored.clip_x, count)
   grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
@@ -147,10 +205,6 @@ def _write(to: Format, loaded: LoadedModel, folder: pathlib.Path, into: pathlib.
   images = _compare(draw, drawer, loaded.sample(count, SEED), to.tolerance)
   sheet = pictures.to_pil(pictures.grid(pictures.enlarge(images, 32), 4))
   sheet.save(into / 'samples.png')
-  description = without_paths(files.read_json(folder / model.DESCRIPTION))
-  files.write_json(into / model.DESCRIPTION, description)
-  card = model_card.render(description, to, _dataset(folder, stored.provenance))
-  (into / 'README.md').write_text(card, encoding='utf-8')
 
 
 def _dataset(folder: pathlib.Path, made: Mapping[str, Any]) -> str | None:

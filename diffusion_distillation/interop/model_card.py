@@ -20,9 +20,10 @@ class Described(Protocol):
   def usage(self) -> Callable[[Mapping[str, Any]], str]: ...
 
 
+PICTURE = 'samples.png'
 _OTHER_FILES = {
   'model.json': 'description of the model: network, parameterization, schedule, sampler, provenance, measurements',
-  'samples.png': 'images drawn with these files',
+  PICTURE: 'images drawn with these files',
 }
 
 
@@ -45,11 +46,16 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
     if weights
     else ''
   )
+  of_texts = 'text' in description['conditioning']  # no picture: it would need a prompt
   kind = f'Class-conditional ({label["count"]} classes)' if label else 'Unconditional'
+  kind = 'Text-conditional' if of_texts else kind
+  files = to.files | {
+    name: text for name, text in _OTHER_FILES.items() if name != PICTURE or not of_texts
+  }  # type: ignore[operator]
   parts = [
-    _header(_origin(made), to.library),
+    _header(origin(made), to.library, 'text-to-image' if of_texts else 'unconditional-image-generation'),
     f'# {stage}\n',
-    '![samples](samples.png)\n',
+    *([] if of_texts else [f'![samples]({PICTURE})\n']),
     f'{kind} diffusion model of images with {height} x {width} pixels and {channels} '
     f'channel{"s" if channels > 1 else ""}. '
     f'An image takes {steps} {name} step{"s" if steps > 1 else ""}: '
@@ -57,8 +63,7 @@ def render(description: Mapping[str, Any], to: Described, dataset: str | None) -
     f'## How to run it\n\n{to.usage(description)}',
     '## Training\n\n' + _training(made, dataset),
     '## Measurements\n\n' + _measurements(description['metrics'], bool(weights)),
-    '## Files\n\n'
-    + _table(('file', 'content'), [(f'`{k}`', v) for k, v in (to.files | _OTHER_FILES).items()]),  # type: ignore[operator]
+    '## Files\n\n' + _table(('file', 'content'), [(f'`{k}`', v) for k, v in files.items()]),
   ]
   if label and label.get('names'):
     rows = [(str(k), text) for k, text in enumerate(label['names'])]
@@ -77,24 +82,22 @@ def _plain(value: Any) -> Any:
   return re.sub(r'([\\`*\[\]|~])', r'\\\1', html.escape(' '.join(value.split()), quote=False))
 
 
-def _origin(made: Mapping[str, Any]) -> Mapping[str, Any]:
+def origin(made: Mapping[str, Any]) -> Mapping[str, Any]:
   """Returns the provenance of the training; for an imported model, the provenance of its source, if known."""
   imported = made.get('imported')
-  return _origin(imported.get('provenance') or {}) if imported else made
+  return origin(imported.get('provenance') or {}) if imported else made
 
 
-def _header(made: Mapping[str, Any], library: str) -> str:
+def _header(made: Mapping[str, Any], library: str, task: str) -> str:
   tags = ['diffusion', *(['distillation'] if made.get('parent') else []), made.get('method')]
   words = [re.sub(r'[^\w-]+', '-', str(tag)) for tag in tags if tag]
   lines = ''.join(f'- {word}\n' for word in words)
-  return (
-    f'---\nlibrary_name: {library}\npipeline_tag: unconditional-image-generation\ntags:\n{lines}---\n'
-  )
+  return f'---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n{lines}---\n'
 
 
 def _training(made: Mapping[str, Any], dataset: str | None) -> str:
   lines = [f'- Dataset: {dataset or "not recorded with the model"}']
-  trained = _origin(made)
+  trained = origin(made)
   for key, text in (('method', 'Method'), ('updates', 'Updates'), ('distance', 'Distance')):
     if trained.get(key) is not None:
       lines.append(f'- {text}: {trained[key]}')

@@ -39,7 +39,7 @@ from diffusion_distillation.training.state import Params
 _log = logging.getLogger(__name__)
 
 TEXT_WEIGHTS = 'model.safetensors'
-_PREFIX = 'text_model.'  # of the names of published text encoders
+PREFIX = 'text_model.'  # of the names of published text encoders
 _BUFFERS = ('embeddings.position_ids',)  # 0, 1, 2, ...
 _PARTS = ('unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler')
 _NOT_READ = ('safety_checker', 'feature_extractor')
@@ -276,7 +276,7 @@ def _text_encoder(folder: pathlib.Path) -> CLIPText:
 
 def _text_weights(folder: pathlib.Path, network: CLIPText) -> Params:
   weights = diffusers.weights_file(folder, TEXT_WEIGHTS)
-  named = {name.removeprefix(_PREFIX): value for name, value in diffusers.load_state(weights).items()}
+  named = {name.removeprefix(PREFIX): value for name, value in diffusers.load_state(weights).items()}
   found = {name: value for name, value in named.items() if name not in _BUFFERS}
   counts = {'num_hidden_layers': network.num_hidden_layers}
   sizes = {

@@ -43,14 +43,24 @@ class Encoded(NamedTuple):
   layers: tuple[jax.Array, ...]
 
 
-class _Layer(nn.Module):
-  """A transformer layer in which each token attends to itself and to those before it."""
+class Layer(nn.Module):
+  """A transformer layer of CLIP.
+
+  Attributes:
+    num_heads: number of attention heads.
+    intermediate_size: width of the hidden layer of the MLP.
+    activation: its activation function, a name in ACTIVATIONS.
+    epsilon: added to the variance of the norms.
+    dtype: dtype of activations, 'float32' or 'bfloat16'.
+    is_causal: whether each token attends only to itself and to those before it.
+  """
 
   num_heads: int
   intermediate_size: int
   activation: str
   epsilon: float
   dtype: str
+  is_causal: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,7 +70,7 @@ class _Layer(nn.Module):
     h = norm(name='layer_norm1')(x)
     shape = (batch, tokens, self.num_heads, ch // self.num_heads)
     q, k, v = (dense(ch, name=f'self_attn.{name}_proj')(h).reshape(shape) for name in 'qkv')
-    h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+    h = jax.nn.dot_product_attention(q, k, v, is_causal=self.is_causal).reshape(x.shape)
     x = x + dense(ch, name='self_attn.out_proj')(h)
     h = dense(self.intermediate_size, name='mlp.fc1')(norm(name='layer_norm2')(x))
     return x + dense(ch, name='mlp.fc2')(ACTIVATIONS[self.activation](h))
@@ -114,7 +124,7 @@ class CLIPText(nn.Module):
     h = token(tokens) + position(jnp.arange(tokens.shape[1]))[None]
     layers = [h]
     for i in range(self.num_hidden_layers):
-      layer = _Layer(
+      layer = Layer(
         num_heads=self.num_attention_heads,
         intermediate_size=self.intermediate_size,
         activation=self.hidden_act,

@@ -20,6 +20,7 @@ from diffusion_distillation.networks.conditioning import (
   Conditioning,
   Weights,
   select,
+  takes_text,
   weights,
   withheld,
 )
@@ -250,6 +251,10 @@ def check(
     raise UserError(
       f'{asked}: guidance needs a class-conditional model, and this one is unconditional; train the base with '
       'model.conditional=True and dataset.label_dropout=0.1'
+    )
+  if not cond_dropout and takes_text(conditioning):
+    raise UserError(
+      f'{asked}: guidance compares with images of the empty text, without which this model was distilled; leave it out'
     )
   if not cond_dropout:
     raise UserError(

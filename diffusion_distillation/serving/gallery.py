@@ -29,6 +29,19 @@ TEACHER = 'base'  # the stage that is drawn beside the selected one
 NUM_IMAGES = (1, 4, 16, 64)  # each number needs a compiled program of its own
 MAX_STEPS = 8192
 MAX_SEED = 2**31 - 1
+MAX_PROMPT = 2000  # characters
+
+
+class Texts(NamedTuple):
+  """What models of texts shall draw.
+
+  Attributes:
+    prompts: the prompts, drawn in turn.
+    negative: what guidance leads away from; None for the empty text.
+  """
+
+  prompts: tuple[str, ...] = ()
+  negative: str | None = None
 
 
 class Drawn(NamedTuple):
@@ -124,6 +137,8 @@ class Gallery:
     seed: Any,
     num: Any,
     weight: Any,
+    prompts: Any = '',
+    negative: Any = '',
     report: Report = lambda line: None,
   ) -> list[Drawn]:
     """Draws a stage, and the teacher with its own sampler and steps if there is one, from the same noise.
@@ -135,7 +150,10 @@ class Gallery:
       label: a class by name or number, or 'none' for images without a class; '' for all classes in turn.
       seed: seed of the noise, 0 to MAX_SEED.
       num: number of images, one of NUM_IMAGES.
-      weight: W of guidance, for the stage and, if it `can_be_guided`, for the teacher; empty for the smallest.
+      weight: W of guidance, for the stage and, if it `can_be_guided`, for the teacher; empty for the smallest. A student of
+        texts that cannot be guided is drawn without, beside its guided teacher.
+      prompts: what models of texts draw, one prompt per line, in turn.
+      negative: what guidance leads away from; empty for the empty text.
       report: called with a line of progress before each step that takes time.
 
     Returns:
@@ -151,12 +169,18 @@ class Gallery:
     stored = self.describe(stage)
     guidance = check_weight(stored, weight)
     steps = check_integer('steps', steps, 1, MAX_STEPS)
-    requests = [self._request(str(stage), stored, steps, sampler, label, num, guidance)]
-    if TEACHER in self.stages():
-      teacher = self.describe(TEACHER)
+    texts, with_teacher = check_texts(prompts, negative, num), TEACHER in self.stages()
+    teacher = self.describe(TEACHER) if with_teacher else stored
+    own, own_texts = guidance, texts
+    if takes_text(stored) and not self.can_be_guided(stored) and self.can_be_guided(teacher):
+      own, own_texts = NONE, texts._replace(negative=None)
+    requests = [self._request(str(stage), stored, steps, sampler, label, num, own, own_texts)]
+    if with_teacher:
       known = conditioning.classes(teacher.denoise.conditioning) is not None
       given = (label if known else None, num, guidance if self.can_be_guided(teacher) else NONE)
-      requests.insert(0, self._request(TEACHER, teacher, teacher.num_steps, teacher.sampler, *given))
+      said = texts if takes_text(teacher) else Texts()
+      settings = (teacher.num_steps, teacher.sampler, *given, said)
+      requests.insert(0, self._request(TEACHER, teacher, *settings))
     return [self._draw(request, seed, num, report) for request in requests]
 
   def can_be_guided(self, stored: StoredModel) -> bool:
@@ -192,11 +216,8 @@ class Gallery:
     label: Any,
     num: int,
     guidance: Guidance,
+    texts: Texts,
   ) -> _Request:
-    if conditioning.takes_text(stored.denoise.conditioning):
-      raise UserError(
-        f'{stage} draws what a text says, and the page takes no prompts yet; use --mode=sample --prompts=TEXT'
-      )
     step = choose('sampler', str(sampler), samplers.SAMPLERS)()
     text = '' if label is None else str(label)
     chosen = loading.chosen_classes(stored, [text] if text else [], 'class=')
@@ -207,7 +228,12 @@ class Gallery:
     guiding = self._guiding(stored) if guidance else None
     takes, labels = stored.denoise.conditioning, (chosen or {}).get('label')
     check('guidance', guidance, takes, stored.cond_dropout, labels, guiding is not None)
-    drawer = LoadedModel(stored).drawer(step, stored.clip_x, num, guidance, guiding)
+    guided = bool(guidance)
+    if texts.negative is not None:
+      loading.check_negative(stored, guided, guiding is not None, 'negative prompt', 'guidance')
+    chosen = loading.with_texts(stored, chosen, texts.prompts, guided, texts.negative, 'prompt')
+    size = loading.batch_size(stored, num, num)
+    drawer = LoadedModel(stored).drawer(step, stored.clip_x, size, guidance, guiding)
     return _Request(stage, stored, grid, str(sampler), chosen, drawer)
 
   def _draw(self, request: _Request, seed: int, num: int, report: Report) -> Drawn:
@@ -216,7 +242,8 @@ class Gallery:
       report(
         f'{request.stage}: compiling {request.sampler} for {num} image{"s" * (num > 1)}, which is done once'
       )
-      jax.block_until_ready(next(draw.batches(params, times.uniform(1), 1, seed))[0])
+      one_step, chosen = times.uniform(1), request.chosen
+      jax.block_until_ready(next(draw.batches(params, one_step, 1, seed, chosen))[0])
       self._compiled.add(draw.program)
     steps = len(request.grid) - 1
     report(f'{request.stage}: drawing in {steps} step{"s" * (steps > 1)}')
@@ -245,6 +272,22 @@ def classes(stored: StoredModel) -> list[str]:
     return []
   names = list(stored.class_names) or [str(label) for label in range(known.count)]
   return names + (['none'] if stored.cond_dropout and 'none' not in names else [])
+
+
+def takes_text(stored: StoredModel) -> bool:
+  """Whether a model draws what a text says."""
+  return conditioning.takes_text(stored.denoise.conditioning)
+
+
+def check_texts(prompts: Any, negative: Any, num: int) -> Texts:
+  """Returns the prompts in `prompts`, one per line, and the negative prompt; raises UserError if there are more than images."""
+  found = tuple(filter(None, (line.strip() for line in str(prompts or '').splitlines())))
+  if len(found) > num:
+    raise UserError(f'images={num} are fewer than the {len(found)} prompts, of which each line is one')
+  longest = max(map(len, (*found, str(negative or ''))), default=0)
+  if longest > MAX_PROMPT:
+    raise UserError(f'a prompt has {longest} characters; at most {MAX_PROMPT} are allowed')
+  return Texts(found, ' '.join(str(negative or '').split()) or None)
 
 
 def check_weight(stored: StoredModel, value: Any) -> Guidance:

@@ -154,19 +154,21 @@ def _layout(gr: Any, gallery: Gallery, worker: MainThreadWorker) -> Any:
         steps = gr.Number(label='steps', precision=None)
         sampler = gr.Dropdown(list(samplers.SAMPLERS), label='sampler', allow_custom_value=True)
         label = gr.Dropdown([], label='class', allow_custom_value=True, visible=False)
+        prompts = gr.Textbox(label='prompts, one per line', lines=2, max_lines=6, visible=False)
         weight = gr.Number(0, label='guidance', precision=None, visible=False)
+        negative = gr.Textbox(label='negative prompt', visible=False)
         seed = gr.Number(0, label='seed')
         num = gr.Radio(list(galleries.NUM_IMAGES), value=16, label='images')
         button = gr.Button('Draw', variant='primary')
       with gr.Column(scale=5, min_width=300):
         status = gr.HTML(_status('Choose a stage and press Draw.'))
         images = gr.HTML()
-    settings = [stage, steps, sampler, label, weight]
+    settings = [stage, steps, sampler, label, weight, prompts, negative, num]
     choices = functools.partial(_choices, gr, gallery)
     blocks.load(lambda: choices(None), None, settings, api_name='stages', show_progress='hidden')
     stage.input(choices, stage, settings, api_name='choose', show_progress='hidden')
     inputs, draw = (
-      [stage, steps, sampler, label, seed, num, weight],
+      [stage, steps, sampler, label, seed, num, weight, prompts, negative],
       functools.partial(_draw, gallery, worker),
     )
     # No limit on the visitors who wait: the worker draws for one at a time, and the others are told that they wait.
@@ -177,19 +179,26 @@ def _layout(gr: Any, gallery: Gallery, worker: MainThreadWorker) -> Any:
 
 def _choices(gr: Any, gallery: Gallery, stage: Any) -> list[Any]:
   """The finished stages, read anew, and the default settings of one of them: the newest unless `stage` is known."""
+  first = stage is None
   try:
     names = list(gallery.stages())
     stage = stage if stage in names else gallery.newest()
     stored = gallery.describe(stage)
+    teacher = gallery.describe(galleries.TEACHER) if galleries.TEACHER in names else stored
   except (UserError, OSError):  # drawing reports it
-    return [gr.skip()] * 5
+    return [gr.skip()] * 8
+  of_texts = galleries.takes_text(stored)
+  guided = gallery.can_be_guided(stored) or (of_texts and gallery.can_be_guided(teacher))
   known = [('all in turn', ''), *((name, name) for name in galleries.classes(stored))]
   return [
     gr.update(choices=names, value=stage),
     gr.update(value=stored.num_steps),
     gr.update(value=stored.sampler),
     gr.update(choices=known, value='', visible=len(known) > 1),
-    gr.update(value=default_weight(stored.denoise.conditioning), visible=gallery.can_be_guided(stored)),
+    gr.update(value=default_weight(stored.denoise.conditioning), visible=guided),
+    gr.update(visible=of_texts),
+    gr.update(visible=of_texts and guided),
+    gr.update(value=1) if first and of_texts else gr.skip(),  # large images, of one prompt
   ]
 
 

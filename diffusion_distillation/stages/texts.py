@@ -17,9 +17,9 @@ from diffusion_distillation.training.state import Params
 
 _log = logging.getLogger(__name__)
 
-_VOCABULARY, _MERGES, _WHOLE = 'vocab.json', 'merges.txt', 'tokenizer.json'
+VOCABULARY, MERGES, _WHOLE = 'vocab.json', 'merges.txt', 'tokenizer.json'
 _SETTINGS = ('special_tokens_map.json', 'tokenizer_config.json')
-TOKENIZER_FILES = (_VOCABULARY, _MERGES, _WHOLE, *_SETTINGS)
+TOKENIZER_FILES = (VOCABULARY, MERGES, _WHOLE, *_SETTINGS)
 _BEGIN, _END = '<|startoftext|>', '<|endoftext|>'
 # What CLIP's vocabulary is made of (Radford et al. 2021): runs of letters, single digits, runs of other characters.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -84,20 +84,20 @@ def _build(files: Mapping[str, bytes]) -> Any:
     raise UserError(
       "prompts need the library tokenizers: pip install 'diffusion_distillation[text]'"
     ) from error
-  if not {_VOCABULARY, _MERGES} <= files.keys():
+  if not {VOCABULARY, MERGES} <= files.keys():
     if _WHOLE not in files:
       raise UserError(
-        f'this model has no tokenizer, which prompts need: neither {_VOCABULARY} with {_MERGES} nor {_WHOLE}'
+        f'this model has no tokenizer, which prompts need: neither {VOCABULARY} with {MERGES} nor {_WHOLE}'
       )
     found = tokenizers.Tokenizer.from_str(files[_WHOLE].decode())
     found.no_padding()
     found.no_truncation()
     return found
-  lines = files[_MERGES].decode().splitlines()
+  lines = files[MERGES].decode().splitlines()
   split = (line.partition(' ') for line in lines if line and not line.startswith('#version'))
   pairs = [(left, right) for left, _, right in split]
   model = models.BPE(
-    vocab=json.loads(files[_VOCABULARY]),
+    vocab=json.loads(files[VOCABULARY]),
     merges=pairs,
     end_of_word_suffix='</w>',
     continuing_subword_prefix='',
@@ -134,6 +134,12 @@ def _padding(files: Mapping[str, bytes]) -> str:
 def _embed(network: CLIPText, params: Params, tokens: jax.Array) -> jax.Array:
   found: Encoded = network.apply({'params': params}, tokens)  # type: ignore[assignment]
   return found.last
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pool(network: CLIPText, params: Params, tokens: jax.Array) -> jax.Array:
+  found: Encoded = network.apply({'params': params}, tokens)  # type: ignore[assignment]
+  return found.pooled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,3 +185,12 @@ class TextEncoder:
         f"the tokenizer's tokens go up to {tokenize.largest}, but the text encoder knows {self.network.vocab_size}"
       )
     return tokenize
+
+  def pooled(self, texts: Sequence[str]) -> np.ndarray:
+    """Returns one embedding for each text (n, D) float32, that of its end token; raises UserError as `tokenize` does."""
+    params, tokens = self.weights(), self.tokens(texts)
+    return np.asarray(_pool(self.network, params, jnp.asarray(tokens)), np.float32)
+
+  def tokens(self, texts: Sequence[str]) -> np.ndarray:
+    """Returns the tokens of texts (n, T) int32; raises UserError as `tokenize` does."""
+    return self.tokenize()(texts)

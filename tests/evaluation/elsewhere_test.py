@@ -152,10 +152,10 @@ def test_what_cannot_be_measured_is_refused_in_one_line(workdir, samples, tmp_pa
   assert sorted(workdir.iterdir()) == before
 
 
-def test_a_model_that_draws_what_a_text_says_is_refused_before_anything_is_computed(tmp_path):
+def test_a_model_of_texts_without_prompts_is_refused_before_anything_is_computed(tmp_path):
   told = {'text': conditioning.Text(4, 8)}
   model = SimpleNamespace(stored=SimpleNamespace(denoise=SimpleNamespace(conditioning=told)))
-  with pytest.raises(UserError, match='draws what a text says, and models of text cannot be measured'):
+  with pytest.raises(UserError, match=r'draws what a text says; name evaluation\.prompts=FILE'):
     elsewhere.measure_model(tiny.config(), model, tmp_path, tmp_path / 'out.json')
 
 

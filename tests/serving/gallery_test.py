@@ -64,7 +64,7 @@ def weights_read(monkeypatch):
 
 def draw(gallery, *, lines=None, **changes):
   usual = {'stage': 'halved_0002', 'steps': 2, 'sampler': 'ddim', 'label': '', 'seed': 5, 'num': 4}
-  usual |= {'weight': 0}
+  usual |= {'weight': 0, 'prompts': '', 'negative': ''}
   report = [].append if lines is None else lines.append
   return gallery.draw(*(usual | changes).values(), report)
 

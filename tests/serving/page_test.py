@@ -20,7 +20,7 @@ from tests import browser, tiny
 from tests.stages.model_test import UNET, stored
 
 STUDENT = 'distilled_with_a_long_name'
-INPUTS = (STUDENT, 2, 'ddim', '', 0, 4, 0)
+INPUTS = (STUDENT, 2, 'ddim', '', 0, 4, 0, '', '')
 
 
 @pytest.fixture(scope='module')
