@@ -14,7 +14,7 @@ from diffusion_distillation.datasets import listing
 from diffusion_distillation.datasets.left_out import shown
 from diffusion_distillation.errors import UserError
 
-FILE_NAME, COLUMNS = 'file_name', ('text', 'caption')
+FILE_NAME, COLUMNS = 'file_name', ('text', 'caption', 'prompt')
 _TABLES = ('metadata', 'captions')
 _AT_ONCE = 1000  # number of files that are read in one request
 
@@ -123,7 +123,9 @@ def caption_of(row: Mapping[str, Any], where: str) -> str:
   for column in COLUMNS:
     if isinstance(caption := row.get(column), str):
       return caption.strip()
-  raise UserError(f'{where} has no caption: a text called {" or ".join(COLUMNS)} is needed')
+  raise UserError(
+    f'{where} has no caption: a text called {", ".join(COLUMNS[:-1])} or {COLUMNS[-1]} is needed'
+  )
 
 
 def parsed(content: str, where: str) -> Mapping[str, Any]:

@@ -47,7 +47,7 @@ class EvaluationSection:
   )
   prompts: str = key(
     '',
-    'File of prompts, one for each image: .txt with one per line, or .csv or .jsonl with a column `text` or `caption`. '
+    'File of prompts, one for each image: .txt with one per line, or .csv or .jsonl with a column `text`, `caption` or `prompt`. '
     '`--mode=evaluate` draws the first `num_samples` of them with the folder of a model of texts.',
     path='disk',
   )

@@ -45,16 +45,16 @@ def test_a_prompt_is_a_line_a_cell_or_a_value_and_empty_ones_are_left_out(name, 
 
 
 REFUSED = {
-  'a.txt': (b'\n \n', 'holds no prompts'),
-  'b.txt': (b'caf\xe9', 'is not a text file in UTF-8'),
+  'a.txt': (b'\n \n', 'holds no prompt'),
+  'b.txt': (b'caf\xe9', 'is not UTF-8 text'),
   'a.csv': (
     b'file_name,label\n1.png,2\n',
-    "must name a column 'caption' .* its columns are file_name, label",
+    'line 2 has no caption: a text called text, caption or prompt is needed',
   ),
-  'a.jsonl': (b'{"caption": "x"}\n{"caption": 3}\n', 'line 2: a JSON object with a text'),
-  'b.jsonl': (b'\n{"caption"\n', 'line 2: not JSON'),
-  'c.jsonl': (b'[1]\n', 'line 1: a JSON object with a text'),
-  'a.parquet': (b'', r'prompts are read from \.txt, \.csv, \.jsonl, not from \.parquet'),
+  'a.jsonl': (b'{"caption": "x"}\n{"caption": 3}\n', 'line 2 has no caption'),
+  'b.jsonl': (b'\n{"caption"\n', 'line 2 is not valid JSON'),
+  'c.jsonl': (b'[1]\n', 'line 1 is not a JSON object'),
+  'a.parquet': (b'', r'prompts are read from \.txt, \.csv and \.jsonl'),
   'none': (None, 'there is no such file on this machine'),
 }
 
