@@ -57,7 +57,7 @@ class Summary(abc.ABC):
 
   @abc.abstractmethod
   def add(self, found: Extracted, places: np.ndarray, labels: np.ndarray | None) -> None:
-    """Adds what was extracted of n intact images (NumPy arrays), with their indices (n,) and labels (n,), -1 if unknown."""
+    """Adds what was extracted of n intact images that it needs, with their indices (n,) and labels (n,), -1 if unknown."""
 
   @abc.abstractmethod
   def arrays(self) -> Arrays:
@@ -138,13 +138,11 @@ class OfEach(Summary):
 
   def begin(self, count: int) -> np.ndarray | None:
     self._parts: list[tuple[np.ndarray, np.ndarray]] = []
-    self._chosen = spread(count, self._most)
-    return self._chosen
+    return spread(count, self._most)
 
   def add(self, found: Extracted, places: np.ndarray, labels: np.ndarray | None) -> None:
     del labels
-    mine = np.isin(places, self._chosen)
-    self._parts.append((np.asarray(found.features)[mine], places[mine]))
+    self._parts.append((np.asarray(found.features), places))
 
   def arrays(self) -> Arrays:
     features, places = zip(*self._parts, strict=True)
