@@ -7,7 +7,7 @@ workdir/dataset.json  the identity of the training images, their class names and
 import io
 import json
 import pathlib
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, check_known, flatten
@@ -164,15 +164,15 @@ def open_captions(workdir: pathlib.Path, config: Config) -> Captions | None:
   if name == datasets.PROMPTS:
     return prompts.read(settings)
   images = datasets.open_original(settings, 'train')
-  if not hasattr(images, 'caption'):
+  caption = getattr(images, 'caption', None)
+  if caption is None or caption(0) is None:
     raise UserError(
       f'dataset.name={name}: the imported model draws what a text says, and this dataset has no captions; set '
       'dataset.name=prompts, or none'
     )
   images.check(datasets.Settings.key('train'))
   _check_shape(workdir, config, images.image_shape, origin)
-  found: Captions = images
-  return found
+  return cast(Captions, images)
 
 
 def find_origin(workdir: pathlib.Path) -> Origin | None:
