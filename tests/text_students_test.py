@@ -162,6 +162,13 @@ def test_what_a_run_lacks_is_one_line_before_anything_is_encoded(tmp_path, monke
     runs._check_needs(c, planned(methods=('dmd2',), **NO_GAN), {'base'}, None, None)
 
 
+def test_a_student_of_texts_has_the_network_of_its_teacher():
+  with pytest.raises(
+    UserError, match=r'student\.output: a student of a model that draws what a text says has the network'
+  ):
+    planned(methods=('dmd',), student__output='v')
+
+
 def test_a_run_with_other_prompts_is_refused(tmp_path):
   directory, c = text_model.begin(tmp_path)
   captions = workdir.open_captions(directory, c)

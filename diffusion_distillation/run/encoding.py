@@ -192,7 +192,8 @@ def _write(
   }
   indices = [k for inside in ranges.values() for k in inside]
   tokenize = model.text.tokenize()
-  with Progress(f'encoding {captions.name}', count, count - len(indices)) as progress:
+  name, unit = f'encoding {captions.name}', 'images' if info['x_shape'] else 'texts'
+  with Progress(name, count, count - len(indices), unit=unit) as progress:
     records = _records(captions, model, indices, tokenize, info['dtype'], workers)
     with contextlib.closing(records):
       for path, inside in ranges.items():

@@ -74,7 +74,11 @@ def _check(
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
   gate.check(config, takes_text=stages[0].text is not None)
-  tracking.check(config, takes_text=stages[0].text is not None)
+  tracking.check(config)
+  if config.log.frechet_every and stages[0].text is not None:
+    raise UserError(
+      f'log.frechet_every={config.log.frechet_every}: models that draw what a text says are not measured; set it to 0'
+    )
   reference.check(config)
   if config.evaluation.inception:  # raises its errors now, not after training
     inception.load(config.evaluation.inception)
@@ -136,9 +140,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   captions = workdirs.open_captions(workdir, config)
   done, distances_of = _check(config, workdir, stages)
   _check_needs(config, stages, done, images, captions)
-  # The processes that read images always end before this one does.
-  reading = contextlib.nullcontext() if images is None else contextlib.closing(images)
-  with reading, workdirs.lock_workdir(workdir):
+  with (
+    contextlib.ExitStack() as reading
+  ):  # the processes that read images always end before this one does
+    if images is not None:
+      reading.enter_context(contextlib.closing(images))
+    reading.enter_context(workdirs.lock_workdir(workdir))
     _show(config, workdir, stages, done, distances_of)
     workdirs.claim(workdir, config)
     if images is not None:
@@ -146,7 +153,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       if any(conditioning.classes(stage.denoise.conditioning) for stage in stages):
         workdirs.count_labels(workdir, images.images)
     texts = _encode(config, workdir, stages, done, captions)
-    models = _train(config, workdir, stages, done, images, distances_of, texts)
+    examples = examples_of(images, texts)
+    if examples is not None and examples is not images:
+      reading.enter_context(contextlib.closing(examples))
+    models = _train(config, workdir, stages, done, images, examples, distances_of, texts)
     if images is None:
       why = (
         'there are no images to compare with' if captions is None else 'models of texts are not measured'
@@ -187,14 +197,14 @@ def _train(
   stages: list[Stage],
   done: set[str],
   images: Loader | None,
+  examples: Loader | None,
   distances_of: dict[str, Params],
-  texts: Encoded | None = None,
+  texts: Encoded | None,
 ) -> list[Model]:
   """Trains the unfinished stages; keeps only those weights in memory that later stages need."""
   step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
   models: dict[str, Model] = {}
   judge = gate.make_gate(config, workdir, images)
-  examples = examples_of(images, texts)
   for k, stage in enumerate(stages):
     inputs = gather(stage, models, examples, workdir, distances_of[stage.name], texts)
 

@@ -47,19 +47,14 @@ class EarlyStopSection:
   )
 
 
-def check(config: Config, takes_text: bool = False) -> None:
-  """Raises UserError if the section `early_stop` is not valid; models that take texts are not measured, and not stopped."""
+def check(config: Config) -> None:
+  """Raises UserError if the section `early_stop` is not valid."""
   if not (patience := config.early_stop.patience):
     return
   if not config.log.frechet_every:
     raise UserError(
       f'early_stop.patience={patience} counts measurements, but log.frechet_every=0 takes none; set log.frechet_every to the '
       'number of updates between two measurements'
-    )
-  if takes_text:
-    raise UserError(
-      f'early_stop.patience={patience} counts measurements, and models that draw what a text says are not measured; set '
-      'early_stop.patience=0'
     )
   if config.dataset.name == 'none':
     raise UserError(

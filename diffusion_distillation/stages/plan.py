@@ -15,6 +15,7 @@ from diffusion_distillation.diffusion.weightings import WEIGHTINGS, or_base
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.methods import METHODS, Denoising, Progressive, Student
 from diffusion_distillation.networks import NETWORKS
+from diffusion_distillation.networks.conditioning import takes_text
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.networks.unet import DTYPES
@@ -203,6 +204,11 @@ def _student_network(config: Config, base: Stage, data: Data) -> Denoiser:
   otherwise = {key: value for key, value in config.student.items() if value is not None}
   if not otherwise:
     return base.denoise
+  if takes_text(base.denoise.conditioning):
+    raise UserError(
+      f'student.{next(iter(otherwise))}: a student of a model that draws what a text says has the network of its teacher; leave '
+      'out all keys of the section student'
+    )
   name = otherwise.get('space', name_in(SPACES, base.space))
   if choose('student.space', name, SPACES) is not type(base.space):
     raise UserError('student.space: a student must use the space of its teacher')

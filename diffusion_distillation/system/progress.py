@@ -18,6 +18,7 @@ class Progress:
     images_per_step: images per step, for the displayed rate.
     line_seconds: seconds between two lines if there is no terminal.
     work_after: the work that follows, in multiples of `total` steps; if it is above 0, the time for both is shown, too.
+    unit: what is counted.
   """
 
   def __init__(
@@ -28,7 +29,9 @@ class Progress:
     images_per_step: int = 1,
     line_seconds: float = 15.0,
     work_after: float = 0.0,
+    unit: str = 'images',
   ) -> None:
+    self._unit = unit
     self._name, self._total, self._start, self._done = name, total, start, start
     self._images_per_step, self._line_seconds = images_per_step, line_seconds
     self._note, self._work_after = '', work_after
@@ -71,7 +74,7 @@ class Progress:
     rate = self._rate()
     left = (self._total - self._done) / max(rate, 1e-9)
     parts = [self._note] if self._note else []
-    parts += [f'{rate * self._images_per_step:.0f} images/s', f'{_clock(left)} left']
+    parts += [f'{rate * self._images_per_step:.0f} {self._unit}/s', f'{_clock(left)} left']
     if self._work_after:
       in_all = left + self._work_after * self._total / max(rate, 1e-9)
       parts[-1] += f' ({_clock(in_all)} in all)'

@@ -15,7 +15,7 @@ from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import stable_diffusion
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Latents
-from diffusion_distillation.run import preflight
+from diffusion_distillation.run import device_memory, preflight
 from diffusion_distillation.stages import workdir
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.system import sharding
@@ -220,7 +220,7 @@ def shapes(activations=10, batch_size=8, params=1000):
   one = jax.ShapeDtypeStruct((params // 8, 8), np.float32)
   counters = np.zeros((3, 0))
   state = TrainState(counters[0], {'student': one}, (one,), {'student': (one, one)}, *counters[1:])
-  return preflight.Shapes(state, {'student': one}, {'teacher': one}, activations, batch_size)
+  return device_memory.Shapes(state, {'student': one}, {'teacher': one}, activations, batch_size)
 
 
 def test_the_smallest_layout_has_few_devices_then_little_sharding_then_few_micro_batches():
@@ -230,7 +230,7 @@ def test_the_smallest_layout_has_few_devices_then_little_sharding_then_few_micro
   assert whole.total == fixed + 80 and shapes().on(2, 2, 2).activations == 20
 
   def layout(limit, **changes):
-    found = preflight.smallest_layout(shapes(**changes), limit)
+    found = device_memory.smallest_layout(shapes(**changes), limit)
     return found and (found[:3], found.memory.total <= limit)
 
   assert layout(fixed + 80) == ((1, 1, 1), True)
@@ -266,22 +266,25 @@ def test_stable_diffusion_at_full_size_is_counted_from_shapes(tmp_path):
   c = sd15_dmd.get_config()
   c.update_from_flattened_dict({'dmd.batch_size': 64, 'dmd.micro_batches': 1})
   (stage,) = plan(c, (512, 512, 3), 0, workdir.origin_of(stored))[1:]
-  found = preflight.count(stage)
+  found = device_memory.count(stage)
   one = 4 * 859_520_964
   memory = found.on(1, 1, 1)
   assert (memory.params, memory.averages, memory.frozen) == (2 * one, one, one // 2)
   assert 4 * one <= memory.optimizer < 4 * one + 100
   assert 0.2e9 < found.activations < 0.5e9  # with remat, in bfloat16
-  layout = preflight.smallest_layout(found, 80e9)
+  layout = device_memory.smallest_layout(found, 80e9)
   assert layout[:2] == (1, 1) and layout.micro_batches > 1
-  assert preflight.smallest_layout(found, 40e9)[:2] == (2, 2)
+  assert device_memory.smallest_layout(found, 40e9)[:2] == (2, 2)
 
 
 def test_the_largest_recomputed_block_is_counted_by_what_its_gradient_needs():
   """Of sin(sin(x w)): x, and the cosines of both sines' arguments; another block is smaller."""
-  x, w = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((preflight._PRIME, 4), (4, 5)))
+  x, w = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((device_memory._PRIME, 4), (4, 5)))
   large = jax.checkpoint(lambda x, w: jnp.sin(jnp.sin(x @ w)))
   small = jax.checkpoint(lambda h: jnp.sin(h))
   jaxpr = jax.make_jaxpr(jax.jit(lambda x, w: small(large(x, w)).sum()))(x, w).jaxpr
-  sizes = [preflight._growing(preflight._residuals_of(block)) for block in preflight._recomputed(jaxpr)]
+  sizes = [
+    device_memory._growing(device_memory._residuals_of(block))
+    for block in device_memory._recomputed(jaxpr)
+  ]
   assert sizes == [4 * (4 + 5 + 5), 4 * 5]
