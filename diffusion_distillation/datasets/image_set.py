@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,11 @@ class ImageSet(abc.ABC):
   def caption(self, k: int) -> str | None:
     """Returns the caption of image k, which is known without reading the image; None if the dataset has no captions."""
     return None
+
+  def all_captions(self) -> list[str] | None:
+    """Returns the caption of each image; None if the dataset has no captions."""
+    found = [self.caption(k) for k in range(len(self))] if self.caption(0) is not None else None
+    return found  # type: ignore[return-value]
 
   def beside(self) -> LeftOut:
     """Returns the other files that are stored with the images and not used."""
@@ -129,11 +135,16 @@ class InMemory(ImageSet):
     images: (N, H, W, C) uint8.
     labels: (N,) int32; zeros without labels.
     broken: by index, the reason why an image could not be decoded.
+    captions: the captions; None if there are none.
   """
 
   images: np.ndarray
   labels: np.ndarray
   broken: dict[int, str] = dataclasses.field(default_factory=dict)
+  captions: Sequence[str] | None = None
+
+  def caption(self, k: int) -> str | None:
+    return None if self.captions is None else self.captions[k]
 
   def __len__(self) -> int:
     return len(self.images)

@@ -150,9 +150,8 @@ class Loader:
         labels[here] = 0 if batch['cond'] is None else batch['cond']['label'][:size]
         progress.advance(size)
     self.skipped = reader.skipped
-    self.images = InMemory(
-      images.name, images.image_shape, images.classes, images.identity, pixels, labels, self.skipped
-    )
+    kept = (images.name, images.image_shape, images.classes, images.identity)
+    self.images = InMemory(*kept, pixels, labels, self.skipped, images.all_captions())
 
   def close(self) -> None:
     """Stops the threads or processes; a later stream starts new ones."""

@@ -6,6 +6,7 @@ ArrayRecord stores a hash of each record, and detects records that have changed.
     info.json                              description and number of the images, and the size of each file
     train-00000-of-00078.array_record ...  training images
     eval-00000-of-00001.array_record ...   held-out images
+    train-captions.json, eval-captions.json   the captions, if the dataset has them
 """
 
 import dataclasses
@@ -73,6 +74,22 @@ def shard_paths(directory: pathlib.Path, role: str, count: int) -> list[pathlib.
   return [directory / f'{role}-{k:05d}-of-{count:05d}.array_record' for k in range(count)]
 
 
+def captions_file(role: str) -> str:
+  """Returns the name of the file of a split's captions."""
+  return f'{role}-captions.json'
+
+
+def _captions(directory: pathlib.Path, role: str, split: dict[str, Any]) -> list[str] | None:
+  """Reads the captions of a split; raises DamagedError if they are missing. Copies of older versions have none."""
+  if not split.get('captions'):
+    return None
+  path = directory / captions_file(role)
+  found = read_json(path).get('captions') if path.is_file() else None
+  if not isinstance(found, list) or len(found) != split['num_images']:
+    raise DamagedError(f'{path} is missing or damaged; run --mode=prepare again')
+  return found
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Copy(ImageSet):
   """A split of a copy.
@@ -83,6 +100,7 @@ class Copy(ImageSet):
     per_file: number of images in each file except the last one.
     left_out: files of the original dataset that were not used.
     broken: by index, the reason why an image could not be read.
+    captions: the captions; None if there are none.
   """
 
   source: Any
@@ -90,9 +108,13 @@ class Copy(ImageSet):
   per_file: int
   left_out: LeftOut
   broken: dict[int, str]
+  captions: list[str] | None
 
   def __len__(self) -> int:
     return len(self.source)
+
+  def caption(self, k: int) -> str | None:
+    return None if self.captions is None else self.captions[k]
 
   def beside(self) -> LeftOut:
     return self.left_out
@@ -173,4 +195,5 @@ def open_split(settings: Settings, role: str) -> ImageSet:
     per_file=split['images_per_file'],
     left_out=LeftOut(**info.get('left_out', {})),
     broken={int(k): reason for k, reason in split.get('broken', {}).items()},
+    captions=_captions(directory, role, split),
   )

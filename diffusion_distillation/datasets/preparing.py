@@ -72,11 +72,15 @@ def _prepare(
         'images_per_file': max(1, shard_bytes // math.prod(shape)),
         'bytes': {},
         'broken': {},
+        'captions': images.caption(0) is not None,
       }
       for role, images in sets.items()
     },
   }
   _go_on(directory, settings, info)
+  for role, images in sets.items():
+    if (captions := images.all_captions()) is not None:
+      files.write_json(directory / prepared.captions_file(role), {'captions': captions})
   if not all(
     prepared.is_whole(path, info['splits'][role])
     for role in ROLES

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from diffusion_distillation import datasets
-from diffusion_distillation.datasets import Settings, captions, survey, tars
+from diffusion_distillation.datasets import Settings, captions, preparing, survey, tars
 from diffusion_distillation.datasets.image_set import BrokenImage
-from diffusion_distillation.errors import UserError
+from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.errors import DamagedError, UserError
 from tests.datasets.folder_test import paint, zipped
 
 NAMES = [f'{folder}{k}.png' for folder in ('', 'more/') for k in range(4)]
@@ -133,6 +134,27 @@ def test_every_way_to_store_captions_gives_the_same_examples_in_the_same_order(t
     found[kind] = images.identity, images.captions
   assert len({identity for identity, _ in found.values()}) == 1
   assert all(order == found['txt'][1] for _, order in found.values())
+
+
+def test_captions_stay_with_images_that_are_kept_in_memory_or_copied(tmp_path):
+  path, painted = store(tmp_path, 'txt')
+  original = open_captions(path)
+  loader = Loader(original, in_memory_gb=1.0)
+  assert sum(batch['mask'].sum() for batch in loader.in_order(4)) == 8
+  loader.close()
+  copied = Settings('captions', str(path), str(tmp_path / 'copy'), 'train', 'train', 6)
+  preparing.prepare(copied, 0)
+  copy = datasets.open_split(copied, 'train')
+  assert isinstance(loader.images, datasets.InMemory) and copy.identity == original.identity
+  for images in (loader.images, copy):
+    for k in range(8):
+      assert images.caption(k) == original.caption(k)
+      np.testing.assert_array_equal(images.read(k)[0], painted[images.caption(k)])
+  (tmp_path / 'copy' / 'train-captions.json').unlink()
+  with pytest.raises(DamagedError, match=r'train-captions\.json is missing or damaged; run --mode=prep'):
+    datasets.open_split(copied, 'train')
+  preparing.prepare(copied, 0)
+  assert datasets.open_split(copied, 'train').caption(0) == original.caption(0)
 
 
 def test_another_caption_is_another_identity(tmp_path):
