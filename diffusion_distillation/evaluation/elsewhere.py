@@ -170,7 +170,8 @@ def measure_model(
     'num_samples': section.num_samples,
     'seed': section.seed,
   }
-  described |= {} if asked is None else asked.describe()
+  if asked is not None:
+    described |= {'guidance_interval': by.interval} | asked.describe()
   return _write(header, described, found, real, out, score), out
 
 

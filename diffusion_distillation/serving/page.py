@@ -184,11 +184,11 @@ def _choices(gr: Any, gallery: Gallery, stage: Any) -> list[Any]:
     names = list(gallery.stages())
     stage = stage if stage in names else gallery.newest()
     stored = gallery.describe(stage)
-    teacher = gallery.describe(galleries.TEACHER) if galleries.TEACHER in names else stored
+    of_texts, guided = galleries.takes_text(stored), gallery.can_be_guided(stored)
+    if of_texts and not guided and galleries.TEACHER in names:
+      guided = gallery.can_be_guided(gallery.describe(galleries.TEACHER))
   except (UserError, OSError):  # drawing reports it
     return [gr.skip()] * 8
-  of_texts = galleries.takes_text(stored)
-  guided = gallery.can_be_guided(stored) or (of_texts and gallery.can_be_guided(teacher))
   known = [('all in turn', ''), *((name, name) for name in galleries.classes(stored))]
   return [
     gr.update(choices=names, value=stage),

@@ -160,3 +160,8 @@ def test_the_page_shows_the_fields_of_texts_only_for_their_models(run, tmp_path)
   model.write(tmp_path / 'base' / 'model', stored(UNET))
   assert fields(tmp_path, None) == (False, False, False, 'kept')
   assert galleries.takes_text(loaded(run, 'dmd').stored)
+  model.write(tmp_path / 'student' / 'model', stored(UNET))
+  (tmp_path / 'base' / 'model' / model.DESCRIPTION).write_text(
+    '{'
+  )  # of another stage than the chosen one
+  assert fields(tmp_path, 'student') == (False, False, False, 'kept')
