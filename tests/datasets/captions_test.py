@@ -111,7 +111,7 @@ def test_each_image_has_its_caption_and_the_set_keeps_the_contract(tmp_path, kin
     assert pixels.dtype == np.uint8 and label == 0
     np.testing.assert_array_equal(pixels, painted[caption])
   batch = images.batch(np.array([5, 2, 5]))
-  assert batch['cond'] is None and batch['whole'].all() and batch['skipped'] == ()
+  assert batch['cond'] is None and batch['valid'].all() and batch['skipped'] == ()
   for k, image in zip((5, 2, 5), batch['image'], strict=True):
     np.testing.assert_array_equal(image, images.read(k)[0])
   again = pickle.loads(pickle.dumps(images))
