@@ -44,7 +44,7 @@ from diffusion_distillation.evaluation.results import (
   origins,
   record,
 )
-from diffusion_distillation.evaluation.rows import guidances, rows
+from diffusion_distillation.evaluation.rows import Setting, guidances, rows
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import GuidingModel, calls_per_image
@@ -57,21 +57,6 @@ from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-  """What one row measures: a model, sampler, number of steps, guidance, and the model that guides if there is one.
-
-  `updates` of the model is None if it is not known.
-  """
-
-  model: Model
-  sampler: str
-  num_steps: int
-  updates: int | None = None
-  guidance: Guidance = NONE
-  guiding: GuidingModel | None = None
 
 
 def evaluate(

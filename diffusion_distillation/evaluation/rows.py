@@ -1,11 +1,29 @@
 """What an evaluation measures: which stages, with which weights, samplers, step counts and guidance."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.guidance import GuidingModel
+from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What one row measures: a model, sampler, number of steps, guidance, and the model that guides if there is one.
+
+  `updates` of the model is None if it is not known.
+  """
+
+  model: Model
+  sampler: str
+  num_steps: int
+  updates: int | None = None
+  guidance: Guidance = NONE
+  guiding: GuidingModel | None = None
 
 
 def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:

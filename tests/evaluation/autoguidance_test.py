@@ -19,12 +19,14 @@ from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.conditioning import Classes
 from diffusion_distillation.networks.guidance import AutoParams, Guided, GuidingModel
 from diffusion_distillation.networks.spaces import Pixels
+from diffusion_distillation.run import pairs
 from diffusion_distillation.stages import guiding_models, parts
 from diffusion_distillation.stages import model as models
 from tests import tiny
 from tests.evaluation.guided_model_test import DEFAULT
 from tests.exact import Gaussian
 from tests.networks.denoiser_test import Small
+from tests.run import pairs_test
 from tests.stages.model_test import stored
 
 SCHEDULE = schedules.Cosine()
@@ -230,3 +232,17 @@ def test_the_base_is_evaluated_and_pairs_are_drawn_with_a_guiding_model(tmp_path
   ):
     with pytest.raises(UserError, match=message):
       tiny.plan(**changes | wrong)
+
+
+def test_pairs_of_a_guiding_model_follow_the_flow_of_the_law_moved_away_from_it(tmp_path):
+  """With one variance for both, guidance moves the mean m of the teacher: m + W (m - m of the weaker model)."""
+  guided = dataclasses.replace(
+    pairs_test.ONE,
+    guidance=Guidance(0.5),
+    guiding=GuidingModel(pairs_test.Exact(), 'of the weaker', np.float32(0.1)),
+  )
+  found = pairs_test.everything(pairs.ensure(tmp_path, guided, pairs_test.teacher()))
+  expected = pairs_test.ddim(found['noise'], times.uniform(3), 0.2 + 0.5 * (0.2 - 0.1))
+  np.testing.assert_allclose(found['image'], expected, atol=1e-5)
+  with pytest.raises(UserError, match='guiding_model was of the weaker, is None'):
+    pairs.ensure(tmp_path, dataclasses.replace(guided, guiding=None), pairs_test.teacher())

@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.diffusion.guidance import Guidance
 from diffusion_distillation.diffusion.samplers import DDIM, Heun
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.errors import Preempted, UserError
 from diffusion_distillation.evaluation import sampling
 from diffusion_distillation.networks.conditioning import Classes
-from diffusion_distillation.networks.guidance import GuidingModel
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.run import pairs
 from diffusion_distillation.stages.provenance import Model
@@ -127,18 +125,6 @@ def test_a_pair_is_noise_and_what_the_sampler_makes_of_it(tmp_path, grid):
   count = noise.size
   assert abs(noise.mean()) < 4 / np.sqrt(count) and abs(noise.var() - 1) < 4 * np.sqrt(2 / count)
   assert len({record.tobytes() for record in noise}) == 320
-
-
-def test_pairs_of_a_guiding_model_follow_the_flow_of_the_law_moved_away_from_it(tmp_path):
-  """With one variance for both, guidance moves the mean m of the teacher: m + W (m - m of the weaker model)."""
-  guided = dataclasses.replace(
-    ONE, guidance=Guidance(0.5), guiding=GuidingModel(Exact(), 'of the weaker', np.float32(0.1))
-  )
-  found = everything(pairs.ensure(tmp_path, guided, teacher()))
-  expected = ddim(found['noise'], times.make_grid('uniform', 3, Cosine()), 0.2 + 0.5 * (0.2 - 0.1))
-  np.testing.assert_allclose(found['image'], expected, atol=1e-5)
-  with pytest.raises(UserError, match='guiding_model was of the weaker, is None'):
-    pairs.ensure(tmp_path, dataclasses.replace(guided, guiding=None), teacher())
 
 
 def test_with_clipping_no_pixel_leaves_the_range_and_without_some_do(tmp_path):
