@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.training import step as update
 from diffusion_distillation.training.optimizers import Adam, LearningRate
 from diffusion_distillation.training.recipe import Recipe
-from tests.exact import Gaussian, scales
+from tests.exact import Gaussian, quadrature, scales
 
 SCHEDULE = Cosine()
 KEY = jax.random.key(0)
@@ -68,18 +67,6 @@ def divergence(student, logsnr):
     (alpha * of['mean'], alpha**2 * of['std'] ** 2 + sigma**2) for of in (law(student), DATA)
   )
   return 0.5 * (jnp.log(v_real / v) + (v + (m - m_real) ** 2) / v_real - 1.0)
-
-
-def quadrature(pixels=2):
-  """Noise of generator and of diffusion, (n, 1, pixels, 1) each, and weights (n,).
-
-  Means under it are exact for polynomials of degree 5 in every pixel.
-  """
-  nodes, weights = np.polynomial.hermite_e.hermegauss(3)
-  points = np.array(list(itertools.product(nodes, repeat=2 * pixels)))
-  weights = np.prod(list(itertools.product(weights / weights.sum(), repeat=2 * pixels)), axis=1)
-  z, eps = points.reshape(-1, 2, 1, pixels, 1).swapaxes(0, 1)
-  return jnp.array(z), jnp.array(eps), weights
 
 
 @jax.jit
