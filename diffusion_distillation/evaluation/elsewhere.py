@@ -14,7 +14,7 @@ from diffusion_distillation import datasets, paths
 from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import given, measure, reference
+from diffusion_distillation.evaluation import given, real_images, reference
 from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.given_images import GivenImages
 from diffusion_distillation.evaluation.loading import LoadedModel, batch_size
@@ -68,8 +68,8 @@ def measure_images(
   with _place(config, workdir) as (train, directory):
     own_shape = None if config.evaluation.inception else train.images.image_shape
     given.check(images, own_shape, f'FD-{train.images.name}')
-    extractors = measure.open_extractors(config, train, directory)
-    real, header = measure.real_images(config, extractors, train, directory, None, len(images))
+    extractors = real_images.open_extractors(config, train, directory)
+    real, header = real_images.summarize(config, extractors, train, directory, None, len(images))
     found, digest = given.features_of(extractors.main, images, train.images.image_shape)
     if extractors.dinov2 is not None:
       beside, _ = given.features_of(extractors.dinov2, images, train.images.image_shape)
@@ -117,8 +117,8 @@ def measure_model(
     labels = section.labels if classes else None
     if labels == 'data' and not sum(stored.label_counts):
       labels = 'balanced'
-    extractors = measure.open_extractors(config, train, directory)
-    real, header = measure.real_images(config, extractors, train, directory, labels)
+    extractors = real_images.open_extractors(config, train, directory)
+    real, header = real_images.summarize(config, extractors, train, directory, labels)
     found = _draw(config, model, extractors, stored.label_counts if labels == 'data' else ())
   sampler = make_sampler(stored.sampler, section.gamma)
   weight = default_weight(stored.denoise.conditioning)
