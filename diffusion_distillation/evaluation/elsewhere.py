@@ -15,7 +15,7 @@ from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import given, measure, prompted, reference
+from diffusion_distillation.evaluation import given, prompted, real_images, reference
 from diffusion_distillation.evaluation.clip_score import RunningScore
 from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.given_images import GivenImages
@@ -79,8 +79,8 @@ def measure_images(
   with _place(config, workdir) as (train, directory):
     own_shape = None if config.evaluation.inception else train.images.image_shape
     given.check(images, own_shape, f'FD-{train.images.name}')
-    extractors = measure.open_extractors(config, train, directory)
-    real, header = measure.real_images(config, extractors, train, directory, None, len(images))
+    extractors = real_images.open_extractors(config, train, directory)
+    real, header = real_images.summarize(config, extractors, train, directory, None, len(images))
     also = None if score is None else score.add
     found, digest = given.features_of(extractors.main, images, train.images.image_shape, also)
     if extractors.dinov2 is not None:
@@ -148,8 +148,8 @@ def measure_model(
     labels = section.labels if classes else None
     if labels == 'data' and not sum(stored.label_counts):
       labels = 'balanced'
-    extractors = measure.open_extractors(config, train, directory)
-    real, header = measure.real_images(config, extractors, train, directory, labels)
+    extractors = real_images.open_extractors(config, train, directory)
+    real, header = real_images.summarize(config, extractors, train, directory, labels)
     if asked is not None:
       found, score = prompted.draw(config, model, extractors, asked, train.images.image_shape)
     else:

@@ -1,12 +1,11 @@
 """Evaluates every stage: students at their own step count, the undistilled base at each of the step counts."""
 
-import contextlib
 import dataclasses
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,24 +18,14 @@ from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
 from diffusion_distillation.evaluation import (
   by_class,
-  dinov2,
-  features,
-  inception,
+  real_images,
   report,
   report_contents,
 )
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
-from diffusion_distillation.evaluation.kept_features import OfEach, Summary
+from diffusion_distillation.evaluation.kept_features import OfEach
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
-from diffusion_distillation.evaluation.reference import (
-  Real,
-  describe_images,
-  directory_of,
-  from_file,
-  load_or_compute,
-)
 from diffusion_distillation.evaluation.results import (
-  header,
   key_of,
   known_rows,
   measured,
@@ -77,13 +66,13 @@ def evaluate(
   began = time.monotonic()
   stages = [model.stage for model in models]
   labels = _labels(config, stages[0])
-  extractors = open_extractors(config, train, workdir)
+  extractors = real_images.open_extractors(config, train, workdir)
   extractor, size = extractors.main, config.evaluation.num_samples
   by_classes = by_class.summary(extractor, train, size if labels else 0)
   most = config.evaluation.neighbours
   searched = OfEach('searched', most) if most else None
   more = [summary for summary in (by_classes, searched) if summary is not None]
-  real, results = real_images(config, extractors, train, workdir, labels, more=more)
+  real, results = real_images.summarize(config, extractors, train, workdir, labels, more=more)
   results['seconds'] = {model.stage.name: model.seconds for model in models}
   results['stages'] = origins(stages, results['seconds'], workdir)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
@@ -142,65 +131,6 @@ def evaluate(
     os.replace(partial, path)
   cluster.barrier()  # the others do not leave while the first process writes
   return results
-
-
-def open_extractors(config: Config, train: Loader, workdir: pathlib.Path) -> Extractors:
-  """Returns the extractors of an evaluation; reads their weights, or trains the classifier of the dataset.
-
-  Args:
-    config: the config of the run.
-    train: the training images.
-    workdir: the directory of the run, for the classifier.
-  """
-  section = config.evaluation
-  found = dinov2.load(section.dinov2) if section.dinov2 else None
-  if section.inception:
-    return Extractors(inception.load(section.inception), found)
-  with contextlib.closing(workdirs.open_images(config, 'eval')) as held_out:
-    classifier = features.load_or_train(workdir / 'extractor.safetensors', train, held_out)
-  return Extractors(classifier, found)
-
-
-def real_images(
-  config: Config,
-  extractors: Extractors,
-  train: Loader,
-  workdir: pathlib.Path,
-  labels: str | None,
-  num_samples: int | None = None,
-  more: Sequence[Summary] = (),
-) -> tuple[Real, dict[str, Any]]:
-  """Returns the features of real images, and results without rows.
-
-  Args:
-    config: the config of the run.
-    extractors: the feature extractors.
-    train: the training images.
-    workdir: the directory of the run, for the features.
-    labels: see `header`.
-    num_samples: number of images of the floor; None: `evaluation.num_samples`.
-    more: further summaries of the features of the training images.
-  """
-  held_out, section = workdirs.open_images(config, 'eval'), config.evaluation
-  extractor = extractors.main
-  directory, seed = directory_of(workdir, extractor), section.seed
-  size = num_samples or section.num_samples
-  given = from_file(directory, extractor, train.images.image_shape, section.reference)
-  floor = 'floor' if size == section.num_samples else f'floor_{size}'
-  real = load_or_compute(directory, extractor, train, held_out, size, seed, given.features, floor, more)
-  described = given.described or describe_images(train, real)
-  if extractors.dinov2 is not None:
-    directory = directory_of(workdir, extractors.dinov2)
-    beside = load_or_compute(directory, extractors.dinov2, train, held_out, size, seed, None, floor)
-    real = real.with_dinov2(beside)
-  results = header(extractors, real, described, train, held_out, seed, labels)
-  for loader, role in ((train, 'train'), (held_out, 'held_out')):
-    loader.close()
-    if broken := results['skipped'][role]:
-      _log.warning('%d of %d images of %s were skipped', broken, len(loader), loader.images.name)
-  for sentence in results['warnings'] if extractor.metric == 'FID' else ():
-    _log.warning('%s', sentence)
-  return real, results
 
 
 def describe(config: Config, setting: Setting) -> dict[str, Any]:
