@@ -130,6 +130,12 @@ _PEER_TIMEOUT = _integer(
   1,
 )
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'import: the file, or WORKDIR/STAGE.')
+_LORA = flags.DEFINE_string(
+  'lora',
+  None,
+  'import: a .safetensors file of low-rank adapters of the U-Net, merged into it; for --source=stable_diffusion.',
+)
+_LORA_SCALE = flags.DEFINE_float('lora_scale', 1.0, 'import: multiplies the changes of --lora.')
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -189,6 +195,8 @@ def run(argv: list[str]) -> None:
     format=_FORMAT.value,
     source=_SOURCE.value,
     checkpoint=_CHECKPOINT.value or None,
+    lora=_LORA.value or None,
+    lora_scale=_LORA_SCALE.value,
     step=_STEP.value,
     port=_PORT.value,
     images=_IMAGES.value or None,

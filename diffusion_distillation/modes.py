@@ -122,9 +122,15 @@ def _import(options: Options) -> None:
   if options.source is None:
     raise UserError(f'--mode=import needs --source, one of {", ".join(importing.READERS)}')
   source = choose('--source', options.source, importing.READERS)
+  adapted: dict[str, Any] = {}
+  if options.lora is not None:
+    if options.source != 'stable_diffusion':
+      raise UserError('--lora only applies to --source=stable_diffusion')
+    adapted = {'adapter': paths.on_disk('--lora', options.lora), 'scale': options.lora_scale}
   if options.checkpoint is None:
     raise UserError('--mode=import needs --checkpoint, the file or directory to read')
-  model = source(_config(options), options.default, pathlib.Path(options.checkpoint), directory)
+  checkpoint = pathlib.Path(options.checkpoint)
+  model = source(_config(options), options.default, checkpoint, directory, **adapted)
   print(
     f'{directory / model.stage.name}: imported, for {model.stage.num_steps} steps, '
     f'digest {model.digest[:12]}'

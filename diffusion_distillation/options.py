@@ -37,6 +37,8 @@ class Options:
   format: str = 'jax'
   source: str | None = None
   checkpoint: str | os.PathLike[str] | None = None
+  lora: str | os.PathLike[str] | None = None
+  lora_scale: float = 1.0
   coordinator: str | None = None
   num_processes: int | None = None
   process_id: int | None = None

@@ -1,5 +1,7 @@
 """Imports models as the first stage of a workdir, to be sampled, measured and distilled like other stages."""
 
+import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +11,7 @@ import jax
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, choose, flatten
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.interop import diffusers, edm, google, stable_diffusion
+from diffusion_distillation.interop import diffusers, edm, google, lora, stable_diffusion
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages import provenance, workdir
 from diffusion_distillation.stages.model import StoredModel, read
@@ -107,18 +109,29 @@ def from_diffusers(config: Config, default: Config, path: pathlib.Path, into: pa
 
 
 def from_stable_diffusion(
-  config: Config, default: Config, path: pathlib.Path, into: pathlib.Path
+  config: Config,
+  default: Config,
+  path: pathlib.Path,
+  into: pathlib.Path,
+  adapter: pathlib.Path | None = None,
+  scale: float = 1.0,
 ) -> Model:
   """Imports a folder of Stable Diffusion as the stage 'base', with its autoencoder and text encoder beside the U-Net.
 
-  It is sampled in `distill.start_steps` steps; see `interop/stable_diffusion.py`.
+  It is sampled in `distill.start_steps` steps; see `interop/stable_diffusion.py`. If `adapter` names a file of low-rank adapters,
+  they are merged into the U-Net, multiplied by `scale`; see `interop/lora.py`.
 
   Raises:
     UserError: there is no such model, or it is not supported; nothing was written.
   """
   del default
   stored = stable_diffusion.read(path, config.distill.start_steps)
-  return adopt_stored(config, into, stored, {'source': 'stable_diffusion', 'folder': str(path)})
+  made: dict[str, Any] = {'source': 'stable_diffusion', 'folder': str(path)}
+  if adapter is not None:
+    stored = dataclasses.replace(stored, params=lora.merged(adapter, stored.params, scale))
+    made['lora'] = {'file': adapter.name, 'scale': scale}
+    made['lora']['sha256'] = hashlib.sha256(adapter.read_bytes()).hexdigest()
+  return adopt_stored(config, into, stored, made)
 
 
 def from_edm(config: Config, default: Config, path: pathlib.Path, into: pathlib.Path) -> Model:

@@ -3,8 +3,9 @@
     factors = init(rng, params, RANK)                 # the adapted model is the model itself: up is 0
     adapted = merged(params, factors, scale)
 
-Only matrices, of linear layers and of 1x1 convolutions, are adapted; by default those of attention: queries, keys, values and
-outputs. `factors` is a tree of its own, which can be trained, averaged and stored without the weights.
+New factors are made for matrices, of linear layers and of 1x1 convolutions, by default those of attention: queries, keys, values
+and outputs. Factors of other convolutions, which files from elsewhere have, can be merged: there `down` is a convolution of the
+kernel's size, (height, width, in, rank). `factors` is a tree of its own, which can be trained, averaged and stored without the weights.
 """
 
 import re
@@ -69,7 +70,8 @@ def merged(params: Params, factors: Factors, scale: float | jax.Array = 1.0) -> 
     if kernel is None:
       raise ValueError(f'{module} has no kernel in these parameters')
     down, up = of['down'], of['up']
-    if (down.shape[0], up.shape[1]) != tuple(kernel.shape[-2:]) or down.shape[1] != up.shape[0]:
+    size = down.shape[:-2] or (1,) * (kernel.ndim - 2)
+    if (*size, down.shape[-2], up.shape[1]) != tuple(kernel.shape) or down.shape[-1] != up.shape[0]:
       raise ValueError(
         f'{module}: factors of shapes {tuple(down.shape)} and {tuple(up.shape)} do not fit a kernel of shape '
         f'{tuple(kernel.shape)}'

@@ -44,6 +44,16 @@ def test_a_convolution_of_one_pixel_is_a_matrix():
   np.testing.assert_allclose(change, np.broadcast_to([4.0, 6.0], (1, 1, 5, 2)), atol=1e-6)
 
 
+def test_a_larger_convolution_changes_by_the_composition_of_two():
+  """A convolution to 2 channels, then a matrix to 4: as one kernel, the sum over the channels in between."""
+  rng = np.random.default_rng(2)
+  params = kernels(**{'conv/conv1': (3, 3, 5, 4)})
+  down, up = rng.standard_normal((3, 3, 5, 2)), rng.standard_normal((2, 4))
+  found = lora.merged(params, {'blocks.0.conv/conv1': {'down': down, 'up': up}})
+  change = found['blocks.0.conv']['conv1']['kernel'] - params['blocks.0.conv']['conv1']['kernel']
+  np.testing.assert_allclose(change, np.einsum('hwir,ro->hwio', down, up), atol=1e-5)
+
+
 def test_new_factors_of_the_projections_of_attention_change_nothing_and_have_their_variance():
   params = kernels(**{'attn1/to_q': (400, 4)})
   factors = lora.init(jax.random.key(0), params, 8)
