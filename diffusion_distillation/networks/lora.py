@@ -1,14 +1,9 @@
-"""Low-rank adapters of weight matrices (Hu et al. 2021): W + scale * down @ up in place of W.
+"""Low-rank adapters of weights (Hu et al. 2021): W + scale * down @ up in place of W.
 
-    factors = init(rng, params, RANK)                 # the adapted model is the model itself: up is 0
-    adapted = merged(params, factors, scale)
-
-New factors are made for matrices, of linear layers and of 1x1 convolutions, by default those of attention: queries, keys, values
-and outputs. Factors of other convolutions, which files from elsewhere have, can be merged: there `down` is a convolution of the
-kernel's size, (height, width, in, rank). `factors` is a tree of its own, which can be trained, averaged and stored without the weights.
+`factors` holds `down` (in, rank) and `up` (rank, out) of each adapted module, by the module's path. In adapters of larger
+convolutions, `down` is a convolution of the kernel's size, (height, width, in, rank).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,43 +14,7 @@ from flax import traverse_util
 Params = Any
 Factors = Mapping[str, Mapping[str, Any]]
 
-ATTENTION = r'.*/(to_q|to_k|to_v|to_out\.0)'  # diffusers' names of the projections of attention
 _KERNEL = '/kernel'
-
-
-def adapted(params: Params, modules: str = ATTENTION) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of the kernels whose module's path matches the regular expression `modules`, by that path.
-
-  Kernels have shape (in, out), or (1, 1, in, out) in a convolution; any other matching kernel raises ValueError.
-  """
-  found = {}
-  for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
-    module = path.removesuffix(_KERNEL)
-    if module == path or not re.fullmatch(modules, module):
-      continue
-    if not (leaf.ndim == 2 or (leaf.ndim == 4 and leaf.shape[:2] == (1, 1))):
-      raise ValueError(f'{module} has a kernel of shape {leaf.shape}, which is no matrix')
-    found[module] = tuple(leaf.shape)
-  return found
-
-
-def init(rng: jax.Array, params: Params, rank: int, modules: str = ATTENTION) -> Factors:
-  """Returns factors that change nothing: `down` (in, rank) is normal with variance 1 / rank, `up` (rank, out) is 0.
-
-  Raises:
-    ValueError: no module matches, or the rank is not positive.
-  """
-  shapes = adapted(params, modules)
-  if not shapes or rank < 1:
-    raise ValueError(f'rank={rank} and modules={modules!r} adapt no matrix')
-  keys = jax.random.split(rng, len(shapes))
-  return {
-    module: {
-      'down': jax.random.normal(key, (shape[-2], rank)) / jnp.sqrt(float(rank)),
-      'up': jnp.zeros((rank, shape[-1])),
-    }
-    for key, (module, shape) in zip(keys, sorted(shapes.items()), strict=True)
-  }
 
 
 def merged(params: Params, factors: Factors, scale: float | jax.Array = 1.0) -> Params:

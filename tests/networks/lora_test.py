@@ -54,23 +54,6 @@ def test_a_larger_convolution_changes_by_the_composition_of_two():
   np.testing.assert_allclose(change, np.einsum('hwir,ro->hwio', down, up), atol=1e-5)
 
 
-def test_new_factors_of_the_projections_of_attention_change_nothing_and_have_their_variance():
-  params = kernels(**{'attn1/to_q': (400, 4)})
-  factors = lora.init(jax.random.key(0), params, 8)
-  assert sorted(factors) == ['blocks.0.attn1/to_out.0', 'blocks.0.attn1/to_q', 'blocks.0.attn2/to_k']
-  for module, shape in lora.adapted(params).items():
-    assert factors[module]['down'].shape == (shape[-2], 8) and factors[module]['up'].shape == (
-      8,
-      shape[-1],
-    )
-  assert jax.tree.all(
-    jax.tree.map(lambda one, other: (one == other).all(), lora.merged(params, factors, 7.0), params)
-  )
-  assert np.var(factors['blocks.0.attn1/to_q']['down']) == pytest.approx(1 / 8, rel=0.1)
-  other = lora.init(jax.random.key(1), params, 8)
-  assert (other['blocks.0.attn1/to_q']['down'] != factors['blocks.0.attn1/to_q']['down']).any()
-
-
 def test_gradients_of_the_factors_are_those_of_the_kernel_by_the_chain_rule():
   """For a loss sum(G * W), dL/dup = scale down^T G and dL/ddown = scale G up^T."""
   params, module = kernels(), 'blocks.0.attn1/to_q'
@@ -87,8 +70,8 @@ def test_gradients_of_the_factors_are_those_of_the_kernel_by_the_chain_rule():
 
 def test_the_type_of_a_kernel_stays():
   params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), kernels())
-  factors = lora.init(jax.random.key(0), params, 2)
-  found = lora.merged(params, factors)
+  factors = {'down': np.ones((3, 2), np.float32), 'up': np.ones((2, 4), np.float32)}
+  found = lora.merged(params, {'blocks.0.attn1/to_q': factors})
   assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -113,11 +96,3 @@ def test_factors_that_do_not_fit_are_refused(factors, words):
   }
   with pytest.raises(ValueError, match=words):
     lora.merged(kernels(), made)
-
-
-def test_what_has_no_matrix_to_adapt_is_refused():
-  for rank, modules in ((0, lora.ATTENTION), (2, 'nothing')):
-    with pytest.raises(ValueError, match='adapt no matrix'):
-      lora.init(jax.random.key(0), kernels(), rank, modules)
-  with pytest.raises(ValueError, match=r'attn1/to_q has a kernel of shape \(3, 3, 2, 4\), which is no'):
-    lora.adapted(kernels(**{'attn1/to_q': (3, 3, 2, 4)}))
