@@ -45,11 +45,7 @@ from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
-from diffusion_distillation.system import (
-  compilation,
-  files,
-  sharding,
-)
+from diffusion_distillation.system import compilation, files, sharding
 
 
 def _config(options: Options) -> Config:
