@@ -74,7 +74,7 @@ class UNet2DCondition(nn.Module):
     mid_block_scale_factor: divisor of the outputs of the middle's residual blocks.
     center_input_sample: whether the network first maps its input from [0, 1] to [-1, 1].
     dropout: dropout rate inside residual blocks.
-    num_classes: number of classes, told as `label` beside the text; 0 for none.
+    num_classes: number of classes, which `label` selects beside the text; 0 for none.
     guidance: (low, high), the weights of guidance that the network takes as an input; () for no such input.
     dtype: dtype of activations, 'float32' or 'bfloat16'; see `unet.UNet`.
     remat: whether each block's activations are recomputed in the backward pass instead of being stored.

@@ -96,7 +96,7 @@ class Inputs:
 
   def _batches(self, stage: Stage, seed: int, start: int, stop: int) -> Generator[dict[str, Any]]:
     args = (seed, stage.batch_size, start, stop)
-    needs, told = stage.recipe.method.needs, conditioning.of_data(stage.recipe.conditioning)
+    needs, conditions = stage.recipe.method.needs, conditioning.of_data(stage.recipe.conditioning)
     with contextlib.ExitStack() as stack:
       images: Iterator[Any] | None = None
       pairs: Iterator[Any] | None = None
@@ -108,10 +108,10 @@ class Inputs:
         if images is not None:
           found = next(images)
           key = 'x' if 'x' in found else 'image'
-          batch = {key: found[key], 'cond': conditioning.select(told, found['cond'])}
+          batch = {key: found[key], 'cond': conditioning.select(conditions, found['cond'])}
         else:
           index = _part(i, stage.batch_size)
-          batch = {'cond': conditioning.draw(told, index, seed, self.label_counts, self.texts)}
+          batch = {'cond': conditioning.draw(conditions, index, seed, self.label_counts, self.texts)}
         yield batch if pairs is None else batch | {'pairs': next(pairs)}
 
 
@@ -124,21 +124,21 @@ def _part(i: int, batch_size: int) -> np.ndarray:
 
 def shapes(stage: Stage, batch_size: int) -> dict[str, Any]:
   """Returns the shapes and types of a batch of `batch_size` examples for the stage's step."""
-  needs, told = stage.recipe.method.needs, stage.recipe.conditioning
+  needs, conditions = stage.recipe.method.needs, stage.recipe.conditioning
   x = jax.ShapeDtypeStruct((batch_size, *stage.recipe.shape[1:]), np.float32)
 
-  def conds(told: conditioning.Conditioning) -> dict[str, Any] | None:
-    one = conditioning.examples(told, 1) or {}
+  def conds(conditions: conditioning.Conditioning) -> dict[str, Any] | None:
+    one = conditioning.examples(conditions, 1) or {}
     found = {key: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for key, v in one.items()}
     return found or None
 
-  batch: dict[str, Any] = {'cond': conds(conditioning.of_data(told))}
+  batch: dict[str, Any] = {'cond': conds(conditioning.of_data(conditions))}
   if 'images' in needs and stage.space.own_programs:
     batch['x'] = x
   elif 'images' in needs:
     batch['image'] = jax.ShapeDtypeStruct((batch_size, *stage.image_shape), np.uint8)
   if 'pairs' in needs:
-    batch['pairs'] = {'noise': x, 'image': x, 'cond': conds(told)}
+    batch['pairs'] = {'noise': x, 'image': x, 'cond': conds(conditions)}
   return batch
 
 
