@@ -105,7 +105,7 @@ def _arguments(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     raise _refuse(path, 'time_embedding_dim', emb_ch, 'a multiple of the first of block_out_channels')
   size = config.get('sample_size')
   height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
-  if height != width or type(height) is not int:
+  if height != width or type(height) is not int or not 0 < height <= 10_000:
     raise _refuse(path, 'sample_size', size, 'one number, such as 256')
   return {
     'class': 'VEPrecond',

@@ -10,6 +10,7 @@ import jax
 
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config, choose, flatten
+from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import diffusers, edm, google, lora, stable_diffusion
 from diffusion_distillation.networks import conditioning
@@ -157,6 +158,10 @@ def adopt_stored(config: Config, into: pathlib.Path, stored: StoredModel, made: 
   Raises:
     UserError: the config does not fit the model, or there is already a base; nothing was written.
   """
+  try:
+    times.make_grid(stored.times, stored.num_steps, stored.schedule)
+  except ValueError as error:
+    raise UserError(f'distill.start_steps={stored.num_steps}: {error}') from error
   classes = conditioning.classes(stored.denoise.conditioning)
   origin = workdir.origin_of(stored)
   stage = plan(config, stored.image_shape, classes.count if classes else 0, origin)[0]

@@ -43,6 +43,7 @@ PREFIX = 'text_model.'  # of the names of published text encoders
 _BUFFERS = ('embeddings.position_ids',)  # 0, 1, 2, ...
 _PARTS = ('unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler')
 _NOT_READ = ('safety_checker', 'feature_extractor')
+_SPACINGS = ('leading', 'linspace', 'trailing')
 _TEXT_DROPOUT = 0.1  # of Stable Diffusion's training (Rombach et al.'s model cards)
 
 
@@ -127,7 +128,12 @@ def _schedule(path: pathlib.Path) -> tuple[Discrete, str, str]:
   settings = diffusers_config.read_json(path)
   schedule, output = diffusers.read_schedule(path, settings)
   to_one = settings.get('set_alpha_to_one', settings.get('_class_name') != 'PNDMScheduler')
-  if settings.get('timestep_spacing', 'leading') not in ('leading', 'linspace'):
+  if not isinstance(to_one, bool):
+    raise diffusers.refuse(path, 'set_alpha_to_one', to_one, ('true', 'false'))
+  spacing = settings.get('timestep_spacing', 'leading')
+  if spacing not in _SPACINGS:
+    raise diffusers.refuse(path, 'timestep_spacing', spacing, _SPACINGS)
+  if spacing == 'trailing':
     grid = 'uniform'
   else:
     grid = 'leading' if to_one else 'leading_to_first'
