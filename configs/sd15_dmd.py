@@ -19,8 +19,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   Args:
     variant: '' for guidance 3, 20,000 updates and 500,000 pairs; 'guidance_8' for guidance 8, 165,000 and 12 million.
   """
-  strong = {'': False, 'guidance_8': True}[variant]
-  c = stable_diffusion.distilled('dmd')
+  c, strong = stable_diffusion.distilled('dmd', variant, 'guidance_8'), bool(variant)
   guidance = 7.0 if strong else 2.0  # W, which is diffusers' guidance_scale less 1
 
   c.pairs.num_pairs = 12_000_000 if strong else 500_000

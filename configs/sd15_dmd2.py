@@ -18,8 +18,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   Args:
     variant: '' for one step, 'four_steps' for four.
   """
-  c = stable_diffusion.distilled('dmd2')
-  c.dmd2.num_steps = {'': 1, 'four_steps': 4}[variant]
+  c = stable_diffusion.distilled('dmd2', variant, 'four_steps')
+  c.dmd2.num_steps = 4 if variant else 1
   c.dmd2.num_updates = 40_000
   c.dmd2.batch_size = 2048
   c.dmd2.fake_updates = 10

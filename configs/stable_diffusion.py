@@ -7,6 +7,7 @@ main.py --mode=sample --workdir=DIR --prompts="a lighthouse at dusk" --guidance=
 import ml_collections
 
 from configs import default
+from diffusion_distillation.errors import UserError
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -20,8 +21,14 @@ def get_config() -> ml_collections.ConfigDict:
   return c
 
 
-def distilled(method: str) -> ml_collections.ConfigDict:
-  """Returns what the configs of students share: prompts as data, little memory, and the optimizer of DMD and DMD2."""
+def distilled(method: str, variant: str, known: str) -> ml_collections.ConfigDict:
+  """Returns what the configs of students share: prompts as data, little memory, and the optimizer of DMD and DMD2.
+
+  Raises:
+    UserError: `variant` is neither '' nor the `known` one.
+  """
+  if variant not in ('', known):
+    raise UserError(f'config variant :{variant} is not known; leave it out, or choose :{known}')
   c = get_config()
   c.dataset.name = 'prompts'
   c.dataset.encoded_dtype = 'float16'

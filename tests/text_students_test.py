@@ -236,6 +236,14 @@ def test_the_configs_have_the_published_settings_and_are_planned_for_an_imported
   assert f'{method:<25}fits ' in err and f'{method}.micro_batches=' in err
 
 
+@pytest.mark.parametrize(('name', 'known'), [('sd15_dmd', 'guidance_8'), ('sd15_dmd2', 'four_steps')])
+def test_a_variant_that_is_not_known_is_one_line(name, known):
+  with pytest.raises(
+    UserError, match=f'config variant :fast is not known; leave it out, or choose :{known}'
+  ):
+    importlib.import_module(f'configs.{name}').get_config('fast')
+
+
 @pytest.mark.slow
 def test_samples_of_prompts_are_watched_and_compared_with_the_pairs(texts, tmp_path):
   c = text_model.config('prompts.txt', methods=('dmd',), **GUIDED)

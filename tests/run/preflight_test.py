@@ -271,7 +271,9 @@ def test_stable_diffusion_at_full_size_is_counted_from_shapes(tmp_path):
   memory = found.on(1, 1, 1)
   assert (memory.params, memory.averages, memory.frozen) == (2 * one, one, one // 2)
   assert 4 * one <= memory.optimizer < 4 * one + 100
-  assert 0.2e9 < found.activations < 0.5e9  # with remat, in bfloat16
+  assert (
+    1.0e9 < found.activations < 1.5e9
+  )  # in bfloat16; of them, 0.3e9 are kept and the others are of one block
   layout = device_memory.smallest_layout(found, 80e9)
   assert layout[:2] == (1, 1) and layout.micro_batches > 1
   assert device_memory.smallest_layout(found, 40e9)[:2] == (2, 2)
