@@ -57,6 +57,7 @@ REFUSED = {
   'missing': ('unet/config.json', {'layers_per_block': 2}, 'is missing'),
   'type': ('unet/config.json', {'layers_per_block': '1'}, "layers_per_block='1'"),
   'sides': ('unet/config.json', {'sample_size': [16, 32]}, 'sample_size=[16, 32]'),
+  'size': ('unet/config.json', {'sample_size': 100_000}, 'sample_size=100000'),
   'scheduler': ('scheduler/scheduler_config.json', {'_class_name': 'DDPMScheduler'}, '_class_name='),
   'sigma': ('scheduler/scheduler_config.json', {'sigma_max': 'much'}, "sigma_max='much'"),
   'order': ('scheduler/scheduler_config.json', {'sigma_max': 0.001}, 'sigma_max=0.002'),

@@ -278,6 +278,16 @@ def test_the_schedule_is_the_pipeline_s(tmp_path, caplog):
   assert read(_class_name='DDIMScheduler', set_alpha_to_one=False)[2] == 'leading_to_first'
   assert not caplog.text
   assert read(timestep_spacing='trailing', rescale_betas_zero_snr=True)[2] == 'uniform'
+  for wrong in ({'timestep_spacing': 'other'}, {'set_alpha_to_one': 'no'}):
+    with pytest.raises(UserError, match=f'{next(iter(wrong))}=.* is not supported; supported: '):
+      read(**wrong)
+
+
+def test_more_steps_than_timesteps_are_refused_before_anything_is_written(pipeline, tmp_path):
+  message = refused(
+    config(**{'distill.start_steps': 1001}), pipeline, tmp_path / 'run', 'stable_diffusion'
+  )
+  assert message.startswith('distill.start_steps=1001: ') and 'timesteps' in message
 
 
 def test_a_model_without_a_text_encoder_takes_embeddings_only(pipeline):
