@@ -133,10 +133,8 @@ def _schedule(path: pathlib.Path) -> tuple[Discrete, str, str]:
   spacing = settings.get('timestep_spacing', 'leading')
   if spacing not in _SPACINGS:
     raise diffusers.refuse(path, 'timestep_spacing', spacing, _SPACINGS)
-  if spacing == 'trailing':
-    grid = 'uniform'
-  else:
-    grid = 'leading' if to_one else 'leading_to_first'
+  of_leading = 'leading' if to_one else 'leading_to_first'
+  grid = 'uniform' if spacing == 'trailing' else of_leading
   return dataclasses.replace(schedule, steps_offset=1), output, grid
 
 
