@@ -17,7 +17,8 @@ from diffusion_distillation.datasets import prepared
 from diffusion_distillation.evaluation import features
 from diffusion_distillation.run import run as run_module
 from tests import tiny
-from tests.cli_test import options, written
+from tests.cli_test import written
+from tests.exit_codes_test import options
 
 pytestmark = pytest.mark.slow
 

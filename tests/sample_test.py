@@ -18,7 +18,7 @@ from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training import step as update
 from tests import tiny
-from tests.cli_test import options
+from tests.exit_codes_test import options
 
 CONDITIONAL = {
   'model__conditional': True,

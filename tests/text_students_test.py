@@ -287,7 +287,8 @@ def test_a_run_of_texts_has_no_gate_and_is_not_evaluated(tmp_path):
     gate.check(text_model.config('prompts.txt', gate__factor=1.5), takes_text=True)
   directory, c = text_model.begin(tmp_path)
   with pytest.raises(
-    UserError, match='this model draws what a text says, and such models cannot be measured yet'
+    UserError,
+    match='a stage of such a run is measured with --workdir=STAGE/model and evaluation.prompts=FILE',
   ):
     evaluating.evaluate(c, directory)
   with pytest.raises(UserError, match=r'dataset\.name=prompts has no images'):

@@ -89,7 +89,7 @@ def read_prompts(path: pathlib.Path, key: str) -> list[str]:
   except OSError as error:
     raise UserError(f'{where} cannot be read: {error.strerror}') from error
   if path.suffix.lower() == '.txt':
-    found = [line.strip() for line in text.splitlines()]
+    found = [line.strip() for line in text.split('\n')]
   else:
     rows = _rows(path.name, text, where)
     found = [caption_of(row, f'{where}, line {line}') for line, row in rows]

@@ -71,6 +71,7 @@ def measure_images(
   """
   if asked is not None:
     asked.check(len(images), images.source)
+    prompted.check_texts(asked)
   score = None if asked is None else asked.running()
   if out is None and workdir is None:
     raise UserError(
@@ -135,6 +136,7 @@ def measure_model(
   weight, by = default_weight(stored.denoise.conditioning), NONE
   if asked is not None:
     asked, by = asked.first(section.num_samples), prompted.guidance_of(config, stored)
+    prompted.check_texts(asked, stored, folder)
     weight = by.weight
   with _place(config, None) as (train, directory):
     if asked is not None:

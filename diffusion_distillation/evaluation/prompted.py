@@ -18,6 +18,7 @@ from diffusion_distillation.evaluation.clip_score import BETTER, NAME, Clip, Run
 from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
+from diffusion_distillation.networks.conditioning import NONE_OF
 from diffusion_distillation.networks.guidance import check
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
@@ -80,6 +81,16 @@ def add_score(results: dict[str, Any], running: RunningScore | None) -> None:
     results['errors'] = {**results['errors'], NAME: found.error}
 
 
+def check_texts(asked: Prompted, stored: StoredModel | None = None, folder: object = None) -> None:
+  """Raises UserError unless the texts can be encoded, by a model that draws them and for the CLIP score, before anything is drawn."""
+  if stored is not None and stored.text is None:
+    raise UserError(f'--workdir={folder}: this model has no text encoder, and cannot draw prompts')
+  if stored is not None and stored.text is not None:
+    stored.text.tokenize()
+  if asked.clip is not None:
+    asked.clip.text.tokenize()
+
+
 def check_shape(stored: StoredModel, image_shape: tuple[int, ...], folder: object, dataset: str) -> None:
   """Raises UserError unless the model's images have the dataset's shape, or are larger squares, which are resized to it."""
   drawn, squares = stored.image_shape, len({*stored.image_shape[:2]}) == len({*image_shape[:2]}) == 1
@@ -130,13 +141,18 @@ def draw(
   size = sharding.round_up(loading.batch_size(stored, section.batch_size, count))
   drawer = model.drawer(make_sampler(stored.sampler, section.gamma), stored.clip_x, size, by)
   grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
+  assert stored.text is not None  # see `check_texts`
+  tokenize, embed = stored.text.tokenize(), stored.text.embedder()
+  no_text = np.asarray(embed(tokenize(['']))) if by else None
+  params = sharding.replicate(stored.params)
   running, score = RunningFeatures(count), asked.running()
   with Progress('evaluation', math.ceil(count / size), images_per_step=size) as progress:
     for start in range(0, count, size):
       here = range(start, min(start + size, count))
       prompts = [asked.prompts[min(k, count - 1)] for k in range(start, start + size)]
-      chosen = loading.with_texts(stored, None, prompts, bool(by))
-      batch = drawer.batches(stored.params, grid, here.stop, section.seed, chosen, start)
+      chosen: dict[str, Any] = {'text': np.asarray(embed(tokenize(prompts)))}
+      chosen |= {} if no_text is None else {NONE_OF + 'text': no_text}
+      batch = drawer.batches(params, grid, here.stop, section.seed, chosen, start)
       images = np.asarray(sharding.to_host(next(batch)[0]))[: len(here)]
       if score is not None:
         score.add(here, images)

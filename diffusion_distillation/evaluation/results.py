@@ -180,10 +180,22 @@ def known_rows(path: pathlib.Path, results: dict[str, Any]) -> dict[tuple, dict[
     same = old['extractor']['digest'] == results['extractor']['digest']
     same = same and _identity(old.get('reference', {})) == _identity(results['reference'])
     same = same and len({found['dinov2']['digest'] for found in (old, results) if 'dinov2' in found}) < 2
+    if 'dinov2' in results and 'dinov2' not in old:  # nobody knows with which weights
+      old['rows'] = [_without_dinov2(row) for row in old['rows']]
     return {key_of(row): row for row in old['rows'] if row['value'] >= 0.0} if same else {}
   except (DamagedError, KeyError, TypeError, AttributeError) as error:
     _log.warning('%s is damaged (%r); measuring its rows again', path, error)
     return {}
+
+
+def _without_dinov2(row: dict[str, Any]) -> dict[str, Any]:
+  """Returns a row without what was measured with the features of DINOv2."""
+  kept = {
+    name: {metric: value for metric, value in row[name].items() if metric != 'fd_dinov2'}
+    for name in ('metrics', 'errors')
+    if name in row
+  }
+  return row | kept
 
 
 def _identity(reference: dict[str, Any]) -> str | None:

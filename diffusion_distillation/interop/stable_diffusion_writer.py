@@ -101,6 +101,10 @@ def _problems(stored: StoredModel) -> list[str]:
     found.append(
       'the network takes classes beside texts, which StableDiffusionPipeline does not pass on'
     )
+  elif network.guidance:
+    found.append(
+      'the network takes the weight of guidance as an input, which StableDiffusionPipeline does not pass on'
+    )
   if not isinstance(stored.space, Latents) or not isinstance(stored.space.vae, AutoencoderKL):
     found.append('the space has no AutoencoderKL')
   if stored.denoise.output not in diffusers.PREDICTIONS:

@@ -29,7 +29,7 @@ from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.stages import companions
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.texts import TextEncoder
-from diffusion_distillation.system import cluster, files, interrupts
+from diffusion_distillation.system import files, interrupts, sharding
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.system.progress import Progress
 
@@ -67,6 +67,11 @@ def identity(captions: Captions, model: Encoding, dtype: str) -> str:
     'space': companions.describe_space(model.space) if isinstance(captions, ImageSet) else None,
     'dtype': dtype,
   }
+  if isinstance(captions, ImageSet):  # its identity is that of the files, whatever they are decoded to
+    described |= {
+      'image_shape': captions.image_shape,
+      'decoder': repr(getattr(captions, 'decoder', None)),
+    }
   return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
@@ -80,8 +85,8 @@ def ensure(
 ) -> Encoded:
   """Returns a dataset as `model` encodes it; encodes what is not there yet. Images are encoded if the dataset has any.
 
-  Files are written atomically; after an interruption, only the missing files are written. In a run of several processes,
-  the first one encodes for all of them.
+  Files are written atomically; after an interruption, only the missing files are written. Several processes do not encode,
+  because those that wait could not be stopped by a signal.
 
   Args:
     directory: where the folders of encoded datasets are.
@@ -92,23 +97,30 @@ def ensure(
     shard_bytes: approximate size of a file.
 
   Raises:
-    UserError: the disk is too small, or there is no tokenizer, or too many images are broken.
+    UserError: the disk is too small, or there is no tokenizer, or too many images are broken, or files are missing and there
+      are several processes.
     Preempted: a signal was received; the same command continues.
   """
   made = identity(captions, model, dtype)
   folder = directory / made[:16]
-  if files.writes():
-    with files.lock(directory, str(directory)):
-      info = _begin(folder, captions, model, dtype, made, shard_bytes)
-      missing = [
-        path
-        for path in encoded.shard_paths(folder, encoded.shard_count(info))
-        if not encoded.is_whole(path, info)
-      ]
-      if missing:
-        _write(folder, info, missing, captions, model, workers)
-  cluster.barrier()
+  if sharding.part()[1] > 1:
+    if not (folder / encoded.INFO).is_file() or _missing(folder, read_json(folder / encoded.INFO)):
+      raise UserError(
+        f'{folder}: {captions.name} is not encoded yet, or not to its end; run --mode=prepare with the same config and '
+        '--workdir in one process first'
+      )
+    return encoded.open_folder(folder)
+  with files.lock(directory, str(directory)):
+    info = _begin(folder, captions, model, dtype, made, shard_bytes)
+    if missing := _missing(folder, info):
+      _write(folder, info, missing, captions, model, workers)
   return encoded.open_folder(folder)
+
+
+def _missing(folder: pathlib.Path, info: dict[str, Any]) -> list[pathlib.Path]:
+  """Returns the files that are not there yet, or not to their end."""
+  paths = encoded.shard_paths(folder, encoded.shard_count(info))
+  return [path for path in paths if not encoded.is_whole(path, info)]
 
 
 def directory_of(prepared: str, workdir: pathlib.Path) -> pathlib.Path:
@@ -125,6 +137,17 @@ def of_run(
   section = config.dataset
   directory = directory_of(section.prepared, workdir)
   return ensure(directory, captions, stage, section.encoded_dtype, section.workers)
+
+
+def missing_bytes(config: Config, workdir: pathlib.Path, stage: Stage, captions: Captions | None) -> int:
+  """Returns the bytes that the encoded texts of a run will take on the disk of its workdir; 0 if they are finished or elsewhere."""
+  section = config.dataset
+  if captions is None or section.prepared:
+    return 0
+  folder = directory_of('', workdir) / identity(captions, stage, section.encoded_dtype)[:16]
+  if (folder / encoded.INFO).is_file() and not _missing(folder, read_json(folder / encoded.INFO)):
+    return 0
+  return size_of_record(captions, stage, section.encoded_dtype) * len(captions)
 
 
 def size_of_record(captions: Captions, model: Encoding, dtype: str) -> int:

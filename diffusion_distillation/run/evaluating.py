@@ -24,7 +24,7 @@ def evaluate(config: Config, directory: pathlib.Path) -> pathlib.Path:
   if images is None:
     raise UserError(
       f'--mode=evaluate needs images to compare with: dataset.name={config.dataset.name} has none, or this model draws what a '
-      'text says, and such models cannot be measured yet'
+      'text says; a stage of such a run is measured with --workdir=STAGE/model and evaluation.prompts=FILE'
     )
   reference.check(config)
   with workdir.lock_workdir(directory):

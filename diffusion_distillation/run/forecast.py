@@ -15,8 +15,10 @@ from clu import parameter_overview
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets import survey
+from diffusion_distillation.datasets.prompts import Captions
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.evaluation import measure, rows
+from diffusion_distillation.evaluation.sampling import at_a_time
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import calls_per_image
 from diffusion_distillation.run import encoding, preflight
@@ -50,22 +52,26 @@ def show(
   """
   for line in table(stages, finished, config):
     _print(line)
-  for line in preflight.needs(stages, finished, workdir, distances or {}, device_gb):
+  has_data = config.dataset.name != datasets.NONE
+  captions = workdirs.open_captions(workdir, config) if has_data else None
+  encoded = encoding.missing_bytes(config, workdir, stages[0], captions)
+  for line in preflight.needs(stages, finished, workdir, distances or {}, device_gb, encoded):
     _print(line)
-  if files.writes() and config.dataset.name != datasets.NONE:
-    for line in _survey(stages, config, workdir):
+  if files.writes() and has_data:
+    for line in _survey(stages, config, captions):
       _print(line)
 
 
-def _survey(stages: list[Stage], config: Config, workdir: pathlib.Path) -> Iterator[str]:
+def _survey(stages: list[Stage], config: Config, captions: Captions | None) -> Iterator[str]:
   """Yields lines that summarize the dataset: its images or, for a model that takes texts, its texts."""
-  captions = workdirs.open_captions(workdir, config)
   if captions is None:
     yield from survey.lines(datasets.Settings.of(config.dataset))
     return
   size = encoding.size_of_record(captions, stages[0], config.dataset.encoded_dtype) * len(captions)
   kind = 'images with captions' if isinstance(captions, datasets.ImageSet) else 'prompts'
   yield f'{len(captions):,} {kind} of {captions.name}; {size / 1e9:.3f} GB as encoded by the model'
+  if isinstance(captions, datasets.ImageSet):
+    yield from captions.beside().lines()
 
 
 def show_times(
@@ -220,8 +226,10 @@ def seconds_per_call(stage: Stage, config: Config) -> float:
   """Returns the time of one network call per image, when a sampler draws full batches."""
   params = sharding.to_host(stage.init_params(jax.random.key(0)))
   draw = measure.drawer(config, stage, config.evaluation.samplers[0])
-  draw = dataclasses.replace(draw, texts=_Blank(stage.denoise.conditioning))
-  size = sharding.round_up(config.evaluation.batch_size)
+  most = config.evaluation.batch_size
+  most = at_a_time(stage.space, stage.image_shape, most, most)
+  draw = dataclasses.replace(draw, texts=_Blank(stage.denoise.conditioning), batch_size=most)
+  size = sharding.round_up(most)
   seconds = draw.seconds_per_image(
     params, times.uniform(2), size, 0, then=lambda images: (), use=lambda *_: None
   )

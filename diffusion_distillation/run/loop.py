@@ -132,6 +132,8 @@ def _until_the_end(
           f'stage {stage.name}: {error}, for the second time since step {back}; '
           'lower its learning rate and remove its directory, or check its data'
         ) from error
+      if inputs.tracker is not None:
+        inputs.tracker.forget(back)
       stage = dataclasses.replace(stage, attempts=(*stage.attempts, back))
       attempts.record(stage, checkpoints.stage_dir)
       _log.warning(

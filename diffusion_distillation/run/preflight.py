@@ -72,11 +72,12 @@ def needs(
   workdir: pathlib.Path,
   distances: Mapping[str, Params],
   device_gb: float = 0.0,
+  encoded: int = 0,
 ) -> Iterator[str]:
   """Yields lines with the device memory of each unfinished stage, then the host memory and the disk space of the run.
 
   With `device_gb`, the run is planned for other devices, of so many gigabytes: the smallest layout of them that each stage
-  fits is named, and nothing is raised.
+  fits is named, and nothing is raised. `encoded` is the size in bytes of encoded texts that are still to be written.
 
   Raises:
     UserError: the parameters, averages, optimizer and teacher alone exceed the memory of a device, or the host memory or the
@@ -123,11 +124,12 @@ def needs(
         'or mesh.fsdp, or set compute.remat=True or compute.dtype=bfloat16'
       )
   yield from _host_needs(stages, finished, bool(device_gb))
-  needed, free = disk(stages, finished), _free(workdir)
-  yield f'disk, GB: {needed / _GB:.3f} for checkpoints and pairs; {free / _GB:.1f} free'
+  needed, free = disk(stages, finished) + encoded, _free(workdir)
+  what = 'checkpoints, pairs and encoded texts' if encoded else 'checkpoints and pairs'
+  yield f'disk, GB: {needed / _GB:.3f} for {what}; {free / _GB:.1f} free'
   if needed > free and not device_gb:
     raise UserError(
-      f'--workdir={workdir}: checkpoints and pairs will take {needed / _GB:.2f} GB, but only {free / _GB:.2f} GB are '
+      f'--workdir={workdir}: {what} will take {needed / _GB:.2f} GB, but only {free / _GB:.2f} GB are '
       'free; free up space, or choose another disk'
     )
 

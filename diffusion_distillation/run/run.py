@@ -73,11 +73,17 @@ def _check(
 ) -> tuple[set[str], dict[str, Params]]:
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
-  gate.check(config, takes_text=stages[0].text is not None)
+  takes_text = any(stage.text is not None for stage in stages)
+  gate.check(config, takes_text)
   tracking.check(config)
-  if config.log.frechet_every and stages[0].text is not None:
+  if config.log.frechet_every and takes_text:
     raise UserError(
       f'log.frechet_every={config.log.frechet_every}: models that draw what a text says are not measured; set it to 0'
+    )
+  if config.evaluation.clip or config.evaluation.prompts:
+    raise UserError(
+      'evaluation.clip and evaluation.prompts only apply to --mode=evaluate with --images or with the folder of a model, STAGE/model; '
+      'leave them out of a run'
     )
   reference.check(config)
   if config.evaluation.inception:  # raises its errors now, not after training

@@ -143,6 +143,19 @@ class Tracker:
       'early_stop': {'patience': self._config.early_stop.patience, 'updates': done, 'measured': found}
     }
 
+  def forget(self, done: int) -> None:
+    """Drops what was measured after update `done`, to which training goes back to continue with other batches.
+
+    The best weights are those of the best measurement that remains; if they are no longer there, the next measurement is the best.
+    """
+    found = self._recorded()
+    for name in ('frechet', 'errors'):
+      found[name] = {at: value for at, value in found[name].items() if int(at) <= done}
+    if found['best'] is not None and found['best']['updates'] > done:
+      found['best'] = None
+    write_json(self._workdir / self._stage.name / _RECORD, found)
+    cluster.barrier()
+
   def resume(self, done: int, params: Params) -> None:
     """Measures the parameters after update `done`, from which training resumes, if a signal prevented this measurement.
 

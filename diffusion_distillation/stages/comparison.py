@@ -23,6 +23,9 @@ FREE = (
   *('mesh.', 'compute.'),
 )
 
+# Keys that only affect how students are trained, so that they may change after the base.
+_OF_STUDENTS = ('dataset.encoded_dtype',)
+
 
 def _is_free(key: str, stage: str) -> bool:
   """Returns whether a key may differ from the config that `stage` was made with or, for '', from the workdir's config.
@@ -31,6 +34,8 @@ def _is_free(key: str, stage: str) -> bool:
   """
   if key == 'distill.start_steps':  # also the base model's number of sampling steps
     return False
+  if (key in _OF_STUDENTS and stage in ('', 'base')) or (key.startswith('early_stop.') and not stage):
+    return True
   of_students = {name for name, cls in METHODS.items() if issubclass(cls, Student)} | {'distill'}
   others = of_students - {'distill' if _is_round(stage) else stage}
   return key.startswith(FREE) or key.partition('.')[0] in others
@@ -186,7 +191,12 @@ def check_lineage(
   path: pathlib.Path, found: dict[str, Any], expected: dict[str, Any], config: Config
 ) -> None:
   """Raises UserError if the lineage `found` belongs to another config, or differs from the `expected` lineage."""
-  check_config(path, found.get('config') or {}, config, path.parent.name)
+  made_with = found.get('config') or {}
+  if found.get('finished') and not found.get('early_stop') and isinstance(made_with, Mapping):
+    made_with = {
+      key: value for key, value in made_with.items() if key != 'early_stop'
+    }  # it had no effect
+  check_config(path, made_with, config, path.parent.name)
   expected = json.loads(json.dumps(expected))
   if expected['method'] == 'dmd2' and found.get('method') == 'dmd':  # older versions recorded 'dmd'
     found = {**found, 'method': 'dmd2'}

@@ -248,7 +248,7 @@ REFUSED = {
   ),
   'no column of captions': (
     lambda root: (root / 'metadata.csv').write_text('file_name,title\n1.png,one\n'),
-    'metadata.csv, line 2 has no caption: a text called text or caption is needed',
+    'metadata.csv, line 2 has no caption: a text called text, caption or prompt is needed',
   ),
   'a path that leads out': (
     lambda root: (root / 'more' / 'metadata.csv').write_text('file_name,text\n../1.png,one\n'),

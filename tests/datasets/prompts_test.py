@@ -9,7 +9,7 @@ from diffusion_distillation.datasets import prompts
 from diffusion_distillation.datasets.settings import Settings
 from diffusion_distillation.errors import UserError
 
-TEXTS = ['a red circle', 'two words, "quoted"', 'ein grüner Kreis']
+TEXTS = ['a red circle', 'two words, "quoted"', 'ein grüner\u2028Kreis']
 
 
 def read(path):

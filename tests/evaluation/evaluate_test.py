@@ -321,6 +321,8 @@ def test_the_distance_by_dinov2_stands_beside_the_other_metrics(workdir, asked, 
   assert not asked.rows() and not read and again['rows'] == found['rows']
   evaluate(workdir)
   assert not asked.rows()  # without the weights, rows that were measured with them are still right
+  named, _ = evaluate(workdir, **of_dinov2('b'))  # but nobody knows any more which weights these were
+  assert not asked.rows() and all('fd_dinov2' not in row['metrics'] for row in named['rows'])
   evaluate(workdir, again=True, **of_dinov2('a'))
   asked.clear()
   evaluate(workdir, **of_dinov2('b'))

@@ -284,10 +284,10 @@ def test_the_schedule_is_the_pipeline_s(tmp_path, caplog):
 
 
 def test_more_steps_than_timesteps_are_refused_before_anything_is_written(pipeline, tmp_path):
-  message = refused(
-    config(**{'distill.start_steps': 1001}), pipeline, tmp_path / 'run', 'stable_diffusion'
-  )
-  assert message.startswith('distill.start_steps=1001: ') and 'timesteps' in message
+  many = config(**{'distill.start_steps': 1001})
+  with pytest.raises(UserError, match=r'^distill\.start_steps=1001: 1001 steps do not fit'):
+    importing.from_stable_diffusion(many, config(), pipeline, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def test_a_model_without_a_text_encoder_takes_embeddings_only(pipeline):

@@ -89,6 +89,14 @@ def test_students_that_add_noise_between_steps_have_the_scheduler_of_latent_cons
     stable_diffusion_writer._scheduler(dataclasses.replace(several, times='leading'))
 
 
+def test_a_student_that_takes_the_weight_is_refused_before_anything_is_written(case):
+  base = case[2]
+  network = base.denoise.network.clone(guidance=(0.0, 4.0))
+  student = dataclasses.replace(base, denoise=dataclasses.replace(base.denoise, network=network))
+  (problem,) = stable_diffusion_writer._problems(student)
+  assert 'takes the weight of guidance as an input' in problem
+
+
 def test_the_tokenizer_states_its_number_of_tokens(case):
   text = case[2].text
   assert stable_diffusion_writer._tokenizer(text)['vocab.json'] == text.tokenizer['vocab.json']

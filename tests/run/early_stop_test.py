@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from diffusion_distillation.errors import DamagedError, Preempted, UserError
 from diffusion_distillation.run import gate, loop, run, tracking
@@ -70,6 +71,25 @@ def test_an_end_depends_on_the_measurements_up_to_it_only(track, monkeypatch, tm
   assert not track(config=tiny.config(log__frechet_every=2, log__frechet_samples=20)).ends(12)
 
 
+def test_an_attempt_that_goes_back_forgets_the_measurements_of_the_failed_one(
+  track, monkeypatch, tmp_path
+):
+  values = iter([5.0, 4.0, 3.0, 3.5])
+  monkeypatch.setattr(Tracker, '_distance', lambda self, params: (next(values), 0.1))
+  workdirs.claim(tmp_path, CONFIG)
+  tracker = track()
+  for done in (2, 4, 6):
+    tracker.measure(done, {'value': np.float32(done)})
+  tracker.forget(4)
+  assert recorded(tmp_path)['frechet'] == {'2': 5.0, '4': 4.0} and recorded(tmp_path)['best'] is None
+  tracker.measure(6, {'value': np.float32(7)})  # higher than before, and yet the best of this attempt
+  assert recorded(tmp_path)['best'] == {'updates': 6, 'frechet': 3.5}
+  weights = safetensors.numpy.load_file(tmp_path / BASE.name / 'best' / model.WEIGHTS)
+  assert weights['value'] == 7.0
+  tracker.forget(6)
+  assert recorded(tmp_path)['best'] == {'updates': 6, 'frechet': 3.5}
+
+
 def test_measurements_of_another_kind_are_refused_while_they_decide(track, monkeypatch, tmp_path):
   monkeypatch.setattr(Tracker, '_distance', lambda self, params: (1.0, 0.1))
   workdirs.claim(tmp_path, CONFIG)
@@ -91,6 +111,19 @@ def test_measurements_of_another_kind_are_refused_while_they_decide(track, monke
 def test_patience_without_measurements_is_refused(keys, message):
   with pytest.raises(UserError, match=message):
     tracking.check(tiny.config(early_stop__patience=2, **keys))
+
+
+def test_patience_may_be_set_after_a_stage_that_was_finished_without():
+  """Otherwise students could not be stopped early if their base was imported, or trained to its end."""
+  plain = json.loads(tiny.config().to_json())
+  config = tiny.config(log__frechet_every=4, early_stop__patience=3)
+  path = tiny.ROOT / 'base' / 'stage.json'
+  expected = dict.fromkeys(comparison._CHECKED) | {'method': 'denoising', 'network': {}, 'schedule': {}}
+  comparison.check_lineage(path, expected | {'config': plain, 'finished': True}, expected, config)
+  comparison.check_config(tiny.ROOT / 'config.json', plain, config)
+  for unfinished in ({}, {'finished': True, 'early_stop': {'patience': 2}}):
+    with pytest.raises(UserError, match=r'early_stop\.patience was 0, is 3'):
+      comparison.check_lineage(path, expected | {'config': plain} | unfinished, expected, config)
 
 
 def test_a_stage_is_refused_with_another_patience(tmp_path):

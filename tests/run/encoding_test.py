@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from diffusion_distillation.datasets import InMemory, encoded
+from diffusion_distillation.datasets import InMemory, decoding, encoded
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.datasets.prompts import Prompts
 from diffusion_distillation.datasets.settings import ENCODED_DTYPES
@@ -15,6 +15,7 @@ from diffusion_distillation.errors import DamagedError, Preempted, UserError
 from diffusion_distillation.run import encoding
 from diffusion_distillation.stages import workdir
 from diffusion_distillation.stages.texts import TextEncoder
+from diffusion_distillation.system import sharding
 from tests import text_model, tiny
 
 CAPTIONS = Prompts('few', text_model.PROMPTS, 'identity of few')
@@ -44,6 +45,26 @@ def directory(tmp_path_factory):
   found = tmp_path_factory.mktemp('encoded')
   ensure(found, shard_bytes=2 * 6 * 8 * 4)
   return found
+
+
+def test_images_that_are_decoded_otherwise_are_encoded_anew():
+  """The identity of a dataset is that of its files, whatever size and filter they are read with."""
+  model, known = text_model.stored(), set()
+  area, lanczos = (decoding.Decoder(8, 3, name) for name in ('area', 'lanczos'))
+  for shape, decoder in (((8, 8, 3), area), ((8, 8, 3), lanczos), ((16, 16, 3), area)):
+    captioned = images()
+    object.__setattr__(captioned, 'image_shape', shape)
+    object.__setattr__(captioned, 'decoder', decoder)
+    known.add(encoding.identity(captioned, model, 'float32'))
+  assert len(known) == 3
+
+
+def test_several_processes_read_what_one_has_encoded_and_do_not_encode(directory, tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, 'part', lambda: (0, 2))
+  assert len(ensure(directory, shard_bytes=2 * 6 * 8 * 4)) == len(CAPTIONS)
+  with pytest.raises(UserError, match=r'run --mode=prepare .* in one process first'):
+    ensure(tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
