@@ -288,7 +288,7 @@ def test_a_run_of_texts_has_no_gate_and_is_not_evaluated(tmp_path):
   directory, c = text_model.begin(tmp_path)
   with pytest.raises(
     UserError,
-    match='a stage of such a run is measured with --workdir=STAGE/model and evaluation.prompts=FILE',
+    match=r'a stage of such a run is measured with --workdir=STAGE/model and evaluation\.prompts=FILE',
   ):
     evaluating.evaluate(c, directory)
   with pytest.raises(UserError, match=r'dataset\.name=prompts has no images'):
