@@ -74,6 +74,7 @@ def sample(colour, tmp_path, monkeypatch, capsys):
   return draw
 
 
+@pytest.mark.slow
 def test_a_half_finished_conditional_run_of_colour_images_is_sampled_with_labels(sample):
   """Also: without its data set, which need not be at hand to sample from a workdir."""
   _, labels, line = sample()

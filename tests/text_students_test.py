@@ -91,6 +91,7 @@ def test_batches_continue_where_they_were_interrupted_and_do_not_depend_on_their
   np.testing.assert_array_equal(every[0]['no_text'][3], texts.no_text)
 
 
+@pytest.mark.slow
 def test_pairs_are_latents_of_the_guided_teacher_and_each_has_a_text_of_its_own(texts, tmp_path):
   stage = planned(methods=('dmd',), **GUIDED)[-1]
   teacher = base(planned(methods=())[0])
@@ -206,7 +207,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize('name', PUBLISHED)
+@pytest.mark.parametrize(
+  'name', [next(iter(PUBLISHED)), *(pytest.param(n, marks=pytest.mark.slow) for n in [*PUBLISHED][1:])]
+)
 def test_the_configs_have_the_published_settings_and_are_planned_for_an_imported_model(name, tmp_path):
   method, scale, updates, examples, fake_updates = PUBLISHED[name]
   file, _, variant = name.partition(':')

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from diffusion_distillation.diffusion import samplers, schedules, times
 from diffusion_distillation.evaluation import measure, sampling
@@ -26,6 +27,7 @@ def calls_of(sampler, grid):
   return len(calls)
 
 
+@pytest.mark.slow
 def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monkeypatch):
   """Every row of an evaluation whose drawing is replaced: what is asked of the drawer is counted."""
   overrides = {'train__ema_decay': (0.9, 0.5), 'distill__start_steps': 2}

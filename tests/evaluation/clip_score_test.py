@@ -88,6 +88,7 @@ class Pixels:
     return Extracted(jnp.asarray(images, jnp.float32).reshape(len(images), -1))
 
 
+@pytest.mark.slow
 def test_each_prompt_is_drawn_once_with_its_own_noise_whatever_the_batch(folder, tmp_path):
   """In two batches of one image for each device, the last of which has two images, as in one batch."""
   prompts = [*PROMPTS, *PROMPTS[:3], 'two', 'blue']

@@ -140,6 +140,7 @@ def test_files_that_are_missing_or_pickles_are_refused(params, tmp_path):
       lora.merged(tmp_path / name, params, 1.0)
 
 
+@pytest.mark.slow
 def test_a_folder_is_imported_with_adapters_and_says_so(pipeline, params, factors, tmp_path):
   path = store(tmp_path / 'a.safetensors', factors, 'kohya', alpha=1.0)
   importing.from_stable_diffusion(config(), config(), pipeline, tmp_path / 'run', path, 0.5)

@@ -40,6 +40,7 @@ def read_json(path):
   return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_an_exported_base_is_imported_again_bit_by_bit(case, tmp_path):
   pipeline, run, base = case
   line = exporting.export(run, 'base', tmp_path / 'out', 'diffusers')

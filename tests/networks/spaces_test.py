@@ -194,6 +194,7 @@ def latents(**changes):
   return Latents(vae, 'digest', lambda: params), vae, params
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_the_autoencoder_moved_and_scaled():
   space, vae, params = latents(scaling_factor=0.5, shift_factor=0.25)
   image = images(3, 3)

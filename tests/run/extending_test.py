@@ -82,6 +82,7 @@ def test_an_extended_stage_that_was_interrupted_equals_one_trained_in_one_go(
     extending.check_configs(workdir, [OF_4], SHORT)
 
 
+@pytest.mark.slow
 def test_an_extension_whose_checkpoints_are_damaged_does_not_begin_anew(step, of_4, tmp_path):
   workdir = shutil.copytree(of_4, tmp_path / 'extended')
   for path in (workdir / 'base' / 'checkpoints').rglob('_METADATA'):

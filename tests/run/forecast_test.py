@@ -247,7 +247,8 @@ def test_networks_that_take_turns_are_timed_in_whole_periods(monkeypatch):
   assert turns == [False, False, False, False, True] * 2
 
 
-@pytest.mark.parametrize('conditional', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('conditional', [False, True])
 def test_a_run_has_one_program_for_its_base_and_one_for_all_rounds(tmp_path, monkeypatch, conditional):
   traced, done = [], []
 

@@ -99,6 +99,7 @@ def assert_same(tree, other):
   jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_reaches_nothing_and_is_counted(step):
   state, _ = advance(step, poisoned(2), first_state(BASE), 2)
   before = sharding.to_host(state)

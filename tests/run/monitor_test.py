@@ -296,6 +296,7 @@ def test_students_of_few_steps_are_looked_at_unless_it_is_switched_off(every, pa
   assert monitor.watches(tiny.config(log__health_every=every), stage) is looked_at
 
 
+@pytest.mark.slow
 def test_a_monitor_is_given_the_frozen_parameters_that_the_step_has(step, tmp_path):
   """The teacher is not taken to the devices again."""
   given, seen = [], []

@@ -111,6 +111,7 @@ def test_the_command_line_takes_a_negative_prompt_and_no_other_mode_does(run, tm
   assert code == UserError.exit_code and '--negative_prompt only applies to --mode=sample' in err
 
 
+@pytest.mark.slow
 def test_an_unguided_student_is_drawn_beside_its_guided_teacher(run):
   teacher, student = draw(
     Gallery(run), prompts='a red circle\n\n blue ', negative='red', num=4, weight=2

@@ -184,6 +184,7 @@ def test_further_averages_change_neither_the_parameters_nor_the_first_one(step):
   assert_same(three.replace(ema_params=three.ema_params[:1]), one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weights', ['ema', 'last'])
 def test_a_round_is_taught_by_and_starts_from_the_weights_that_are_named(
   step, tmp_path, monkeypatch, weights
