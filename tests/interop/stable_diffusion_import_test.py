@@ -312,6 +312,6 @@ def test_a_pipeline_is_imported_and_sampled_by_its_commands(pipeline, tmp_path):
   code, _, err = tiny.run_cli(*sample)
   assert code == 2 and '--prompts: this model draws what a text says' in err
   code, _, err = tiny.run_cli('--mode=export', flags[1], f'--out={tmp_path / "exported"}')
-  assert code == 2 and "it takes 'text' as an input, which no format supports" in err
+  assert code == 2 and "it takes 'text' as an input, which only --format=diffusers supports" in err
   code, _, err = tiny.run_cli(*flags, "--config.methods=('dmd',)")
   assert code == 2 and 'stage dmd is trained on texts, and dataset.name=none has none' in err

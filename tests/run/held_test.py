@@ -68,7 +68,8 @@ def test_only_what_a_later_stage_comes_from_is_in_memory(tmp_path, monkeypatch):
   monkeypatch.setattr(run_module, 'fit', fit)
   monkeypatch.setattr(run_module.monitor, 'watches', lambda *_: False)
   monkeypatch.setattr(run_module.forecast, 'work_after', lambda *_: {})
-  run_module._train(config, tmp_path, planned, set(), images, dict.fromkeys(PLAN | {'dmd': None}))
+  distances = dict.fromkeys(PLAN | {'dmd': None})
+  run_module._train(config, tmp_path, planned, set(), images, images, distances, None)
   note('evaluation')
   base, two, one, dmd = (stage.name for stage in planned)
   parent, start = planned[-1].parent, planned[-1].start
