@@ -207,9 +207,8 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(
-  'name', [next(iter(PUBLISHED)), *(pytest.param(n, marks=pytest.mark.slow) for n in [*PUBLISHED][1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PUBLISHED)
 def test_the_configs_have_the_published_settings_and_are_planned_for_an_imported_model(name, tmp_path):
   method, scale, updates, examples, fake_updates = PUBLISHED[name]
   file, _, variant = name.partition(':')

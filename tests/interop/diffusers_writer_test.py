@@ -34,6 +34,7 @@ def read_json(path: pathlib.Path):
   return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_pipeline_folder_is_written_and_read_as_the_same_model(student, tmp_path):
   out = export(student, tmp_path)
   found = diffusers.read(out, 4)

@@ -158,6 +158,7 @@ def test_the_noise_levels_are_those_of_the_file(tmp_path):
   assert ends[1] == pytest.approx(math.sqrt(math.expm1(0.2 + 7.5)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_imported_and_drawn_from_without_a_config_of_its_network(tmp_path):
   path, into = CASE.write(tmp_path), tmp_path / 'run'
   flags = ['--config=configs/default.py', '--config.dataset.name=none', '--config.methods=()']

@@ -65,6 +65,7 @@ def prompts_of(arrays):
   return found, arrays.get('in/negative_prompt_embeds', np.broadcast_to(text[2:], found.shape))
 
 
+@pytest.mark.slow
 def test_each_guided_step_lands_where_theirs_does(case):
   """One program draws the first i steps for every i: a grid may end at any time."""
   described, arrays, loaded = case

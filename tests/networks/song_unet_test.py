@@ -51,6 +51,7 @@ def test_resampling_is_the_filter_between_zeros(taps):
   np.testing.assert_allclose(resample(jnp.array(h), 'up', taps), up, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_a_network_with_gradients_dropout_and_a_bottleneck():
   network = dataclasses.replace(NETWORK, ch_mult=(1,), num_classes=3, attn_resolutions=())
   denoise, rng = Denoiser(network, 'edm'), np.random.default_rng(0)

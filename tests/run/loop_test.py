@@ -113,6 +113,7 @@ def test_a_non_finite_loss_reaches_nothing_and_is_counted(step):
   assert digest(state.params) != digest(before.params)
 
 
+@pytest.mark.slow
 def test_some_skipped_updates_do_not_stop_a_run(step, workdir):
   model = loop.fit(step, poisoned(3, 4, 8), INPUTS, workdir, CONFIG)
   assert model.step == 12
@@ -120,6 +121,7 @@ def test_some_skipped_updates_do_not_stop_a_run(step, workdir):
   assert [line['skipped'] for line in lines] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_go_back_once_and_then_stop_naming_stage_and_step(step, workdir, caplog):
   with pytest.raises(NumericalError, match=r'stage base: .* 3 updates in a row up to step 12'):
     loop.fit(step, poisoned(8, 9, 10), INPUTS, workdir, CONFIG)
@@ -130,6 +132,7 @@ def test_too_many_in_a_row_go_back_once_and_then_stop_naming_stage_and_step(step
   )
 
 
+@pytest.mark.slow
 def test_what_does_not_happen_again_is_survived(step, workdir):
   """A fault of the machine: NaN the first time a step is taken, not the second time."""
   calls = []
