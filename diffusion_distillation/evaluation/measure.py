@@ -82,20 +82,7 @@ def evaluate(
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, results) | known_rows(partial, results)
   cluster.barrier()  # before the first process writes these files anew
-  section = config.evaluation
-  guiding = guiding_of('evaluation', section.guiding_model, section.guidance, stages[0])
-  todo = [
-    Setting(
-      models[place].use(weights),
-      sampler,
-      num_steps,
-      updates_done(workdir, models[place]),
-      guidance,
-      guiding if guidance and not place else None,
-    )
-    for place, weights, sampler, num_steps in rows(stages, config)
-    for guidance in guidances(config, place, stages[place])
-  ]
+  todo = _settings(config, models, workdir)
   drawn: dict[tuple, np.ndarray] = {}
   kept: set[int] = set()
   steps = sum(s.num_steps for s in todo)
@@ -131,6 +118,24 @@ def evaluate(
     os.replace(partial, path)
   cluster.barrier()  # the others do not leave while the first process writes
   return results
+
+
+def _settings(config: Config, models: list[Model], workdir: pathlib.Path) -> list[Setting]:
+  """Returns what the rows of an evaluation measure, in their order; a guiding model only guides the base, the first model."""
+  section, stages = config.evaluation, [model.stage for model in models]
+  guiding = guiding_of('evaluation', section.guiding_model, section.guidance, stages[0])
+  return [
+    Setting(
+      models[place].use(weights),
+      sampler,
+      num_steps,
+      updates_done(workdir, models[place]),
+      guidance,
+      guiding if guidance and not place else None,
+    )
+    for place, weights, sampler, num_steps in rows(stages, config)
+    for guidance in guidances(config, place, stages[place])
+  ]
 
 
 def describe(config: Config, setting: Setting) -> dict[str, Any]:

@@ -296,13 +296,6 @@ def test_every_update_has_the_recipe_of_its_number(workdir, monkeypatch):
   assert seen == [(number, number) for number in range(12)]
 
 
-def test_a_line_of_metrics_has_the_means_of_what_is_finite():
-  losses = [2.0, np.nan, 4.0, np.inf]
-  told = [{'loss': np.float32(x), 'skipped': k, 'skipped_in_a_row': 0} for k, x in enumerate(losses)]
-  told[0]['turn'] = np.float32(7.0)
-  assert loop._summary(told) == {'loss': 3.0, 'turn': 7.0, 'skipped': 3.0}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('together', [1, 2])
 def test_a_stage_compiles_its_program_once_and_while_its_state_is_made(workdir, together):
