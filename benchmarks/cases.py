@@ -16,6 +16,9 @@ WORKS = {  # kind of work -> the stage that it belongs to
   'round': 'progressive',
   'dmd': 'dmd',
   'sampling': 'base',
+  'guided': 'guided',  # the first stage of guided distillation
+  'guided_round': 'progressive',  # a round after it, whose student takes the weight of guidance
+  'guided_dmd': 'dmd',  # with a guided teacher
 }
 
 
@@ -102,8 +105,14 @@ class Case:
     c.model.attn_resolutions = tuple(self.larger * side for side in c.model.attn_resolutions)
     c.compute.dtype = c.compute.teacher_dtype = self.dtype
     c.evaluation.batch_size = self.batch_size
-    for section in (c.train, c.distill, c.dmd):
+    for section in (c.train, c.distill, c.dmd, c.guided):
       section.batch_size = self.batch_size
+    if self.work.startswith('guided'):
+      c.model.conditional, c.dataset.label_dropout = True, 0.1
+    if self.work in ('guided', 'guided_round'):
+      c.methods = ('guided', 'progressive')
+    if self.work == 'guided_dmd':
+      c.dmd.guidance = c.pairs.guidance = 1.0
     return c
 
   def stage(self) -> Stage:

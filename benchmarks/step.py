@@ -1,6 +1,6 @@
 """Speed of an update and of sampling: python benchmarks/step.py --network=digits
 
-For each kind of work (base training, a round of progressive distillation, DMD, sampling), this prints images per second,
+For each kind of work (base training, a round of progressive distillation, DMD, sampling, and distillation with guidance), this prints images per second,
 time, FLOPs, the fraction of the matrix peak, memory and compilation time. FLOPs are counted in the program before
 compiler optimizations. The peak is the speed of the fastest of several large matrix products of the same type, measured
 in the same process. Each row is measured in a process of its own, so that its memory is independent of other rows.

@@ -67,6 +67,12 @@ def finished(tmp_path_factory):
   return pathlib.Path(shutil.copytree(shared / 'finished', own))
 
 
+@pytest.fixture
+def fresh(finished, tmp_path):
+  """A workdir in which nothing is but an extractor, whose training would take longer than that of a tiny run's networks."""
+  return tiny.with_extractor(tmp_path / 'workdir', finished)
+
+
 @pytest.fixture(scope='session')
 def step():
   """The compiled training step; every test that uses it shares its programs."""

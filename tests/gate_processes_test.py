@@ -41,11 +41,11 @@ def read(path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_two_processes_judge_a_student_as_one_does(tmp_path):
+def test_two_processes_judge_a_student_as_one_does(finished, tmp_path):
   """A student that was spoiled fails twice, is trained for longer by both processes, and the run goes on at the limit."""
   found = {}
   for name, count in (('one', 1), ('two', 2)):
-    codes, log = start(tmp_path / name, count)
+    codes, log = start(tiny.with_extractor(tmp_path / name, finished), count)
     assert codes == [0] * count, log
     assert 'training it to 12 updates' in log and 'the run continues with it' in log
     found[name] = [read(tmp_path / name / NAME / f'{file}.json') for file in ('gate', 'stage', 'track')]

@@ -58,9 +58,8 @@ COMMAND = tiny.flags(**OVERRIDES)
 
 @pytest.fixture(scope='module')
 def ran(finished, tmp_path_factory):
-  """A run of all methods, with the extractor of another one: its workdir, and what was said."""
-  workdir = tmp_path_factory.mktemp('methods')
-  shutil.copy(finished / 'extractor.safetensors', workdir)
+  """A run of all methods: its workdir, and what was said."""
+  workdir = tiny.with_extractor(tmp_path_factory.mktemp('methods') / 'workdir', finished)
   code, _, err = tiny.run_main(*tiny.flags(**OVERRIDES), f'--workdir={workdir}')
   assert code == 0, err
   return workdir, err

@@ -59,9 +59,8 @@ def test_two_and_four_processes_train_every_method_as_one_does(tmp_path):
   few = ('base', 'progressive', 'dmd2')  # one network; a teacher; three networks that take turns
   four = run_peers(tmp_path / 'four', 4, 1, 2, few)
   assert_same_training(four, {name: one[name] for name in four})
-  again = run_peers(tmp_path / 'again', 4, 1, 2, ('base', 'progressive'))
-  for name in ('base', 'progressive_0001'):
-    assert again[name] == four[name], 'the same layout, but not bit for bit'
+  again = run_peers(tmp_path / 'again', 4, 1, 2, ('base',))
+  assert again['base'] == four['base'], 'the same layout, but not bit for bit'
   for found in (one, two, four):
     assert found['restored'] == found['dmd2']['digest']
   # What two processes have written, this one reads, on eight devices.

@@ -23,8 +23,8 @@ OVERRIDES = OTHER | {
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-  path = tmp_path_factory.mktemp('students') / 'workdir'
+def workdir(finished, tmp_path_factory):
+  path = tiny.with_extractor(tmp_path_factory.mktemp('students') / 'workdir', finished)
   code, _, err = tiny.run_cli(*tiny.flags(**OVERRIDES), f'--workdir={path}')
   assert code == 0, err
   return path

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -79,6 +80,13 @@ def flags(**overrides):
   given = OVERRIDES | {key.replace('__', '.'): value for key, value in overrides.items()}
   values = {key: str(value).replace(' ', '') for key, value in given.items()}
   return ['--config=configs/digits.py', *(f'--config.{key}={value}' for key, value in values.items())]
+
+
+def with_extractor(workdir, finished):
+  """Makes a workdir with the extractor of a finished run of the same dataset."""
+  workdir.mkdir()
+  shutil.copy(finished / 'extractor.safetensors', workdir)
+  return workdir
 
 
 def start_main(*args, devices=1, **popen):
