@@ -122,13 +122,8 @@ class Denoiser:
 
   def bottleneck_shape(self, shape: tuple[int, ...], place: str = INNERMOST) -> tuple[int, ...]:
     """Returns (h, w, c) of the activations at `place` for x of `shape`; raises ValueError if the network does not sow them."""
-
-    def call(rng: jax.Array) -> jax.Array:
-      z, logsnr = jnp.zeros((1, *shape)), jnp.zeros((1,))
-      return self.bottleneck(self.init(rng, shape), z, logsnr, zeros(self.conditioning, 1), place)
-
     try:
-      return jax.eval_shape(call, jax.random.key(0)).shape[1:]
+      return _bottleneck_shape(self, shape, place)
     except KeyError as error:
       raise ValueError(
         f'the network {type(self.network).__name__} has no bottleneck for a GAN (none named {place!r})'
@@ -136,6 +131,18 @@ class Denoiser:
 
   def _input(self, z: jax.Array, logsnr: jax.Array) -> jax.Array:
     return process.edm_input(z, logsnr) if self.output == 'edm' else z
+
+
+@functools.lru_cache(maxsize=64)
+def _bottleneck_shape(denoise: Denoiser, shape: tuple[int, ...], place: str) -> tuple[int, ...]:
+  """See `Denoiser.bottleneck_shape`; raises KeyError if there is no such place."""
+
+  def call(rng: jax.Array) -> jax.Array:
+    z, logsnr = jnp.zeros((1, *shape)), jnp.zeros((1,))
+    return denoise.bottleneck(denoise.init(rng, shape), z, logsnr, zeros(denoise.conditioning, 1), place)
+
+  found: tuple[int, ...] = jax.eval_shape(call, jax.random.key(0)).shape[1:]
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
