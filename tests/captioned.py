@@ -28,8 +28,9 @@ def config(path, **changes):
   small = {
     'dataset__name': NAME,
     'dataset__path': '',
+    'evaluation__grid': 'uniform',  # as the model's own times
     'evaluation__num_samples': 24,
-    'evaluation__batch_size': 16,
+    'evaluation__batch_size': 24,
     'evaluation__samplers': ('ddim',),
     'evaluation__neighbours': 0,
   }
