@@ -156,7 +156,7 @@ def other_metrics(rows: curves.Rows) -> list[str]:
 
 def strips(caption: str, images: np.ndarray) -> dict[str, Any]:
   """Returns a caption and its images in two halves, which stand below each other on a narrow screen."""
-  half = -(-len(images) // 2)
+  half, images = -(-len(images) // 2), pictures.reduced(images, _SIDE)
   halves = [images[:half], images[half:]]
   return {
     'caption': caption.replace('\n', ', '),

@@ -78,7 +78,11 @@ def test_labels_that_are_not_known_are_read_and_a_broken_image_has_none(captions
   }
 
 
-def test_embeddings_are_those_of_the_encoder_and_of_a_text_alone(captions):
+def test_embeddings_are_those_of_the_encoder_and_of_a_text_alone(monkeypatch):
+  captions = SampledTexts(text_model.text_encoder(), IMAGES)
+  shapes, embed = set(), captions.encoder.embedder()
+  noting = lambda tokens: shapes.add(tokens.shape) or embed(tokens)  # noqa: E731
+  monkeypatch.setattr(type(captions.encoder), 'embedder', lambda self: noting)
   index = np.arange(21)
   found = captions.draw(index, 1)
   of_encoder = captions.encoder.embed(captions.texts(index, 1))
@@ -86,6 +90,7 @@ def test_embeddings_are_those_of_the_encoder_and_of_a_text_alone(captions):
   np.testing.assert_allclose(found['no_text'][20], captions.encoder.embed([''])[0], rtol=1e-5, atol=1e-6)
   for k in (0, 13, 20):  # a function of the text alone, to the last bit
     np.testing.assert_array_equal(captions.draw(np.array([k]), 1)['text'][0], found['text'][k])
+  assert shapes == {(8, 6)}  # by one program, for batches of any size
 
 
 def test_prompts_of_a_file_come_in_their_order_and_have_no_labels():
@@ -117,6 +122,14 @@ def test_a_run_of_captions_forecasts_its_evaluation_and_one_of_prompts_none():
   assert forecast.evaluation_calls(stages, c) == 24 * (4 + 8 + 1 + 2 + 1)
   c.dataset.name = 'prompts'
   assert forecast.evaluation_calls(stages, c) == 0
+
+
+def test_large_images_are_decoded_a_few_at_a_time_and_programs_hold_no_texts(captions):
+  c, stages = planned(evaluation__num_samples=48)
+  large = dataclasses.replace(stages[0], image_shape=(512, 512, 3))
+  assert measure.drawer(c, large, 'ddim', texts=captions).batch_size == 4
+  drawer = measure.drawer(c, stages[0], 'ddim', texts=captions)
+  assert drawer.batch_size == 24 and drawer.texts is captions and drawer.program.texts is None
 
 
 @pytest.mark.parametrize(
