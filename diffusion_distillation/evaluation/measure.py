@@ -25,7 +25,7 @@ from diffusion_distillation.evaluation import (
 )
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
 from diffusion_distillation.evaluation.kept_features import OfEach
-from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
+from diffusion_distillation.evaluation.metrics import Features, frechet
 from diffusion_distillation.evaluation.results import (
   key_of,
   known_rows,
@@ -34,16 +34,18 @@ from diffusion_distillation.evaluation.results import (
   origins,
   record,
 )
+from diffusion_distillation.evaluation.row_batches import RowBatches, RunningRow
 from diffusion_distillation.evaluation.rows import Setting, guidances, rows
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer, at_a_time
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.guidance import GuidingModel, calls_per_image
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import guiding_of, make_sampler
 from diffusion_distillation.stages.provenance import Model, updates_done
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.system import cluster, files, sharding
+from diffusion_distillation.system import cluster, files
 from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
 
@@ -92,6 +94,8 @@ def evaluate(
   results['class_shares'] = classes.shares(of_training_images.some)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, results) | known_rows(partial, results)
+  if again:
+    RowBatches(workdir, {}).remove()
   cluster.barrier()  # before the first process writes these files anew
   todo = _settings(config, models, workdir, texts)
   drawn: dict[tuple, np.ndarray] = {}
@@ -106,7 +110,7 @@ def evaluate(
         kept.add(len(results['rows']))
       else:
         row, images = measure_setting(
-          config, setting, extractors, real.reference, floor, counts, classes
+          config, setting, extractors, real.reference, floor, counts, classes, workdir
         )
         drawn[_place(setting)] = images
       if 'file' in results['reference']:
@@ -243,52 +247,63 @@ def measure_setting(
   floor: float,
   label_counts: tuple[int, ...] = (),
   classes: by_class.Classes = by_class.NO_CLASSES,
+  workdir: pathlib.Path | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
   """Draws images and compares their features with the reference's; returns the row and its first images.
+
+  With a `workdir`, the features of each batch are kept there until the row is finished, and an interrupted evaluation goes on
+  within the row.
 
   The Frechet distance of n samples is too large by about the distance of n real images, which decreases as 1/n. The error is
   therefore estimated from `floor`, the distance of `evaluation.num_samples` real images, at every doubling of n.
   """
-  section, texts = config.evaluation, setting.texts
-  size, tolerance, seed = section.num_samples, section.tolerance, section.seed
-  running, due, first = RunningFeatures(size), 2, list[np.ndarray]()
-  tally = classes.tally(setting.model.stage.denoise.conditioning)
+  section, texts, model = config.evaluation, setting.texts, setting.model
+  size, tolerance, seed, due = section.num_samples, section.tolerance, section.seed, 2
+  by, draw = grid(config, model.stage, setting.num_steps), _drawer_of(config, setting, label_counts)
+
+  def cond(index: np.ndarray) -> Cond:
+    return draw.cond(index, seed) if texts is None else {'label': texts.labels(index, seed)}
+
+  tally = classes.tally(model.stage.denoise.conditioning)
   score = None if texts is None else texts.running(size, seed)
+  running = RunningRow(size, report_contents.SHOWN, tally, cond, score)
+  described = describe(config, setting)
+  batches = RowBatches(workdir, described | {'extractors': extractor.digest})
 
   def then(images: jax.Array) -> tuple[Extracted, jax.Array]:
     return extractor.of(images), images
 
-  def is_enough(made: tuple[Extracted, jax.Array], count: int) -> bool:
+  def is_enough() -> bool:
     nonlocal due
-    found, images = made
-    places = range(running.seen, running.seen + count)
-    index = np.asarray(places)
-    if running.seen < report_contents.SHOWN:
-      first.append(sharding.to_host(images)[:count][: report_contents.SHOWN - running.seen])
-    cond = draw.cond(index, seed) if texts is None else {'label': texts.labels(index, seed)}
-    tally.add(sharding.to_host(found.features)[:count], cond)
-    if score is not None:
-      score.add(places, sharding.to_host(images)[:count])
-    running.take(found, slice(count))
     if not tolerance or running.seen < due:
       return False
     due = 2 * running.seen
-    enough = floor * size / running.seen < tolerance * frechet(running.result(), reference)
+    error = floor * size / running.seen
+    enough = error < tolerance * frechet(running.features.result(), reference)
     return bool(cluster.from_first(bool(enough)))  # processes may differ in the last bits
 
-  model = setting.model
-  by = grid(config, model.stage, setting.num_steps)
-  draw = _drawer_of(config, setting, label_counts)
-  seconds = draw.seconds_per_image(model.params, by, size, seed, then, is_enough)
-  row = describe(config, setting) | {
+  def use(made: tuple[Extracted, jax.Array], count: int) -> bool:
+    batch = running.fetch(*made, count)
+    running.add(batch)
+    enough = is_enough()
+    if not enough and running.seen < size:
+      batches.write(batch)
+    return enough
+
+  for batch in batches.read():
+    running.add(batch)
+    is_enough()
+  seconds = draw.seconds_per_image(model.params, by, size, seed, then, use, running.seen)
+  batches.remove()
+  row = described | {
     'metric': extractor.metric,
-    **measured(running.result(), reference),
+    **measured(running.features.result(), reference),
     'num_drawn': running.seen,
     'seconds_per_image': seconds,
     **tally.result(),
   }
   sampled_texts.add_score(row, score)
-  return row, np.concatenate(first)
+  return row, np.concatenate(running.first)
 
 
 def _drawer_of(config: Config, setting: Setting, label_counts: tuple[int, ...]) -> Drawer:
