@@ -128,9 +128,18 @@ class RunningScore:
 
   def add(self, places: Sequence[int], images: np.ndarray) -> None:
     """Adds the images (n, H, W, C) uint8 of the prompts at `places`."""
+    self.add_scores(self.of(places, images))
+
+  def of(self, places: Sequence[int], images: np.ndarray) -> np.ndarray:
+    """Returns the score of each image (n, H, W, C) uint8 with the prompt at its place, (n,) float64."""
     found = self._clip.of_images(list(images))
     texts = self._clip.of_texts([self._prompts[k] for k in places])
-    self._scores.append(100.0 * np.einsum('np,np->n', found, texts, dtype=np.float64))
+    scores: np.ndarray = 100.0 * np.einsum('np,np->n', found, texts, dtype=np.float64)
+    return scores
+
+  def add_scores(self, scores: np.ndarray) -> None:
+    """Adds the scores (n,) of images."""
+    self._scores.append(scores)
 
   def result(self) -> Estimate:
     """Returns the mean over the images, with its standard error."""

@@ -59,6 +59,11 @@ class Extractors:
   dinov2: Extractor | None = None
 
   @property
+  def digest(self) -> str:
+    """The digests of all extractors."""
+    return self.main.digest + ('' if self.dinov2 is None else f' {self.dinov2.digest}')
+
+  @property
   def metric(self) -> str:
     """Name of the Fréchet distance in the features of `main`."""
     return self.main.metric

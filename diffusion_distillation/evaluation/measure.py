@@ -21,10 +21,11 @@ from diffusion_distillation.evaluation import (
   real_images,
   report,
   report_contents,
+  sampled_texts,
 )
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
 from diffusion_distillation.evaluation.kept_features import OfEach
-from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, frechet
+from diffusion_distillation.evaluation.metrics import Features, frechet
 from diffusion_distillation.evaluation.results import (
   key_of,
   known_rows,
@@ -33,15 +34,18 @@ from diffusion_distillation.evaluation.results import (
   origins,
   record,
 )
+from diffusion_distillation.evaluation.row_batches import RowBatches, RunningRow
 from diffusion_distillation.evaluation.rows import Setting, guidances, rows
-from diffusion_distillation.evaluation.sampling import Chosen, Drawer
+from diffusion_distillation.evaluation.sampled_texts import SampledTexts
+from diffusion_distillation.evaluation.sampling import Chosen, Drawer, at_a_time
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.guidance import GuidingModel, calls_per_image
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.parts import guiding_of, make_sampler
 from diffusion_distillation.stages.provenance import Model, updates_done
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.system import cluster, files, sharding
+from diffusion_distillation.system import cluster, files
 from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
 
@@ -49,7 +53,12 @@ _log = logging.getLogger(__name__)
 
 
 def evaluate(
-  config: Config, models: list[Model], train: Loader, workdir: pathlib.Path, again: bool
+  config: Config,
+  models: list[Model],
+  train: Loader,
+  workdir: pathlib.Path,
+  again: bool,
+  texts: SampledTexts | None = None,
 ) -> dict[str, Any]:
   """Measures all rows and writes `results.json` and `report/`. Finished rows survive an interruption.
 
@@ -59,6 +68,7 @@ def evaluate(
     train: the training split, which is the reference.
     workdir: the directory of the run.
     again: whether existing rows are measured again.
+    texts: what models of texts draw; None for other models.
 
   Returns:
     The content of `results.json`.
@@ -68,21 +78,26 @@ def evaluate(
   labels = _labels(config, stages[0])
   extractors = real_images.open_extractors(config, train, workdir)
   extractor, size = extractors.main, config.evaluation.num_samples
-  by_classes = by_class.summary(extractor, train, size if labels else 0)
+  by_classes = by_class.summary(extractor, train, size if _has_classes(labels, texts) else 0)
   most = config.evaluation.neighbours
   searched = OfEach('searched', most) if most else None
   more = [summary for summary in (by_classes, searched) if summary is not None]
   real, results = real_images.summarize(config, extractors, train, workdir, labels, more=more)
   results['seconds'] = {model.stage.name: model.seconds for model in models}
   results['stages'] = origins(stages, results['seconds'], workdir)
+  if texts is not None:
+    results |= texts.describe()
+    results['metrics'] |= texts.metrics()
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
   classes = by_class.classes(extractor, train, by_classes)
   of_training_images = real.floor if 'file' in results['reference'] else real.reference
   results['class_shares'] = classes.shares(of_training_images.some)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, results) | known_rows(partial, results)
+  if again:
+    RowBatches(workdir, {}).remove()
   cluster.barrier()  # before the first process writes these files anew
-  todo = _settings(config, models, workdir)
+  todo = _settings(config, models, workdir, texts)
   drawn: dict[tuple, np.ndarray] = {}
   kept: set[int] = set()
   steps = sum(s.num_steps for s in todo)
@@ -95,7 +110,7 @@ def evaluate(
         kept.add(len(results['rows']))
       else:
         row, images = measure_setting(
-          config, setting, extractors, real.reference, floor, counts, classes
+          config, setting, extractors, real.reference, floor, counts, classes, workdir
         )
         drawn[_place(setting)] = images
       if 'file' in results['reference']:
@@ -110,7 +125,7 @@ def evaluate(
   results['seconds']['evaluation'] = time.monotonic() - began
   draw, held_out = _drawing(config, counts, drawn), workdirs.open_images(config, 'eval')
   contents = report_contents.gather(
-    todo, draw, extractor, train, held_out, config.evaluation, workdir, searched
+    todo, draw, extractor, train, held_out, config.evaluation, workdir, searched, texts
   )
   if files.writes():
     report.write(config, results, contents, workdir / 'report')
@@ -120,7 +135,14 @@ def evaluate(
   return results
 
 
-def _settings(config: Config, models: list[Model], workdir: pathlib.Path) -> list[Setting]:
+def _has_classes(labels: str | None, texts: SampledTexts | None) -> bool:
+  """Whether each sample is drawn for a class: that of its label, or of its text."""
+  return labels is not None or (texts is not None and texts.labelled)
+
+
+def _settings(
+  config: Config, models: list[Model], workdir: pathlib.Path, texts: SampledTexts | None
+) -> list[Setting]:
   """Returns what the rows of an evaluation measure, in their order; a guiding model only guides the base, the first model."""
   section, stages = config.evaluation, [model.stage for model in models]
   guiding = guiding_of('evaluation', section.guiding_model, section.guidance, stages[0])
@@ -132,6 +154,7 @@ def _settings(config: Config, models: list[Model], workdir: pathlib.Path) -> lis
       updates_done(workdir, models[place]),
       guidance,
       guiding if guidance and not place else None,
+      texts,
     )
     for place, weights, sampler, num_steps in rows(stages, config)
     for guidance in guidances(config, place, stages[place])
@@ -165,6 +188,7 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'batch_size': config.evaluation.batch_size,
     'updates': setting.updates,
     'digest': setting.model.digest,
+    **({} if setting.texts is None else setting.texts.of_row()),
   }
 
 
@@ -190,19 +214,22 @@ def drawer(
   label_counts: tuple[int, ...] = (),
   guidance: Guidance = NONE,
   guiding: GuidingModel | None = None,
+  texts: conditioning.Texts | None = None,
 ) -> Drawer:
   """Returns a `Drawer` for a stage with the settings of `evaluation`; without `label_counts`, classes are drawn in turn."""
+  section = config.evaluation
   return Drawer(
     denoise=stage.denoise,
     sampler=make(config, sampler),
     schedule=stage.schedule,
     space=stage.space,
     image_shape=stage.image_shape,
-    batch_size=config.evaluation.batch_size,
-    clip_x=config.evaluation.clip_x,
+    batch_size=at_a_time(stage.space, stage.image_shape, section.batch_size, section.num_samples),
+    clip_x=section.clip_x,
     label_counts=label_counts,
     guidance=guidance,
     guiding=guiding,
+    texts=texts,
   )
 
 
@@ -220,45 +247,69 @@ def measure_setting(
   floor: float,
   label_counts: tuple[int, ...] = (),
   classes: by_class.Classes = by_class.NO_CLASSES,
+  workdir: pathlib.Path | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
   """Draws images and compares their features with the reference's; returns the row and its first images.
+
+  With a `workdir`, the features of each batch are kept there until the row is finished, and an interrupted evaluation goes on
+  within the row.
 
   The Frechet distance of n samples is too large by about the distance of n real images, which decreases as 1/n. The error is
   therefore estimated from `floor`, the distance of `evaluation.num_samples` real images, at every doubling of n.
   """
-  size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
-  running, due, first = RunningFeatures(size), 2, list[np.ndarray]()
-  tally = classes.tally(setting.model.stage.denoise.conditioning)
+  section, texts, model = config.evaluation, setting.texts, setting.model
+  size, tolerance, seed, due = section.num_samples, section.tolerance, section.seed, 2
+  by, draw = grid(config, model.stage, setting.num_steps), _drawer_of(config, setting, label_counts)
+
+  def cond(index: np.ndarray) -> Cond:
+    return draw.cond(index, seed) if texts is None else {'label': texts.labels(index, seed)}
+
+  tally = classes.tally(model.stage.denoise.conditioning)
+  score = None if texts is None else texts.running(size, seed)
+  running = RunningRow(size, report_contents.SHOWN, tally, cond, score)
+  described = describe(config, setting)
+  batches = RowBatches(workdir, described | {'extractors': extractor.digest})
 
   def then(images: jax.Array) -> tuple[Extracted, jax.Array]:
     return extractor.of(images), images
 
-  def is_enough(made: tuple[Extracted, jax.Array], count: int) -> bool:
+  def is_enough() -> bool:
     nonlocal due
-    found, images = made
-    if running.seen < report_contents.SHOWN:
-      first.append(sharding.to_host(images)[:count][: report_contents.SHOWN - running.seen])
-    cond = draw.cond(np.arange(running.seen, running.seen + count), config.evaluation.seed)
-    tally.add(sharding.to_host(found.features)[:count], cond)
-    running.take(found, slice(count))
     if not tolerance or running.seen < due:
       return False
     due = 2 * running.seen
-    enough = floor * size / running.seen < tolerance * frechet(running.result(), reference)
+    error = floor * size / running.seen
+    enough = error < tolerance * frechet(running.features.result(), reference)
     return bool(cluster.from_first(bool(enough)))  # processes may differ in the last bits
 
-  model = setting.model
-  by = grid(config, model.stage, setting.num_steps)
-  draw = drawer(config, model.stage, setting.sampler, label_counts, setting.guidance, setting.guiding)
-  seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, then, is_enough)
-  row = describe(config, setting) | {
+  def use(made: tuple[Extracted, jax.Array], count: int) -> bool:
+    batch = running.fetch(*made, count)
+    running.add(batch)
+    enough = is_enough()
+    if not enough and running.seen < size:
+      batches.write(batch)
+    return enough
+
+  for batch in batches.read():
+    running.add(batch)
+    is_enough()
+  seconds = draw.seconds_per_image(model.params, by, size, seed, then, use, running.seen)
+  batches.remove()
+  row = described | {
     'metric': extractor.metric,
-    **measured(running.result(), reference),
+    **measured(running.features.result(), reference),
     'num_drawn': running.seen,
     'seconds_per_image': seconds,
     **tally.result(),
   }
-  return row, np.concatenate(first)
+  sampled_texts.add_score(row, score)
+  return row, np.concatenate(running.first)
+
+
+def _drawer_of(config: Config, setting: Setting, label_counts: tuple[int, ...]) -> Drawer:
+  """Returns the `Drawer` of a row."""
+  s = setting
+  return drawer(config, s.model.stage, s.sampler, label_counts, s.guidance, s.guiding, s.texts)
 
 
 def _place(setting: Setting) -> tuple:
@@ -276,7 +327,7 @@ def _drawing(
     known, stage = drawn.get(_place(setting)), setting.model.stage
     if chosen is None and known is not None and len(known) >= count:
       return known[:count]
-    by = drawer(config, stage, setting.sampler, label_counts, setting.guidance, setting.guiding)
+    by = _drawer_of(config, setting, label_counts)
     at = grid(config, stage, setting.num_steps)
     return by.draw(setting.model.params, at, count, config.evaluation.seed, chosen)
 

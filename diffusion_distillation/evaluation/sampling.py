@@ -79,10 +79,11 @@ class Drawer:
 
   @property
   def program(self) -> 'Drawer':
-    """The drawer with only what its compiled program depends on: neither a weight that is an input, nor parameters."""
+    """The drawer with only what its compiled program depends on: neither a weight that is an input, nor parameters, nor texts."""
     known = conditioning.weights(self.denoise.conditioning)
     guiding = self.guiding and dataclasses.replace(self.guiding, params=None)
-    return dataclasses.replace(self, guidance=NONE if known else self.guidance, guiding=guiding)
+    guidance = NONE if known else self.guidance
+    return dataclasses.replace(self, guidance=guidance, guiding=guiding, texts=None)
 
   def on_devices(self, params: Params) -> Params:
     """Returns what the compiled program takes as parameters, on all devices: those of the network and of its guiding model."""
@@ -119,8 +120,8 @@ class Drawer:
   ) -> Iterator[tuple[jax.Array, int]]:
     """Yields batches (B, H, W, C) uint8 on the devices, and the number of images in each that are not padding.
 
-    In total, `num_samples - first` images are not padding: those from `first` on, a multiple of the batch size. Batches are dispatched without waiting for their results. `grid`
-    (N + 1,) contains the times.
+    In total, `num_samples - first` images are not padding: those from `first` on. Batches are dispatched without waiting for
+    their results. `grid` (N + 1,) contains the times.
     """
     grid = _padded(grid)
     size, params = sharding.round_up(self.batch_size), self.on_devices(params)
@@ -175,8 +176,9 @@ class Drawer:
     seed: int,
     then: Callable[[jax.Array], Any],
     use: Callable[[Any, int], bool | None],
+    first: int = 0,
   ) -> float:
-    """Draws `num_samples` images and processes each batch while the next one is being drawn.
+    """Draws the images from `first` to `num_samples` and processes each batch while the next one is being drawn.
 
     Args:
       params: the parameters of the network.
@@ -185,6 +187,7 @@ class Drawer:
       seed: seed of the noise.
       then: called with a batch on the devices, (B, H, W, C) uint8; returns arrays without waiting for them.
       use: called with these arrays and the number of images that are not padding; returns True to stop drawing.
+      first: index of the first image.
 
     Returns:
       The seconds per image of the first batch, which is timed alone and without compilation.
@@ -192,7 +195,7 @@ class Drawer:
     jax.block_until_ready(next(self.batches(params, times.uniform(1), 1, 1))[0])
     began, seconds = time.monotonic(), 0.0
     waiting: tuple[Any, int] | None = None
-    for images, count in self.batches(params, grid, num_samples, seed):
+    for images, count in self.batches(params, grid, num_samples, seed, first=first):
       if waiting is None:
         jax.block_until_ready(images)
         seconds = (time.monotonic() - began) / count

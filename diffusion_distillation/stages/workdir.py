@@ -174,6 +174,36 @@ def open_captions(workdir: pathlib.Path, config: Config) -> Captions | None:
   return cast(Captions, images)
 
 
+def with_originals(config: Config) -> Config:
+  """Returns the config with which `open_images` opens the images of a run of texts, which are read from their source.
+
+  In such a run, `dataset.prepared` names the directory of encoded images.
+  """
+  found = config.copy_and_resolve_references().unlock()
+  found.dataset.prepared = ''
+  return found.lock()
+
+
+def compared_images(config: Config, images: Loader | None) -> tuple[Config, Loader | None]:
+  """Returns the images that samples are compared with, and the config with which the held-out ones are opened.
+
+  Args:
+    config: the config of the run.
+    images: the training images of `plan_for`; None for a run of texts, whose images stand beside their captions.
+
+  Returns:
+    The config, and the training images, not yet read; None for a dataset without images.
+
+  Raises:
+    UserError: the images or the held-out images cannot be opened.
+  """
+  if images is not None or not datasets.has_images(config.dataset.name):
+    return config, images
+  originals = with_originals(config)
+  open_images(originals, 'eval')  # raises its errors now, not after training
+  return originals, open_images(originals, 'train')
+
+
 def find_origin(workdir: pathlib.Path) -> Origin | None:
   """Returns the base of a workdir if it was imported from a model's folder, else None."""
   path = workdir / 'base' / 'stage.json'

@@ -36,7 +36,7 @@ def test_results_tell_the_network_calls_that_were_made(finished, tmp_path, monke
   stages, images = tiny.plan(**overrides)
   asked = []
 
-  def seconds_per_image(self, params, grid, num_samples, seed, then, use):
+  def seconds_per_image(self, params, grid, num_samples, seed, then, use, first):
     assert self.clip_x
     asked.append((self.sampler, params['of'], grid, calls_of(self.sampler, grid)))
     use(then(images.images.images[:num_samples]), num_samples)

@@ -51,7 +51,7 @@ def asked(monkeypatch):
     found.append((self, num_samples))
     return real[len(grid) :][:num_samples]
 
-  def seconds_per_image(self, params, grid, num_samples, seed, then, use):
+  def seconds_per_image(self, params, grid, num_samples, seed, then, use, first):
     for batch in np.split(draw(self, params, grid, num_samples, seed), 3):
       use(then(batch), len(batch))
     return 0.001

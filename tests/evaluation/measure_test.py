@@ -5,7 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from diffusion_distillation.evaluation import measure, results, sampling
+from diffusion_distillation.errors import DamagedError
+from diffusion_distillation.evaluation import measure, report_contents, results, row_batches, sampling
 from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.evaluation.metrics import RunningFeatures
 from diffusion_distillation.system import cluster
@@ -18,23 +19,36 @@ SIZE, FLOOR = 4096, 0.2
 def row(monkeypatch):
   """A row of a model whose samples have features about `shift`, and the real ones about 0; 64 a batch."""
 
-  extractor = types.SimpleNamespace(metric='FD-test', of=lambda x: Extracted(np.float32(x)))
+  extractor = types.SimpleNamespace(metric='FD-test', digest='', of=lambda x: Extracted(np.float32(x)))
   reference = RunningFeatures(SIZE)
   reference.add(np.random.default_rng(0).normal(size=(SIZE, 4)).astype(np.float32))
 
-  def measured(shift, tolerance, size=64):
-    def batches(self, params, grid, num_samples, seed):
+  def measured(shift, tolerance, size=64, workdir=None, stops=None, asked=None, seed=1, count=SIZE):
+    asked = [] if asked is None else asked
+
+    def batches(self, params, grid, num_samples, seed, first=0):
       rng = np.random.default_rng(1)
-      for _ in range(-(-num_samples // size)):
-        yield shift + rng.normal(size=(size, 4)), size
+      for start in range(0, num_samples, size):
+        drawn = shift + rng.normal(size=(size, 4))
+        if start == stops:
+          raise KeyboardInterrupt
+        if start >= first:
+          asked.append(start)
+          yield drawn, size
 
     monkeypatch.setattr(sampling.Drawer, 'batches', batches)
-    config = tiny.config(evaluation__num_samples=SIZE, evaluation__tolerance=tolerance)
+    config = tiny.config(
+      evaluation__num_samples=count, evaluation__tolerance=tolerance, evaluation__seed=seed
+    )
     model = types.SimpleNamespace(
       stage=tiny.plan()[0][0], params=None, weights='ema', step=0, digest='', seconds=0.0
     )
     setting = measure.Setting(model, 'ddim', 2)
-    return measure.measure_setting(config, setting, extractor, reference.result(), FLOOR)[0]
+    found, first = measure.measure_setting(
+      config, setting, extractor, reference.result(), FLOOR, workdir=workdir
+    )
+    assert len(first) == min(found['num_drawn'], report_contents.SHOWN)
+    return found | {'seconds_per_image': 0.0}
 
   return measured
 
@@ -64,6 +78,38 @@ def test_the_first_process_says_for_all_when_a_row_has_enough(row, monkeypatch):
 
 def test_a_row_near_the_floor_takes_all_samples(row):
   assert row(0.5, 0.05)['num_drawn'] == SIZE
+
+
+@pytest.mark.parametrize(('tolerance', 'drawn'), [(0.0, 640), (0.05, 128)])
+def test_an_interrupted_row_goes_on_where_it_was(row, tmp_path, tolerance, drawn):
+  """Its value is that of the uninterrupted row, bit for bit; only the batch that was on its way is drawn again."""
+  expected, asked = row(3.0, tolerance, size=32, count=640), []
+  for stops in (64, 96):
+    with pytest.raises(KeyboardInterrupt):
+      row(3.0, tolerance, 32, tmp_path, stops, asked, count=640)
+  assert row(3.0, tolerance, 32, tmp_path, None, asked, count=640) == expected
+  assert expected['num_drawn'] == drawn
+  compiling = [0]  # each start draws an image to compile the program
+  assert asked[:8] == [*compiling, 0, 32, *compiling, 32, 64, *compiling, 64]
+  assert not (tmp_path / row_batches.FOLDER).exists()
+
+
+def test_batches_of_another_row_are_not_used(row, tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    row(3.0, 0.0, workdir=tmp_path, stops=320, count=512)
+  asked = []
+  row(3.0, 0.0, workdir=tmp_path, asked=asked, seed=2, count=512)
+  assert {64, 128, 192} <= set(asked)
+
+
+def test_damaged_batches_are_one_line_and_drawn_again(row, tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    row(3.0, 0.0, workdir=tmp_path, stops=320, count=512)
+  path = tmp_path / row_batches.FOLDER / '000001.npz'
+  path.write_bytes(path.read_bytes()[:100])
+  with pytest.raises(DamagedError, match=r'000001\.npz is damaged .* run the same command again'):
+    row(3.0, 0.0, workdir=tmp_path, count=512)
+  assert row(3.0, 0.0, workdir=tmp_path, count=512) == row(3.0, 0.0, count=512)
 
 
 def test_rows_of_another_tolerance_are_other_rows():
