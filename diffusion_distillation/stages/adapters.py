@@ -5,13 +5,13 @@ FOLDER/adapters.safetensors  the factors of each module, named as peft and diffu
     unet.MODULE.lora_A.weight   `down`: (rank, inputs), of a convolution (rank, inputs, height, width)
     unet.MODULE.lora_B.weight   `up`: (outputs, rank), of a convolution (outputs, rank, 1, 1)
 
-Several axes of inputs or outputs, such as heads and their channels, are joined. The metadata hold the rank and alpha = scale * rank as
-diffusers does, a digest of the factors, and that of the weights that they adapt.
+Several axes of inputs or outputs, such as heads and their channels, are joined. The metadata have the rank and alpha = scale * rank where
+diffusers has them, and beside these a digest of the factors and that of the weights that they adapt. They are one entry, because
+safetensors writes several in any order.
 """
 
 import json
 import pathlib
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -49,13 +49,9 @@ def write(folder: pathlib.Path, adapters: Adapters, params: Params, base: str) -
     state[name + UP] = np.ascontiguousarray(up.reshape(*up.shape, *(1 for _ in size)))
   modules = sorted(module.replace('/', '.') for module in adapters.factors)
   settings = {'r': rank, 'lora_alpha': adapters.scale * rank, 'target_modules': modules}
-  metadata = {
-    'format': 'pt',
-    METADATA: json.dumps({PREFIX + key: value for key, value in settings.items()}),
-    _DIGEST: digest(adapters.factors),
-    _BASE: base,
-  }
-  safetensors.numpy.save_file(state, folder / FILE, metadata)
+  described = {PREFIX + key: value for key, value in settings.items()}
+  described |= {_DIGEST: digest(adapters.factors), _BASE: base}
+  safetensors.numpy.save_file(state, folder / FILE, {METADATA: json.dumps(described)})
 
 
 def _size(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[int, ...]:
@@ -76,7 +72,7 @@ def read(folder: pathlib.Path, params: Params) -> Adapters:
   path, factors = folder / FILE, {}
   try:
     with safetensors.safe_open(path, 'numpy') as file:
-      metadata = file.metadata()
+      described = json.loads(file.metadata()[METADATA])
       state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for module, (inputs, outputs) in lora.adapted(params, '.*').items():
       name = PREFIX + module.replace('/', '.')
@@ -85,14 +81,9 @@ def read(folder: pathlib.Path, params: Params) -> Adapters:
       down, up = state[name + DOWN], state[name + UP]
       down = np.moveaxis(down, (0, 1), (-1, -2)).reshape(*inputs, -1)
       factors[module] = {'down': down, 'up': up.reshape(len(up), -1).T.reshape(-1, *outputs)}
-    found = Adapters(factors, _scale(metadata))
-    if digest(factors) != metadata[_DIGEST]:
+    found = Adapters(factors, float(described[f'{PREFIX}lora_alpha']) / int(described[f'{PREFIX}r']))
+    if digest(factors) != described[_DIGEST]:
       raise ValueError('its digest differs')
   except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
     raise DamagedError(f'{path} is missing or damaged ({error}); restore it from a copy') from error
   return found
-
-
-def _scale(metadata: dict[str, Any]) -> float:
-  settings = json.loads(metadata[METADATA])
-  return float(settings[f'{PREFIX}lora_alpha']) / int(settings[f'{PREFIX}r'])
