@@ -56,6 +56,15 @@ def test_every_student_adapts_the_weights_that_it_starts_from_and_the_base_is_tr
   assert kept['dmd'] == {'teacher': teacher, 'distance': None, 'start': start}
   whole = plan('dmd', **ADAPTED, lora__fake_score=False)['dmd']
   assert dict(whole.recipe.lora.bases) == alone
+  assert planned['dmd'].without_parents().recipe.lora is None  # as imported weights are whole
+
+
+def test_the_frozen_weights_have_the_type_of_the_teacher():
+  changes = {'compute__teacher_dtype': 'bfloat16', 'dmd__start': 'progressive_0001'}
+  stage = plan('progressive', 'dmd', **ADAPTED, **changes)['dmd']
+  one = np.ones(3, np.float32)
+  kept = stage.frozen({'w': one}, None, {'w': one})
+  assert {kept[name]['w'].dtype.name for name in ('teacher', 'start')} == {'bfloat16'}
 
 
 def test_without_a_rank_the_plan_is_the_one_without_adapters():
