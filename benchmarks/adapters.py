@@ -1,17 +1,20 @@
-"""Low-rank adapters that peft made, merged here and fused in diffusers: are the weights the same?
+"""Low-rank adapters that peft made and those of a student, merged here and fused in diffusers: are the weights the same?
 
   python -m benchmarks.adapters --workdir=DIR
 
 Needs diffusers, transformers, peft and torch beside this package. A small U-Net with random weights gets adapters of its attention, of
-projections and of 3x3 convolutions, with random factors. They are stored under each of the names that `interop/lora.py` reads. The
-largest difference of a weight from the one that diffusers fuses is printed for each, beside the largest change.
+projections and of 3x3 convolutions, with random factors. They are stored under each of the names that `interop/lora.py` reads, and as
+`stages/adapters.py` stores a student's. The largest difference of a weight from the one that diffusers fuses is printed for each,
+beside the largest change.
 """
 
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 import diffusers
+import jax
 import numpy as np
 import peft
 import safetensors.torch
@@ -22,6 +25,8 @@ from benchmarks.stable_diffusion_round_trip import make
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.interop import diffusers as interop
 from diffusion_distillation.interop import lora, stable_diffusion
+from diffusion_distillation.networks import lora as factors
+from diffusion_distillation.stages import adapters
 
 SCALE, ALPHA, RANK, TOLERANCE = 0.7, 8.0, 4, 1e-6
 MODULES = ['to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'conv1']
@@ -55,6 +60,20 @@ def store(pipeline: pathlib.Path, root: pathlib.Path) -> dict[str, pathlib.Path]
   return found
 
 
+def of_student(params: Any, folder: pathlib.Path) -> tuple[pathlib.Path, Any]:
+  """Writes the adapters of a student with random factors; returns the file, and the weights with SCALE times its change."""
+  modules = f'{factors.ATTENTION}|.*/proj_in|.*/conv1'
+  drawn = factors.init(jax.random.key(0), params, RANK, modules)
+  up = {name: jax.random.normal(jax.random.key(1), of['up'].shape) for name, of in drawn.items()}
+  made = {
+    name: {'down': np.asarray(of['down']), 'up': 0.1 * np.asarray(up[name])}
+    for name, of in drawn.items()
+  }
+  folder.mkdir()
+  adapters.write(folder, factors.Adapters(made, ALPHA / RANK), params, '')
+  return folder / adapters.FILE, factors.merged_on_host(params, made, SCALE * ALPHA / RANK)
+
+
 def fused(pipeline: pathlib.Path, file: pathlib.Path) -> dict[str, np.ndarray]:
   """The weights of the U-Net after diffusers has fused the adapters in a file."""
   loaded = diffusers.StableDiffusionPipeline.from_pretrained(pipeline)
@@ -76,9 +95,11 @@ def main() -> None:
   _, params = stable_diffusion.read_unet(root / 'pipeline' / 'unet', SCHEDULE)
   before = interop.state_dict(params)
   worst, rows = 0.0, ['| names | largest change | largest difference |\n|---|---|---|']
-  for kind, file in store(root / 'pipeline', root).items():
+  student, of = of_student(params, root / 'student')
+  files = store(root / 'pipeline', root) | {'a student': student}
+  for kind, file in files.items():
     theirs = fused(root / 'pipeline', file)
-    ours = interop.state_dict(lora.merged(file, params, SCALE))
+    ours = interop.state_dict(of if file == student else lora.merged(file, params, SCALE))
     assert ours.keys() == theirs.keys()
     apart, moved = (
       max(float(np.abs(of[name] - theirs[name]).max()) for name in theirs) for of in (ours, before)

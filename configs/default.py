@@ -18,6 +18,7 @@ from diffusion_distillation.methods.denoising import TrainSection
 from diffusion_distillation.methods.progressive import DistillSection
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import ModelSection
+from diffusion_distillation.networks.lora import LoraSection
 from diffusion_distillation.run.gate import GateSection
 from diffusion_distillation.run.pairs import PairsSection
 from diffusion_distillation.run.tracking import EarlyStopSection
@@ -71,6 +72,7 @@ def _sections() -> dict[str, type]:
     'distill': DistillSection,
     'pairs': PairsSection,
     **students,
+    'lora': LoraSection,
     'checkpoint': CheckpointSection,
     'log': LogSection,
     'evaluation': EvaluationSection,

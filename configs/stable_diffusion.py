@@ -23,14 +23,26 @@ def get_config() -> ml_collections.ConfigDict:
   return c
 
 
-def distilled(method: str, variant: str, known: str) -> ml_collections.ConfigDict:
-  """Returns what the configs of students share: prompts as data, little memory, and the optimizer of DMD and DMD2.
+def variants(given: str, known: tuple[str, ...]) -> set[str]:
+  """Returns the variants in the string after a config's name, which may be several, separated by commas.
 
   Raises:
-    UserError: `variant` is neither '' nor the `known` one.
+    UserError: one of them is not `known`.
   """
-  if variant not in ('', known):
-    raise UserError(f'config variant :{variant} is not known; leave it out, or choose :{known}')
+  found = set(filter(None, given.split(',')))
+  for variant in sorted(found - set(known)):
+    choices = ' or '.join(f':{name}' for name in known)
+    raise UserError(f'config variant :{variant} is not known; leave it out, or choose {choices}')
+  return found
+
+
+def distilled(method: str, lora: bool = False) -> ml_collections.ConfigDict:
+  """Returns what the configs of students share: prompts as data, little memory, and the optimizer of DMD and DMD2.
+
+  Args:
+    method: name of the method.
+    lora: whether low-rank adapters of the generator and of the fake score are trained, with a batch and learning rates for one GPU.
+  """
   c = get_config()
   c.dataset.name = 'prompts'
   c.dataset.encoded_dtype = 'float16'
@@ -50,4 +62,8 @@ def distilled(method: str, variant: str, known: str) -> ml_collections.ConfigDic
   c.compute.remat = True
   c.checkpoint.every = 500
   c.log.measured_updates = 0  # a network of this size takes minutes to compile
+  if lora:
+    c.lora.rank = 64
+    section.learning_rate = 1e-4  # adapters, which start from 0, need larger ones
+    section.fake_learning_rate = 1e-4
   return c

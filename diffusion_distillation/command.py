@@ -99,7 +99,9 @@ _OUT = flags.DEFINE_string(
   'compare: the folder of the page. evaluate, with --images or the folder of a model: a .json. features: a .npz.',
 )
 _FORMAT = flags.DEFINE_string(
-  'format', 'jax', 'export: the format, jax (a program that needs only JAX), diffusers or onnx.'
+  'format',
+  'jax',
+  'export: the format, jax (a program that needs only JAX), diffusers, onnx, or lora (the adapters of a student of texts, one file).',
 )
 _SOURCE = flags.DEFINE_string(
   'source',

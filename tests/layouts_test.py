@@ -1,12 +1,14 @@
 """However the devices are laid out: the same training, each its share of the memory, one compilation."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.networks.lora import Lora
 from diffusion_distillation.system import checkpoints, sharding
 from diffusion_distillation.training import step as update
 from tests import peer, tiny
@@ -75,6 +77,24 @@ def test_devices_hold_their_share_of_the_state_and_no_more(lay_out, fsdp):
   assert split == arrays
   bound = sum(leaf.nbytes / fsdp if leaf.ndim > 1 else leaf.nbytes for leaf in jax.tree.leaves(state))
   assert held == bound
+
+
+def test_adapters_of_split_weights_train_the_same_and_are_split_themselves(lay_out):
+  """Generator and fake score adapt the teacher in bfloat16, which is held once."""
+  adapted = Lora(4, 0.5, '.*conv.*', (('fake_score', 'teacher'), ('student', 'teacher')))
+  stage = BY_NAME['dmd2']
+  recipe = dataclasses.replace(stage.recipe, lora=adapted)
+  stage = dataclasses.replace(stage, recipe=recipe, teacher_dtype='bfloat16')
+  lay_out(8, 1)
+  whole, expected = peer.train(stage, IMAGES)
+  lay_out(2, 4)
+  split, told = peer.train(stage, IMAGES)
+  for one, other in zip(told, expected, strict=True):
+    assert one == pytest.approx(other, rel=2e-4)
+  down = split.params['fake_score']['conv1']['down']
+  assert down.addressable_shards[0].data.size * 4 == down.size
+  close = functools.partial(np.testing.assert_allclose, atol=1e-4)
+  jax.tree.map(lambda a, b: close(np.asarray(a), np.asarray(b)), split.params, whole.params)
 
 
 def test_an_array_is_split_along_its_longest_axis_that_divides(lay_out):

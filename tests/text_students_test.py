@@ -14,6 +14,7 @@ import safetensors.numpy
 from PIL import Image
 
 from diffusion_distillation import datasets
+from diffusion_distillation.config import flatten
 from diffusion_distillation.datasets.prompts import Prompts
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import make_guidance
@@ -238,10 +239,24 @@ def test_the_configs_have_the_published_settings_and_are_planned_for_an_imported
   assert f'{method:<25}fits ' in err and f'{method}.micro_batches=' in err
 
 
+@pytest.mark.parametrize('name', [name for name in PUBLISHED if ':' in name])
+def test_the_variants_with_adapters_have_the_settings_of_those_without_except_for_size_and_rates(name):
+  file, _, variant = name.partition(':')
+  module = importlib.import_module(f'configs.{file.removesuffix(".py")}')
+  for with_it, without in ((f'{variant},lora', variant), (f'lora,{variant}', variant), ('lora', '')):
+    found, other = (dict(flatten(module.get_config(of))) for of in (with_it, without))
+    sections = {key.rpartition('.') for key, value in found.items() if value != other[key]}
+    method = PUBLISHED[name][0]
+    sizes = {'batch_size', 'micro_batches', 'learning_rate', 'fake_learning_rate', 'num_updates'}
+    for section, _, key in sections - {('lora', '.', 'rank'), ('pairs', '.', 'num_pairs')}:
+      assert section == method and key in sizes
+    assert found['lora.rank'] == 64 and found[f'{method}.batch_size'] == 64
+
+
 @pytest.mark.parametrize(('name', 'known'), [('sd15_dmd', 'guidance_8'), ('sd15_dmd2', 'four_steps')])
 def test_a_variant_that_is_not_known_is_one_line(name, known):
   with pytest.raises(
-    UserError, match=f'config variant :fast is not known; leave it out, or choose :{known}'
+    UserError, match=f'config variant :fast is not known; leave it out, or choose :{known} or :lora'
   ):
     importlib.import_module(f'configs.{name}').get_config('fast')
 

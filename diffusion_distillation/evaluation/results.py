@@ -135,8 +135,7 @@ def origins(
     before = [needs.get(name or '', set()) for name in (stage.parent, stage.start)]
     needs[stage.name] = own | from_pairs | set().union(*before)
     cost = sum(drawing if name == 'pairs' else seconds[name] for name in needs[stage.name])
-    start = None if stage.starts_anew else stage.start or stage.parent
-    origin = {'method': stage.method, 'parent': stage.parent, 'start': start}
+    origin = {'method': stage.method, 'parent': stage.parent, 'start': stage.starts_from}
     found[stage.name] = origin | {'cost': cost}
   return found
 

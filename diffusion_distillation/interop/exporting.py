@@ -19,6 +19,7 @@ from diffusion_distillation.evaluation.loading import LoadedModel, load
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.interop import (
   diffusers_writer,
+  lora_writer,
   model_card,
   onnx_writer,
   stable_diffusion_writer,
@@ -92,6 +93,12 @@ OF_TEXTS: dict[str, TextFormat] = {
 }
 
 
+# Formats of a single file: each receives the folder of the model and the file to write, and returns a line about it.
+OF_FILES: dict[str, Callable[[pathlib.Path, str | os.PathLike[str] | None], str]] = {
+  'lora': lora_writer.export
+}
+
+
 def _format(name: str, stored: StoredModel) -> Format | TextFormat:
   """Returns the format of this name for a model; raises UserError if the format does not support its conditions."""
   to = choose('--format', name, FORMATS)
@@ -116,8 +123,8 @@ def export(
   Args:
     workdir: a workdir, the directory of a stage, or the folder of a model.
     stage: name of a stage of the workdir; by default, the last finished stage of its plan.
-    out: a folder that does not exist yet, or is empty.
-    format: a name in FORMATS.
+    out: a folder that does not exist yet, or is empty; for a format in OF_FILES, a file that does not exist yet.
+    format: a name in FORMATS or OF_FILES.
 
   Returns:
     A line that says what was written.
@@ -126,7 +133,9 @@ def export(
     UserError: there is no finished stage, no such format, or `out` is not writable; nothing was written.
     StorageError: the files draw other images than the model; nothing was kept.
   """
-  choose('--format', format, FORMATS)
+  choose('--format', format, FORMATS | OF_FILES)
+  if format in OF_FILES:
+    return OF_FILES[format](find(workdir, stage), out)
   into = check_out(out)
   folder = find(workdir, stage)
   loaded = load(folder)

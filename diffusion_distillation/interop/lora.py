@@ -21,13 +21,13 @@ from flax import traverse_util
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import diffusers
 from diffusion_distillation.networks import lora
+from diffusion_distillation.stages.adapters import METADATA
 from diffusion_distillation.training.state import Params
 
 _DOTTED, _KOHYA = 'unet.', 'lora_unet_'
 _DOWN = ('.lora_A.weight', '.lora.down.weight', '.lora_down.weight')
 _UP = ('.lora_B.weight', '.lora.up.weight', '.lora_up.weight')
 _ALPHA = '.alpha'
-_METADATA = 'lora_adapter_metadata'  # of peft's config, in files of current versions of diffusers
 _TEXT = ('text_encoder.', 'lora_te_')
 
 
@@ -84,7 +84,7 @@ def _parted(name: str) -> tuple[str, str | None]:
 def _alpha(path: pathlib.Path) -> float | None:
   """Returns the alpha of all modules in the metadata of a file; None if there is none."""
   with safetensors.safe_open(path, 'numpy') as file:
-    text = (file.metadata() or {}).get(_METADATA)
+    text = (file.metadata() or {}).get(METADATA)
   if text is None:
     return None
   try:
@@ -93,7 +93,7 @@ def _alpha(path: pathlib.Path) -> float | None:
       key.removeprefix(_DOTTED): value for key, value in settings.items() if key.startswith(_DOTTED)
     }
   except (ValueError, AttributeError) as error:
-    raise UserError(f'--lora={path}: its {_METADATA} is damaged ({error})') from error
+    raise UserError(f'--lora={path}: its {METADATA} is damaged ({error})') from error
   for key in ('alpha_pattern', 'rank_pattern', 'use_dora', 'use_rslora', 'lora_bias'):
     if own.get(key):
       raise UserError(f'--lora={path}: {key}={str(own[key])[:80]} is not supported')

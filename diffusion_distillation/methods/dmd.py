@@ -138,6 +138,7 @@ class DMD(Student):
 
   name = 'dmd'
   Section = DMDSection
+  from_teacher = ('fake_score',)
 
   def __post_init__(self) -> None:
     if not 0.0 < self.first_t < self.last_t <= 1.0:

@@ -156,6 +156,11 @@ class Method(Protocol):
     """
     ...
 
+  @property
+  def from_teacher(self) -> tuple[str, ...]:
+    """The networks in training that start from the teacher's parameters, besides the student; low-rank adapters may train them."""
+    ...
+
   def init(self, student: Params, teacher: Params, rng: jax.Array) -> dict[str, Params]:
     """Returns the initial parameters of all networks in training, given those of the student and the teacher."""
     ...
@@ -255,6 +260,7 @@ class OneNetwork:
   """Base class of methods that train only the student, in every update."""
 
   trained = ('student',)
+  from_teacher: tuple[str, ...] = ()
   period = 1
 
   def at(self, step: int) -> Self:

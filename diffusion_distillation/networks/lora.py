@@ -1,40 +1,183 @@
-"""Low-rank adapters of weights (Hu et al. 2021): W + scale * down @ up in place of W.
+"""Low-rank adapters of weights (LoRA, Hu et al. 2021, arXiv:2106.09685): W + scale * down @ up in place of W.
 
-`factors` holds `down` (in, rank) and `up` (rank, out) of each adapted module, by the module's path. In adapters of larger
-convolutions, `down` is a convolution of the kernel's size, (height, width, in, rank).
+    factors = init(rng, params, rank)  # `up` is 0, so that the adapted network is the network itself
+    params = merged(params, factors, scale)
+
+A kernel has shape (*inputs, *outputs): (in, out) in a dense layer, (height, width, in, out) in a convolution, (in, heads, dim) in a
+projection to heads. Its factors are `down` (*inputs, rank) and `up` (rank, *outputs), in a dict by the module's path. They are a tree
+of their own, which is trained, averaged and stored without the weights.
 """
 
+import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+
+from diffusion_distillation.config import NOT_NEGATIVE, POSITIVE, key
 
 Params = Any
 Factors = Mapping[str, Mapping[str, Any]]
 
-_KERNEL = '/kernel'
+# The projections of attention in all networks: those of diffusers, of `unet`, and of EDM's networks.
+ATTENTION = r'.*/(to_q|to_k|to_v|to_out\.0|q|k|v|qkv|proj)|.*attn[^/]*/proj_out'
+_KERNEL, _BIAS = '/kernel', '/bias'
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSection:
+  """Students that are trained by low-rank adapters (LoRA, Hu et al. 2021) of the weights that they start from, of every method but `guided`.
+
+  Parameters, moving averages, optimizer and checkpoints are those of the adapters alone. A finished student has ordinary weights, with the
+  adapters merged into them, and the adapters beside them.
+  """
+
+  rank: int = key(0, 'Rank of the adapters; 0: the weights themselves are trained.', NOT_NEGATIVE)
+  scale: float = key(
+    1.0,
+    'Factor of the change: a kernel becomes `kernel + scale * down @ up`. Programs that have an alpha mean scale = alpha / rank.',
+    POSITIVE,
+  )
+  modules: str = key(
+    '',
+    'Regular expression that matches the whole path of each module whose kernel is adapted, such as `.*` for every dense layer and '
+    'convolution; if empty, the projections of attention.',
+  )
+  fake_score: bool = key(
+    True,
+    "Whether the fake score of `dmd` and `dmd2` also consists of adapters, of the teacher's weights. Otherwise it is trained as a "
+    'whole, with parameters, optimizer and checkpoints of the size of the network.',
+  )
+
+
+class Adapters(NamedTuple):
+  """The factors of a network's adapters, and the scale of their change."""
+
+  factors: Factors
+  scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Which networks of a stage are adapted, and how.
+
+  Attributes:
+    rank, scale, modules: see `LoraSection`.
+    bases: for each adapted network by name, the name of the frozen weights that it adapts.
+  """
+
+  rank: int
+  scale: float
+  modules: str
+  bases: tuple[tuple[str, str], ...]
+
+  def base_of(self, network: str) -> str | None:
+    """Returns the name of the frozen weights that a network adapts; None if the network is not adapted."""
+    return dict(self.bases).get(network)
+
+  def describe(self) -> dict[str, Any]:
+    """Returns the hyper-parameters and the adapted networks in training, as a model's provenance records them."""
+    names = sorted(name for name, _ in self.bases if name != 'average')
+    return {'rank': self.rank, 'scale': self.scale, 'modules': self.modules, 'networks': names}
+
+
+def adapted(
+  params: Params, modules: str = ATTENTION
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+  """Returns the inputs and outputs of each kernel whose module's path matches the regular expression `modules`, by that path.
+
+  The outputs are the axes that the module's bias has; without a bias, the last axis.
+
+  Args:
+    params: parameters, or their shapes.
+    modules: the expression.
+  """
+  flat, found = traverse_util.flatten_dict(params, sep='/'), {}
+  for path, leaf in flat.items():
+    module = path.removesuffix(_KERNEL)
+    if module != path and re.fullmatch(modules, module):
+      bias = flat.get(module + _BIAS)
+      split = len(leaf.shape) - (1 if bias is None else len(bias.shape))
+      found[module] = tuple(leaf.shape[:split]), tuple(leaf.shape[split:])
+  return found
+
+
+def init(rng: jax.Array, params: Params, rank: int, modules: str = ATTENTION) -> Factors:
+  """Returns factors that change nothing: `up` is 0.
+
+  As in the code of Hu et al. and in peft, `down` is uniform within +-1 / sqrt(number of inputs).
+
+  Raises:
+    ValueError: no module matches, or the rank is not positive.
+  """
+  kernels = adapted(params, modules)
+  if not kernels or rank < 1:
+    raise ValueError(f'rank={rank} and modules={modules!r} adapt no kernel')
+  keys = jax.random.split(rng, len(kernels))
+
+  def factors(key: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, jax.Array]:
+    bound = float(np.prod(inputs)) ** -0.5
+    down = jax.random.uniform(key, (*inputs, rank), minval=-bound, maxval=bound)
+    return {'down': down, 'up': jnp.zeros((rank, *outputs))}
+
+  ordered = sorted(kernels.items())
+  return {module: factors(key, *shape) for key, (module, shape) in zip(keys, ordered, strict=True)}
 
 
 def merged(params: Params, factors: Factors, scale: float | jax.Array = 1.0) -> Params:
   """Returns the parameters with kernel + scale * down @ up for each module of `factors`; all others are the same arrays.
 
+  A changed kernel has the wider one of the types of the kernel and of the factors.
+
   Raises:
     ValueError: a module does not exist, or its factors do not have the shapes of its kernel.
   """
+
+  def change(down: Any, up: Any) -> jax.Array:
+    return scale * jnp.tensordot(down, up, 1, precision=jax.lax.Precision.HIGHEST)
+
+  return _replaced(params, factors, lambda kernel, of: kernel + change(**of).reshape(kernel.shape))
+
+
+def merged_on_host(params: Params, factors: Factors, scale: float = 1.0) -> Params:
+  """Returns the same in NumPy, computed in float64 and in an order that is fixed, so that all machines obtain the same bits.
+
+  Raises:
+    ValueError: see `merged`.
+  """
+
+  def change(down: np.ndarray, up: np.ndarray) -> np.ndarray:
+    columns, rows = down.reshape(-1, down.shape[-1]).T, up.reshape(len(up), -1)
+    total = np.zeros((columns.shape[1], rows.shape[1]))
+    for column, row in zip(columns.astype(np.float64), rows.astype(np.float64), strict=True):
+      total += np.multiply.outer(column, row)  # a matrix product may sum in any order
+    return scale * total
+
+  def added(kernel: np.ndarray, of: Mapping[str, np.ndarray]) -> np.ndarray:
+    return (kernel + change(**of).reshape(kernel.shape)).astype(kernel.dtype)
+
+  return _replaced(params, factors, added)
+
+
+def _replaced(params: Params, factors: Factors, function: Any) -> Params:
+  """Returns the parameters with `function(kernel, factors)` in place of each kernel that has factors."""
   flat = dict(traverse_util.flatten_dict(params, sep='/'))
   for module, of in factors.items():
     kernel = flat.get(module + _KERNEL)
     if kernel is None:
       raise ValueError(f'{module} has no kernel in these parameters')
     down, up = of['down'], of['up']
-    size = down.shape[:-2] or (1,) * (kernel.ndim - 2)
-    if (*size, down.shape[-2], up.shape[1]) != tuple(kernel.shape) or down.shape[-1] != up.shape[0]:
+    shape, wanted = (*down.shape[:-1], *up.shape[1:]), tuple(kernel.shape)
+    if (
+      shape not in (wanted, wanted[2:] if wanted[:2] == (1, 1) else wanted)
+      or down.shape[-1] != up.shape[0]
+    ):
       raise ValueError(
-        f'{module}: factors of shapes {tuple(down.shape)} and {tuple(up.shape)} do not fit a kernel of shape '
-        f'{tuple(kernel.shape)}'
+        f'{module}: factors of shapes {tuple(down.shape)} and {tuple(up.shape)} do not fit a kernel of shape {wanted}'
       )
-    change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
-    flat[module + _KERNEL] = (kernel + scale * change.reshape(kernel.shape)).astype(kernel.dtype)
+    flat[module + _KERNEL] = function(kernel, of)
   return traverse_util.unflatten_dict(flat, sep='/')

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.extend import core
 
 from diffusion_distillation.run.inputs import shapes
@@ -28,7 +29,8 @@ class Memory:
     averages: moving averages of the student's parameters.
     optimizer: moments of the optimizer.
     frozen: parameters of the teacher and weights of a distance.
-    gradients: gradients of the networks in training, and the updates computed from them.
+    gradients: gradients of the networks in training, and the updates computed from them; with LoRA also the kernels that are
+      merged with adapters, and their gradients.
     gathered: parameters of sharded networks that an update fetches from other devices at a time.
     activations: activations that one micro-batch keeps for the backward pass, and those of the largest block that it recomputes.
     snapshot: the copy of networks, averages and optimizer that a checkpoint is written from in the background.
@@ -64,6 +66,7 @@ class Shapes:
     frozen: the parameters that updates only read.
     activations: bytes of activations per example.
     batch_size: examples per update.
+    merged: the kernels that an update computes from frozen ones and their low-rank adapters, by network.
   """
 
   state: Any
@@ -71,6 +74,7 @@ class Shapes:
   frozen: Any
   activations: int
   batch_size: int
+  merged: Any = ()
 
   def on(self, devices: int, fsdp: int, micro_batches: int) -> Memory:
     """Returns the memory on each of a number of devices, over `fsdp` of which each network is split."""
@@ -81,7 +85,7 @@ class Shapes:
       averages=per_device(state.ema_params),
       optimizer=per_device(state.opt_state),
       frozen=per_device(self.frozen),
-      gradients=2 * per_device(self.trained),
+      gradients=2 * (per_device(self.trained) + per_device(self.merged)),
       gathered=_gathered((state.params, self.frozen), fsdp),
       activations=self.activations * -(-examples // devices),
       snapshot=per_device(state),
@@ -117,10 +121,23 @@ def smallest_layout(shapes: Shapes, limit: float) -> Layout | None:
 def count(stage: Stage, distance: Params = None) -> Shapes:
   """Returns the shapes of a stage; compiles and computes nothing, and uses no device memory."""
   state = stage.abstract_state()
-  frozen = stage.frozen(_as_numbers(stage.abstract_teacher()), distance)
+  teacher, start = map(_as_numbers, (stage.abstract_teacher(), stage.abstract_params()))
+  frozen = stage.frozen(teacher, distance, start)
   recipe = stage.recipe.at(stage.recipe.method.period - 1)  # an update that trains all networks
   trained = {name: state.params[name] for name in recipe.method.trained}
-  return Shapes(state, trained, frozen, _activations(stage, state, frozen), stage.batch_size)
+  activations = _activations(stage, state, frozen)
+  return Shapes(state, trained, frozen, activations, stage.batch_size, _merged(stage, frozen, state))
+
+
+def _merged(stage: Stage, frozen: Mapping[str, Params], state: Any) -> dict[str, Params]:
+  """Returns the shapes of the kernels that an update merges with adapters, by network."""
+  of, found = stage.recipe.lora, {}
+  for network, _ in () if of is None else of.bases:
+    held = {**frozen, **state.params, 'average': state.params['student']}
+    merged = jax.eval_shape(lambda held, name=network: stage.recipe.weights(name, held), held)
+    flat = traverse_util.flatten_dict(merged, sep='/')
+    found[network] = {module: flat[f'{module}/kernel'] for module in held[network]}
+  return found
 
 
 def memory(stage: Stage, distance: Params = None) -> Memory:

@@ -194,7 +194,7 @@ def seconds_per_update(stage: Stage, step: Callable, repeats: int, distance: Par
   key = jax.random.key(0)
   params, teacher = sharding.to_host((stage.init_params(key), stage.init_teacher(key)))
   state = sharding.create(stage.recipe.create_state, params, teacher)
-  frozen = sharding.place(stage.frozen(teacher, distance))
+  frozen = sharding.place(stage.frozen(teacher, distance, params))
   batch = sharding.spread(stand_in(stage))
   period = stage.recipe.method.period
   timed = -(-repeats // period) * period

@@ -75,12 +75,20 @@ class Inputs:
   def frozen(self, stage: Stage) -> dict[str, Params]:
     """Returns the parameters that the step only reads, on the devices."""
     teacher = None if self.teacher is None else self.teacher.params
-    return sharding.place(stage.frozen(teacher, self.distance))
+    return sharding.place(stage.frozen(teacher, self.distance, self.adapted(stage)))
+
+  def adapted(self, stage: Stage) -> Params:
+    """Returns the weights that the student's adapters change, on the host; None without LoRA."""
+    return None if stage.recipe.lora is None else self.started_from(stage)
+
+  def started_from(self, stage: Stage) -> Params:
+    """Returns the weights that the student starts from, on the host; None for new parameters."""
+    before = self.start or (None if stage.starts_anew else self.teacher)
+    return None if before is None else before.params
 
   def first_state(self, stage: Stage) -> TrainState:
     """Returns the state before the first update, on the devices."""
-    before = self.start or (None if stage.starts_anew else self.teacher)
-    student = None if before is None else before.params
+    student = self.started_from(stage)
     if student is None or stage.adds_input:
       key = jax.random.key(stage.recipe.seed)
       new = sharding.to_host(compilation.run_once(stage.init_params, key))

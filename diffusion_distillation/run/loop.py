@@ -79,7 +79,7 @@ def fit(
       state, ended = _resume_tracker(stage, inputs, checkpoints, state, seconds)
       if int(state.step) < stage.num_updates and not ended:
         state, seconds = _until_the_end(loop, stage, inputs, checkpoints, state, seconds)
-    model = trained.to_model(stage, state, seconds)
+    model = trained.to_model(stage, state, seconds, inputs.adapted(stage))
     provenance.check_digest(workdir, model)
   early = {} if inputs.tracker is None else inputs.tracker.outcome(model.step)
   provenance.finish_stage(workdir, parents, model, config, anew, early)
@@ -149,7 +149,7 @@ def _compiled_meanwhile(
   if provenance.is_finished(workdir, stage):
     return contextlib.nullcontext()
   teacher = None if inputs.teacher is None else inputs.teacher.params
-  frozen = jax.eval_shape(stage.frozen, teacher, inputs.distance)
+  frozen = jax.eval_shape(stage.frozen, teacher, inputs.distance, inputs.adapted(stage))
   batch, recipe = shapes(stage, stage.batch_size), stage.recipe
   state, count = stage.abstract_state(), config.compute.updates_per_dispatch
   if 1 < count <= stage.num_updates:

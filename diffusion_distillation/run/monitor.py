@@ -127,9 +127,10 @@ class Monitor:
       size = at_a_time(stage.space, stage.image_shape, draw.batch_size, count)
       draw = dataclasses.replace(draw, texts=self._texts, batch_size=size)
     grid = times.uniform(stage.num_steps)
-    images = draw.draw(state.ema_params[0], grid, count, config.evaluation.seed)
+    params = stage.recipe.weights('student', {**frozen, 'student': state.ema_params[0]})
+    images = draw.draw(params, grid, count, config.evaluation.seed)
     if 'fake_score' in state.params:
-      networks = {'teacher': frozen['teacher'], 'fake_score': state.params['fake_score']}
+      networks = {**frozen, 'fake_score': state.params['fake_score']}
       self._picture(networks, images[:8], draw.cond(np.arange(8), config.evaluation.seed))
     figures = Figures.of(images, self._extractor)
     found = {'brightness': figures.brightness, 'saturation': figures.saturation}

@@ -63,7 +63,9 @@ def disk(stages: list[Stage], finished: set[str]) -> int:
     ),
     0,
   )
-  return _CHECKPOINTS * sum(states) + max(states, default=0) + pairs
+  # The weights of a student are in its state, unless that only has adapters.
+  models = [bytes_of(stage.abstract_params()) for stage in todo if stage.recipe.lora is not None]
+  return _CHECKPOINTS * sum(states) + max(states, default=0) + sum(models) + pairs
 
 
 def needs(
@@ -149,6 +151,8 @@ def _on_host(stage: Stage) -> int:
   """Returns the bytes of the state that this process writes; several processes each write a share."""
   state = stage.abstract_state()
   own = sharding.bytes_per_device(state) * sharding.local_device_count()
+  if stage.recipe.lora is not None:  # the merged weights are larger than the state
+    return bytes_of(state) + len(stage.weights) * bytes_of(stage.abstract_params())
   return bytes_of(state) if sharding.part()[1] == 1 else min(own, bytes_of(state))
 
 

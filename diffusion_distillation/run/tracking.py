@@ -23,9 +23,10 @@ from diffusion_distillation.evaluation.frechet import RunningMoments, frechet_di
 from diffusion_distillation.evaluation.metrics import Features
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.evaluation.uncertainty import error_and_bias
+from diffusion_distillation.networks.lora import Adapters
 from diffusion_distillation.run import samples
+from diffusion_distillation.stages import adapters, provenance, trained
 from diffusion_distillation.stages import model as models
-from diffusion_distillation.stages import provenance
 from diffusion_distillation.stages.provenance import Model, Parents
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import cluster, sharding
@@ -130,10 +131,14 @@ class Tracker:
 
   def with_best(self, state: TrainState) -> tuple[TrainState, bool]:
     """Returns the state with the best weights as its first moving average, and whether these were other ones."""
-    best, (ema, *others) = models.read(self._workdir / self._stage.name / BEST), state.ema_params
-    if digest(ema) == best.digest:
+    folder, (ema, *others) = self._workdir / self._stage.name / BEST, state.ema_params
+    stored = models.read(folder)
+    best = (
+      stored.params if self._stage.recipe.lora is None else adapters.read(folder, stored.params).factors
+    )
+    if digest(ema) == digest(best):
       return state, False
-    averages = type(state.ema_params)([sharding.place(best.params), *others])
+    averages = type(state.ema_params)([sharding.place(best), *others])
     return dataclasses.replace(state, ema_params=averages), True
 
   def outcome(self, done: int) -> dict[str, Any]:
@@ -174,12 +179,15 @@ class Tracker:
     return {'frechet': self.measure(int(state.step), state.ema_params[0])}
 
   def measure(self, done: int, params: Params) -> float:
-    """Returns the distance of the parameters after update `done`, and records it."""
+    """Returns the distance of the first moving average after update `done`, and records it; with LoRA, `params` are its factors."""
     found = self._recorded()  # in every process, before the first one writes
-    known = found['best']
-    value, error = cluster.from_first(self._distance(params))  # processes may differ in the last bits
+    known, weights = found['best'], params
+    if self._stage.recipe.lora is not None:
+      assert self._parents.start is not None
+      weights = trained.weights_on_host(self._stage, params, self._parents.start.params)
+    value, error = cluster.from_first(self._distance(weights))  # processes may differ in the last bits
     if known is None or value < known['frechet']:
-      self._keep(done, params)
+      self._keep(done, weights, params)
       found['best'] = {'updates': done, 'frechet': value}
     found['frechet'][str(done)], found['errors'][str(done)] = value, error
     write_json(self._workdir / self._stage.name / _RECORD, found)
@@ -197,10 +205,12 @@ class Tracker:
     error, _ = error_and_bias(moments, drawn, count, reference)
     return frechet_distance(reference, moments), error
 
-  def _keep(self, done: int, params: Params) -> None:
-    """Writes the parameters as the best model."""
-    on_host: Any = sharding.to_host(params)
-    model = Model(self._stage, 'ema', digest(on_host), done, 0.0, {'ema': on_host})
+  def _keep(self, done: int, weights: Params, params: Params) -> None:
+    """Writes the weights as the best model; with LoRA, `params` are the factors in them."""
+    on_host: Any = sharding.to_host(weights)
+    of, sets = self._stage.recipe.lora, {'ema': on_host}
+    adapted = None if of is None else Adapters(sharding.to_host(params), of.scale)
+    model = Model(self._stage, 'ema', digest(on_host), done, 0.0, sets, adapters=adapted)
     stored = provenance.to_stored(self._workdir, model, self._config, self._parents)
     made = {key: value for key, value in stored.provenance.items() if key != 'seconds'}
     folder = self._workdir / self._stage.name / BEST

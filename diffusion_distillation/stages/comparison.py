@@ -24,7 +24,7 @@ FREE = (
 )
 
 # Keys that only affect how students are trained, so that they may change after the base.
-_OF_STUDENTS = ('dataset.encoded_dtype',)
+_OF_STUDENTS = ('dataset.encoded_dtype', 'lora.')
 
 
 def _is_free(key: str, stage: str) -> bool:
@@ -34,7 +34,9 @@ def _is_free(key: str, stage: str) -> bool:
   """
   if key == 'distill.start_steps':  # also the base model's number of sampling steps
     return False
-  if (key in _OF_STUDENTS and stage in ('', 'base')) or (key.startswith('early_stop.') and not stage):
+  if (key.startswith(_OF_STUDENTS) and stage in ('', 'base')) or (
+    key.startswith('early_stop.') and not stage
+  ):
     return True
   of_students = {name for name, cls in METHODS.items() if issubclass(cls, Student)} | {'distill'}
   others = of_students - {'distill' if _is_round(stage) else stage}
@@ -68,6 +70,7 @@ def implied(values: Mapping[str, Any]) -> dict[str, Any]:
     'distill.weighting': AS_BASE,
     'distill.guidance': 0.0,
     'pairs.labels': 'balanced',
+    'lora.rank': 0,
   }
   if 'evaluation.clip_x' in values:
     found['pairs.clip_x'] = values['evaluation.clip_x']
@@ -93,11 +96,15 @@ _FOLLOWS = {'distill.weighting': 'weighting'} | {
 def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
   """Normalizes a flat config for comparison.
 
-  'base' is replaced by the value that it refers to; for a round of progressive distillation, each tuple of PER_ROUND is
-  replaced by the round's entry.
+  'base' is replaced by the value that it refers to; keys of LoRA that the stage does not use are left out; for a round of
+  progressive distillation, each tuple of PER_ROUND is replaced by the round's entry.
   """
   follows = {key: of_base for key, of_base in _FOLLOWS.items() if values.get(key) == AS_BASE}
   values = values | {key: values[of_base] for key, of_base in follows.items() if of_base in values}
+  unused = {key for key in values if key.startswith('lora.')} - {'lora.rank'}
+  if values.get('lora.rank'):
+    unused = set() if getattr(METHODS.get(stage), 'from_teacher', ()) else {'lora.fake_score'}
+  values = {key: value for key, value in values.items() if key not in unused}
   if not _is_round(stage):
     return values
   try:

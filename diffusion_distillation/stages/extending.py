@@ -151,3 +151,9 @@ def made_from(workdir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     reached = len(names)
     names |= {folder.name for folder, of in parents.items() if of & names}
   yield from (folder for folder in parents if folder.name in names - {name})
+
+
+def updates_in(made: Mapping[str, Any]) -> int | None:
+  """Returns the updates in a model's provenance; for an imported model, those of its source."""
+  imported = made.get('imported')
+  return updates_in(imported.get('provenance') or {}) if imported else made.get('updates')

@@ -28,7 +28,9 @@ from diffusion_distillation.diffusion.schedules import SCHEDULES, Schedule
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import Denoiser
+from diffusion_distillation.networks.lora import Adapters
 from diffusion_distillation.networks.spaces import SPACES, Latents, Space
+from diffusion_distillation.stages import adapters as of_lora
 from diffusion_distillation.stages import companions
 from diffusion_distillation.stages.texts import TextEncoder
 from diffusion_distillation.system import files
@@ -68,6 +70,7 @@ class StoredModel:
     metrics: rows of measurements; empty until the model is measured.
     digest: the digest of `params`, if it is known.
     text: the text encoder, if the model is conditioned on text.
+    adapters: the low-rank adapters that are part of `params`, to be written beside them; not read again with the model.
   """
 
   denoise: Denoiser
@@ -86,6 +89,7 @@ class StoredModel:
   metrics: tuple[Mapping[str, Any], ...] = ()
   digest: str | None = None
   text: TextEncoder | None = None
+  adapters: Adapters | None = None
 
 
 def name_in(table: Mapping[str, type], thing: Any) -> str:
@@ -168,6 +172,8 @@ def write(directory: pathlib.Path, model: StoredModel, anew: bool = False) -> No
   flat = traverse_util.flatten_dict(model.params, sep='/')
   safetensors.numpy.save_file(flat, temporary / WEIGHTS, {'digest': description['digest']})
   companions.write(temporary, model.space, model.text)
+  if model.adapters is not None:
+    of_lora.write(temporary, model.adapters, model.params, model.provenance['start']['digest'])
   files.write_json(temporary / DESCRIPTION, description)
   shutil.rmtree(directory, ignore_errors=True)
   os.replace(temporary, directory)

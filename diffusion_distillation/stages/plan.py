@@ -20,6 +20,7 @@ from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.networks.unet import DTYPES
 from diffusion_distillation.stages import parts
+from diffusion_distillation.stages.lora import with_adapters
 from diffusion_distillation.stages.model import name_in, network_arguments
 from diffusion_distillation.stages.parts import Data
 from diffusion_distillation.stages.plan_checks import (
@@ -134,9 +135,9 @@ def plan(
   stages = [base]
   for name in config.methods:
     if name == 'progressive':
-      stages += _rounds(config, base, teacher, student)
+      stages += [with_adapters(config, stage) for stage in _rounds(config, base, teacher, student)]
       continue
-    stages.append(_student(config, base, teacher, student, name))
+    stages.append(with_adapters(config, _student(config, base, teacher, student, name)))
     if METHODS[name].teaches:
       teacher, student = stages[-1], stages[-1].denoise
   check_starts(stages)

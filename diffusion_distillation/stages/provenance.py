@@ -32,9 +32,9 @@ from diffusion_distillation.stages.model import (
   write,
 )
 from diffusion_distillation.stages.stage import Stage
-from diffusion_distillation.stages.trained import Model, Stored, sets_of, to_model
+from diffusion_distillation.stages.trained import Model, Stored, base_of, set_on_host, to_model
 from diffusion_distillation.stages.workdir import class_names, label_counts
-from diffusion_distillation.system import cluster, sharding
+from diffusion_distillation.system import cluster
 from diffusion_distillation.system.checkpoints import Checkpoints
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.training.state import Params
@@ -146,8 +146,10 @@ def to_stored(
       'updates': updates_done(workdir, model),
       'seconds': model.seconds,
       **(parents or Parents()).describe(),
+      **({} if stage.recipe.lora is None else {'lora': stage.recipe.lora.describe()}),
       'versions': versions(),
     },
+    adapters=model.adapters,
   )
 
 
@@ -156,12 +158,6 @@ def updates_done(workdir: pathlib.Path, model: Model) -> int | None:
   path = workdir / model.stage.name / 'stage.json'
   found = read_json(path) if path.is_file() else {}
   return found.get('num_updates') if found.get('imported') else model.step
-
-
-def _updates_of(made: Mapping[str, Any]) -> int | None:
-  """Returns the updates in a model's provenance; for an imported model, those of its source."""
-  imported = made.get('imported')
-  return _updates_of(imported.get('provenance') or {}) if imported else made.get('updates')
 
 
 def finish_stage(
@@ -247,7 +243,7 @@ def load_model(
   restored = Checkpoints(stage_dir).restore(stage.abstract_state(), set_aside=False)
   if restored is None:
     return None
-  model = to_model(stage, *restored)
+  model = to_model(stage, *restored, base_of(workdir, stage))
   if model.step == extending.trained_updates(found, stage):
     check_digest(workdir, model)
   return model
@@ -299,7 +295,7 @@ def _read_set(workdir: pathlib.Path, stage: Stage, weights: str) -> Params:
     raise DamagedError(
       f'{folder.parent}: no complete checkpoint is left to read the weights {weights!r} from'
     )
-  return sharding.to_host(sets_of(stage, restored[0])[weights])
+  return set_on_host(workdir, stage, restored[0], weights)
 
 
 def adopt(
@@ -344,6 +340,6 @@ def adopt(
   with contextlib.closing(Checkpoints(stage_dir)) as checkpoints:
     checkpoints.save(stage.num_updates, state, 0.0)
     checkpoints.wait()
-  lineage = _lineage(stage, Parents(), config) | {'num_updates': _updates_of(made or {})}
+  lineage = _lineage(stage, Parents(), config) | {'num_updates': extending.updates_in(made or {})}
   write_json(stage_dir / 'stage.json', lineage | outcome)
   return model

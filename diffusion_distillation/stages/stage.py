@@ -18,6 +18,8 @@ from diffusion_distillation.stages.texts import TextEncoder
 from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.state import Params, TrainState
 
+START = 'start'  # the name of frozen weights that a student starts from, if they are not its teacher's
+
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
@@ -174,16 +176,39 @@ class Stage:
       yield self.seed_at(start), start, stop
 
   def without_parents(self) -> 'Stage':
-    """Returns the stage for a model that was not trained in this run: it has no parent, teacher, start or pairs."""
+    """Returns the stage for a model that was not trained in this run: it has no parent, teacher, start, pairs or adapters."""
     nobody: dict[str, Any] = {'parent': None, 'teacher': None, 'start': None, 'pairs': None}
+    nobody['recipe'] = dataclasses.replace(self.recipe, lora=None)
     return dataclasses.replace(self, parent_weights='', distance_weights='', **nobody)
 
-  def frozen(self, teacher: Params, distance: Params) -> dict[str, Params]:
-    """Returns the frozen parameters of the networks that the method calls; the teacher's in `teacher_dtype`."""
-    if self.teacher_dtype != 'float32':
-      teacher = jax.tree.map(lambda leaf: leaf.astype(self.teacher_dtype), teacher)
-    found = {'teacher': teacher, 'distance': distance}
-    return {name: params for name, params in found.items() if name in self.recipe.networks}
+  def frozen(self, teacher: Params, distance: Params, start: Params = None) -> dict[str, Params]:
+    """Returns the frozen parameters that an update reads: those of networks that the method calls, and those that are adapted.
+
+    Args:
+      teacher: the weights of the teacher; kept in `teacher_dtype`.
+      distance: the weights of the method's distance.
+      start: the weights that the student starts from; kept in `teacher_dtype`. If they are the teacher's, they are kept only once.
+    """
+
+    def kept(params: Params) -> Params:
+      if self.teacher_dtype == 'float32':
+        return params
+      return jax.tree.map(lambda leaf: leaf.astype(self.teacher_dtype), params)
+
+    read = {*self.recipe.networks, *self.bases}
+    made = {'teacher': lambda: kept(teacher), 'distance': lambda: distance, START: lambda: kept(start)}
+    return {name: make() for name, make in made.items() if name in read}
+
+  @property
+  def bases(self) -> frozenset[str]:
+    """The names of the frozen weights that are adapted: `teacher`, `start`, both or none."""
+    lora = self.recipe.lora
+    return frozenset() if lora is None else frozenset(base for _, base in lora.bases)
+
+  @property
+  def starts_from(self) -> str | None:
+    """The name of the stage whose weights the student starts from; None for new parameters."""
+    return None if self.starts_anew else self.start or self.parent
 
   def init_params(self, rng: jax.Array) -> Params:
     """Returns new parameters of the stage's network."""

@@ -9,8 +9,10 @@ import jax
 from flax.core import FrozenDict
 
 from diffusion_distillation.methods import Method
+from diffusion_distillation.networks import lora
 from diffusion_distillation.networks.conditioning import Conditioning
 from diffusion_distillation.networks.denoiser import Bound, Denoiser
+from diffusion_distillation.networks.lora import Lora
 from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.training.optimizers import Adam, LearningRate
 from diffusion_distillation.training.state import Params, TrainState
@@ -36,6 +38,7 @@ class Recipe:
     micro_batches: number of parts of a batch over which gradients are accumulated.
     target_decay: decay of an additional average, the last one, which the loss receives as `average`; None: the loss receives
       the first average.
+    lora: which networks are trained by low-rank adapters; their parameters in the training state are the factors. None: none.
   """
 
   networks: FrozenDict[str, Any] = flax.struct.field(pytree_node=False)
@@ -52,6 +55,7 @@ class Recipe:
   ema_ramp: float = flax.struct.field(pytree_node=False, default=0.0)
   micro_batches: int = flax.struct.field(pytree_node=False, default=1)
   target_decay: float | Any = None
+  lora: Lora | None = flax.struct.field(pytree_node=False, default=None)
 
   @property
   def student(self) -> Denoiser:
@@ -93,11 +97,37 @@ class Recipe:
     return dataclasses.replace(self, networks=FrozenDict(mapped))
 
   def bind(self, params: Mapping[str, Params]) -> dict[str, Bound]:
-    """Binds networks to the given parameters; networks without parameters are left out."""
-    return {name: Bound(net, params[name]) for name, net in self.networks.items() if name in params}
+    """Binds networks to the given parameters, see `weights`; networks without parameters are left out."""
+    return {
+      name: Bound(net, self.weights(name, params))
+      for name, net in self.networks.items()
+      if name in params
+    }
+
+  def weights(self, name: str, params: Mapping[str, Params]) -> Params:
+    """Returns the weights of a network: its parameters or, if it is adapted, the frozen weights with its adapters.
+
+    Args:
+      name: the network.
+      params: parameters by name; those of an adapted network are its factors, and the weights that it adapts are beside them.
+    """
+    base = None if self.lora is None else self.lora.base_of(name)
+    if self.lora is None or base is None:
+      return params[name]
+    return lora.merged(params[base], params[name], self.lora.scale)
 
   def create_state(self, student: Params, teacher: Params = None) -> TrainState:
     """Returns the state before the first update; the student starts from `student`, which also replaces a missing teacher."""
     teacher = student if teacher is None else teacher
     networks = self.method.init(student, teacher, jax.random.key(self.seed))
+    if self.lora is not None:
+      networks = self._with_adapters(self.lora, networks)
     return TrainState.create(networks, self.optimizer.transform(), len(self.decays))
+
+  def _with_adapters(self, of: Lora, networks: Mapping[str, Params]) -> dict[str, Params]:
+    """Returns the networks with new factors in place of the parameters of those that are adapted."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), 1), len(networks))
+    return {
+      name: params if of.base_of(name) is None else lora.init(key, params, of.rank, of.modules)
+      for key, (name, params) in zip(keys, sorted(networks.items()), strict=True)
+    }

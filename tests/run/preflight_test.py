@@ -277,6 +277,15 @@ def test_stable_diffusion_at_full_size_is_counted_from_shapes(tmp_path):
   layout = device_memory.smallest_layout(found, 80e9)
   assert layout[:2] == (1, 1) and layout.micro_batches > 1
   assert device_memory.smallest_layout(found, 40e9)[:2] == (2, 2)
+  (stage,) = plan(sd15_dmd.get_config('lora'), (512, 512, 3), 0, workdir.origin_of(stored))[1:]
+  state = stage.abstract_state()
+  # A block of width d has 14 d + 1536 rows and columns of kernels: of pixels 8 d, of the text 6 d + 2 x 768. (797,184 at rank 4.)
+  blocks = {320: 5, 640: 5, 1280: 6}
+  of_adapters = 64 * sum(count * (14 * width + 2 * 768) for width, count in blocks.items())
+  assert of_adapters == 64 * 797_184 // 4
+  for name in ('student', 'fake_score'):
+    assert size(state.params[name]) == 4 * of_adapters
+  assert size(state) < 0.03 * size(found.state)
 
 
 def test_the_largest_recomputed_block_is_counted_by_what_its_gradient_needs():
