@@ -17,6 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.methods = ()
   c.distill.start_steps = 50
   c.evaluation.grid = 'leading_to_first'
+  c.evaluation.samplers = ('ddim',)
+  c.evaluation.num_samples = 5000  # with captions as data, where 50,000 images take hours
   c.evaluation.clip_x = False
   return c
 

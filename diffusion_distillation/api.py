@@ -53,7 +53,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     workdir: the directory of the run; docs/train.md lists the files in it.
 
   Returns:
-    The contents of `results.json`; empty for `dataset.name=none` and for models of texts, where nothing is measured.
+    The contents of `results.json`; empty for datasets without images, such as `dataset.name=prompts`, where nothing is measured.
 
   Raises:
     UserError: the config is not valid or does not match the workdir; raised before anything is written or compiled.

@@ -16,7 +16,7 @@ from diffusion_distillation.config import (
   expand_paths,
   to_markdown,
 )
-from diffusion_distillation.datasets import caption_files, preparing
+from diffusion_distillation.datasets import preparing
 from diffusion_distillation.diffusion import samplers
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import (
@@ -37,9 +37,9 @@ from diffusion_distillation.evaluation.loading import (
   with_texts,
 )
 from diffusion_distillation.evaluation.prompted import Prompted
-from diffusion_distillation.interop import clip, exporting, importing
+from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
-from diffusion_distillation.run import encoded_texts, evaluating, replay, tracking
+from diffusion_distillation.run import compared, encoded_texts, evaluating, replay, tracking
 from diffusion_distillation.run import run as run_module
 from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, provenance, workdir
@@ -238,12 +238,7 @@ def _evaluate(options: Options) -> None:
     raise UserError(
       f'--out={out} only applies to --images and to the folder of a model; a run writes results.json'
     )
-  config = _config_of_run(options, directory)
-  if config.evaluation.clip or config.evaluation.prompts:
-    raise UserError(
-      'evaluation.clip and evaluation.prompts only apply to --images and to the folder of a model, STAGE/model'
-    )
-  path = evaluating.evaluate(config, directory)
+  path = evaluating.evaluate(_config_of_run(options, directory), directory)
   if files.writes():
     print(path)
 
@@ -251,15 +246,13 @@ def _evaluate(options: Options) -> None:
 def _prompted(config: Config) -> Prompted | None:
   """Returns the prompts and the CLIP model that the config names; None if it names no prompts."""
   section = config.evaluation
-  if not section.prompts:
-    if section.clip:
-      raise UserError(
-        f'evaluation.clip={section.clip} needs evaluation.prompts=FILE, one prompt for each image'
-      )
-    return None
-  path = paths.on_disk('evaluation.prompts', section.prompts)
-  prompts = caption_files.read_prompts(path, 'evaluation.prompts')
-  return Prompted(path.name, prompts, clip.read(section.clip) if section.clip else None)
+  if section.prompts:
+    return compared.read(config)
+  if section.clip:
+    raise UserError(
+      f'evaluation.clip={section.clip} needs evaluation.prompts=FILE, one prompt for each image'
+    )
+  return None
 
 
 def _checked_config(options: Options) -> Config:

@@ -24,7 +24,7 @@ from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.interop import importing
 from diffusion_distillation.methods import METHODS, distances
 from diffusion_distillation.networks import classifier
-from diffusion_distillation.run import encoding, evaluating, gate, inputs, monitor, pairs
+from diffusion_distillation.run import encoding, evaluating, inputs, monitor, pairs
 from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import workdir
 from diffusion_distillation.stages.plan import plan
@@ -282,15 +282,11 @@ def test_colours_at_a_low_resolution_stand_for_the_features_of_large_images():
   assert found[1, 0] == 1.0 and np.count_nonzero(found) == 1
 
 
-def test_a_run_of_texts_has_no_gate_and_is_not_evaluated(tmp_path):
-  with pytest.raises(
-    UserError, match=r'models that draw what a text says are not measured; set gate\.factor=0'
-  ):
-    gate.check(text_model.config('prompts.txt', gate__factor=1.5), takes_text=True)
+def test_a_run_of_prompts_has_nothing_to_be_compared_with(tmp_path):
   directory, c = text_model.begin(tmp_path)
   with pytest.raises(
     UserError,
-    match=r'a stage of such a run is measured with --workdir=STAGE/model and evaluation\.prompts=FILE',
+    match=r'dataset\.name=prompts has none; a stage of such a run is measured with --workdir=STAGE/model',
   ):
     evaluating.evaluate(c, directory)
   with pytest.raises(UserError, match=r'dataset\.name=prompts has no images'):

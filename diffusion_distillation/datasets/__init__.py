@@ -41,6 +41,11 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   return (prepared.open_split if settings.prepared else open_original)(settings, role)
 
 
+def has_images(name: str) -> bool:
+  """Whether the dataset with this name has images."""
+  return name not in (NONE, PROMPTS)
+
+
 def describe(settings: Settings) -> tuple[tuple[int, int, int], int]:
   """Returns the shape (H, W, C) of the images and the number of classes; known datasets need not be present.
 
@@ -66,6 +71,7 @@ __all__ = [
   'InMemory',
   'Settings',
   'describe',
+  'has_images',
   'open_original',
   'open_split',
 ]

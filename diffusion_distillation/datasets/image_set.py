@@ -28,7 +28,7 @@ class ImageSet(abc.ABC):
     name: name of the dataset for reports.
     image_shape: (H, W, C).
     classes: names of the classes, by label; empty without labels.
-    identity: sha256 of the contents (for files, of names and sizes); equal for equal images in equal order.
+    identity: sha256 of the contents (for files, of names and sizes) and captions; equal for equal images in equal order.
   """
 
   name: str

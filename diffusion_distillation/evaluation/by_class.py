@@ -145,14 +145,14 @@ class Tally:
     self._moments = None if reference is None else _Moments(number)
 
   def add(self, features: np.ndarray, cond: Cond) -> None:
-    """Adds the features (n, D) of samples, and the conditioning that they were drawn with, of which `label` (n,) is used."""
+    """Adds the features (n, D) of samples, and the conditioning that they were drawn with, of which `label` (n,) is used, -1 where unknown."""
     number, labels = len(self._counts), (cond or {}).get('label')
     predicted = None if self._predict is None else self._predict(features)
     if predicted is not None:
       self._seen += np.bincount(predicted, minlength=number)
     if labels is None:
       return
-    self._counts += np.bincount(labels, minlength=number)
+    self._counts += np.bincount(labels[labels >= 0], minlength=number)
     if predicted is not None:
       self._right += np.bincount(labels[predicted == labels], minlength=number)
     if self._moments is not None:

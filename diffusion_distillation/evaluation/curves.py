@@ -31,6 +31,7 @@ _METRICS = {
   'inception_score': 'IS',
   'sfid': 'sFID',
   'fd_dinov2': 'FD-DINOv2',
+  'clip_score': 'CLIP score',
   'class_accuracy': 'class accuracy',
 }
 _MOST = 8  # curves that can be told apart in one figure

@@ -77,7 +77,7 @@ def measure_images(
     raise UserError(
       '--images needs --workdir, whose classifier and images it uses, or --config and --out=FILE.json'
     )
-  with _place(config, workdir) as (train, directory):
+  with _place(config, workdir) as (config, train, directory):
     own_shape = None if config.evaluation.inception else train.images.image_shape
     given.check(images, own_shape, f'FD-{train.images.name}')
     extractors = real_images.open_extractors(config, train, directory)
@@ -138,7 +138,7 @@ def measure_model(
     asked, by = asked.first(section.num_samples), prompted.guidance_of(config, stored)
     prompted.check_texts(asked, stored, folder)
     weight = by.weight
-  with _place(config, None) as (train, directory):
+  with _place(config, None) as (config, train, directory):
     if asked is not None:
       prompted.check_shape(stored, train.images.image_shape, folder, config.dataset.name)
     elif stored.image_shape != train.images.image_shape:
@@ -179,26 +179,29 @@ def measure_model(
 
 @contextlib.contextmanager
 def _place(config: Config, workdir: pathlib.Path | None) -> Any:
-  """Yields the training images, and the directory for extractor and features: a locked workdir, or a temporary one."""
+  """Yields the config with which images are opened, the training images, and the directory for extractor and features.
+
+  The directory is a locked workdir, or a temporary one.
+  """
   reference.check(config)
   if config.dataset.name == datasets.NONE:
     raise UserError('--mode=evaluate needs images to compare with: dataset.name=none has none')
   if workdir is not None:
-    _, train = workdirs.plan_for(workdir, config)
+    config, train = workdirs.compared_images(config, workdirs.plan_for(workdir, config)[1])
     if train is None:
       raise UserError(
-        f'--workdir={workdir}: its model draws what a text says, and runs of such models have no images to compare with; leave '
-        'out --workdir, and name a --config with such images'
+        f'--workdir={workdir}: dataset.name={config.dataset.name} has no images to compare with; leave out --workdir, and name '
+        'a --config with images'
       )
     with workdirs.lock_workdir(workdir):
-      yield train, workdir
+      yield config, train, workdir
     return
   if sharding.part()[1] > 1:
     raise UserError(
       '--mode=evaluate with several processes needs --workdir, a directory that they share'
     )
   with tempfile.TemporaryDirectory() as directory:
-    yield workdirs.open_images(config, 'train'), pathlib.Path(directory)
+    yield config, workdirs.open_images(config, 'train'), pathlib.Path(directory)
 
 
 def _draw(

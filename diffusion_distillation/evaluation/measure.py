@@ -21,6 +21,7 @@ from diffusion_distillation.evaluation import (
   real_images,
   report,
   report_contents,
+  sampled_texts,
 )
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
 from diffusion_distillation.evaluation.kept_features import OfEach
@@ -34,7 +35,8 @@ from diffusion_distillation.evaluation.results import (
   record,
 )
 from diffusion_distillation.evaluation.rows import Setting, guidances, rows
-from diffusion_distillation.evaluation.sampling import Chosen, Drawer
+from diffusion_distillation.evaluation.sampled_texts import SampledTexts
+from diffusion_distillation.evaluation.sampling import Chosen, Drawer, at_a_time
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import GuidingModel, calls_per_image
 from diffusion_distillation.stages import workdir as workdirs
@@ -49,7 +51,12 @@ _log = logging.getLogger(__name__)
 
 
 def evaluate(
-  config: Config, models: list[Model], train: Loader, workdir: pathlib.Path, again: bool
+  config: Config,
+  models: list[Model],
+  train: Loader,
+  workdir: pathlib.Path,
+  again: bool,
+  texts: SampledTexts | None = None,
 ) -> dict[str, Any]:
   """Measures all rows and writes `results.json` and `report/`. Finished rows survive an interruption.
 
@@ -59,6 +66,7 @@ def evaluate(
     train: the training split, which is the reference.
     workdir: the directory of the run.
     again: whether existing rows are measured again.
+    texts: what models of texts draw; None for other models.
 
   Returns:
     The content of `results.json`.
@@ -68,13 +76,16 @@ def evaluate(
   labels = _labels(config, stages[0])
   extractors = real_images.open_extractors(config, train, workdir)
   extractor, size = extractors.main, config.evaluation.num_samples
-  by_classes = by_class.summary(extractor, train, size if labels else 0)
+  by_classes = by_class.summary(extractor, train, size if _has_classes(labels, texts) else 0)
   most = config.evaluation.neighbours
   searched = OfEach('searched', most) if most else None
   more = [summary for summary in (by_classes, searched) if summary is not None]
   real, results = real_images.summarize(config, extractors, train, workdir, labels, more=more)
   results['seconds'] = {model.stage.name: model.seconds for model in models}
   results['stages'] = origins(stages, results['seconds'], workdir)
+  if texts is not None:
+    results |= texts.describe()
+    results['metrics'] |= texts.metrics()
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
   classes = by_class.classes(extractor, train, by_classes)
   of_training_images = real.floor if 'file' in results['reference'] else real.reference
@@ -82,7 +93,7 @@ def evaluate(
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, results) | known_rows(partial, results)
   cluster.barrier()  # before the first process writes these files anew
-  todo = _settings(config, models, workdir)
+  todo = _settings(config, models, workdir, texts)
   drawn: dict[tuple, np.ndarray] = {}
   kept: set[int] = set()
   steps = sum(s.num_steps for s in todo)
@@ -110,7 +121,7 @@ def evaluate(
   results['seconds']['evaluation'] = time.monotonic() - began
   draw, held_out = _drawing(config, counts, drawn), workdirs.open_images(config, 'eval')
   contents = report_contents.gather(
-    todo, draw, extractor, train, held_out, config.evaluation, workdir, searched
+    todo, draw, extractor, train, held_out, config.evaluation, workdir, searched, texts
   )
   if files.writes():
     report.write(config, results, contents, workdir / 'report')
@@ -120,7 +131,14 @@ def evaluate(
   return results
 
 
-def _settings(config: Config, models: list[Model], workdir: pathlib.Path) -> list[Setting]:
+def _has_classes(labels: str | None, texts: SampledTexts | None) -> bool:
+  """Whether each sample is drawn for a class: that of its label, or of its text."""
+  return labels is not None or (texts is not None and texts.labelled)
+
+
+def _settings(
+  config: Config, models: list[Model], workdir: pathlib.Path, texts: SampledTexts | None
+) -> list[Setting]:
   """Returns what the rows of an evaluation measure, in their order; a guiding model only guides the base, the first model."""
   section, stages = config.evaluation, [model.stage for model in models]
   guiding = guiding_of('evaluation', section.guiding_model, section.guidance, stages[0])
@@ -132,6 +150,7 @@ def _settings(config: Config, models: list[Model], workdir: pathlib.Path) -> lis
       updates_done(workdir, models[place]),
       guidance,
       guiding if guidance and not place else None,
+      texts,
     )
     for place, weights, sampler, num_steps in rows(stages, config)
     for guidance in guidances(config, place, stages[place])
@@ -165,6 +184,7 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'batch_size': config.evaluation.batch_size,
     'updates': setting.updates,
     'digest': setting.model.digest,
+    **({} if setting.texts is None else setting.texts.of_row()),
   }
 
 
@@ -190,19 +210,22 @@ def drawer(
   label_counts: tuple[int, ...] = (),
   guidance: Guidance = NONE,
   guiding: GuidingModel | None = None,
+  texts: conditioning.Texts | None = None,
 ) -> Drawer:
   """Returns a `Drawer` for a stage with the settings of `evaluation`; without `label_counts`, classes are drawn in turn."""
+  section = config.evaluation
   return Drawer(
     denoise=stage.denoise,
     sampler=make(config, sampler),
     schedule=stage.schedule,
     space=stage.space,
     image_shape=stage.image_shape,
-    batch_size=config.evaluation.batch_size,
-    clip_x=config.evaluation.clip_x,
+    batch_size=at_a_time(stage.space, stage.image_shape, section.batch_size, section.num_samples),
+    clip_x=section.clip_x,
     label_counts=label_counts,
     guidance=guidance,
     guiding=guiding,
+    texts=texts,
   )
 
 
@@ -226,9 +249,11 @@ def measure_setting(
   The Frechet distance of n samples is too large by about the distance of n real images, which decreases as 1/n. The error is
   therefore estimated from `floor`, the distance of `evaluation.num_samples` real images, at every doubling of n.
   """
-  size, tolerance = config.evaluation.num_samples, config.evaluation.tolerance
+  section, texts = config.evaluation, setting.texts
+  size, tolerance, seed = section.num_samples, section.tolerance, section.seed
   running, due, first = RunningFeatures(size), 2, list[np.ndarray]()
   tally = classes.tally(setting.model.stage.denoise.conditioning)
+  score = None if texts is None else texts.running(size, seed)
 
   def then(images: jax.Array) -> tuple[Extracted, jax.Array]:
     return extractor.of(images), images
@@ -236,10 +261,14 @@ def measure_setting(
   def is_enough(made: tuple[Extracted, jax.Array], count: int) -> bool:
     nonlocal due
     found, images = made
+    places = range(running.seen, running.seen + count)
+    index = np.asarray(places)
     if running.seen < report_contents.SHOWN:
       first.append(sharding.to_host(images)[:count][: report_contents.SHOWN - running.seen])
-    cond = draw.cond(np.arange(running.seen, running.seen + count), config.evaluation.seed)
+    cond = draw.cond(index, seed) if texts is None else {'label': texts.labels(index, seed)}
     tally.add(sharding.to_host(found.features)[:count], cond)
+    if score is not None:
+      score.add(places, sharding.to_host(images)[:count])
     running.take(found, slice(count))
     if not tolerance or running.seen < due:
       return False
@@ -249,8 +278,8 @@ def measure_setting(
 
   model = setting.model
   by = grid(config, model.stage, setting.num_steps)
-  draw = drawer(config, model.stage, setting.sampler, label_counts, setting.guidance, setting.guiding)
-  seconds = draw.seconds_per_image(model.params, by, size, config.evaluation.seed, then, is_enough)
+  draw = _drawer_of(config, setting, label_counts)
+  seconds = draw.seconds_per_image(model.params, by, size, seed, then, is_enough)
   row = describe(config, setting) | {
     'metric': extractor.metric,
     **measured(running.result(), reference),
@@ -258,7 +287,14 @@ def measure_setting(
     'seconds_per_image': seconds,
     **tally.result(),
   }
+  sampled_texts.add_score(row, score)
   return row, np.concatenate(first)
+
+
+def _drawer_of(config: Config, setting: Setting, label_counts: tuple[int, ...]) -> Drawer:
+  """Returns the `Drawer` of a row."""
+  s = setting
+  return drawer(config, s.model.stage, s.sampler, label_counts, s.guidance, s.guiding, s.texts)
 
 
 def _place(setting: Setting) -> tuple:
@@ -276,7 +312,7 @@ def _drawing(
     known, stage = drawn.get(_place(setting)), setting.model.stage
     if chosen is None and known is not None and len(known) >= count:
       return known[:count]
-    by = drawer(config, stage, setting.sampler, label_counts, setting.guidance, setting.guiding)
+    by = _drawer_of(config, setting, label_counts)
     at = grid(config, stage, setting.num_steps)
     return by.draw(setting.model.params, at, count, config.evaluation.seed, chosen)
 

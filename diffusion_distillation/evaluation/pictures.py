@@ -23,6 +23,16 @@ def enlarge(images: np.ndarray, side: int) -> np.ndarray:
   return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
+def reduced(images: np.ndarray, side: int) -> np.ndarray:
+  """Reduces (n, H, W, C) uint8 images that are higher than `side` to this height, with Lanczos' filter."""
+  height, width = images.shape[1:3]
+  if height <= side:
+    return images
+  size = max(1, round(width * side / height)), side
+  made = [np.asarray(to_pil(image).resize(size, Image.Resampling.LANCZOS)) for image in images]
+  return np.stack(made).reshape(len(images), side, size[0], -1)
+
+
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
   """Arranges (n, H, W, C) uint8 images row by row on white: (rows (H + gap) + gap, columns (W + gap) + gap, C)."""
   count, height, width, channels = images.shape

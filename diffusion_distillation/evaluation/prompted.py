@@ -70,6 +70,9 @@ class Prompted:
     return None if self.clip is None else RunningScore(self.clip, self.prompts)
 
 
+NOT_ASKED = Prompted('', (), None)  # neither a file of prompts nor a CLIP model
+
+
 def add_score(results: dict[str, Any], running: RunningScore | None) -> None:
   """Adds the CLIP score to `metrics`, `errors` and `better` of results."""
   if running is None:

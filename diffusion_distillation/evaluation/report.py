@@ -13,7 +13,7 @@ from diffusion_distillation.config import Config, flatten
 from diffusion_distillation.evaluation import curves, figures, pictures
 from diffusion_distillation.evaluation.figures import Picture
 from diffusion_distillation.evaluation.neighbours import Neighbours
-from diffusion_distillation.evaluation.report_contents import ByGuidance, ReportContents
+from diffusion_distillation.evaluation.report_contents import ByGuidance, ByText, ReportContents
 from diffusion_distillation.evaluation.themes import LIGHT
 
 _FIGURES = (
@@ -22,6 +22,10 @@ _FIGURES = (
 )
 _CLASSES = 20  # with more classes than this, only the worst are listed
 _WORST = 10
+_SIDE = (
+  128  # height in pixels to which large images are reduced, of which there are many beside each other
+)
+_LETTERS = 100  # of a text above its images
 
 
 def environment() -> jinja2.Environment:
@@ -101,6 +105,7 @@ def write(
       neighbours=_neighbours(contents.neighbours),
       neighbours_of=contents.neighbours_of,
       classes=class_table(results, contents.class_names),
+      texts=_texts(contents.by_text),
       grids=[_grid(found, contents.class_names) for found in contents.by_guidance],
       health=curves.last_health(lines),
       denoisings={k: figures.encode(w.picture) for k, w in contents.watched.items() if w.picture},
@@ -151,7 +156,7 @@ def other_metrics(rows: curves.Rows) -> list[str]:
 
 def strips(caption: str, images: np.ndarray) -> dict[str, Any]:
   """Returns a caption and its images in two halves, which stand below each other on a narrow screen."""
-  half = -(-len(images) // 2)
+  half, images = -(-len(images) // 2), pictures.reduced(images, _SIDE)
   halves = [images[:half], images[half:]]
   return {
     'caption': caption.replace('\n', ', '),
@@ -191,6 +196,19 @@ def _grid(found: ByGuidance, class_names: Sequence[str]) -> dict[str, Any]:
       for name, images in zip(names, found.images, strict=True)
     ],
   }
+
+
+def _texts(found: ByText | None) -> list[dict[str, Any]]:
+  """Returns each text, cut to one or two lines, with the image that each model drew for it."""
+  if found is None:
+    return []
+  lines = []
+  for text, images in zip(found.texts, found.images, strict=True):
+    small = pictures.reduced(images, _SIDE)
+    pngs = [figures.encode(pictures.strip(image[None], 1)) for image in small]
+    cut = text if len(text) <= _LETTERS else f'{text[: _LETTERS - 1].rstrip()}…'
+    lines.append({'text': text, 'cut': cut, 'images': list(zip(found.models, pngs, strict=True))})
+  return lines
 
 
 def class_table(results: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from diffusion_distillation.evaluation import neighbours
 from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.evaluation.kept_features import OfEach
 from diffusion_distillation.evaluation.neighbours import Neighbours
+from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.evaluation.sampling import Chosen
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.stages.provenance import Model
@@ -21,6 +22,7 @@ from diffusion_distillation.system import logs
 
 SHOWN = 16  # number of images per stage in the report
 _CLASSES = 10  # number of classes in a grid of classes by guidance
+_TEXTS = 8  # number of texts in a grid of texts by model
 
 
 class Measured(Protocol):
@@ -66,6 +68,21 @@ class ByGuidance:
 
 
 @dataclasses.dataclass(frozen=True)
+class ByText:
+  """Images of every model by text, those of a text from the same noise.
+
+  Attributes:
+    texts: the texts.
+    models: the stage, number of steps and guidance of each model.
+    images: (texts, models, H, W, C) uint8.
+  """
+
+  texts: tuple[str, ...]
+  models: tuple[str, ...]
+  images: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportContents:
   """What the report shows beside the rows.
 
@@ -76,6 +93,7 @@ class ReportContents:
     neighbours_of: the stage of these samples.
     by_guidance: images of each model that was measured with several weights of guidance.
     class_names: the names of the classes by label; empty if the images have none.
+    by_text: images of models of texts; None for other models.
   """
 
   samples: dict[str, np.ndarray]
@@ -84,6 +102,7 @@ class ReportContents:
   neighbours_of: str = ''
   by_guidance: tuple[ByGuidance, ...] = ()
   class_names: tuple[str, ...] = ()
+  by_text: ByText | None = None
 
 
 def watched(measured: Sequence[Measured], workdir: pathlib.Path) -> dict[str, Watched]:
@@ -136,6 +155,22 @@ def by_guidance(measured: Sequence[Measured], draw: Draw) -> tuple[ByGuidance, .
   return tuple(found)
 
 
+def by_text(
+  measured: Sequence[Measured], draw: Draw, texts: SampledTexts | None, seed: int
+) -> ByText | None:
+  """Returns the first images of each model with their texts, for each guidance; None without texts."""
+  own = [m for found in own_rows(measured).values() for m in found]
+  if texts is None or not own:
+    return None
+  images = np.stack([draw(m, SHOWN, None)[:_TEXTS] for m in own], axis=1)
+  names = [
+    f'{m.model.stage.name}, {m.num_steps} step{"s" * (m.num_steps > 1)}'
+    + (f', guidance {m.guidance.weight:g}' if m.guidance else '')
+    for m in own
+  ]
+  return ByText(tuple(texts.texts(np.arange(len(images)), seed)), tuple(names), images)
+
+
 def gather(
   measured: Sequence[Measured],
   draw: Draw,
@@ -145,6 +180,7 @@ def gather(
   section: Any,
   workdir: pathlib.Path,
   searched: OfEach | None,
+  texts: SampledTexts | None = None,
 ) -> ReportContents:
   """Draws and reads what the report shows beside the rows.
 
@@ -157,6 +193,7 @@ def gather(
     section: the section `evaluation` of the config.
     workdir: the directory of the run.
     searched: the features of the training images among which the nearest are looked for; None: none are shown.
+    texts: what models of texts draw; None for other models.
   """
   own, near = own_rows(measured), None
   of = section.neighbours_of or next(reversed(own), '')
@@ -171,4 +208,5 @@ def gather(
     neighbours_of=of,
     by_guidance=by_guidance(measured, draw),
     class_names=tuple(train.images.classes),
+    by_text=by_text(measured, draw, texts, section.seed),
   )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion.guidance import NONE, Guidance, make_guidance
+from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import GuidingModel
 from diffusion_distillation.stages.provenance import Model
@@ -15,7 +16,7 @@ from diffusion_distillation.stages.stage import Stage
 class Setting:
   """What one row measures: a model, sampler, number of steps, guidance, and the model that guides if there is one.
 
-  `updates` of the model is None if it is not known.
+  `updates` of the model is None if it is not known. `texts` are those that a model of texts draws.
   """
 
   model: Model
@@ -24,6 +25,7 @@ class Setting:
   updates: int | None = None
   guidance: Guidance = NONE
   guiding: GuidingModel | None = None
+  texts: SampledTexts | None = None
 
 
 def rows(stages: list[Stage], config: Config) -> Iterator[tuple[int, str, str, int]]:

@@ -79,10 +79,11 @@ class Drawer:
 
   @property
   def program(self) -> 'Drawer':
-    """The drawer with only what its compiled program depends on: neither a weight that is an input, nor parameters."""
+    """The drawer with only what its compiled program depends on: neither a weight that is an input, nor parameters, nor texts."""
     known = conditioning.weights(self.denoise.conditioning)
     guiding = self.guiding and dataclasses.replace(self.guiding, params=None)
-    return dataclasses.replace(self, guidance=NONE if known else self.guidance, guiding=guiding)
+    guidance = NONE if known else self.guidance
+    return dataclasses.replace(self, guidance=guidance, guiding=guiding, texts=None)
 
   def on_devices(self, params: Params) -> Params:
     """Returns what the compiled program takes as parameters, on all devices: those of the network and of its guiding model."""

@@ -41,14 +41,14 @@ class EvaluationSection:
   )
   clip: str = key(
     '',
-    'Folder of a CLIP model of transformers (such as clip-vit-base-patch16), with which `--mode=evaluate` computes the CLIP score of '
-    '`--images`, or of the folder of a model of texts; empty: none.',
+    'Folder of a CLIP model of transformers (such as clip-vit-base-patch16), with which the CLIP score of the samples of a model of '
+    'texts is computed, or by `--mode=evaluate` that of `--images`; empty: none.',
     path='disk',
   )
   prompts: str = key(
     '',
     'File of prompts, one for each image: .txt with one per line, or .csv or .jsonl with a column `text`, `caption` or `prompt`. '
-    '`--mode=evaluate` draws the first `num_samples` of them with the folder of a model of texts.',
+    'Models of texts draw the first `num_samples` of them; empty: the captions of the training images.',
     path='disk',
   )
   samplers: tuple[str, ...] = key(

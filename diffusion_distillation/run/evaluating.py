@@ -5,6 +5,7 @@ import pathlib
 from diffusion_distillation.config import Config
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import measure, reference
+from diffusion_distillation.run import compared
 from diffusion_distillation.stages import provenance, workdir
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
@@ -21,10 +22,11 @@ def evaluate(config: Config, directory: pathlib.Path) -> pathlib.Path:
     UserError: there are no images to compare with, or the base has no complete checkpoint.
   """
   planned, images = workdir.plan_for(directory, config)
+  opened, images, texts = compared.of_run(config, planned, images)
   if images is None:
     raise UserError(
-      f'--mode=evaluate needs images to compare with: dataset.name={config.dataset.name} has none, or this model draws what a '
-      'text says; a stage of such a run is measured with --workdir=STAGE/model and evaluation.prompts=FILE'
+      f'--mode=evaluate needs images to compare with, and dataset.name={config.dataset.name} has none; a stage of such a run is '
+      'measured with --workdir=STAGE/model and a --config that names images'
     )
   reference.check(config)
   with workdir.lock_workdir(directory):
@@ -32,7 +34,7 @@ def evaluate(config: Config, directory: pathlib.Path) -> pathlib.Path:
     models = [model for model in found if model is not None]
     if found[0] is None:
       raise UserError(f'--workdir={directory}: no complete checkpoint of {planned[0].name} yet')
-    measure.evaluate(config, models, images, directory, again=True)
+    measure.evaluate(opened, models, images, directory, again=True, texts=texts)
   return directory / 'results.json'
 
 

@@ -173,8 +173,8 @@ def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
 
 
 def evaluation_calls(stages: list[Stage], config: Config) -> int:
-  """Returns the number of single-image network calls of a complete evaluation; 0 without images, or for models of texts."""
-  if config.dataset.name == datasets.NONE or stages[0].text is not None:
+  """Returns the number of single-image network calls of a complete evaluation; 0 without images."""
+  if not datasets.has_images(config.dataset.name):
     return 0
   return config.evaluation.num_samples * sum(
     calls_per_image(

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_distillation import datasets
 from diffusion_distillation.config import (
   POSITIVE,
   Config,
@@ -38,6 +39,7 @@ from diffusion_distillation.errors import QualityError, UserError
 from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import Moments, RunningMoments, frechet_distance
 from diffusion_distillation.evaluation.metrics import Features
+from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.evaluation.uncertainty import influences
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.run import samples
@@ -169,6 +171,7 @@ class Gate:
     workdir: the directory of the run.
     images: the training images.
     real: the feature extractor and the features of the training images; None: those of the run.
+    texts: what models of texts draw; None for other models.
   """
 
   def __init__(
@@ -177,9 +180,10 @@ class Gate:
     workdir: pathlib.Path,
     images: Loader,
     real: tuple[FeatureExtractor, Features] | None = None,
+    texts: SampledTexts | None = None,
   ) -> None:
     self._config, self._workdir, self._images = config, workdir, images
-    self._real = real
+    self._real, self._texts = real, texts
     self._floor: Floor | None = None
     self._drawn: dict[tuple, np.ndarray] = {}  # features by model, so that each is drawn only once
 
@@ -235,6 +239,7 @@ class Gate:
     }
     extractor, reference = self._prepared()
     described['extractor'] = extractor.digest
+    described |= {} if self._texts is None else {'texts': self._texts.digest}
     checks = read_json(path).get('checks', []) if path.is_file() else []
     known = [check for check in checks if described.items() <= check.items()]
     if cluster.agree(bool(known)):
@@ -263,7 +268,8 @@ class Gate:
     stage, known = model.stage, (model.stage.name, model.digest, guidance)
     if known not in self._drawn:
       args = (self._config, self._workdir, extractor, stage, model.params, self._config.gate.samples)
-      self._drawn[known] = samples.features_of(*args, guidance, f'samples of {stage.name}')
+      name = f'samples of {stage.name}'
+      self._drawn[known] = samples.features_of(*args, guidance, name, self._texts)
     return self._drawn[known]
 
 
@@ -279,18 +285,22 @@ def guidance_of(stage: Stage) -> Guidance:
   return make_guidance(float(getattr(stage.recipe.method, 'guidance', 0.0)))
 
 
-def make_gate(config: Config, workdir: pathlib.Path, images: Loader | None) -> Gate | None:
+def make_gate(
+  config: Config, workdir: pathlib.Path, images: Loader | None, texts: SampledTexts | None = None
+) -> Gate | None:
   """Returns the gate of a run, or None if the config has none."""
-  return Gate(config, workdir, images) if config.gate.factor and images is not None else None
+  if not config.gate.factor or images is None:
+    return None
+  return Gate(config, workdir, images, texts=texts)
 
 
-def check(config: Config, takes_text: bool = False) -> None:
-  """Raises UserError if the section `gate` is not valid; models that take texts are not measured, and have no gate."""
-  begin = f'gate.factor={config.gate.factor:g} needs images to compare samples with, and'
-  if config.gate.factor and config.dataset.name == 'none':
-    raise UserError(f'{begin} dataset.name=none has none; set gate.factor=0')
-  if config.gate.factor and takes_text:
-    raise UserError(f'{begin} models that draw what a text says are not measured; set gate.factor=0')
+def check(config: Config) -> None:
+  """Raises UserError if the section `gate` is not valid."""
+  if config.gate.factor and not datasets.has_images(name := config.dataset.name):
+    raise UserError(
+      f'gate.factor={config.gate.factor:g} needs images to compare samples with, and dataset.name={name} has none; set '
+      'gate.factor=0'
+    )
 
 
 def until_it_passes(

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import pathlib
 
+from diffusion_distillation import datasets
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets import ImageSet
 from diffusion_distillation.datasets.encoded import Encoded
@@ -13,10 +14,19 @@ from diffusion_distillation.datasets.prompts import Captions
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import dinov2, inception, measure, reference
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.run import companion_training, encoding, forecast, gate, monitor, tracking
+from diffusion_distillation.run import (
+  companion_training,
+  compared,
+  encoding,
+  forecast,
+  gate,
+  monitor,
+  tracking,
+)
+from diffusion_distillation.run.compared import Compared
 from diffusion_distillation.run.inputs import Inputs, examples_of, gather, load_distance, needed
 from diffusion_distillation.run.loop import fit
-from diffusion_distillation.stages import extending, provenance
+from diffusion_distillation.stages import extending, own_companions, provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.plan import check_output
 from diffusion_distillation.stages.provenance import Model
@@ -73,18 +83,13 @@ def _check(
 ) -> tuple[set[str], dict[str, Params]]:
   """Checks a plan against its config; returns the names of finished stages and the distances' weights by stage."""
   check_batches(config)
-  takes_text = any(stage.text is not None for stage in stages)
-  gate.check(config, takes_text)
+  gate.check(config)
   tracking.check(config)
-  if config.log.frechet_every and takes_text:
+  if config.log.frechet_every and config.dataset.name == datasets.PROMPTS:
     raise UserError(
-      f'log.frechet_every={config.log.frechet_every}: models that draw what a text says are not measured; set it to 0'
+      f'log.frechet_every={config.log.frechet_every}: dataset.name=prompts has no images to compare samples with; set it to 0'
     )
-  if config.evaluation.clip or config.evaluation.prompts:
-    raise UserError(
-      'evaluation.clip and evaluation.prompts only apply to --mode=evaluate with --images or with the folder of a model, STAGE/model; '
-      'leave them out of a run'
-    )
+  compared.check(config, stages[0].text)
   reference.check(config)
   if config.evaluation.inception:  # raises its errors now, not after training
     inception.load(config.evaluation.inception)
@@ -146,11 +151,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   captions = workdirs.open_captions(workdir, config)
   done, distances_of = _check(config, workdir, stages)
   _check_needs(config, stages, done, images, captions)
+  real = compared.of_run(config, stages, images)
   with (
     contextlib.ExitStack() as reading
   ):  # the processes that read images always end before this one does
-    if images is not None:
-      reading.enter_context(contextlib.closing(images))
+    if real.images is not None:
+      reading.enter_context(contextlib.closing(real.images))
     reading.enter_context(workdirs.lock_workdir(workdir))
     _show(config, workdir, stages, done, distances_of)
     workdirs.claim(workdir, config)
@@ -158,23 +164,24 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       workdirs.claim_images(workdir, images.images)
       if any(conditioning.classes(stage.denoise.conditioning) for stage in stages):
         workdirs.count_labels(workdir, images.images)
-    if isinstance(captions, ImageSet) and not done:
+    if isinstance(captions, ImageSet) and not done and own_companions.are_wanted(config):
       workdirs.claim_images(workdir, captions)
       companion_training.ensure(config, workdir, captions)
       stages, _ = workdirs.plan_for(workdir, config)  # with the networks that are finished now
       distances_of = {stage.name: load_distance(stage) for stage in stages}
-    texts = _encode(config, workdir, stages, done, captions)
-    examples = examples_of(images, texts)
+      real = real.drawing_for(stages[0].text)
+    encoded = _encode(config, workdir, stages, done, captions)
+    examples = examples_of(images, encoded)
     if examples is not None and examples is not images:
       reading.enter_context(contextlib.closing(examples))
-    models = _train(config, workdir, stages, done, images, examples, distances_of, texts)
-    if images is None:
-      why = (
-        'there are no images to compare with' if captions is None else 'models of texts are not measured'
+    models = _train(config, workdir, stages, done, images, examples, distances_of, encoded, real)
+    if real.images is None:
+      _log.warning(
+        'dataset.name=%s: skipping the evaluation, as there are no images to compare with',
+        config.dataset.name,
       )
-      _log.warning('dataset.name=%s: skipping the evaluation, as %s', config.dataset.name, why)
     else:
-      measure.evaluate(config, models, images, workdir, again=False)
+      measure.evaluate(real.config, models, real.images, workdir, again=False, texts=real.texts)
 
 
 def _encode(
@@ -211,11 +218,12 @@ def _train(
   examples: Loader | None,
   distances_of: dict[str, Params],
   texts: Encoded | None,
+  real: Compared,
 ) -> list[Model]:
   """Trains the unfinished stages; keeps only those weights in memory that later stages need."""
   step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
   models: dict[str, Model] = {}
-  judge = gate.make_gate(config, workdir, images)
+  judge = gate.make_gate(real.config, workdir, real.images, real.texts)
   for k, stage in enumerate(stages):
     inputs = gather(stage, models, examples, workdir, distances_of[stage.name], texts)
 
@@ -224,8 +232,9 @@ def _train(
         inputs = inputs.held()
         if monitor.watches(config, stage) and inputs.teacher is not None:
           inputs = dataclasses.replace(inputs, monitor=_monitor(config, stage, workdir, images, inputs))
-        if config.log.frechet_every and images is not None:
-          tracker = tracking.begin(config, stage, workdir, images, inputs.parents(stage))
+        if config.log.frechet_every and real.images is not None:
+          parents = inputs.parents(stage)
+          tracker = tracking.begin(real.config, stage, workdir, real.images, parents, real.texts)
           inputs = dataclasses.replace(inputs, tracker=tracker)
       return fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
 

@@ -11,6 +11,7 @@ from diffusion_distillation.evaluation import measure
 from diffusion_distillation.evaluation.features import FeatureExtractor, load_or_train
 from diffusion_distillation.evaluation.metrics import Features
 from diffusion_distillation.evaluation.reference import directory_of, of_training_images
+from diffusion_distillation.networks.conditioning import Texts
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import sharding
@@ -35,13 +36,14 @@ def features_of(
   count: int,
   guidance: Guidance = NONE,
   name: str | None = None,
+  texts: Texts | None = None,
 ) -> np.ndarray:
   """Draws `count` images of a stage in its own number of steps and returns their features, (count, D) float32.
 
-  Sampler, seed and batches are those of the evaluation. If `name` is given, shows progress under this name.
+  Sampler, seed and batches are those of the evaluation, and so are the `texts` of a model that takes them. If `name` is given, shows progress under this name.
   """
   counts = measure.label_counts(config, workdir)
-  draw = measure.drawer(config, stage, stage.sampler, counts, guidance)
+  draw = measure.drawer(config, stage, stage.sampler, counts, guidance, texts=texts)
   grid, seed = measure.grid(config, stage, stage.num_steps), config.evaluation.seed
   found: list[np.ndarray] = []
   progress = None if name is None else Progress(name, count)

@@ -14,12 +14,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffusion_distillation import datasets
 from diffusion_distillation.config import NOT_NEGATIVE, Config, key
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.evaluation.features import FeatureExtractor
 from diffusion_distillation.evaluation.frechet import RunningMoments, frechet_distance
 from diffusion_distillation.evaluation.metrics import Features
+from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.evaluation.uncertainty import error_and_bias
 from diffusion_distillation.run import samples
 from diffusion_distillation.stages import model as models
@@ -56,9 +58,9 @@ def check(config: Config) -> None:
       f'early_stop.patience={patience} counts measurements, but log.frechet_every=0 takes none; set log.frechet_every to the '
       'number of updates between two measurements'
     )
-  if config.dataset.name == 'none':
+  if not datasets.has_images(name := config.dataset.name):
     raise UserError(
-      f'early_stop.patience={patience} needs images to compare samples with, and dataset.name=none has none; set '
+      f'early_stop.patience={patience} needs images to compare samples with, and dataset.name={name} has none; set '
       'early_stop.patience=0'
     )
 
@@ -94,6 +96,7 @@ class Tracker:
     parents: the parents of the stage, for the provenance of its best model.
     extractor: the feature extractor.
     reference: features of the training images.
+    texts: what a model of texts draws; None for other models.
   """
 
   def __init__(
@@ -104,9 +107,10 @@ class Tracker:
     parents: Parents,
     extractor: FeatureExtractor,
     reference: Features,
+    texts: SampledTexts | None = None,
   ) -> None:
     self._config, self._stage, self._workdir, self._parents = config, stage, workdir, parents
-    self._extractor, self._reference = extractor, reference
+    self._extractor, self._reference, self._texts = extractor, reference, texts
 
   def due(self, done: int) -> bool:
     """Whether to measure after update `done`."""
@@ -185,7 +189,8 @@ class Tracker:
   def _distance(self, params: Params) -> tuple[float, float]:
     """Returns the Frechet distance of samples, and its standard error."""
     config, count = self._config, self._config.log.frechet_samples
-    drawn = samples.features_of(config, self._workdir, self._extractor, self._stage, params, count)
+    args = (config, self._workdir, self._extractor, self._stage, params, count)
+    drawn = samples.features_of(*args, texts=self._texts)
     running = RunningMoments()
     running.add(drawn)
     moments, reference = running.result(), self._reference.moments
@@ -227,23 +232,33 @@ class Tracker:
     """Returns everything that measurements must share to be compared."""
     evaluation, log = self._config.evaluation, self._config.log
     interval = {'every': log.frechet_every} if self._config.early_stop.patience else {}
-    return interval | {
-      'samples': log.frechet_samples,
-      'seed': evaluation.seed,
-      'clip_x': evaluation.clip_x,
-      'labels': evaluation.labels,
-      'steps': self._stage.num_steps,
-      'extractor': self._extractor.digest,
-    }
+    texts = {} if self._texts is None else {'texts': self._texts.digest}
+    return (
+      interval
+      | texts
+      | {
+        'samples': log.frechet_samples,
+        'seed': evaluation.seed,
+        'clip_x': evaluation.clip_x,
+        'labels': evaluation.labels,
+        'steps': self._stage.num_steps,
+        'extractor': self._extractor.digest,
+      }
+    )
 
 
 def begin(
-  config: Config, stage: Stage, workdir: pathlib.Path, images: Loader, parents: Parents
+  config: Config,
+  stage: Stage,
+  workdir: pathlib.Path,
+  images: Loader,
+  parents: Parents,
+  texts: SampledTexts | None = None,
 ) -> Tracker:
   """Creates the tracker of a stage; makes the run's feature extractor and its reference if they do not exist yet."""
   extractor, reference = samples.prepare(config, workdir, images)
   (workdir / stage.name).mkdir(exist_ok=True)
-  tracker = Tracker(config, stage, workdir, parents, extractor, reference)
+  tracker = Tracker(config, stage, workdir, parents, extractor, reference, texts)
   tracker.check_record()
   return tracker
 

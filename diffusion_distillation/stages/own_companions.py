@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from diffusion_distillation.config import Config, keys
-from diffusion_distillation.datasets import ImageSet
+from diffusion_distillation.datasets import PROMPTS, ImageSet
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.networks.autoencoder_kl import AutoencoderKL
 from diffusion_distillation.networks.clip_text import CLIPText
@@ -52,6 +52,19 @@ def are_wanted(config: Config) -> bool:
       f'{zero}.num_updates=0: autoencoder and text encoder are trained together; set both numbers of updates, or neither'
     )
   return bool(config.autoencoder.num_updates)
+
+
+def check(workdir: pathlib.Path, config: Config, is_imported: bool) -> None:
+  """Raises UserError if a run cannot train the networks, because its base is imported or it has no images."""
+  begin = f'autoencoder.num_updates={config.autoencoder.num_updates}'
+  if is_imported:
+    raise UserError(
+      f'{begin}: {workdir} begins with an imported model; set it and text_encoder.num_updates to 0'
+    )
+  if config.dataset.name == PROMPTS:
+    raise UserError(
+      f'{begin} needs images with captions, and dataset.name=prompts has no images; set dataset.name=captions'
+    )
 
 
 def autoencoder(config: Config) -> AutoencoderSection:

@@ -163,7 +163,7 @@ def open_captions(workdir: pathlib.Path, config: Config) -> Captions | None:
   """
   origin, name = find_origin(workdir), config.dataset.name
   if own_companions.are_wanted(config):
-    _check_own_companions(workdir, config, origin)
+    own_companions.check(workdir, config, origin is not None)
     return None if name == datasets.NONE else cast(Captions, _open_captioned_images(config, origin))
   takes_text = origin is not None and conditioning.takes_text(origin.denoise.conditioning)
   if name == datasets.PROMPTS and (origin is None or not takes_text):
@@ -182,19 +182,6 @@ def open_captions(workdir: pathlib.Path, config: Config) -> Captions | None:
   return cast(Captions, images)
 
 
-def _check_own_companions(workdir: pathlib.Path, config: Config, origin: Origin | None) -> None:
-  """Raises UserError if a run cannot train an autoencoder and a text encoder."""
-  begin = f'autoencoder.num_updates={config.autoencoder.num_updates}'
-  if origin is not None:
-    raise UserError(
-      f'{begin}: {workdir} begins with an imported model; set it and text_encoder.num_updates to 0'
-    )
-  if config.dataset.name == datasets.PROMPTS:
-    raise UserError(
-      f'{begin} needs images with captions, and dataset.name=prompts has no images; set dataset.name=captions'
-    )
-
-
 def _open_captioned_images(config: Config, origin: Origin | None) -> datasets.ImageSet:
   """Opens the training images, which have captions; raises UserError if they have none."""
   images = datasets.open_original(datasets.Settings.of(config.dataset), 'train')
@@ -207,6 +194,36 @@ def _open_captioned_images(config: Config, origin: Origin | None) -> datasets.Im
     )
   images.check(datasets.Settings.key('train'))
   return images
+
+
+def with_originals(config: Config) -> Config:
+  """Returns the config with which `open_images` opens the images of a run of texts, which are read from their source.
+
+  In such a run, `dataset.prepared` names the directory of encoded images.
+  """
+  found = config.copy_and_resolve_references().unlock()
+  found.dataset.prepared = ''
+  return found.lock()
+
+
+def compared_images(config: Config, images: Loader | None) -> tuple[Config, Loader | None]:
+  """Returns the images that samples are compared with, and the config with which the held-out ones are opened.
+
+  Args:
+    config: the config of the run.
+    images: the training images of `plan_for`; None for a run of texts, whose images stand beside their captions.
+
+  Returns:
+    The config, and the training images, not yet read; None for a dataset without images.
+
+  Raises:
+    UserError: the images or the held-out images cannot be opened.
+  """
+  if images is not None or not datasets.has_images(config.dataset.name):
+    return config, images
+  originals = with_originals(config)
+  open_images(originals, 'eval')  # raises its errors now, not after training
+  return originals, open_images(originals, 'train')
 
 
 def find_origin(workdir: pathlib.Path) -> Origin | None:

@@ -39,6 +39,11 @@ def seen():
       ),
     ),
     tuple(f'a class with a rather long name {k}' for k in range(12)),
+    report_contents.ByText(
+      ('a large red circle on blue, ' * 9, 'x' * 300, 'blue'),
+      tuple(f'progressive_{k:04d}, {k} steps, guidance 1.5' for k in range(1, 9)),
+      noise(3, 8, 200, 200, 3),
+    ),
   )
 
 
