@@ -34,7 +34,8 @@ def make(texts: Iterable[str], most: int) -> dict[str, bytes]:
   while len(merges) < most and (pair := _most_frequent(words)) is not None:
     merges.append(pair)
     words = {_merged(word, pair): count for word, count in words.items()}
-  return _files([*vocabulary, *map(''.join, merges)], merges)
+  merged = dict.fromkeys(map(''.join, merges))  # two merges may make the same symbol
+  return _files([*vocabulary, *merged], merges)
 
 
 def _bytes() -> list[str]:

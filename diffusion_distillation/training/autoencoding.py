@@ -26,7 +26,7 @@ class AutoencoderSection:
   learning_rate: float = key(1e-3, 'Peak learning rate, which decays to 0 by a cosine.', POSITIVE)
   kl_weight: float = key(
     1e-6,
-    'Weight of the KL divergence of the latents from a standard normal distribution, beside the sum of the absolute errors '
+    'Weight of the KL divergence of the latents from a standard normal distribution, beside the sum of the squared errors '
     'of the pixels.',
     NOT_NEGATIVE,
   )
@@ -67,7 +67,7 @@ class Losses(NamedTuple):
 
   Attributes:
     loss: error + kl_weight divergence, the divergence per pixel and channel like the error.
-    error: mean absolute error of an image's pixels, in [-1, 1].
+    error: mean squared error of an image's pixels, which are in [-1, 1].
     divergence: mean KL divergence of the latents of an image from a standard normal distribution, in nats.
   """
 
@@ -77,10 +77,13 @@ class Losses(NamedTuple):
 
 
 def losses(vae: AutoencoderKL, params: Params, x: jax.Array, rng: jax.Array, kl_weight: float) -> Losses:
-  """Returns the loss of images x (B, H, W, C) in [-1, 1] (Rombach et al. 2022, Eq. 25, without its GAN and LPIPS)."""
+  """Returns the loss of images x (B, H, W, C) in [-1, 1] (Kingma & Welling 2014, Eq. 7).
+
+  It is that of latent diffusion (Rombach et al. 2022, appendix G) without its GAN and LPIPS.
+  """
   latents: Gaussian = vae.apply({'params': params}, x, method='encode')  # type: ignore[assignment]
   decoded: Any = vae.apply({'params': params}, latents.sample(rng), method='decode')
-  error = jnp.mean(jnp.abs(decoded - x))
+  error = jnp.mean(jnp.square(decoded - x))
   divergence = jnp.mean(latents.divergence())
   return Losses(error + kl_weight * divergence * len(x) / x.size, error, divergence)
 
