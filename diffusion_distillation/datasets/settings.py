@@ -103,8 +103,8 @@ class DatasetSection(Settings):
   )
   label_dropout: float = config.key(
     0.0,
-    'Probability that the class label is dropped in training, so that a conditional network can also sample without a '
-    'class.',
+    'Probability that the class label or the caption is dropped in training, so that a conditional network can also sample '
+    'without one.',
     config.FRACTION,
   )
   in_memory_gb: float = config.key(
