@@ -26,6 +26,8 @@ from diffusion_distillation.system.checkpoints import CheckpointSection
 from diffusion_distillation.system.compilation import ComputeSection
 from diffusion_distillation.system.logs import LogSection
 from diffusion_distillation.system.sharding import MeshSection
+from diffusion_distillation.training.autoencoding import AutoencoderSection
+from diffusion_distillation.training.contrastive import TextEncoderSection
 from diffusion_distillation.training.optimizers import OptimizerSection
 
 
@@ -65,6 +67,8 @@ def _sections() -> dict[str, type]:
     'student': config.optional(
       model, "The students' network, if it differs from the base's; `None`: as in `model`."
     ),
+    'autoencoder': AutoencoderSection,
+    'text_encoder': TextEncoderSection,
     'schedule': ScheduleSection,
     'time': TimeSection,
     'optimizer': OptimizerSection,

@@ -39,7 +39,7 @@ from diffusion_distillation.evaluation.loading import (
 from diffusion_distillation.evaluation.prompted import Prompted
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.options import Options
-from diffusion_distillation.run import compared, encoding, evaluating, replay, tracking
+from diffusion_distillation.run import compared, encoded_texts, evaluating, replay, tracking
 from diffusion_distillation.run import run as run_module
 from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, provenance, workdir
@@ -88,13 +88,12 @@ def _prepare(options: Options) -> None:
 
 
 def _encode(config: Config, directory: pathlib.Path) -> bool:
-  """Encodes the texts of a run, and images with them, if its imported model takes texts; returns whether it does."""
+  """Encodes the texts of a run, and images with them, if its model takes texts; returns whether it does."""
   captions = workdir.open_captions(directory, config)
   if captions is None:
     return False
-  stage = workdir.stored_plan(directory, config)[0]
-  found = encoding.of_run(config, directory, stage, captions)
-  if files.writes() and found is not None:
+  found = encoded_texts.prepare(config, directory, captions)
+  if files.writes():
     print(
       f'{found.folder}: {len(found):,} {"images and captions" if found.x_shape else "texts"} prepared'
     )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import math
+import typing
 
 import pytest
 
@@ -152,7 +153,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize('name', [name for name, key in KEYS.items() if key.choices])
 def test_the_choices_that_are_listed_are_those_that_are_accepted(name):
-  tupled = isinstance(DEFAULTS[name], tuple)
+  tupled = typing.get_origin(config.types()[name]) is tuple
 
   def choose(value):
     changes = {name.replace('.', '__'): (value,) if tupled else value}

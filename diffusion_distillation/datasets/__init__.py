@@ -1,8 +1,16 @@
-"""Datasets of images by name: digits, shapes, folders without and with captions, tensorflow-datasets; or a prepared copy."""
+"""Datasets of images by name: digits, shapes, folders, each also with captions, tensorflow-datasets; or a prepared copy."""
 
 from collections.abc import Callable
 
-from diffusion_distillation.datasets import captions, digits, folder, prepared, shapes, tfds
+from diffusion_distillation.datasets import (
+  captioned_shapes,
+  captions,
+  digits,
+  folder,
+  prepared,
+  shapes,
+  tfds,
+)
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet, InMemory
 from diffusion_distillation.datasets.settings import NONE, PROMPTS, ROLES, Settings
 from diffusion_distillation.errors import UserError
@@ -11,6 +19,7 @@ from diffusion_distillation.errors import UserError
 SOURCES: dict[str, Callable[[Settings, str], ImageSet]] = {
   'digits': digits.open_split,
   'shapes': shapes.open_split,
+  'captioned_shapes': captioned_shapes.open_split,
   'folder': folder.open_split,
   'captions': captions.open_split,
 }

@@ -10,7 +10,7 @@ from diffusion_distillation.errors import UserError
 
 ROLES = ('train', 'eval')
 ENCODED_DTYPES = ('float32', 'float16')
-WITHOUT_FILES = ('digits', 'shapes')
+WITHOUT_FILES = ('digits', 'shapes', 'captioned_shapes')
 NONE = 'none'  # no images, for runs that need none
 PROMPTS = 'prompts'  # texts without images, for models that draw what a text says
 FROM_PATH = ('folder', 'captions')  # read all files at dataset.path
@@ -23,8 +23,8 @@ class Settings:
 
   name: str = config.key(
     'digits',
-    'Dataset: `digits`, `shapes`, `folder`, `captions` (images with captions), or the name of a dataset of '
-    'tensorflow-datasets, such as `cifar10`; `prompts`: texts without images; `none`: no images.',
+    'Dataset: `digits`, `shapes`, `captioned_shapes`, `folder`, `captions` (images with captions), or the name of a dataset '
+    'of tensorflow-datasets, such as `cifar10`; `prompts`: texts without images; `none`: no images.',
   )
   path: str = config.key(
     '',
@@ -103,8 +103,8 @@ class DatasetSection(Settings):
   )
   label_dropout: float = config.key(
     0.0,
-    'Probability that the class label is dropped in training, so that a conditional network can also sample without a '
-    'class.',
+    'Probability that the class label or the caption is dropped in training, so that a conditional network can also sample '
+    'without one.',
     config.FRACTION,
   )
   in_memory_gb: float = config.key(

@@ -43,6 +43,11 @@ class Gaussian(NamedTuple):
     noise = jax.random.normal(rng, self.mean.shape, self.mean.dtype)
     return self.mean + jnp.exp(0.5 * self.log_variance) * noise
 
+  def divergence(self) -> jax.Array:
+    """Returns the KL divergence from a standard normal distribution, (B,), in nats (Kingma & Welling 2014, appendix B)."""
+    parts = jnp.square(self.mean) + jnp.exp(self.log_variance) - 1.0 - self.log_variance
+    return 0.5 * jnp.sum(parts, axis=tuple(range(1, parts.ndim)))
+
 
 def _out(h: jax.Array, out_ch: int, style: Style) -> jax.Array:
   """Applies the last layers of encoder and decoder, as modules of the caller; SiLU, whatever the activation of the blocks is."""

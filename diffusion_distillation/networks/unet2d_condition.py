@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_distillation.config import POSITIVE, key
 from diffusion_distillation.diffusion.discrete import Discrete
 from diffusion_distillation.diffusion.schedules import Schedule
 from diffusion_distillation.networks.checks import check_choices, check_sides
@@ -37,7 +38,39 @@ MID_BLOCKS = ('UNetMidBlock2DCrossAttn', None)
 
 @dataclasses.dataclass(frozen=True)
 class UNet2DConditionSection:
-  """No keys: the network is described by the files of the model."""
+  """The hyper-parameters of a network that is not imported; the files of an imported one take their place."""
+
+  block_out_channels: tuple[int, ...] = key(
+    (32, 64),
+    '`unet2d_condition`: channels of each level, from the finest to the coarsest; every level after the first halves height '
+    'and width.',
+    POSITIVE,
+  )
+  down_block_types: tuple[str, ...] = key(
+    ('CrossAttnDownBlock2D',) * 2,
+    '`unet2d_condition`: blocks of each level on the way down, with or without attention to the text.',
+    choices=DOWN_BLOCKS,
+  )
+  up_block_types: tuple[str, ...] = key(
+    ('CrossAttnUpBlock2D',) * 2,
+    '`unet2d_condition`: blocks of each level on the way up, from the coarsest to the finest.',
+    choices=UP_BLOCKS,
+  )
+  layers_per_block: int = key(
+    1,
+    '`unet2d_condition`: residual blocks per level on the way down; there is one more on the way up.',
+    POSITIVE,
+  )
+  attention_head_dim: int = key(
+    4,
+    '`unet2d_condition`: number of attention heads, under the name that it has in diffusers.',
+    POSITIVE,
+  )
+  norm_num_groups: int = key(
+    8,
+    '`unet2d_condition`: groups of every GroupNorm; must divide the channels of every level.',
+    POSITIVE,
+  )
 
 
 def per_level(value: Any, levels: int) -> tuple[Any, ...]:

@@ -87,6 +87,12 @@ class Compared(NamedTuple):
   images: Loader | None
   texts: SampledTexts | None
 
+  def drawing_for(self, encoder: TextEncoder | None) -> 'Compared':
+    """Returns the same with another text encoder, for a run that has just trained its own."""
+    if self.texts is None or encoder is None:
+      return self
+    return self._replace(texts=SampledTexts(encoder, self.texts.images, self.texts.asked))
+
 
 def of_run(config: Config, stages: Sequence[Stage], images: Loader | None) -> Compared:
   """Returns what the samples of a run are compared with; no image is read yet.

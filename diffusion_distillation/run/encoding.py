@@ -248,7 +248,7 @@ def _records(
       interrupts.check()
       batch = None if images is None else next(images)
       some = indices[start : start + size]
-      used = some if loader is None else [_intact(k, loader) for k in some]
+      used = some if loader is None else [intact(k, loader) for k in some]
       texts = [captions.caption(k) for k in used]
       tokens = tokenize(texts + [''] * (size - len(texts)), warns=False)
       of_text = np.asarray(embed(tokens), np.float32)
@@ -258,7 +258,7 @@ def _records(
         yield b''.join(array.astype(kind).tobytes() for array in arrays)
 
 
-def _intact(k: int, loader: Loader) -> int:
+def intact(k: int, loader: Loader) -> int:
   """Returns the index of the image that stands at index k: k itself or, if it is broken, the next intact one."""
   while k in loader.skipped:
     k = (k + 1) % len(loader)

@@ -21,7 +21,7 @@ from diffusion_distillation.evaluation import measure, rows
 from diffusion_distillation.evaluation.sampling import at_a_time
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import calls_per_image
-from diffusion_distillation.run import encoding, preflight
+from diffusion_distillation.run import companion_training, encoding, preflight
 from diffusion_distillation.run.inputs import stand_in
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.stage import Stage
@@ -50,7 +50,7 @@ def show(
   Raises:
     UserError: the requirements cannot be met; see `preflight.needs`.
   """
-  for line in table(stages, finished, config):
+  for line in (*companion_training.table(config, workdir), *table(stages, finished, config)):
     _print(line)
   has_data = config.dataset.name != datasets.NONE
   captions = workdirs.open_captions(workdir, config) if has_data else None

@@ -14,11 +14,19 @@ from diffusion_distillation.datasets.prompts import Captions
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import dinov2, inception, measure, reference
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.run import compared, encoding, forecast, gate, monitor, tracking
+from diffusion_distillation.run import (
+  companion_training,
+  compared,
+  encoding,
+  forecast,
+  gate,
+  monitor,
+  tracking,
+)
 from diffusion_distillation.run.compared import Compared
 from diffusion_distillation.run.inputs import Inputs, examples_of, gather, load_distance, needed
 from diffusion_distillation.run.loop import fit
-from diffusion_distillation.stages import extending, provenance
+from diffusion_distillation.stages import extending, own_companions, provenance
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.plan import check_output
 from diffusion_distillation.stages.provenance import Model
@@ -156,6 +164,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       workdirs.claim_images(workdir, images.images)
       if any(conditioning.classes(stage.denoise.conditioning) for stage in stages):
         workdirs.count_labels(workdir, images.images)
+    if isinstance(captions, ImageSet) and not done and own_companions.are_wanted(config):
+      workdirs.claim_images(workdir, captions)
+      companion_training.ensure(config, workdir, captions)
+      stages, _ = workdirs.plan_for(workdir, config)  # with the networks that are finished now
+      distances_of = {stage.name: load_distance(stage) for stage in stages}
+      real = real.drawing_for(stages[0].text)
     encoded = _encode(config, workdir, stages, done, captions)
     examples = examples_of(images, encoded)
     if examples is not None and examples is not images:

@@ -52,12 +52,22 @@ def describe_text(text: TextEncoder) -> dict[str, Any]:
 def write(folder: pathlib.Path, space: Space, text: TextEncoder | None) -> None:
   """Writes the networks beside a model's own into its folder, which exists."""
   if isinstance(space, Latents):
-    _write_params(folder / VAE, space.weights(), space.digest)
+    write_latents(folder, space)
   if text is not None:
-    _write_params(folder / TEXT_ENCODER, text.weights(), text.digest)
-    (folder / TOKENIZER).mkdir()
-    for name, content in text.tokenizer.items():
-      (folder / TOKENIZER / name).write_bytes(content)
+    write_text(folder, text)
+
+
+def write_latents(folder: pathlib.Path, space: Latents) -> None:
+  """Writes an autoencoder into a folder, which exists."""
+  _write_params(folder / VAE, space.weights(), space.digest)
+
+
+def write_text(folder: pathlib.Path, text: TextEncoder) -> None:
+  """Writes a text encoder and its tokenizer into a folder, which exists."""
+  _write_params(folder / TEXT_ENCODER, text.weights(), text.digest)
+  (folder / TOKENIZER).mkdir(exist_ok=True)
+  for name, content in text.tokenizer.items():
+    (folder / TOKENIZER / name).write_bytes(content)
 
 
 def _write_params(path: pathlib.Path, params: Params, expected: str) -> None:
@@ -126,9 +136,14 @@ def _read_params(path: pathlib.Path, expected: str, network: AutoencoderKL | CLI
 
 def _shapes(network: AutoencoderKL | CLIPText) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of a network's parameters by name, without computing them."""
+  found = traverse_util.flatten_dict(abstract_params(network), sep='/')
+  return {name: value.shape for name, value in found.items()}
+
+
+def abstract_params(network: AutoencoderKL | CLIPText) -> Params:
+  """Returns shapes and dtypes of a network's parameters, without computing them."""
   if isinstance(network, CLIPText):
     example = jnp.zeros((1, 1), jnp.int32)
   else:
     example = jnp.zeros((1, network.factor, network.factor, network.in_channels))
-  found = jax.eval_shape(lambda rng: network.init(rng, example), jax.random.key(0))['params']
-  return {name: value.shape for name, value in traverse_util.flatten_dict(found, sep='/').items()}
+  return jax.eval_shape(lambda rng: network.init(rng, example), jax.random.key(0))['params']

@@ -22,6 +22,7 @@ from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.guidance import GuidingModel, check
 from diffusion_distillation.networks.spaces import SPACES, Space
 from diffusion_distillation.stages import guiding_models
+from diffusion_distillation.stages.own_companions import Companions
 from diffusion_distillation.stages.stage import Pairs, Stage
 from diffusion_distillation.system import sharding
 from diffusion_distillation.training.optimizers import DECAYS, Adam, LearningRate
@@ -41,10 +42,12 @@ class Data:
   Attributes:
     image_shape: (H, W, C).
     num_classes: number of classes; 0 if there are no labels.
+    companions: the networks beside the base that the run trains itself, for a model of texts; else None.
   """
 
   image_shape: tuple[int, ...]
   num_classes: int
+  companions: Companions | None = None
 
 
 def make_sampler(name: str, gamma: float = 0.0) -> samplers.Sampler:
@@ -64,7 +67,8 @@ def make_space(section: Mapping[str, Any]) -> Space:
   cls = choose('model.space', section['space'], SPACES)
   if any(field.default is dataclasses.MISSING for field in dataclasses.fields(cls)):
     raise UserError(
-      f'model.space={section["space"]} is only for imported models (--mode=import), whose files give its autoencoder'
+      f'model.space={section["space"]} is only for imported models (--mode=import), whose files give its autoencoder, and for '
+      'runs that train one: set autoencoder.num_updates and text_encoder.num_updates'
     )
   space: Space = cls()
   return space
@@ -90,9 +94,12 @@ def make_denoiser(
   for network_cls in NETWORKS.values():  # also check keys that only other networks have
     for name, declared in keys(network_cls.Section).items():
       if declared.choices and name in section:
-        choose(f'model.{name}', section[name], dict.fromkeys(declared.choices))
+        value = section[name]
+        for entry in value if isinstance(value, tuple) else (value,):
+          choose(f'model.{name}', entry, dict.fromkeys(declared.choices))
   num_classes = data.num_classes if section['conditional'] else 0
-  if not section['conditional'] and config.dataset.label_dropout:
+  beside = data.companions
+  if not section['conditional'] and config.dataset.label_dropout and beside is None:
     raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
   if section['conditional'] and not num_classes:
     one = ': all its images are in one folder' if config.dataset.name == 'folder' else ''
@@ -101,26 +108,56 @@ def make_denoiser(
       'put each class in a folder of its own, or set model.conditional=False'
     )
   sharding.check_attention(config.compute.attention, config.compute.dtype)
-  shape = make_space(section).shape(data.image_shape)
+  space = make_space(section) if beside is None else beside.space
+  shape = space.shape(data.image_shape)
   given = {
     **section,
     **{key: config.compute[key] for key in ('dtype', 'remat', 'attention')},
     'out_ch': output_channels(output, shape[-1]),
     'num_classes': num_classes,
     'schedule': schedule,
+    **_of_text(section, beside),
   }
   fields = [f.name for f in dataclasses.fields(cls) if f.name in given and f.name != 'name']
   needed = [f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING]
   if missing := [name for name in needed if name not in given]:
-    raise UserError(
-      f'model.name={section["name"]} is only for imported models (--mode=import), whose files give its {", ".join(missing)}'
-    )
+    raise only_imported(section['name'], missing)
   network = build('model', cls, **{name: given[name] for name in fields})
   try:
     network.check(shape)
   except ValueError as error:
     raise UserError(f'config.model: {error}') from error
   return Denoiser(network, output)
+
+
+def only_imported(name: str, missing: Sequence[str]) -> UserError:
+  """Returns the error that a config does not describe a network, because these hyper-parameters are missing."""
+  of_text = any(field.name == 'text_length' for field in dataclasses.fields(NETWORKS[name]))
+  trained = '; or set autoencoder.num_updates and text_encoder.num_updates' if of_text else ''
+  return UserError(
+    f'model.name={name} is only for imported models (--mode=import), whose files give its {", ".join(missing)}{trained}'
+  )
+
+
+def _of_text(section: Mapping[str, Any], beside: Companions | None) -> dict[str, int]:
+  """Returns the hyper-parameters of a network that follow from the text encoder beside it.
+
+  Raises:
+    UserError: the section does not describe a network of latents and texts.
+  """
+  if beside is None:
+    return {}
+  wanted = {'name': 'unet2d_condition', 'space': 'latents', 'conditional': False}
+  for name, value in wanted.items():
+    if section[name] != value:
+      raise UserError(
+        f'model.{name}={section[name]}: with autoencoder.num_updates above 0, set model.{name}={value}'
+      )
+  encoder = beside.text.network
+  return {
+    'cross_attention_dim': encoder.hidden_size,
+    'text_length': encoder.max_position_embeddings,
+  }
 
 
 def as_computed(config: Config, denoise: Denoiser) -> Denoiser:

@@ -22,8 +22,10 @@ from diffusion_distillation.networks.unet import DTYPES
 from diffusion_distillation.stages import parts
 from diffusion_distillation.stages.lora import with_adapters
 from diffusion_distillation.stages.model import name_in, network_arguments
+from diffusion_distillation.stages.own_companions import Companions
 from diffusion_distillation.stages.parts import Data
 from diffusion_distillation.stages.plan_checks import (
+  check_described,
   check_grids,
   check_measuring,
   check_pairs,
@@ -102,7 +104,11 @@ def rounds(start_steps: int, end_steps: int, factor: Sequence[int] = (2,)) -> li
 
 
 def plan(
-  config: Config, image_shape: tuple[int, ...], num_classes: int, origin: Origin | None = None
+  config: Config,
+  image_shape: tuple[int, ...],
+  num_classes: int,
+  origin: Origin | None = None,
+  companions: Companions | None = None,
 ) -> list[Stage]:
   """Returns all stages of a run, in order, without reading, compiling or writing anything.
 
@@ -111,19 +117,20 @@ def plan(
     image_shape: (H, W, C) of the data.
     num_classes: number of classes of the data; 0 if there are no labels.
     origin: the imported base; None if the config describes the base.
+    companions: the networks beside the base if the run trains them itself; else None.
 
   Raises:
     UserError: a value in the config is not valid; the message names the key.
   """
   check_numbers(config)
   check_measuring(config)
-  data = Data(image_shape, num_classes)
+  data = Data(image_shape, num_classes, companions)
   for name in config.methods:
     choose('methods', name, _students())
   choose('compute.teacher_dtype', config.compute.teacher_dtype, DTYPES)
   choose('dataset.encoded_dtype', config.dataset.encoded_dtype, dict.fromkeys(ENCODED_DTYPES))
   base = _base(config, data, origin)
-  if base.space.own_programs and config.methods and config.dataset.random_flip:
+  if base.space.own_programs and (config.methods or companions) and config.dataset.random_flip:
     raise UserError(
       'dataset.random_flip=True: the latents of a mirrored image are not its mirrored latents; set it to False'
     )
@@ -165,10 +172,12 @@ def _base(config: Config, data: Data, origin: Origin | None) -> Stage:
   """Returns the first stage, the base, from which all others are distilled."""
   train = config.train
   if origin is None:
+    check_described(config)
     schedule = parts.make_schedule(config, data.image_shape)
     denoise = parts.make_denoiser(config, config.model, data, schedule)
-    space, num_steps = parts.make_space(config.model), config.distill.start_steps
-    sampling = ('ddim', None, None, config.dataset.label_dropout)
+    beside, num_steps = data.companions, config.distill.start_steps
+    space = parts.make_space(config.model) if beside is None else beside.space
+    sampling = ('ddim', None, None, config.dataset.label_dropout, beside and beside.text)
     origin = Origin(denoise, schedule, space, data.image_shape, num_steps, *sampling)
   else:
     origin = dataclasses.replace(origin, denoise=parts.as_computed(config, origin.denoise))

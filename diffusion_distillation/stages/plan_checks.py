@@ -1,11 +1,25 @@
-"""Checks of a plan that concern several stages, or the evaluation."""
+"""Checks of a plan that concern several stages, the evaluation, or whether the config describes the base."""
 
-from diffusion_distillation.config import Config, choose
+import dataclasses
+
+from diffusion_distillation.config import Config, choose, keys
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks import NETWORKS, conditioning
 from diffusion_distillation.stages import parts
 from diffusion_distillation.stages.stage import Stage
+
+
+def check_described(config: Config) -> None:
+  """Raises UserError unless the section `model` has all keys of its network, whose other hyper-parameters the program sets."""
+  cls = choose('model.name', config.model.name, NETWORKS)
+  own, all_keys = (
+    keys(cls.Section),
+    {name for other in NETWORKS.values() for name in keys(other.Section)},
+  )
+  needed = [f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING]
+  if missing := [name for name in needed if name in all_keys and name not in own]:
+    raise parts.only_imported(config.model.name, missing)
 
 
 def check_measuring(config: Config) -> None:

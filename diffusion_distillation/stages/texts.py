@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 VOCABULARY, MERGES, _WHOLE = 'vocab.json', 'merges.txt', 'tokenizer.json'
 _SETTINGS = ('special_tokens_map.json', 'tokenizer_config.json')
 TOKENIZER_FILES = (VOCABULARY, MERGES, _WHOLE, *_SETTINGS)
-_BEGIN, _END = '<|startoftext|>', '<|endoftext|>'
+BEGIN, END = '<|startoftext|>', '<|endoftext|>'
 # What CLIP's vocabulary is made of (Radford et al. 2021): runs of letters, single digits, runs of other characters.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
@@ -44,11 +44,11 @@ class Tokenizer:
     except Exception as error:  # what the library raises has no class of its own
       text = ' '.join(str(error).split())[:200]
       raise UserError(f'the files of the tokenizer are damaged ({text}); restore them') from error
-    ids = {token: self._tokenizer.token_to_id(token) for token in (_BEGIN, _END, pad)}
+    ids = {token: self._tokenizer.token_to_id(token) for token in (BEGIN, END, pad)}
     if missing := [token for token, number in ids.items() if number is None]:
       raise UserError(f'the vocabulary of the tokenizer has no {missing[0]!r}')
     self._tokenizer.add_special_tokens(list(ids))
-    self._begin, self._end, self._pad = ids[_BEGIN], ids[_END], ids[pad]
+    self._begin, self._end, self._pad = ids[BEGIN], ids[END], ids[pad]
     self._length = length
     self.cut = 0  # number of texts so far that were too long
 
@@ -101,7 +101,7 @@ def _build(files: Mapping[str, bytes]) -> Any:
     merges=pairs,
     end_of_word_suffix='</w>',
     continuing_subword_prefix='',
-    unk_token=_END,
+    unk_token=END,
     fuse_unk=False,
   )
   found = tokenizers.Tokenizer(model)
@@ -119,6 +119,13 @@ def _build(files: Mapping[str, bytes]) -> Any:
   return found
 
 
+def splitter(files: Mapping[str, bytes]) -> Callable[[str], list[str]]:
+  """Returns the function that splits a text into words before their symbols are merged; each byte of a word is one character."""
+  found = _build(files)
+  split, normalize = found.pre_tokenizer.pre_tokenize_str, found.normalizer.normalize_str
+  return lambda text: [word for word, _ in split(normalize(text))]
+
+
 def _padding(files: Mapping[str, bytes]) -> str:
   """Returns the token that texts are padded with: the end token, unless a file names another."""
   for name in _SETTINGS:
@@ -127,7 +134,7 @@ def _padding(files: Mapping[str, bytes]) -> str:
     found = found.get('content') if isinstance(found, dict) else found
     if isinstance(found, str):
       return found
-  return _END
+  return END
 
 
 @functools.partial(jax.jit, static_argnums=0)

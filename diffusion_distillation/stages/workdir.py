@@ -16,7 +16,7 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.datasets.prompts import Captions
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.stages import comparison, extending, model
+from diffusion_distillation.stages import comparison, extending, model, own_companions
 from diffusion_distillation.stages.plan import Origin, plan
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.system import cluster, files, sharding
@@ -112,7 +112,7 @@ def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader
     return stored_plan(workdir, config), None
   if (captions := open_captions(workdir, config)) is not None:
     check_images(workdir, captions)
-    return stored_plan(workdir, config), None
+    return _plan_of_texts(workdir, config, captions), None
   loader = open_images(config, 'train')
   open_images(config, 'eval')  # raises its errors now, not after training
   check_images(workdir, loader.images)
@@ -124,10 +124,22 @@ def plan_for(workdir: pathlib.Path, config: Config) -> tuple[list[Stage], Loader
 
 def described_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
   """Returns the stages of a run like `plan_for`, but does not need the files of known datasets."""
-  if config.dataset.name == datasets.NONE or open_captions(workdir, config) is not None:
+  if config.dataset.name == datasets.NONE:
     return stored_plan(workdir, config)
+  if (captions := open_captions(workdir, config)) is not None:
+    return _plan_of_texts(workdir, config, captions)
   described = datasets.describe(datasets.Settings.of(config.dataset))
   return cut(workdir, plan(config, *described, find_origin(workdir)))
+
+
+def _plan_of_texts(workdir: pathlib.Path, config: Config, captions: Captions) -> list[Stage]:
+  """Returns the stages of a model of texts: of an imported one, or of one whose companions the run trains itself."""
+  if not isinstance(captions, datasets.ImageSet):
+    return stored_plan(workdir, config)
+  beside = own_companions.find(workdir, config, captions)
+  if beside is None:
+    return stored_plan(workdir, config)
+  return cut(workdir, plan(config, captions.image_shape, 0, companions=beside))
 
 
 def _check_shape(
@@ -142,14 +154,17 @@ def _check_shape(
 
 
 def open_captions(workdir: pathlib.Path, config: Config) -> Captions | None:
-  """Opens the texts that the imported model of a workdir is trained with; an `ImageSet` if they are captions of images.
+  """Opens the texts that the model of a workdir is trained with; an `ImageSet` if they are captions of images.
 
-  Returns None if the model takes no texts, or with `dataset.name=none`.
+  Returns None if neither the imported model, if there is one, nor the config's takes texts, or with `dataset.name=none`.
 
   Raises:
     UserError: the dataset has no texts, or there are texts and no model in the workdir that takes them.
   """
   origin, name = find_origin(workdir), config.dataset.name
+  if own_companions.are_wanted(config):
+    own_companions.check(workdir, config, origin is not None)
+    return None if name == datasets.NONE else cast(Captions, _open_captioned_images(config, origin))
   takes_text = origin is not None and conditioning.takes_text(origin.denoise.conditioning)
   if name == datasets.PROMPTS and (origin is None or not takes_text):
     raise UserError(
@@ -160,18 +175,25 @@ def open_captions(workdir: pathlib.Path, config: Config) -> Captions | None:
     return None
   if conditioning.classes(origin.denoise.conditioning):
     raise UserError(f'{workdir}: the imported model takes classes beside texts, which no dataset has')
-  settings = datasets.Settings.of(config.dataset)
   if name == datasets.PROMPTS:
-    return prompts.read(settings)
-  images = datasets.open_original(settings, 'train')
-  if images.caption(0) is None:
-    raise UserError(
-      f'dataset.name={name}: the imported model draws what a text says, and this dataset has no captions; set '
-      'dataset.name=prompts, or none'
-    )
-  images.check(datasets.Settings.key('train'))
+    return prompts.read(datasets.Settings.of(config.dataset))
+  images = _open_captioned_images(config, origin)
   _check_shape(workdir, config, images.image_shape, origin)
   return cast(Captions, images)
+
+
+def _open_captioned_images(config: Config, origin: Origin | None) -> datasets.ImageSet:
+  """Opens the training images, which have captions; raises UserError if they have none."""
+  images = datasets.open_original(datasets.Settings.of(config.dataset), 'train')
+  if images.caption(0) is None:
+    whose = 'the model' if origin is None else 'the imported model'
+    remedy = 'captions' if origin is None else 'prompts, or none'
+    raise UserError(
+      f'dataset.name={config.dataset.name}: {whose} draws what a text says, and this dataset has no captions; set '
+      f'dataset.name={remedy}'
+    )
+  images.check(datasets.Settings.key('train'))
+  return images
 
 
 def with_originals(config: Config) -> Config:
@@ -302,7 +324,8 @@ def stored_plan(workdir: pathlib.Path, config: Config) -> list[Stage]:
     num_classes = int(found['network'].get('num_classes', 0))
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise DamagedError(f'{path} is damaged ({error!r}); restore it from a copy') from error
-  return cut(workdir, plan(config, image_shape, num_classes, find_origin(workdir)))
+  beside = own_companions.find(workdir, config, None)
+  return cut(workdir, plan(config, image_shape, num_classes, find_origin(workdir), beside))
 
 
 def cut(workdir: pathlib.Path, stages: list[Stage]) -> list[Stage]:
