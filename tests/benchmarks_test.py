@@ -14,7 +14,6 @@ from benchmarks import ablation, cases, growth, measuring, rival, schedules, ste
 from benchmarks.cases import Case
 from benchmarks.workloads import Row
 from configs import digits
-from diffusion_distillation.networks import conditioning
 from tests import sides, tiny
 
 
@@ -140,18 +139,6 @@ def test_measures_every_kind_of_work(work):
   assert (row.planned is None) == (work == 'sampling')
   assert row.memory > 10**8
   assert Row.from_dict(json.loads(json.dumps(row.to_dict()))) == row
-
-
-def test_work_with_guidance_belongs_to_stages_that_have_it():
-  found = {work: Case('smallest', work).stage() for work in cases.WORKS}
-  weights = {work: conditioning.weights(stage.denoise.conditioning) for work, stage in found.items()}
-  assert [work for work, range_ in weights.items() if range_] == ['guided', 'guided_round']
-  assert {work: stage.name for work, stage in found.items() if work.startswith('guided')} == {
-    'guided': 'guided',
-    'guided_round': found['round'].name,
-    'guided_dmd': 'dmd',
-  }
-  assert (found['guided_dmd'].recipe.method.guidance, found['dmd'].recipe.method.guidance) == (1.0, 0.0)
 
 
 def test_prints_a_table_and_says_what_failed(monkeypatch, capsys, tmp_path):
