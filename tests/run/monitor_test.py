@@ -86,13 +86,10 @@ def bind(params):
   return {name: Bound(Flat(), of_network) for name, of_network in params.items()}
 
 
+RECIPE = types.SimpleNamespace(bind=bind, weights=lambda name, params: params[name])
 STAGE = types.SimpleNamespace(
   **{'name': 'dmd', 'denoise': Flat(), 'schedule': Cosine(), 'space': Pixels(), 'sampler': 'ddim'},
-  **{
-    'num_steps': 1,
-    'num_updates': 25,
-    'recipe': types.SimpleNamespace(bind=bind, weights=lambda name, params: params[name]),
-  },
+  **{'num_steps': 1, 'num_updates': 25, 'recipe': RECIPE},
 )
 
 
