@@ -55,11 +55,10 @@ def recipe_of(method, bases=None, rank=RANK):
 
 def state_of(recipe):
   """A training state in which no factor is zero."""
-  state = recipe.create_state(STUDENT, TEACHER)
+  state, rng = recipe.create_state(STUDENT, TEACHER), np.random.default_rng(0)
 
   def moved(tree):
     leaves, structure = jax.tree.flatten(tree)
-    rng = np.random.default_rng(0)
     new = [leaf + 0.3 * np.float32(rng.standard_normal(leaf.shape)) for leaf in leaves]
     return jax.tree.unflatten(structure, new)
 
@@ -99,8 +98,12 @@ def test_a_factor_has_the_gradient_that_the_chain_rule_gives_it_from_that_of_its
   recipe, whole = recipe_of(method, BASES), recipe_of(method)
   state = state_of(recipe)
   held = {**FROZEN, **state.params, 'average': state.ema_params[0]}
-  params = {name: recipe.weights(name, held) for name in state.params}
-  average = recipe.weights('average', held)
+
+  def merged(name, factors):
+    return lora.merged(FROZEN[BASES[name]], factors, SCALE) if name in BASES else factors
+
+  params = {name: merged(name, of) for name, of in state.params.items()}
+  average = merged('average', state.ema_params[0])
 
   @jax.jit
   def both(batch):
