@@ -10,7 +10,8 @@ WEIGHT = 1.0
 def get_config() -> ml_collections.ConfigDict:
   """Returns configs/digits_methods.py with a conditional base that is trained with a label dropout of 0.1.
 
-  DMD matches the base guided with WEIGHT. The student of `guided` and the rounds after it take the weight as an input.
+  DMD matches the base guided with WEIGHT. The student of `guided` and the rounds after it, to 8 and to 4 steps, take the weight as
+  an input.
   """
   c = digits_methods.get_config()
   c.model.conditional = True
@@ -20,8 +21,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.pairs.guidance = WEIGHT
   c.dmd.guidance = WEIGHT
 
+  c.distill.end_steps = 4
+  c.distill.factor = (4, 2)
+  c.distill.num_updates = (400, 750)
+
   c.guided.weights = (0.0, 4.0)
-  c.guided.num_updates = 2000
+  c.guided.num_updates = 1500
   c.guided.batch_size = 64
   c.guided.learning_rate = 1e-3
   c.guided.warmup = 20
