@@ -227,14 +227,14 @@ def test_the_guided_digits_have_dmd_of_one_weight_and_rounds_of_them_all():
   config = digits_guided.get_config()
   check_keys(config, default.get_config())
   base, dmd, guided, *rounds = stages = plan(config)
-  assert [stage.num_steps for stage in stages] == [32, 1, 32, 16, 8, 4, 2, 1]
+  assert [stage.num_steps for stage in stages] == [32, 1, 32, 8, 4]
   assert base.recipe.cond_dropout == 0.1
   teachers = [stage.recipe.networks['teacher'] for stage in stages[1:]]
   assert teachers[:2] == [Guided(base.denoise, Guidance(1.0)), GuidedByExample(base.denoise)]
   assert teachers[2:] == [guided.denoise] * len(rounds)
   assert dmd.name == 'dmd' and dmd.pairs.guidance == Guidance(1.0)
   known = Weights(0.0, 4.0)
-  assert [weights(stage.denoise.conditioning) for stage in stages] == [None] * 2 + [known] * 6
+  assert [weights(stage.denoise.conditioning) for stage in stages] == [None] * 2 + [known] * 3
   by_weight = tuple(map(make_guidance, (0.0, 0.5, 1.0, 2.0, 4.0)))
   for place, stage in enumerate(stages):
     expected = (NONE,) if stage is dmd else by_weight
