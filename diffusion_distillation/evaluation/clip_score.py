@@ -8,6 +8,7 @@ models cannot be compared. `interop/clip.py` reads a model.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,13 @@ class RunningScore:
   def add_scores(self, scores: np.ndarray) -> None:
     """Adds the scores (n,) of images."""
     self._scores.append(scores)
+
+  def add_to(self, results: dict[str, Any]) -> None:
+    """Adds the score to `metrics` and `errors` of results."""
+    found = self.result()
+    results['metrics'] = {**results['metrics'], NAME: found.value}
+    if found.error is not None:
+      results['errors'] = {**results['errors'], NAME: found.error}
 
   def result(self) -> Estimate:
     """Returns the mean over the images, with its standard error."""

@@ -21,7 +21,6 @@ from diffusion_distillation.evaluation import (
   real_images,
   report,
   report_contents,
-  sampled_texts,
 )
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
 from diffusion_distillation.evaluation.kept_features import OfEach
@@ -83,11 +82,7 @@ def evaluate(
   searched = OfEach('searched', most) if most else None
   more = [summary for summary in (by_classes, searched) if summary is not None]
   real, results = real_images.summarize(config, extractors, train, workdir, labels, more=more)
-  results['seconds'] = {model.stage.name: model.seconds for model in models}
-  results['stages'] = origins(stages, results['seconds'], workdir)
-  if texts is not None:
-    results |= texts.describe()
-    results['metrics'] |= texts.metrics()
+  _add_run(results, models, workdir, texts)
   counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
   classes = by_class.classes(extractor, train, by_classes)
   of_training_images = real.floor if 'file' in results['reference'] else real.reference
@@ -120,6 +115,7 @@ def evaluate(
       guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}{guided}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
+  RowBatches(workdir, {}).remove()
   note_missing(results, kept)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
@@ -133,6 +129,17 @@ def evaluate(
     os.replace(partial, path)
   cluster.barrier()  # the others do not leave while the first process writes
   return results
+
+
+def _add_run(
+  results: dict[str, Any], models: list[Model], workdir: pathlib.Path, texts: SampledTexts | None
+) -> None:
+  """Adds to the results what trained the models, and for which texts they draw."""
+  results['seconds'] = {model.stage.name: model.seconds for model in models}
+  results['stages'] = origins([model.stage for model in models], results['seconds'], workdir)
+  if texts is not None:
+    results |= texts.describe()
+    results['metrics'] |= texts.metrics()
 
 
 def _has_classes(labels: str | None, texts: SampledTexts | None) -> bool:
@@ -268,7 +275,7 @@ def measure_setting(
   score = None if texts is None else texts.running(size, seed)
   running = RunningRow(size, report_contents.SHOWN, tally, cond, score)
   described = describe(config, setting)
-  batches = RowBatches(workdir, described | {'extractors': extractor.digest})
+  batches = RowBatches(workdir, described | {'extractors': extractor.digest, 'floor': floor})
 
   def then(images: jax.Array) -> tuple[Extracted, jax.Array]:
     return extractor.of(images), images
@@ -302,7 +309,8 @@ def measure_setting(
     'seconds_per_image': seconds,
     **tally.result(),
   }
-  sampled_texts.add_score(row, score)
+  if score is not None:
+    score.add_to(row)
   return row, np.concatenate(running.first)
 
 

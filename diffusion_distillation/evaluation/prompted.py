@@ -77,11 +77,8 @@ def add_score(results: dict[str, Any], running: RunningScore | None) -> None:
   """Adds the CLIP score to `metrics`, `errors` and `better` of results."""
   if running is None:
     return
-  found = running.result()
-  results['metrics'] = {**results['metrics'], NAME: found.value}
+  running.add_to(results)
   results['better'] = {**results['better'], NAME: BETTER}
-  if found.error is not None:
-    results['errors'] = {**results['errors'], NAME: found.error}
 
 
 def check_texts(asked: Prompted, stored: StoredModel | None = None, folder: object = None) -> None:

@@ -9,6 +9,7 @@ An interrupted evaluation reads these batches instead of drawing their images ag
 import contextlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -26,6 +27,8 @@ from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.evaluation.metrics import RunningFeatures
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.system import cluster, files, sharding
+
+_log = logging.getLogger(__name__)
 
 FOLDER = 'row.partial'
 
@@ -91,7 +94,7 @@ class RowBatches:
           known = dict(arrays)
           images, scores = known.pop('images'), known.pop('scores', None)
           yield Batch(Extracted(**known), images, scores)
-      except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+      except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         path = self._path(k)
         self.remove()
         raise DamagedError(
@@ -99,17 +102,25 @@ class RowBatches:
         ) from error
 
   def write(self, batch: Batch) -> None:
-    """Adds a batch, atomically."""
+    """Adds a batch, atomically. If the disk is full, nothing more is kept of the row, with a warning."""
     if self._folder is not None and files.writes():
-      if not self._count:
-        self._folder.mkdir(exist_ok=True)
-        files.write_json(self._folder / 'row.json', self._description)
-      arrays = {**batch.found._asdict(), 'images': batch.images, 'scores': batch.scores}
-      temporary = self._folder / 'batch.tmp'
-      with temporary.open('wb') as file:
-        np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
-      os.replace(temporary, self._path(self._count))
+      try:
+        self._write(self._folder, batch)
+      except OSError as error:
+        _log.warning('%s: %s; if this row is interrupted, it begins again', self._folder, error.strerror)
+        self.remove()
+        self._folder = None
     self._count += 1
+
+  def _write(self, folder: pathlib.Path, batch: Batch) -> None:
+    if not self._count:
+      folder.mkdir(exist_ok=True)
+      files.write_json(folder / 'row.json', self._description)
+    arrays = {**batch.found._asdict(), 'images': batch.images, 'scores': batch.scores}
+    temporary = folder / 'batch.tmp'
+    with temporary.open('wb') as file:
+      np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
+    os.replace(temporary, self._path(self._count))
 
   def remove(self) -> None:
     """Removes all batches, because the row is finished."""

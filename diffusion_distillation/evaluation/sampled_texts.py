@@ -120,12 +120,3 @@ class SampledTexts:
     """Returns the accumulator of the CLIP score of `count` samples; None without a CLIP model."""
     clip = self.asked.clip
     return None if clip is None else RunningScore(clip, self.texts(np.arange(count), seed))
-
-
-def add_score(row: dict[str, Any], running: RunningScore | None) -> None:
-  """Adds the CLIP score to `metrics` and `errors` of a row; nothing without a CLIP model."""
-  if running is None:
-    return
-  found = running.result()
-  row['metrics'] = {**row['metrics'], NAME: found.value}
-  row['errors'] |= {} if found.error is None else {NAME: found.error}

@@ -64,7 +64,7 @@ def check(config: Config, encoder: TextEncoder | None) -> Prompted:
   if asked.clip is not None:
     asked.clip.text.tokenize()
   if asked.prompts:
-    asked.first(section.num_samples)
+    asked = asked.first(section.num_samples)
     tokenize(asked.prompts, warns=False)
   if tokenize.cut:
     _log.warning(

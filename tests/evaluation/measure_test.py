@@ -1,5 +1,6 @@
 """How many samples a row takes."""
 
+import errno
 import types
 
 import numpy as np
@@ -102,14 +103,25 @@ def test_batches_of_another_row_are_not_used(row, tmp_path):
   assert {64, 128, 192} <= set(asked)
 
 
-def test_damaged_batches_are_one_line_and_drawn_again(row, tmp_path):
+@pytest.mark.parametrize('kept', [0, 100])
+def test_damaged_batches_are_one_line_and_drawn_again(row, tmp_path, kept):
   with pytest.raises(KeyboardInterrupt):
     row(3.0, 0.0, workdir=tmp_path, stops=320, count=512)
   path = tmp_path / row_batches.FOLDER / '000001.npz'
-  path.write_bytes(path.read_bytes()[:100])
+  path.write_bytes(path.read_bytes()[:kept])
   with pytest.raises(DamagedError, match=r'000001\.npz is damaged .* run the same command again'):
     row(3.0, 0.0, workdir=tmp_path, count=512)
   assert row(3.0, 0.0, workdir=tmp_path, count=512) == row(3.0, 0.0, count=512)
+
+
+def test_a_row_is_measured_though_the_disk_is_full(row, tmp_path, monkeypatch, caplog):
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(row_batches.np, 'savez', full)
+  assert row(3.0, 0.0, workdir=tmp_path, count=512) == row(3.0, 0.0, count=512)
+  assert caplog.text.count('No space left on device; if this row is interrupted') == 1
+  assert not (tmp_path / row_batches.FOLDER).exists()
 
 
 def test_rows_of_another_tolerance_are_other_rows():
