@@ -86,13 +86,13 @@ def bind(params):
   return {name: Bound(Flat(), of_network) for name, of_network in params.items()}
 
 
-def weights(name, params):
-  return params[name]
-
-
 STAGE = types.SimpleNamespace(
   **{'name': 'dmd', 'denoise': Flat(), 'schedule': Cosine(), 'space': Pixels(), 'sampler': 'ddim'},
-  **{'num_steps': 1, 'num_updates': 25, 'recipe': types.SimpleNamespace(bind=bind, weights=weights)},
+  **{
+    'num_steps': 1,
+    'num_updates': 25,
+    'recipe': types.SimpleNamespace(bind=bind, weights=lambda name, of: of[name]),
+  },
 )
 
 
