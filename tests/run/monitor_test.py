@@ -88,11 +88,8 @@ def bind(params):
 
 STAGE = types.SimpleNamespace(
   **{'name': 'dmd', 'denoise': Flat(), 'schedule': Cosine(), 'space': Pixels(), 'sampler': 'ddim'},
-  **{
-    'num_steps': 1,
-    'num_updates': 25,
-    'recipe': types.SimpleNamespace(bind=bind, weights=lambda name, of: of[name]),
-  },
+  **{'num_steps': 1, 'num_updates': 25},
+  recipe=types.SimpleNamespace(bind=bind, weights=lambda name, of: of[name]),
 )
 
 
