@@ -15,7 +15,7 @@ from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.interop import exporting
 from diffusion_distillation.run import companion_training, compared
 from diffusion_distillation.run import run as runs
-from diffusion_distillation.stages import companions, own_companions, workdir
+from diffusion_distillation.stages import companions, comparison, own_companions, workdir
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
@@ -224,6 +224,26 @@ def test_settings_that_made_the_networks_cannot_be_changed(tmp_path):
       UserError, match=rf'{next(iter(changed)).replace("__", ".")} was .* use another workdir'
     ):
       workdir.claim(tmp_path, config(**changed))
+
+
+def test_settings_of_networks_that_a_run_does_not_train_may_change(tmp_path):
+  """In workdirs of versions that had no such networks, too, where they cannot be added beside a stage."""
+  path, sections = tmp_path / 'stage.json', ('autoencoder', 'text_encoder')
+  without = config(autoencoder__num_updates=0, text_encoder__num_updates=0)
+  unused = {'autoencoder__batch_size': 3, 'text_encoder__merges': 5}
+  changed = config(autoencoder__num_updates=0, text_encoder__num_updates=0, **unused)
+  made_with = json.loads(without.to_json())
+  older = {name: section for name, section in made_with.items() if name not in sections}
+  for stored in (made_with, older):
+    for stage in ('', 'base', 'dmd'):
+      comparison.check_config(path, stored, without, stage)
+      comparison.check_config(path, stored, changed, stage)
+      with pytest.raises(
+        UserError, match=r'autoencoder\.num_updates was 0, is 6; text_encoder\.num_upd'
+      ):
+        comparison.check_config(path, stored, config(), stage)
+  with pytest.raises(UserError, match=r'autoencoder\.batch_size was 8, is 3; text_encoder\.merges was'):
+    comparison.check_config(path, json.loads(config().to_json()), config(**unused), 'base')
 
 
 def test_networks_that_stages_were_trained_with_are_missed(tmp_path):
