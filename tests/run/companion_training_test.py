@@ -13,7 +13,7 @@ from diffusion_distillation.datasets import Settings, open_split
 from diffusion_distillation.errors import DamagedError, NumericalError, UserError
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.interop import exporting
-from diffusion_distillation.run import companion_training, compared
+from diffusion_distillation.run import companion_training, compared, encoded_texts
 from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import companions, comparison, own_companions, workdir
 from diffusion_distillation.stages.plan import plan
@@ -149,10 +149,18 @@ def test_a_loss_that_is_not_finite_is_one_line():
     companion_training._mean('autoencoder', [np.float32(1), np.float32('nan')])
 
 
-def test_several_processes_need_networks_that_are_finished(tmp_path, monkeypatch):
+@pytest.mark.parametrize('begin', ['run', 'prepare'])
+def test_several_processes_need_networks_that_are_finished_before_anything_is_written(
+  begin, tmp_path, monkeypatch
+):
+  c, directory = config(), tmp_path / 'run'
   monkeypatch.setattr(sharding, 'part', lambda: (0, 2))
   with pytest.raises(UserError, match=r'run --mode=prepare .* in one process first'):
-    companion_training.ensure(config(), tmp_path, images(config()))
+    if begin == 'run':
+      runs.run(c, directory)
+    else:
+      encoded_texts.prepare(c, directory, images(c))
+  assert not directory.exists()
 
 
 def test_the_plan_names_the_networks_and_their_shapes_before_they_are_trained(made, tmp_path):
