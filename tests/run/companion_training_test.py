@@ -9,13 +9,13 @@ import pytest
 import safetensors.numpy
 
 import diffusion_distillation
-from diffusion_distillation.datasets import Settings, open_split
+from diffusion_distillation.datasets import ImageSet, Settings, open_split
 from diffusion_distillation.errors import DamagedError, NumericalError, UserError
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
-from diffusion_distillation.interop import exporting
+from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.run import companion_training, compared, encoded_texts
 from diffusion_distillation.run import run as runs
-from diffusion_distillation.stages import companions, comparison, own_companions, workdir
+from diffusion_distillation.stages import companions, comparison, model, own_companions, workdir
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
@@ -213,6 +213,32 @@ def test_an_imported_model_keeps_its_own_networks(tmp_path):
   directory, _ = text_model.begin(tmp_path)
   with pytest.raises(UserError, match=r'autoencoder\.num_updates=6: .* begins with an imported model'):
     workdir.plan_for(directory, config())
+
+
+def test_a_base_with_networks_of_its_run_is_imported_as_a_folder(made, tmp_path):
+  """Its stage is refused, as its config is in a run that would train other networks beside it."""
+  theirs = shutil.copytree(made, tmp_path / 'theirs')
+  c, default = config(), config(autoencoder__num_updates=0, text_encoder__num_updates=0)
+  workdir.claim(theirs, c)
+  base, own = workdir.described_plan(theirs, c)[0], own_companions.find(theirs, c, None)
+  params = text_model.random(lambda rng: base.init_params(rng))
+  stored = dataclasses.replace(
+    text_model.stored(), denoise=base.denoise, params=params, space=own.space, text=own.text
+  )
+  model.write(theirs / 'base' / 'model', stored)
+  write_json(theirs / 'base' / 'stage.json', {'finished': True})
+  folder, into = theirs / 'base' / 'model', tmp_path / 'run'
+  with pytest.raises(UserError, match=r'import its folder, .* --source=model --checkpoint=.*base/model'):
+    importing.from_workdir(default, default, theirs / 'base', into)
+  for read, path in ((importing.from_model, folder), (importing.from_google, folder)):
+    with pytest.raises(UserError, match=r'autoencoder\.num_updates=6: .* begins with an imported model'):
+      read(c, default, path, into)
+  assert not into.exists()
+  importing.from_model(default, default, folder, into)
+  (found,), _ = workdir.plan_for(into, default)
+  assert found.text == own.text and found.space == own.space
+  captions = workdir.open_captions(into, default)
+  assert isinstance(captions, ImageSet) and captions.caption(0) == images(c).caption(0)
 
 
 def test_samples_of_a_run_are_drawn_for_texts_as_the_trained_encoder_reads_them(made):
