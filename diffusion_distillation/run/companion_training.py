@@ -1,17 +1,21 @@
 """Trains the networks beside the base before it, if the config asks for them: an autoencoder, then a text encoder.
 
-The files are described in `stages/own_companions.py`. A network is written when it is finished; after an interruption, it is trained
-again from its first update, with the same result. The networks are a function of the config and the images: each is trained on one
-device, with batches and noise that are a function of (seed, update).
+The files of finished networks are described in `stages/own_companions.py`. While a network is trained, its state is saved like a
+stage's, and an interrupted training continues with the same result. The networks are a function of the config and the images: each
+is trained on one device, with batches and noise that are a function of (seed, update).
+
+WORKDIR/companions/NAME/checkpoints/     the state, until the network is finished
+WORKDIR/companions/NAME/metrics.jsonl    its loss, and its error or accuracy
 """
 
 import contextlib
 import dataclasses
 import functools
 import pathlib
+import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +34,9 @@ from diffusion_distillation.stages import companions, own_companions
 from diffusion_distillation.stages.parts import make_seed
 from diffusion_distillation.stages.texts import TextEncoder
 from diffusion_distillation.system import announcing, interrupts, sharding
-from diffusion_distillation.system.checkpoints import digest
+from diffusion_distillation.system.checkpoints import Checkpoints, digest
 from diffusion_distillation.system.files import write_json
+from diffusion_distillation.system.logs import MetricsWriter
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training import autoencoding, contrastive
 from diffusion_distillation.training.optimizers import DECAYS
@@ -41,15 +46,44 @@ _MEASURED = 1024  # images from which the latents' scale is measured
 _AT_ONCE = 64  # of which so many are encoded at a time
 _WARMUP = 50  # updates
 _CLIP_NORM = 1.0
-_SHOWN = 10  # updates between two values of the loss in the progress line
+_SHOWN = 10  # updates between two values in the progress line, each their mean
 _pixels = Pixels()
 
-State = tuple[Params, optax.OptState]
-Update = Callable[[State, jax.Array, Any], tuple[State, jax.Array]]
+Loss = Callable[[Params, jax.Array, Any], tuple[jax.Array, jax.Array]]
+
+
+class State(NamedTuple):
+  """The state of a training.
+
+  Attributes:
+    params: the parameters.
+    opt_state: the optimizer's state.
+    step: number of updates so far, () int32.
+    shown: the last values beside the loss, the newest last, (_SHOWN,) float32; 0 before the first.
+  """
+
+  params: Params
+  opt_state: optax.OptState
+  step: jax.Array
+  shown: jax.Array
+
+
+class Trained(NamedTuple):
+  """A finished training.
+
+  Attributes:
+    params: the parameters, on the host.
+    shown: the mean of the last values beside the loss.
+    seconds: the time that it took, interruptions left out.
+  """
+
+  params: Params
+  shown: float
+  seconds: float
 
 
 def table(config: Config, workdir: pathlib.Path) -> Iterator[str]:
-  """Yields a line of the plan for each network, with its updates."""
+  """Yields a line of the plan for each network, with its updates, and what the plan leaves out of them."""
   if not own_companions.are_wanted(config):
     return
   finished = {
@@ -59,6 +93,8 @@ def table(config: Config, workdir: pathlib.Path) -> Iterator[str]:
   for name, found in finished.items():
     section, done = config[name], '' if found is None else '  finished'
     yield f'  {name:<18} {"":>11} {section.num_updates:>8,} updates of {section.batch_size} images{done}'
+  if not all(finished.values()):
+    yield '  the network calls and times below leave out the training of these networks'
 
 
 def check_processes(config: Config, workdir: pathlib.Path) -> None:
@@ -90,35 +126,42 @@ def ensure(config: Config, workdir: pathlib.Path, images: ImageSet) -> None:
   with contextlib.closing(Loader(images, config.dataset.in_memory_gb, config.dataset.workers)) as loader:
     if latents is None:
       _make_autoencoder(config, workdir, loader)
+    _remove_checkpoints(workdir, 'autoencoder')
     if text is None:
       _make_text_encoder(config, workdir, loader, images)
+    _remove_checkpoints(workdir, 'text_encoder')
+
+
+def _remove_checkpoints(workdir: pathlib.Path, name: str) -> None:
+  """Removes the state of a network that is finished."""
+  shutil.rmtree(workdir / own_companions.FOLDER / name / 'checkpoints', ignore_errors=True)
 
 
 def _make_autoencoder(config: Config, workdir: pathlib.Path, loader: Loader) -> None:
   """Trains the autoencoder, measures the scale of its latents, and writes it."""
-  began, section = time.monotonic(), own_companions.autoencoder(config)
+  section = own_companions.autoencoder(config)
   space = own_companions.new_latents(config, loader.images)
   seed, vae = make_seed(config, *b'autoencoder'), space.vae
-  optimizer = _optimizer(section.learning_rate, section.num_updates)
 
   def loss(params: Params, rng: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
     found = autoencoding.losses(vae, params, _pixels.encode(image), rng, section.kl_weight)
     return found.loss, found.error
 
+  def batches(start: int) -> Generator[np.ndarray]:
+    found = loader.shuffled(seed, section.batch_size, start, section.num_updates)
+    with contextlib.closing(found):
+      yield from (batch['image'] for batch in found)
+
   shape = (1, *loader.images.image_shape)
   params = jax.jit(vae.init)(jax.random.key(seed), jnp.zeros(shape))['params']
-  with contextlib.closing(loader.shuffled(seed, section.batch_size, 0, section.num_updates)) as batches:
-    inputs = (batch['image'] for batch in batches)
-    params, error = _train(
-      'autoencoder', _update(loss, optimizer), (params, optimizer.init(params)), inputs, section, seed
-    )
+  params, error, seconds = _train('autoencoder', config, workdir, loss, params, batches, seed, 'error')
   space = dataclasses.replace(space, weights=lambda: params)
   latents = np.concatenate([np.asarray(space.encode(jnp.asarray(image))) for image in _first(loader)])
   vae = dataclasses.replace(vae, scaling_factor=autoencoding.scaling_factor(latents))
   space = dataclasses.replace(space, vae=vae, digest=digest(params))
   folder = workdir / own_companions.FOLDER
   companions.write_latents(folder, space)
-  made = {'error': error, 'updates': section.num_updates, 'seconds': time.monotonic() - began}
+  made = {'error': error, 'updates': section.num_updates, 'seconds': seconds}
   write_json(folder / own_companions.VAE, companions.describe_space(space) | made)
 
 
@@ -133,10 +176,9 @@ def _first(loader: Loader) -> Iterator[np.ndarray]:
 
 def _make_text_encoder(config: Config, workdir: pathlib.Path, loader: Loader, images: ImageSet) -> None:
   """Trains the text encoder together with an image encoder, which is not kept, and writes it with its tokenizer."""
-  began, section = time.monotonic(), own_companions.text_encoder(config)
+  section = own_companions.text_encoder(config)
   text = own_companions.new_text(config, images)
   seed = make_seed(config, *b'text_encoder')
-  optimizer = _optimizer(section.learning_rate, section.num_updates)
   see = Classifier(section.hidden_size)  # whose logits are the embedding of an image
 
   def loss(params: Params, rng: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -152,15 +194,15 @@ def _make_text_encoder(config: Config, workdir: pathlib.Path, loader: Loader, im
     'text': jax.jit(text.network.init)(of_text, jnp.zeros((1, section.length), jnp.int32))['params'],
     'log_scale': jnp.asarray(contrastive.FIRST_LOG_SCALE),
   }
-  with contextlib.closing(_with_tokens(text, loader, images, section, seed)) as batches:
-    params, accuracy = _train(
-      'text_encoder', _update(loss, optimizer), (params, optimizer.init(params)), batches, section, seed
-    )
+  batches = functools.partial(_with_tokens, text, loader, images, section, seed)
+  params, accuracy, seconds = _train(
+    'text_encoder', config, workdir, loss, params, batches, seed, 'accuracy'
+  )
   kept = params['text']
   text = dataclasses.replace(text, weights=lambda: kept, digest=digest(kept))
   folder = workdir / own_companions.FOLDER
   companions.write_text(folder, text)
-  made = {'accuracy': accuracy, 'updates': section.num_updates, 'seconds': time.monotonic() - began}
+  made = {'accuracy': accuracy, 'updates': section.num_updates, 'seconds': seconds}
   write_json(folder / own_companions.TEXT_ENCODER, companions.describe_text(text) | made)
 
 
@@ -170,11 +212,12 @@ def _with_tokens(
   images: ImageSet,
   section: contrastive.TextEncoderSection,
   seed: int,
+  start: int,
 ) -> Generator[dict[str, np.ndarray]]:
-  """Yields batches of images with the tokens of their captions."""
+  """Yields the batches from `start` on: images with the tokens of their captions."""
   tokenize, order = text.tokenize(), Shuffled(len(images), seed, section.batch_size)
-  with contextlib.closing(loader.stream(order, range(section.num_updates))) as batches:
-    for k, batch in enumerate(batches):
+  with contextlib.closing(loader.stream(order, range(start, section.num_updates))) as batches:
+    for k, batch in enumerate(batches, start):
       captions = [images.caption(intact(int(i), loader)) or '' for i in order(k)[0]]
       yield {'image': batch['image'], 'tokens': tokenize(captions, warns=False)}
 
@@ -190,47 +233,91 @@ def _optimizer(learning_rate: float, num_updates: int) -> optax.GradientTransfor
 
 
 def _update(
-  loss: Callable[[Params, jax.Array, Any], tuple[jax.Array, jax.Array]],
-  optimizer: optax.GradientTransformation,
-) -> Update:
-  """Returns the compiled update for a loss that also returns the value to show."""
+  loss: Loss, optimizer: optax.GradientTransformation
+) -> Callable[[State, jax.Array, Any], tuple[State, jax.Array]]:
+  """Returns the compiled update for a loss that also returns the value to show; it returns the loss, too."""
 
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state: State, rng: jax.Array, batch: Any) -> tuple[State, jax.Array]:
-    params, opt_state = state
-    (_, shown), grads = jax.value_and_grad(loss, has_aux=True)(params, rng, batch)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state), shown
+    rng = jax.random.fold_in(rng, state.step)
+    (value, shown), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rng, batch)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return State(params, opt_state, state.step + 1, jnp.append(state.shown[1:], shown)), value
 
   return update
 
 
 def _train(
   name: str,
-  update: Update,
-  state: State,
-  batches: Iterator[Any],
-  section: autoencoding.AutoencoderSection | contrastive.TextEncoderSection,
+  config: Config,
+  workdir: pathlib.Path,
+  loss: Loss,
+  params: Params,
+  batches: Callable[[int], Generator[Any]],
   seed: int,
-) -> tuple[Params, float]:
-  """Returns the parameters after all updates, on the host, and the mean of the last values that the loss shows."""
-  rng, values = jax.random.key(seed), list[jax.Array]()
-  with Progress(name, section.num_updates, images_per_step=section.batch_size) as progress:
-    for k, batch in enumerate(batches):
-      interrupts.check()
-      first = announcing.compiling(name) if k == 0 else contextlib.nullcontext()
-      with first:
-        state, value = update(state, jax.random.fold_in(rng, k), batch)
-      values = [*values[1 - _SHOWN :], value]
-      if k % _SHOWN == _SHOWN - 1:
-        progress.note(f'{_mean(name, values):.4f}')
-      progress.advance()
-  return jax.device_get(state[0]), _mean(name, values)
+  shown: str,
+) -> Trained:
+  """Trains a network to its end, from the newest checkpoint if there is one.
+
+  Args:
+    name: the name of the network, and of its section.
+    config: the config of the run.
+    workdir: the directory of the run.
+    loss: the loss of (params, rng, batch), which also returns the value to show.
+    params: the first parameters.
+    batches: the batches from an update on, by its number.
+    seed: the seed of the noise.
+    shown: the name of the value to show.
+
+  Raises:
+    NumericalError: the loss is not finite.
+    Preempted: a signal was received; the state is saved.
+    StorageError: the state cannot be saved.
+  """
+  section, directory = config[name], workdir / own_companions.FOLDER / name
+  directory.mkdir(exist_ok=True)
+  optimizer = _optimizer(section.learning_rate, section.num_updates)
+  state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros(_SHOWN))
+  with contextlib.closing(Checkpoints(directory)) as checkpoints:
+    restored = checkpoints.restore(jax.eval_shape(lambda: state), set_aside=True)
+    before = 0.0
+    if restored is not None:
+      state, before = jax.device_put(jax.device_get(restored[0]), jax.devices()[0]), restored[1]
+    began, rng = time.monotonic() - before, jax.random.key(seed)
+    first = done = int(state.step)
+    update, pending = _update(loss, optimizer), list[jax.Array]()
+    with (
+      Progress(name, section.num_updates, done, section.batch_size, config.log.seconds) as progress,
+      contextlib.closing(MetricsWriter(directory, done)) as writer,
+      contextlib.closing(batches(done)) as found,
+    ):
+      for batch in found:
+        with announcing.compiling(name) if done == first else contextlib.nullcontext():
+          state, value = update(state, rng, batch)
+        done += 1
+        pending.append(value)
+        last, stop = done == section.num_updates, interrupts.pending()
+        saves = last or stop or done % config.checkpoint.every == 0
+        if saves or done % _SHOWN == 0:
+          progress.note(f'{_mean(name, state):.4f}')
+        if last or done % config.log.every == 0:
+          values = {'loss': float(np.mean(jax.device_get(pending))), shown: _mean(name, state)}
+          writer.write(done, values)
+          pending = []
+        if saves:
+          checkpoints.save(done, state, time.monotonic() - began)
+        progress.advance()
+        if stop:
+          break
+    checkpoints.wait()
+    interrupts.check()
+  return Trained(jax.device_get(state.params), _mean(name, state), time.monotonic() - began)
 
 
-def _mean(name: str, values: Sequence[jax.Array]) -> float:
+def _mean(name: str, state: State) -> float:
   """Returns the mean of the last values; raises NumericalError if it is not finite."""
-  found = float(np.mean(jax.device_get(list(values))))
+  found = float(np.mean(jax.device_get(state.shown)[-max(1, int(state.step)) :]))
   if not np.isfinite(found):
     raise NumericalError(f'{name}: the loss is not finite; set {name}.learning_rate to a smaller value')
   return found

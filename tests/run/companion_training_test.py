@@ -1,6 +1,7 @@
 """The networks beside a base that a run trains itself: written once, resumed, checked, and used like an imported model's."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import safetensors.numpy
 
 import diffusion_distillation
 from diffusion_distillation.datasets import ImageSet, Settings, open_split
-from diffusion_distillation.errors import DamagedError, NumericalError, UserError
+from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.run import companion_training, compared, encoded_texts
@@ -20,6 +21,7 @@ from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.files import write_json
+from diffusion_distillation.system.progress import Progress
 from tests import text_model, tiny
 
 SMALL = {
@@ -118,35 +120,61 @@ def test_finished_networks_are_not_trained_again(made, monkeypatch):
   companion_training.ensure(c, made, images(c))
 
 
+@pytest.fixture
+def stop(monkeypatch):
+  """A function that stops the training in progress after so many updates from now."""
+
+  def after(updates):
+    interrupts.install()
+    calls = itertools.count(1)
+
+    class Stopping(Progress):
+      def advance(self, steps=1):
+        super().advance(steps)
+        if next(calls) == updates - 1:
+          interrupts.request('SIGTERM')  # which the next update finds
+
+    monkeypatch.setattr(companion_training, 'Progress', Stopping)
+
+  yield after
+  interrupts.uninstall()
+
+
 @pytest.mark.slow
-def test_interrupted_training_has_the_same_result_and_keeps_what_is_finished(
-  trained, tmp_path, monkeypatch
-):
-  c, checks = config(), []
-
-  def stop():
-    checks.append(1)
-    if len(checks) > 12 and (tmp_path / 'companions' / 'vae.json').is_file():
-      raise interrupts.Preempted('stopped')
-
-  with monkeypatch.context() as patch:
-    patch.setattr(interrupts, 'check', stop)
-    with pytest.raises(interrupts.Preempted):
+def test_interrupted_training_goes_on_with_the_same_result(trained, tmp_path, monkeypatch, stop):
+  """Each network is stopped after its third update, the first one in the middle of an interval of checkpoints and lines."""
+  c, folder, writer, began = config(), tmp_path / 'companions', companion_training.MetricsWriter, []
+  monkeypatch.setattr(
+    companion_training, 'MetricsWriter', lambda *args: began.append(args[-1]) or writer(*args)
+  )
+  for updates, name in ((3, 'autoencoder'), (6, 'text_encoder')):  # three more of the autoencoder
+    stop(updates)
+    with pytest.raises(Preempted):
       companion_training.ensure(c, tmp_path, images(c))
-  names = {path.name for path in (tmp_path / 'companions').iterdir()}
-  assert names == {'vae.safetensors', 'vae.json'}
-  with monkeypatch.context() as patch:
-    patch.setattr(companion_training, '_make_autoencoder', None)
-    companion_training.ensure(c, tmp_path, images(c))
-  for name in ('vae.safetensors', 'text_encoder.safetensors'):
-    once, twice = (safetensors.numpy.load_file(d / 'companions' / name) for d in (trained, tmp_path))
+    assert (folder / name / 'checkpoints' / '3').is_dir()
+    assert (folder / 'vae.json').is_file() == (name == 'text_encoder')
+  stop(99)
+  companion_training.ensure(c, tmp_path, images(c))
+  assert began == [0, 3, 0, 3]
+  for file, name in (('vae', 'autoencoder'), ('text_encoder', 'text_encoder')):
+    paths = [directory / 'companions' / file for directory in (trained, tmp_path)]
+    once, twice = (safetensors.numpy.load_file(path.with_suffix('.safetensors')) for path in paths)
     assert all((once[key] == twice[key]).all() for key in once)
+    once, twice = (json.loads(path.with_suffix('.json').read_text()) for path in paths)
+    assert once | {'seconds': 0} == twice | {'seconds': 0} and twice['seconds'] > 0.0
+    assert not (folder / name / 'checkpoints').exists()
+    lines = map(json.loads, (folder / name / 'metrics.jsonl').read_text().splitlines())
+    assert [line['step'] for line in lines if line['loss'] > 0.0] == [2, 4, 6]
 
 
 def test_a_loss_that_is_not_finite_is_one_line():
-  assert companion_training._mean('autoencoder', [np.float32(1), np.float32(2)]) == 1.5
+  def state(step, *values):
+    return companion_training.State(None, None, np.int32(step), np.float32(values))
+
+  assert companion_training._mean('autoencoder', state(2, 0, 0, 1, 2)) == 1.5
+  assert companion_training._mean('autoencoder', state(9, 3, 0, 1, 2)) == 1.5
   with pytest.raises(NumericalError, match=r'autoencoder: .* autoencoder\.learning_rate'):
-    companion_training._mean('autoencoder', [np.float32(1), np.float32('nan')])
+    companion_training._mean('autoencoder', state(2, 0, 0, 1, np.nan))
 
 
 @pytest.mark.parametrize('begin', ['run', 'prepare'])
@@ -170,7 +198,8 @@ def test_the_plan_names_the_networks_and_their_shapes_before_they_are_trained(ma
   assert (network.cross_attention_dim, network.text_length) == (8, 8)
   assert base.recipe.shape == (8, 4, 4, 2) and base.recipe.cond_dropout == 0.25
   assert dmd.text == base.text and dmd.space == base.space and dmd.clip_x is None
-  lines = list(companion_training.table(c, tmp_path))
+  *lines, left_out = companion_training.table(c, tmp_path)
+  assert 'network calls and times below leave out' in left_out
   assert [line.split()[0] for line in lines] == ['autoencoder', 'text_encoder']
   assert '6 updates of 8 images' in lines[0] and 'finished' not in ''.join(lines)
   assert all(line.endswith('finished') for line in companion_training.table(c, made))
