@@ -44,26 +44,27 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.methods = ('dmd',)
   c.distill.start_steps = 32
-  c.pairs.num_pairs = 2048
+  c.pairs.num_pairs = 1536
   c.pairs.sampler = 'dpm_solver_2m'
   c.pairs.num_steps = 10
   c.pairs.guidance = GUIDANCE
-  c.dmd.num_updates = 400
+  c.dmd.num_updates = 240
   c.dmd.batch_size = 32
-  c.dmd.learning_rate = 3e-4
-  c.dmd.fake_learning_rate = 1e-4
+  c.dmd.learning_rate = 1e-3
+  c.dmd.fake_learning_rate = 3e-4
   c.dmd.warmup = 20
   c.dmd.decay = 'linear'
-  c.dmd.ema_decay = (0.99,)
+  c.dmd.ema_decay = (0.98,)
+  c.dmd.regression = 1.0
   c.dmd.guidance = GUIDANCE
 
   c.checkpoint.every = 200
   c.log.every = 50
   c.log.health_every = 0
-  c.evaluation.num_samples = 960
+  c.evaluation.num_samples = 480
   c.evaluation.batch_size = 240
   c.evaluation.samplers = ('ddim',)
-  c.evaluation.guidance = (0.0, GUIDANCE)
+  c.evaluation.guidance = (GUIDANCE,)
   c.evaluation.clip_x = False
   c.pairs.clip_x = False
   return c
