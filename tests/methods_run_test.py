@@ -253,7 +253,7 @@ def test_students_start_from_the_stage_that_is_named_and_the_fake_score_from_the
     return state.replace(step=state.step + 1), counts | {'loss': 1.0}
 
   monkeypatch.setattr(sharding, 'compile_step', lambda _: step)
-  monkeypatch.setattr(measure, 'evaluate', lambda *_, again: None)
+  monkeypatch.setattr(measure, 'evaluate', lambda *_, **__: None)
   workdir = shutil.copytree(ran[0], tmp_path / 'workdir')
   config = tiny.config(**OVERRIDES | {'log__health_every': 0})
   for name in ('dmd', 'dmd2'):
@@ -307,7 +307,7 @@ def test_a_config_that_is_refused_is_not_kept(ran, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize('name', ['dmd', 'consistency'])
 def test_a_student_of_another_run_is_imported_as_what_it_is(ran, tmp_path, monkeypatch, name):
   """Under its name, with its sampler, and the run goes on from there."""
-  monkeypatch.setattr(measure, 'evaluate', lambda *_, again: None)
+  monkeypatch.setattr(measure, 'evaluate', lambda *_, **__: None)
   changes = {'methods': ('progressive', name)}
   config = tiny.config(**OVERRIDES | changes)
   model = importing.from_workdir(config, default.get_config(), ran[0] / name, tmp_path / 'run')

@@ -201,7 +201,7 @@ def by_weight(rows: Rows, distance: str) -> dict[str, dict[str, list[Point]]]:
     if len(_weights(own, stage)) > 1:
       found[f'{stage}, {most} step{"s" * (most > 1)}'] = own
   panels: dict[str, dict[str, list[Point]]] = {}
-  for name in (distance, 'precision', 'recall', 'class_accuracy'):
+  for name in (distance, 'precision', 'recall', 'class_accuracy', 'clip_score'):
     lines = {}
     for caption, own in found.items():
       known = []

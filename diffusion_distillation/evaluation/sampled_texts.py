@@ -22,7 +22,7 @@ class SampledTexts:
   """The texts of an evaluation's samples, as a `conditioning.Texts`.
 
   The captions of the training images come in the order of `shuffled`: each epoch of samples has every caption once, as the
-  reference has every image once. Prompts of a file come in their order.
+  reference has every image once. Prompts of a file come in their order, and again from the first if there are fewer than samples.
 
   Attributes:
     encoder: the text encoder of the models.

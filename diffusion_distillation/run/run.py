@@ -89,7 +89,6 @@ def _check(
     raise UserError(
       f'log.frechet_every={config.log.frechet_every}: dataset.name=prompts has no images to compare samples with; set it to 0'
     )
-  compared.check(config, stages[0].text)
   reference.check(config)
   if config.evaluation.inception:  # raises its errors now, not after training
     inception.load(config.evaluation.inception)
@@ -128,6 +127,7 @@ def show_plan(config: Config, workdir: pathlib.Path) -> None:
   """
   stages = workdirs.described_plan(workdir, config)
   done, distances_of = _check(config, workdir, stages)
+  compared.check(config, stages[0].text)
   device_gb = config.compute.device_gb
   _show(config, workdir, stages, done, distances_of, device_gb)
   if device_gb:

@@ -122,6 +122,16 @@ def test_one_weight_is_no_curve_and_a_metric_that_no_row_has_is_no_panel():
   assert list(curves.by_weight(rows, 'FD-digits')) == ['FD-digits', 'class accuracy']
 
 
+def test_the_clip_score_of_samples_of_texts_has_a_panel():
+  rows = [
+    row | {'metrics': {'clip_score': 20.0 + k}, 'errors': {'clip_score': 0.5}}
+    for k, row in enumerate(weighted((0.0, 2.0)))
+  ]
+  panels = curves.by_weight(rows, 'FID')
+  assert list(panels) == ['FID', 'class accuracy', 'CLIP score']
+  assert {point.error for point in panels['CLIP score']['base, 4 steps']} == {0.5}
+
+
 def test_a_figure_of_too_many_curves_keeps_the_weight_at_which_the_base_is_best():
   rows = weighted((0.0, 1.0))
   assert curves.few(rows) == rows

@@ -269,7 +269,7 @@ def test_a_run_has_one_program_for_its_base_and_one_for_all_rounds(tmp_path, mon
   compile_really = sharding.compile_step
   monkeypatch.setattr(sharding, 'compile_step', compile_step)
   monkeypatch.setattr(run_module, 'train_steps', train_step)
-  monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, again: None)
+  monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, **__: None)
   run_module.run(tiny.config(model__conditional=conditional, model__ch_mult=(1,)), tmp_path / 'run')
   assert done == [*range(12), *range(8), *range(8)]
   assert len(traced) == 2, traced

@@ -204,7 +204,7 @@ def test_a_round_is_taught_by_and_starts_from_the_weights_that_are_named(
   monkeypatch.setattr(sharding, 'compile_step', lambda _: watching)
   monkeypatch.setattr('diffusion_distillation.run.forecast.show', lambda *_: None)
   monkeypatch.setattr('diffusion_distillation.run.forecast.show_times', lambda *_: None)
-  monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, again: None)
+  monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, **__: None)
   run.run(config, tmp_path)
 
   assert len(starts) == 2
