@@ -11,8 +11,9 @@ import safetensors.numpy
 import diffusion_distillation
 from diffusion_distillation.datasets import Settings, open_split
 from diffusion_distillation.errors import DamagedError, NumericalError, UserError
+from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.interop import exporting
-from diffusion_distillation.run import companion_training
+from diffusion_distillation.run import companion_training, compared
 from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import companions, own_companions, workdir
 from diffusion_distillation.stages.plan import plan
@@ -204,6 +205,15 @@ def test_an_imported_model_keeps_its_own_networks(tmp_path):
   directory, _ = text_model.begin(tmp_path)
   with pytest.raises(UserError, match=r'autoencoder\.num_updates=6: .* begins with an imported model'):
     workdir.plan_for(directory, config())
+
+
+def test_samples_of_a_run_are_drawn_for_texts_as_the_trained_encoder_reads_them(made):
+  c = config()
+  before, after = own_companions.new_text(c, images(c)), own_companions.find(made, c, None).text
+  real = compared.Compared(c, None, SampledTexts(before, images(c)))
+  assert real.drawing_for(after).texts.encoder == after != before
+  nothing = compared.Compared(c, None, None)
+  assert nothing.drawing_for(after) is nothing
 
 
 def test_settings_that_made_the_networks_cannot_be_changed(tmp_path):
