@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from diffusion_distillation.config import Config, keys
+from diffusion_distillation.config import Config
 from diffusion_distillation.datasets import PROMPTS, ImageSet
 from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.networks.autoencoder_kl import AutoencoderKL
@@ -69,12 +69,12 @@ def check(workdir: pathlib.Path, config: Config, is_imported: bool) -> None:
 
 def autoencoder(config: Config) -> AutoencoderSection:
   """Returns the section of the autoencoder."""
-  return AutoencoderSection(**{name: config.autoencoder[name] for name in keys(AutoencoderSection)})
+  return AutoencoderSection(**config.autoencoder)
 
 
 def text_encoder(config: Config) -> TextEncoderSection:
   """Returns the section of the text encoder."""
-  return TextEncoderSection(**{name: config.text_encoder[name] for name in keys(TextEncoderSection)})
+  return TextEncoderSection(**config.text_encoder)
 
 
 def find(workdir: pathlib.Path, config: Config, images: ImageSet | None) -> Companions | None:
