@@ -15,6 +15,7 @@ from diffusion_distillation import cli, modes
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.run import evaluating, inputs, loop
 from diffusion_distillation.run import run as run_module
+from diffusion_distillation.run.compared import Compared
 from diffusion_distillation.stages import model as model_module
 from diffusion_distillation.stages import provenance, trained
 from diffusion_distillation.stages.trained import Model
@@ -69,7 +70,8 @@ def test_only_what_a_later_stage_comes_from_is_in_memory(tmp_path, monkeypatch):
   monkeypatch.setattr(run_module.monitor, 'watches', lambda *_: False)
   monkeypatch.setattr(run_module.forecast, 'work_after', lambda *_: {})
   distances = dict.fromkeys(PLAN | {'dmd': None})
-  run_module._train(config, tmp_path, planned, set(), images, images, distances, None)
+  real = Compared(config, images, None)
+  run_module._train(config, tmp_path, planned, set(), images, images, distances, None, real)
   note('evaluation')
   base, two, one, dmd = (stage.name for stage in planned)
   parent, start = planned[-1].parent, planned[-1].start
