@@ -145,7 +145,10 @@ class Tally:
     self._moments = None if reference is None else _Moments(number)
 
   def add(self, features: np.ndarray, cond: Cond) -> None:
-    """Adds the features (n, D) of samples, and the conditioning that they were drawn with, of which `label` (n,) is used, -1 where unknown."""
+    """Adds the features (n, D) of samples.
+
+    Of the conditioning that they were drawn with, only `label` (n,) is used, which is -1 where it is unknown.
+    """
     number, labels = len(self._counts), (cond or {}).get('label')
     predicted = None if self._predict is None else self._predict(features)
     if predicted is not None:

@@ -14,7 +14,7 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import diffusers, edm, google, lora, stable_diffusion
 from diffusion_distillation.networks import conditioning
-from diffusion_distillation.stages import provenance, workdir
+from diffusion_distillation.stages import own_companions, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel, read
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.stages.provenance import Model
@@ -33,6 +33,7 @@ def from_google(config: Config, default: Config, path: pathlib.Path, into: pathl
     UserError: the file is not valid, or the config does not describe it; nothing was written.
   """
   del default
+  _check_trains_none(config, into)
   shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
   stages = plan(config, shape, num_classes)
   checkpoint = google.read(path)
@@ -41,6 +42,12 @@ def from_google(config: Config, default: Config, path: pathlib.Path, into: pathl
   params = google.fit(checkpoint.ema_params, stage.abstract_params(), path)
   origin = {'source': 'google', 'file': path.name, 'sha256': checkpoint.sha256}
   return _adopt(config, into, stage, params, origin)
+
+
+def _check_trains_none(config: Config, into: pathlib.Path) -> None:
+  """Raises UserError if the run of an imported model would train an autoencoder and a text encoder."""
+  if own_companions.are_wanted(config):
+    own_companions.check(into, config, is_imported=True)
 
 
 def _stage_for(num_steps: int, stages: list[Stage], path: pathlib.Path) -> Stage:
@@ -64,6 +71,12 @@ def from_workdir(config: Config, default: Config, path: pathlib.Path, into: path
   if not (path / 'stage.json').is_file():
     raise UserError(f'--checkpoint={path} is not a stage of a run: there is no stage.json in it')
   found_in, stored = read_json(path / 'stage.json'), workdir.read_config(path.parent, default)
+  if own_companions.are_wanted(stored):
+    raise UserError(
+      f'--checkpoint={path} was trained with an autoencoder and a text encoder of its run; import its folder, which contains '
+      f'them: --source=model --checkpoint={path / "model"}, with autoencoder.num_updates=0 and text_encoder.num_updates=0'
+    )
+  _check_trains_none(config, into)
   planned = {stage.name: stage for stage in workdir.stored_plan(path.parent, stored)}
   theirs = choose(f'--checkpoint={path}: stage', path.name, planned)
   shape, num_classes = datasets.describe(datasets.Settings.of(config.dataset))
@@ -158,6 +171,7 @@ def adopt_stored(config: Config, into: pathlib.Path, stored: StoredModel, made: 
   Raises:
     UserError: the config does not fit the model, or there is already a base; nothing was written.
   """
+  _check_trains_none(config, into)
   try:
     times.make_grid(stored.times, stored.num_steps, stored.schedule)
   except ValueError as error:

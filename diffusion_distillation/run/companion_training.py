@@ -37,11 +37,10 @@ from diffusion_distillation.training import autoencoding, contrastive
 from diffusion_distillation.training.optimizers import DECAYS
 from diffusion_distillation.training.state import Params
 
-_MEASURED, _AT_ONCE = (
-  1024,
-  64,
-)  # images from which the latents' scale is measured, and how many are encoded at a time
-_WARMUP, _CLIP_NORM = 50, 1.0
+_MEASURED = 1024  # images from which the latents' scale is measured
+_AT_ONCE = 64  # of which so many are encoded at a time
+_WARMUP = 50  # updates
+_CLIP_NORM = 1.0
 _SHOWN = 10  # updates between two values of the loss in the progress line
 _pixels = Pixels()
 
@@ -62,11 +61,22 @@ def table(config: Config, workdir: pathlib.Path) -> Iterator[str]:
     yield f'  {name:<18} {"":>11} {section.num_updates:>8,} updates of {section.batch_size} images{done}'
 
 
+def check_processes(config: Config, workdir: pathlib.Path) -> None:
+  """Raises UserError if several processes run, and a network is wanted and not finished."""
+  if sharding.part()[1] == 1 or not own_companions.are_wanted(config):
+    return
+  if own_companions.read_latents(workdir) is None or own_companions.read_text(workdir) is None:
+    raise UserError(
+      f'{workdir}: autoencoder and text encoder are not trained yet; run --mode=prepare with the same config and --workdir in '
+      'one process first'
+    )
+
+
 def ensure(config: Config, workdir: pathlib.Path, images: ImageSet) -> None:
   """Trains those networks that are not finished yet; does nothing if the config asks for none.
 
   Raises:
-    UserError: several processes run, and a network is not finished.
+    UserError: see `check_processes`.
     NumericalError: a loss is not finite.
     Preempted: a signal was received; the same command continues.
   """
@@ -75,11 +85,7 @@ def ensure(config: Config, workdir: pathlib.Path, images: ImageSet) -> None:
   latents, text = own_companions.read_latents(workdir), own_companions.read_text(workdir)
   if latents is not None and text is not None:
     return
-  if sharding.part()[1] > 1:
-    raise UserError(
-      f'{workdir}: autoencoder and text encoder are not trained yet; run --mode=prepare with the same config and --workdir in '
-      'one process first'
-    )
+  check_processes(config, workdir)
   (workdir / own_companions.FOLDER).mkdir(parents=True, exist_ok=True)
   with contextlib.closing(Loader(images, config.dataset.in_memory_gb, config.dataset.workers)) as loader:
     if latents is None:

@@ -20,6 +20,7 @@ def prepare(config: Config, workdir: pathlib.Path, captions: Captions) -> Encode
   """
   if isinstance(captions, ImageSet) and own_companions.are_wanted(config):
     workdirs.plan_for(workdir, config)  # raises its errors before anything is written
+    companion_training.check_processes(config, workdir)
     with workdirs.lock_workdir(workdir):
       workdirs.claim(workdir, config)
       workdirs.claim_images(workdir, captions)

@@ -151,12 +151,14 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   captions = workdirs.open_captions(workdir, config)
   done, distances_of = _check(config, workdir, stages)
   _check_needs(config, stages, done, images, captions)
-  real = compared.of_run(config, stages, images)
+  if isinstance(captions, ImageSet):
+    companion_training.check_processes(config, workdir)
+  against = compared.of_run(config, stages, images)
   with (
     contextlib.ExitStack() as reading
   ):  # the processes that read images always end before this one does
-    if real.images is not None:
-      reading.enter_context(contextlib.closing(real.images))
+    if against.images is not None:
+      reading.enter_context(contextlib.closing(against.images))
     reading.enter_context(workdirs.lock_workdir(workdir))
     _show(config, workdir, stages, done, distances_of)
     workdirs.claim(workdir, config)
@@ -169,19 +171,19 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       companion_training.ensure(config, workdir, captions)
       stages, _ = workdirs.plan_for(workdir, config)  # with the networks that are finished now
       distances_of = {stage.name: load_distance(stage) for stage in stages}
-      real = real.drawing_for(stages[0].text)
+      against = against.drawing_for(stages[0].text)
     encoded = _encode(config, workdir, stages, done, captions)
     examples = examples_of(images, encoded)
     if examples is not None and examples is not images:
       reading.enter_context(contextlib.closing(examples))
-    models = _train(config, workdir, stages, done, images, examples, distances_of, encoded, real)
-    if real.images is None:
+    models = _train(config, workdir, stages, done, images, examples, distances_of, encoded, against)
+    if against.images is None:
       _log.warning(
         'dataset.name=%s: skipping the evaluation, as there are no images to compare with',
         config.dataset.name,
       )
     else:
-      measure.evaluate(real.config, models, real.images, workdir, again=False, texts=real.texts)
+      measure.evaluate(against.config, models, against.images, workdir, again=False, texts=against.texts)
 
 
 def _encode(
@@ -218,12 +220,12 @@ def _train(
   examples: Loader | None,
   distances_of: dict[str, Params],
   texts: Encoded | None,
-  real: Compared,
+  against: Compared,
 ) -> list[Model]:
   """Trains the unfinished stages; keeps only those weights in memory that later stages need."""
   step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
   models: dict[str, Model] = {}
-  judge = gate.make_gate(real.config, workdir, real.images, real.texts)
+  judge = gate.make_gate(against.config, workdir, against.images, against.texts)
   for k, stage in enumerate(stages):
     inputs = gather(stage, models, examples, workdir, distances_of[stage.name], texts)
 
@@ -232,9 +234,11 @@ def _train(
         inputs = inputs.held()
         if monitor.watches(config, stage) and inputs.teacher is not None:
           inputs = dataclasses.replace(inputs, monitor=_monitor(config, stage, workdir, images, inputs))
-        if config.log.frechet_every and real.images is not None:
+        if config.log.frechet_every and against.images is not None:
           parents = inputs.parents(stage)
-          tracker = tracking.begin(real.config, stage, workdir, real.images, parents, real.texts)
+          tracker = tracking.begin(
+            against.config, stage, workdir, against.images, parents, against.texts
+          )
           inputs = dataclasses.replace(inputs, tracker=tracker)
       return fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
 

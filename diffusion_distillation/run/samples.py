@@ -40,7 +40,8 @@ def features_of(
 ) -> np.ndarray:
   """Draws `count` images of a stage in its own number of steps and returns their features, (count, D) float32.
 
-  Sampler, seed and batches are those of the evaluation, and so are the `texts` of a model that takes them. If `name` is given, shows progress under this name.
+  Sampler, seed and batches are those of the evaluation, and so are the `texts` of a model that takes them. If `name` is
+  given, shows progress under this name.
   """
   counts = measure.label_counts(config, workdir)
   draw = measure.drawer(config, stage, stage.sampler, counts, guidance, texts=texts)

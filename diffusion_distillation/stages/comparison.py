@@ -27,6 +27,10 @@ FREE = (
 _OF_STUDENTS = ('dataset.encoded_dtype', 'lora.')
 
 
+# Sections of the networks beside the base, whose other keys are unused while their number of updates is 0.
+_BESIDE = ('autoencoder', 'text_encoder')
+
+
 def _is_free(key: str, stage: str) -> bool:
   """Returns whether a key may differ from the config that `stage` was made with or, for '', from the workdir's config.
 
@@ -71,6 +75,7 @@ def implied(values: Mapping[str, Any]) -> dict[str, Any]:
     'distill.guidance': 0.0,
     'pairs.labels': 'balanced',
     'lora.rank': 0,
+    **{f'{name}.num_updates': 0 for name in _BESIDE},
   }
   if 'evaluation.clip_x' in values:
     found['pairs.clip_x'] = values['evaluation.clip_x']
@@ -96,14 +101,17 @@ _FOLLOWS = {'distill.weighting': 'weighting'} | {
 def _as_made(stage: str, values: dict[str, Any]) -> dict[str, Any]:
   """Normalizes a flat config for comparison.
 
-  'base' is replaced by the value that it refers to; keys of LoRA that the stage does not use are left out; for a round of
-  progressive distillation, each tuple of PER_ROUND is replaced by the round's entry.
+  'base' is replaced by the value that it refers to; keys of LoRA and of networks beside the base that the stage does not use are
+  left out; for a round of progressive distillation, each tuple of PER_ROUND is replaced by the round's entry.
   """
   follows = {key: of_base for key, of_base in _FOLLOWS.items() if values.get(key) == AS_BASE}
   values = values | {key: values[of_base] for key, of_base in follows.items() if of_base in values}
   unused = {key for key in values if key.startswith('lora.')} - {'lora.rank'}
   if values.get('lora.rank'):
     unused = set() if getattr(METHODS.get(stage), 'from_teacher', ()) else {'lora.fake_score'}
+  for name in _BESIDE:
+    if not values.get(f'{name}.num_updates'):
+      unused |= {key for key in values if key.startswith(f'{name}.')} - {f'{name}.num_updates'}
   values = {key: value for key, value in values.items() if key not in unused}
   if not _is_round(stage):
     return values

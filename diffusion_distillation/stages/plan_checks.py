@@ -13,10 +13,8 @@ from diffusion_distillation.stages.stage import Stage
 def check_described(config: Config) -> None:
   """Raises UserError unless the section `model` has all keys of its network, whose other hyper-parameters the program sets."""
   cls = choose('model.name', config.model.name, NETWORKS)
-  own, all_keys = (
-    keys(cls.Section),
-    {name for other in NETWORKS.values() for name in keys(other.Section)},
-  )
+  own = keys(cls.Section)
+  all_keys = {name for other in NETWORKS.values() for name in keys(other.Section)}
   needed = [f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING]
   if missing := [name for name in needed if name in all_keys and name not in own]:
     raise parts.only_imported(config.model.name, missing)

@@ -1,6 +1,8 @@
 """Makes the files of a tokenizer in CLIP's format, vocab.json and merges.txt, from texts."""
 
 import collections
+import functools
+import heapq
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -11,6 +13,7 @@ _SUFFIX = '</w>'  # of the last symbol of a word
 _VERSION = '#version: 0.2'
 
 Word = tuple[str, ...]
+Pair = tuple[str, str]
 
 
 def make(texts: Iterable[str], most: int) -> dict[str, bytes]:
@@ -23,17 +26,23 @@ def make(texts: Iterable[str], most: int) -> dict[str, bytes]:
   Raises:
     UserError: the library `tokenizers` is not installed.
   """
+  return dict(_make(tuple(collections.Counter(texts).items()), most))
+
+
+@functools.lru_cache(maxsize=1)  # a run plans its stages more than once
+def _make(texts: tuple[tuple[str, int], ...], most: int) -> dict[str, bytes]:
+  """Returns the files of `make`, for different texts with the number of times that each occurs."""
   symbols = _bytes()
   vocabulary = [*symbols, *(symbol + _SUFFIX for symbol in symbols)]
   words: dict[Word, int] = collections.defaultdict(int)
   split = splitter(_files(vocabulary, []))
-  for text, count in collections.Counter(texts).items():
+  for text, count in texts:
     for word in split(text):
       words[(*word[:-1], word[-1] + _SUFFIX)] += count
-  merges = list[tuple[str, str]]()
-  while len(merges) < most and (pair := _most_frequent(words)) is not None:
+  merges, pairs = list[Pair](), _Pairs(words)
+  while len(merges) < most and (pair := pairs.most_frequent()) is not None:
     merges.append(pair)
-    words = {_merged(word, pair): count for word, count in words.items()}
+    pairs.merge(pair)
   merged = dict.fromkeys(map(''.join, merges))  # two merges may make the same symbol
   return _files([*vocabulary, *merged], merges)
 
@@ -44,7 +53,7 @@ def _bytes() -> list[str]:
   return [*map(chr, printable), *(chr(256 + k) for k in range(256 - len(printable)))]
 
 
-def _files(vocabulary: list[str], merges: list[tuple[str, str]]) -> dict[str, bytes]:
+def _files(vocabulary: list[str], merges: list[Pair]) -> dict[str, bytes]:
   numbers = {symbol: number for number, symbol in enumerate([*vocabulary, BEGIN, END])}
   lines = [_VERSION, *map(' '.join, merges)]
   return {
@@ -53,15 +62,53 @@ def _files(vocabulary: list[str], merges: list[tuple[str, str]]) -> dict[str, by
   }
 
 
-def _most_frequent(words: Mapping[Word, int]) -> tuple[str, str] | None:
-  counts: dict[tuple[str, str], int] = collections.defaultdict(int)
-  for word, count in words.items():
-    for pair in itertools.pairwise(word):
-      counts[pair] += count
-  return min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+class _Pairs:
+  """The pairs of neighbouring symbols in words, counted; a merge only counts the words again that contain its pair."""
+
+  def __init__(self, words: Mapping[Word, int]) -> None:
+    self._counts: dict[Pair, int] = collections.defaultdict(int)
+    self._words_with: dict[Pair, set[int]] = collections.defaultdict(set)
+    self._words = list(words.items())
+    for place in range(len(self._words)):
+      self._count(place, 1)
+    # Also holds counts that pairs no longer have.
+    self._ranked = [(-count, pair) for pair, count in self._counts.items()]
+    heapq.heapify(self._ranked)
+
+  def _count(self, place: int, sign: int) -> set[Pair]:
+    """Adds the pairs of a word to the counts, or takes them away; returns them."""
+    word, count = self._words[place]
+    found = list(itertools.pairwise(word))
+    for pair in found:
+      self._counts[pair] += sign * count
+      if sign > 0:
+        self._words_with[pair].add(place)
+      else:
+        self._words_with[pair].discard(place)
+    return set(found)
+
+  def most_frequent(self) -> Pair | None:
+    """Returns the most frequent pair, of several the first in the alphabet; None if every word is one symbol."""
+    while self._ranked:
+      count, pair = self._ranked[0]
+      if count and self._counts[pair] == -count:
+        return pair
+      heapq.heappop(self._ranked)
+    return None
+
+  def merge(self, pair: Pair) -> None:
+    """Makes a pair one symbol wherever it occurs."""
+    changed = set[Pair]()
+    for place in tuple(self._words_with[pair]):
+      changed |= self._count(place, -1)
+      word, count = self._words[place]
+      self._words[place] = _merged(word, pair), count
+      changed |= self._count(place, 1)
+    for other in changed:
+      heapq.heappush(self._ranked, (-self._counts[other], other))
 
 
-def _merged(word: Word, pair: tuple[str, str]) -> Word:
+def _merged(word: Word, pair: Pair) -> Word:
   """Returns a word with every occurrence of a pair merged, from the left."""
   found, place = list[str](), 0
   while place < len(word):

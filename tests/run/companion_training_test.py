@@ -9,13 +9,13 @@ import pytest
 import safetensors.numpy
 
 import diffusion_distillation
-from diffusion_distillation.datasets import Settings, open_split
+from diffusion_distillation.datasets import ImageSet, Settings, open_split
 from diffusion_distillation.errors import DamagedError, NumericalError, UserError
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
-from diffusion_distillation.interop import exporting
-from diffusion_distillation.run import companion_training, compared
+from diffusion_distillation.interop import exporting, importing
+from diffusion_distillation.run import companion_training, compared, encoded_texts
 from diffusion_distillation.run import run as runs
-from diffusion_distillation.stages import companions, own_companions, workdir
+from diffusion_distillation.stages import companions, comparison, model, own_companions, workdir
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
@@ -149,10 +149,18 @@ def test_a_loss_that_is_not_finite_is_one_line():
     companion_training._mean('autoencoder', [np.float32(1), np.float32('nan')])
 
 
-def test_several_processes_need_networks_that_are_finished(tmp_path, monkeypatch):
+@pytest.mark.parametrize('begin', ['run', 'prepare'])
+def test_several_processes_need_networks_that_are_finished_before_anything_is_written(
+  begin, tmp_path, monkeypatch
+):
+  c, directory = config(), tmp_path / 'run'
   monkeypatch.setattr(sharding, 'part', lambda: (0, 2))
   with pytest.raises(UserError, match=r'run --mode=prepare .* in one process first'):
-    companion_training.ensure(config(), tmp_path, images(config()))
+    if begin == 'run':
+      runs.run(c, directory)
+    else:
+      encoded_texts.prepare(c, directory, images(c))
+  assert not directory.exists()
 
 
 def test_the_plan_names_the_networks_and_their_shapes_before_they_are_trained(made, tmp_path):
@@ -207,6 +215,32 @@ def test_an_imported_model_keeps_its_own_networks(tmp_path):
     workdir.plan_for(directory, config())
 
 
+def test_a_base_with_networks_of_its_run_is_imported_as_a_folder(made, tmp_path):
+  """Its stage is refused, as its config is in a run that would train other networks beside it."""
+  theirs = shutil.copytree(made, tmp_path / 'theirs')
+  c, default = config(), config(autoencoder__num_updates=0, text_encoder__num_updates=0)
+  workdir.claim(theirs, c)
+  base, own = workdir.described_plan(theirs, c)[0], own_companions.find(theirs, c, None)
+  params = text_model.random(lambda rng: base.init_params(rng))
+  stored = dataclasses.replace(
+    text_model.stored(), denoise=base.denoise, params=params, space=own.space, text=own.text
+  )
+  model.write(theirs / 'base' / 'model', stored)
+  write_json(theirs / 'base' / 'stage.json', {'finished': True})
+  folder, into = theirs / 'base' / 'model', tmp_path / 'run'
+  with pytest.raises(UserError, match=r'import its folder, .* --source=model --checkpoint=.*base/model'):
+    importing.from_workdir(default, default, theirs / 'base', into)
+  for read, path in ((importing.from_model, folder), (importing.from_google, folder)):
+    with pytest.raises(UserError, match=r'autoencoder\.num_updates=6: .* begins with an imported model'):
+      read(c, default, path, into)
+  assert not into.exists()
+  importing.from_model(default, default, folder, into)
+  (found,), _ = workdir.plan_for(into, default)
+  assert found.text == own.text and found.space == own.space
+  captions = workdir.open_captions(into, default)
+  assert isinstance(captions, ImageSet) and captions.caption(0) == images(c).caption(0)
+
+
 def test_samples_of_a_run_are_drawn_for_texts_as_the_trained_encoder_reads_them(made):
   c = config()
   before, after = own_companions.new_text(c, images(c)), own_companions.find(made, c, None).text
@@ -224,6 +258,26 @@ def test_settings_that_made_the_networks_cannot_be_changed(tmp_path):
       UserError, match=rf'{next(iter(changed)).replace("__", ".")} was .* use another workdir'
     ):
       workdir.claim(tmp_path, config(**changed))
+
+
+def test_settings_of_networks_that_a_run_does_not_train_may_change(tmp_path):
+  """In workdirs of versions that had no such networks, too, where they cannot be added beside a stage."""
+  path, sections = tmp_path / 'stage.json', ('autoencoder', 'text_encoder')
+  without = config(autoencoder__num_updates=0, text_encoder__num_updates=0)
+  unused = {'autoencoder__batch_size': 3, 'text_encoder__merges': 5}
+  changed = config(autoencoder__num_updates=0, text_encoder__num_updates=0, **unused)
+  made_with = json.loads(without.to_json())
+  older = {name: section for name, section in made_with.items() if name not in sections}
+  for stored in (made_with, older):
+    for stage in ('', 'base', 'dmd'):
+      comparison.check_config(path, stored, without, stage)
+      comparison.check_config(path, stored, changed, stage)
+      with pytest.raises(
+        UserError, match=r'autoencoder\.num_updates was 0, is 6; text_encoder\.num_upd'
+      ):
+        comparison.check_config(path, stored, config(), stage)
+  with pytest.raises(UserError, match=r'autoencoder\.batch_size was 8, is 3; text_encoder\.merges was'):
+    comparison.check_config(path, json.loads(config().to_json()), config(**unused), 'base')
 
 
 def test_networks_that_stages_were_trained_with_are_missed(tmp_path):

@@ -1,5 +1,7 @@
 """Vocabularies in CLIP's format, made from texts."""
 
+import collections
+import itertools
 import json
 
 import numpy as np
@@ -87,3 +89,47 @@ def test_merges_are_by_frequency_then_by_the_alphabet():
   assert vocabularies.make(['cd ab'], 1)['merges.txt'].decode().splitlines()[1:] == ['a b</w>']
   lines = vocabularies.make(['aaab'], 9)['merges.txt'].decode().splitlines()
   assert lines[1:] == ['a a', 'a b</w>', 'aa ab</w>']
+
+
+def merges_by_counting_everything_again(texts, most):
+  """The definition: after every merge, all pairs of all words are counted again."""
+  words = collections.Counter((*word[:-1], word[-1] + '</w>') for text in texts for word in text.split())
+  found = []
+  while len(found) < most:
+    counts = collections.Counter()
+    for word, count in words.items():
+      for pair in itertools.pairwise(word):
+        counts[pair] += count
+    if not counts:
+      break
+    found.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+    merged = collections.Counter()
+    for word, count in words.items():
+      symbols, place = [], 0
+      while place < len(word):
+        size = 2 if word[place : place + 2] == found[-1] else 1
+        symbols.append(''.join(word[place : place + size]))
+        place += size
+      merged[tuple(symbols)] += count
+    words = merged
+  return [' '.join(pair) for pair in found]
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_merges_are_those_of_counting_all_words_again(seed):
+  """Random words of two and three letters, in which many pairs overlap, share words, and are equally frequent."""
+  rng = np.random.default_rng(seed)
+  letters = 'ab' if seed == 0 else 'abc'
+  texts = [''.join(rng.choice([*letters, ' '], 30)) for _ in range(30)]
+  for most in (7, 1000):
+    lines = vocabularies.make(texts, most)['merges.txt'].decode().splitlines()
+    assert lines[1:] == merges_by_counting_everything_again(texts, most)
+
+
+def test_a_vocabulary_is_made_once_in_a_process(monkeypatch):
+  texts = ['once only', 'once more']
+  first = vocabularies.make(texts, 9)
+  monkeypatch.setattr(vocabularies, '_Pairs', None)
+  assert vocabularies.make(texts, 9) == first is not vocabularies.make(texts, 9)
+  with pytest.raises(TypeError):
+    vocabularies.make(texts, 8)
