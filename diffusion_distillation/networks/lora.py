@@ -30,10 +30,10 @@ _KERNEL, _BIAS = '/kernel', '/bias'
 
 @dataclasses.dataclass(frozen=True)
 class LoraSection:
-  """Students that are trained by low-rank adapters (LoRA, Hu et al. 2021) of the weights that they start from, of every method but `guided`.
+  """Trains students by low-rank adapters of the weights that they start from; works with every method except `guided`.
 
-  Parameters, moving averages, optimizer and checkpoints are those of the adapters alone. A finished student has ordinary weights, with the
-  adapters merged into them, and the adapters beside them.
+  See Hu et al. 2021 (LoRA). Parameters, moving averages, optimizer and checkpoints are those of the adapters alone. A finished student has
+  ordinary weights, with the adapters merged into them, and the adapters beside them.
   """
 
   rank: int = key(0, 'Rank of the adapters; 0: the weights themselves are trained.', NOT_NEGATIVE)
