@@ -1,6 +1,7 @@
 """A whole run of a student with adapters, at tiny size: trained, interrupted, resumed, exported, and refused with others."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -11,18 +12,24 @@ from flax import traverse_util
 
 import diffusion_distillation
 from diffusion_distillation.errors import DamagedError, StorageError, UserError
+from diffusion_distillation.evaluation import sampling
 from diffusion_distillation.interop import lora, lora_writer
 from diffusion_distillation.networks import lora as networks_lora
-from diffusion_distillation.run import loop
+from diffusion_distillation.run import loop, monitor
 from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import adapters, model, provenance, workdir
+from diffusion_distillation.system import sharding
 from tests import text_model, tiny
 from tests.text_runs_test import _first_two, _Killed
 
 pytestmark = pytest.mark.slow
 
 CHANGES = {'methods': ('dmd',), 'dmd__regression': 0.0, 'dmd__ema_decay': (0.5,)}
-CHANGES |= {'lora__rank': 2, 'lora__scale': 0.5}
+CHANGES |= {'lora__rank': 2, 'lora__scale': 0.5, 'log__health_every': 2}
+CHANGES |= {
+  'compute__teacher_dtype': 'bfloat16'
+}  # which is not that of the weights that the student adapts
+WATCHED = []  # the weights that the monitor has drawn with
 
 
 @pytest.fixture(scope='module')
@@ -36,9 +43,27 @@ def run(tmp_path_factory):
         patch.setattr(loop, '_dispatches', _first_two(loop._dispatches))
         with pytest.raises(_Killed):
           runs.run(c, directory)
-    runs.run(c, directory)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(monitor.measure, 'drawer', _noting(monitor.measure.drawer))
+      runs.run(c, directory)
     directories.append(directory)
   return (*directories, c)
+
+
+def _noting(drawer):
+  """`measure.drawer` whose drawers note the weights that they draw all images of at once with."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Noting(sampling.Drawer):
+    def draw(self, params, *args, **arguments):
+      WATCHED.append(sharding.to_host(params))
+      return super().draw(params, *args, **arguments)
+
+  def made(*args):
+    found = drawer(*args)
+    return Noting(**{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})
+
+  return made
 
 
 def final(directory, name='dmd'):
@@ -60,6 +85,16 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_with_the_adapters_in_it
   stored = adapters.read(killed / 'dmd' / 'model', base.params)
   merged = networks_lora.merged_on_host(base.params, stored.factors, stored.scale)
   jax.tree.map(np.testing.assert_array_equal, merged, found.params)
+
+
+def test_the_monitor_watches_the_student_that_is_stored(run):
+  directory = run[1]
+  path = directory / 'dmd' / 'metrics.jsonl'
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  watched = [line['step'] for line in lines if 'brightness' in line]
+  assert watched == [2, 4] and (directory / 'dmd' / 'denoisings.png').is_file()
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+  jax.tree.map(close, WATCHED[-1], final(directory).params)
 
 
 def test_weights_that_are_only_in_the_checkpoint_are_merged_when_they_are_read(run, tmp_path):
