@@ -140,17 +140,40 @@ def test_the_adapters_are_exported_and_lead_to_the_student(run, tmp_path):
     lora_writer.export(killed / 'base' / 'model', tmp_path / 'b.safetensors')
   with pytest.raises(UserError, match=r'must end with \.safetensors'):
     lora_writer.export(killed / 'dmd' / 'model', tmp_path / 'folder')
-  directory = shutil.copytree(killed, tmp_path / 'run')
-  described = json.loads((directory / 'base' / 'model' / 'model.json').read_text())
-  del described['provenance']['imported']
-  (directory / 'base' / 'model' / 'model.json').write_text(json.dumps(described))
-  with pytest.raises(UserError, match='these adapters change the weights of base, which is a student'):
-    lora_writer.export(directory / 'dmd' / 'model', tmp_path / 'c.safetensors')
-  other = model.read(directory / 'base' / 'model')
-  made = dataclasses.replace(
-    other, params=student, digest=None, provenance={'imported': {'source': 'x'}}
-  )
-  model.write(directory / 'base' / 'model', made, anew=True)
-  with pytest.raises(StorageError, match='do not lead to the weights of the model; nothing was written'):
-    lora_writer.export(directory / 'dmd' / 'model', tmp_path / 'd.safetensors')
   assert [path.name for path in tmp_path.iterdir() if path.suffix] == ['student.safetensors']
+
+
+def _changed(folder, **changes):
+  """Writes a model's folder again with other values; its adapters stay."""
+  kept = folder / adapters.FILE
+  content = kept.read_bytes() if kept.is_file() else None
+  model.write(folder, dataclasses.replace(model.read(folder), **changes), anew=True)
+  if content is not None:
+    kept.write_bytes(content)
+
+
+def test_adapters_are_compared_with_the_weights_if_the_base_is_there_and_is_no_student(run, tmp_path):
+  directory = shutil.copytree(run[0], tmp_path / 'run')
+  base, student = (directory / name / 'model' for name in ('base', 'dmd'))
+  params, made = model.read(student).params, model.read(base).provenance
+  parent = {'stage': 'first', 'weights': 'ema', 'digest': 'x'}
+
+  def export(name):
+    return lora_writer.export(student, tmp_path / f'{name}.safetensors')
+
+  trained_here = {key: value for key, value in made.items() if key != 'imported'} | {'parent': None}
+  _changed(base, provenance=trained_here)
+  assert 'not compared' not in export('trained')
+  _changed(base, provenance=trained_here | {'parent': parent})
+  with pytest.raises(UserError, match='these adapters change the weights of base, which is a student'):
+    export('of_a_student')
+  _changed(base, provenance=made)
+  _changed(student, params=jax.tree.map(lambda leaf: leaf + 1, params), digest=None)
+  with pytest.raises(StorageError, match='do not lead to the weights of the model; nothing was written'):
+    export('of_other_weights')
+  _changed(base, params=params, digest=None)  # as beside a model that was moved into another run
+  assert 'the adapters were not compared with the weights' in export('moved')
+  shutil.rmtree(base)
+  assert 'the adapters were not compared with the weights' in export('alone')
+  written = {path.stem for path in tmp_path.iterdir() if path.suffix}
+  assert written == {'trained', 'moved', 'alone'}
