@@ -42,7 +42,7 @@ def export(folder: pathlib.Path, out: str | os.PathLike[str] | None) -> str:
   adapted = model.read(base) if (base / model.DESCRIPTION).is_file() else None
   if (
     adapted is None or adapted.digest != start['digest']
-  ):  # the model was moved, beside nothing or a model of another run
+  ):  # the model was moved, perhaps into another run
     compared = ', which are not beside the model, so that the adapters were not compared with the weights of the student'
   else:
     _check(stored, found, adapted, start['stage'])

@@ -192,12 +192,10 @@ class Stage:
     Weights that the student's adapters change are kept as they are, because they are part of the student.
     """
     lora = self.recipe.lora
-    exact = self.teacher_dtype == 'float32' or (
-      lora is not None and lora.base_of('student') == 'teacher'
-    )
+    adapted = None if lora is None else lora.base_of('student')
 
     def of_teacher() -> Params:
-      if exact:
+      if self.teacher_dtype == 'float32' or adapted == 'teacher':
         return teacher
       return jax.tree.map(lambda leaf: leaf.astype(self.teacher_dtype), teacher)
 
