@@ -40,9 +40,8 @@ def export(folder: pathlib.Path, out: str | os.PathLike[str] | None) -> str:
   found, start = adapters.read(folder, stored.params), stored.provenance['start']
   base = folder.parent.parent / start['stage'] / 'model'
   adapted = model.read(base) if (base / model.DESCRIPTION).is_file() else None
-  if (
-    adapted is None or adapted.digest != start['digest']
-  ):  # the model was moved, perhaps into another run
+  if adapted is None or adapted.digest != start['digest']:
+    # The model was moved, perhaps into another run.
     compared = ', which are not beside the model, so that the adapters were not compared with the weights of the student'
   else:
     _check(stored, found, adapted, start['stage'])
