@@ -5,8 +5,8 @@ main.py --config=configs/sd15_dmd.py --config.dataset.path=prompts.txt --workdir
 
 These are the settings of the paper's run on LAION-Aesthetics 6.25+, with guidance 3; `:guidance_8` has those of the run on 6+,
 with guidance 8. `:lora` trains adapters of rank 64 with batches of 64 examples, for one GPU; these settings are ours, and have not been
-run at full size. `:guidance_8,lora` is both. In contrast to the paper, DPM-Solver++ draws the pairs instead of PNDM, and the regression's batch is as
-large as the other one.
+run at full size. `:guidance_8,lora` is both. In contrast to the paper, DPM-Solver++ draws the pairs instead of PNDM, and the
+regression's batch is as large as the other one.
 """
 
 import ml_collections

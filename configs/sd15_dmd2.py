@@ -4,8 +4,8 @@ main.py --mode=import --source=stable_diffusion --checkpoint=stable-diffusion-v1
 main.py --config=configs/sd15_dmd2.py --config.dataset.path=prompts.txt --workdir=DIR
 
 One step; `:four_steps` trains four, with backward simulation; `:lora` trains adapters of rank 64 with batches of 64 examples, for one
-GPU, with settings that are ours and have not been run at full size; `:four_steps,lora` is both. The GAN needs images and is off: it is the second phase of
-the released run, with learning rates of 5e-7, dmd2.gan_generator=1e-3 and dmd2.gan_fake=1e-2.
+GPU, with settings that are ours and have not been run at full size; `:four_steps,lora` is both. The GAN needs images and is off: it is
+the second phase of the released run, with learning rates of 5e-7, dmd2.gan_generator=1e-3 and dmd2.gan_fake=1e-2.
 """
 
 import ml_collections

@@ -80,11 +80,11 @@ def test_devices_hold_their_share_of_the_state_and_no_more(lay_out, fsdp):
 
 
 def test_adapters_of_split_weights_train_the_same_and_are_split_themselves(lay_out):
-  """Generator and fake score adapt the teacher in bfloat16, which is held once."""
+  """Generator and fake score adapt the teacher, which is held once."""
   adapted = Lora(4, 0.5, '.*conv.*', (('fake_score', 'teacher'), ('student', 'teacher')))
   stage = BY_NAME['dmd2']
   recipe = dataclasses.replace(stage.recipe, lora=adapted)
-  stage = dataclasses.replace(stage, recipe=recipe, teacher_dtype='bfloat16')
+  stage = dataclasses.replace(stage, recipe=recipe)
   lay_out(8, 1)
   whole, expected = peer.train(stage, IMAGES)
   lay_out(2, 4)

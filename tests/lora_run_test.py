@@ -1,6 +1,7 @@
 """A whole run of a student with adapters, at tiny size: trained, interrupted, resumed, exported, and refused with others."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -11,18 +12,24 @@ from flax import traverse_util
 
 import diffusion_distillation
 from diffusion_distillation.errors import DamagedError, StorageError, UserError
+from diffusion_distillation.evaluation import sampling
 from diffusion_distillation.interop import lora, lora_writer
 from diffusion_distillation.networks import lora as networks_lora
-from diffusion_distillation.run import loop
+from diffusion_distillation.run import loop, monitor
 from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import adapters, model, provenance, workdir
+from diffusion_distillation.system import sharding
 from tests import text_model, tiny
 from tests.text_runs_test import _first_two, _Killed
 
 pytestmark = pytest.mark.slow
 
 CHANGES = {'methods': ('dmd',), 'dmd__regression': 0.0, 'dmd__ema_decay': (0.5,)}
-CHANGES |= {'lora__rank': 2, 'lora__scale': 0.5}
+CHANGES |= {'lora__rank': 2, 'lora__scale': 0.5, 'log__health_every': 2}
+CHANGES |= {
+  'compute__teacher_dtype': 'bfloat16'
+}  # which is not that of the weights that the student adapts
+WATCHED = []  # the weights that the monitor has drawn with
 
 
 @pytest.fixture(scope='module')
@@ -36,9 +43,27 @@ def run(tmp_path_factory):
         patch.setattr(loop, '_dispatches', _first_two(loop._dispatches))
         with pytest.raises(_Killed):
           runs.run(c, directory)
-    runs.run(c, directory)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(monitor.measure, 'drawer', _noting(monitor.measure.drawer))
+      runs.run(c, directory)
     directories.append(directory)
   return (*directories, c)
+
+
+def _noting(drawer):
+  """`measure.drawer` whose drawers note the weights that they draw all images of at once with."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Noting(sampling.Drawer):
+    def draw(self, params, *args, **arguments):
+      WATCHED.append(sharding.to_host(params))
+      return super().draw(params, *args, **arguments)
+
+  def made(*args):
+    found = drawer(*args)
+    return Noting(**{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})
+
+  return made
 
 
 def final(directory, name='dmd'):
@@ -60,6 +85,16 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_with_the_adapters_in_it
   stored = adapters.read(killed / 'dmd' / 'model', base.params)
   merged = networks_lora.merged_on_host(base.params, stored.factors, stored.scale)
   jax.tree.map(np.testing.assert_array_equal, merged, found.params)
+
+
+def test_the_monitor_watches_the_student_that_is_stored(run):
+  directory = run[1]
+  path = directory / 'dmd' / 'metrics.jsonl'
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  watched = [line['step'] for line in lines if 'brightness' in line]
+  assert watched == [2, 4] and (directory / 'dmd' / 'denoisings.png').is_file()
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+  jax.tree.map(close, WATCHED[-1], final(directory).params)
 
 
 def test_weights_that_are_only_in_the_checkpoint_are_merged_when_they_are_read(run, tmp_path):
@@ -105,17 +140,40 @@ def test_the_adapters_are_exported_and_lead_to_the_student(run, tmp_path):
     lora_writer.export(killed / 'base' / 'model', tmp_path / 'b.safetensors')
   with pytest.raises(UserError, match=r'must end with \.safetensors'):
     lora_writer.export(killed / 'dmd' / 'model', tmp_path / 'folder')
-  directory = shutil.copytree(killed, tmp_path / 'run')
-  described = json.loads((directory / 'base' / 'model' / 'model.json').read_text())
-  del described['provenance']['imported']
-  (directory / 'base' / 'model' / 'model.json').write_text(json.dumps(described))
-  with pytest.raises(UserError, match='these adapters change the weights of base, which is a student'):
-    lora_writer.export(directory / 'dmd' / 'model', tmp_path / 'c.safetensors')
-  other = model.read(directory / 'base' / 'model')
-  made = dataclasses.replace(
-    other, params=student, digest=None, provenance={'imported': {'source': 'x'}}
-  )
-  model.write(directory / 'base' / 'model', made, anew=True)
-  with pytest.raises(StorageError, match='do not lead to the weights of the model; nothing was written'):
-    lora_writer.export(directory / 'dmd' / 'model', tmp_path / 'd.safetensors')
   assert [path.name for path in tmp_path.iterdir() if path.suffix] == ['student.safetensors']
+
+
+def _changed(folder, **changes):
+  """Writes a model's folder again with other values; its adapters stay."""
+  kept = folder / adapters.FILE
+  content = kept.read_bytes() if kept.is_file() else None
+  model.write(folder, dataclasses.replace(model.read(folder), **changes), anew=True)
+  if content is not None:
+    kept.write_bytes(content)
+
+
+def test_adapters_are_compared_with_the_weights_if_the_base_is_there_and_is_no_student(run, tmp_path):
+  directory = shutil.copytree(run[0], tmp_path / 'run')
+  base, student = (directory / name / 'model' for name in ('base', 'dmd'))
+  params, made = model.read(student).params, model.read(base).provenance
+  parent = {'stage': 'first', 'weights': 'ema', 'digest': 'x'}
+
+  def export(name):
+    return lora_writer.export(student, tmp_path / f'{name}.safetensors')
+
+  trained_here = {key: value for key, value in made.items() if key != 'imported'} | {'parent': None}
+  _changed(base, provenance=trained_here)
+  assert 'not compared' not in export('trained')
+  _changed(base, provenance=trained_here | {'parent': parent})
+  with pytest.raises(UserError, match='these adapters change the weights of base, which is a student'):
+    export('of_a_student')
+  _changed(base, provenance=made)
+  _changed(student, params=jax.tree.map(lambda leaf: leaf + 1, params), digest=None)
+  with pytest.raises(StorageError, match='do not lead to the weights of the model; nothing was written'):
+    export('of_other_weights')
+  _changed(base, params=params, digest=None)  # as beside a model that was moved into another run
+  assert 'the adapters were not compared with the weights' in export('moved')
+  shutil.rmtree(base)
+  assert 'the adapters were not compared with the weights' in export('alone')
+  written = {path.stem for path in tmp_path.iterdir() if path.suffix}
+  assert written == {'trained', 'moved', 'alone'}

@@ -19,10 +19,10 @@ from diffusion_distillation.system.checkpoints import digest
 def export(folder: pathlib.Path, out: str | os.PathLike[str] | None) -> str:
   """Writes the adapters in a model's folder to the file `out`, which does not exist yet; returns a line that says what was written.
 
-  The weights that they adapt are only compared if they are still beside the model, in the workdir.
+  They are only compared with the student's weights if those that they adapt are still beside the model, in the workdir.
 
   Raises:
-    UserError: the model has no adapters of an imported U-Net of diffusers, or `out` cannot be written; nothing was written.
+    UserError: the model has no adapters of a U-Net of diffusers, or they adapt a student, or `out` cannot be written; nothing was written.
     StorageError: the adapters do not lead to the student's weights; nothing was written.
   """
   into = _check_out(out)
@@ -39,8 +39,13 @@ def export(folder: pathlib.Path, out: str | os.PathLike[str] | None) -> str:
     )
   found, start = adapters.read(folder, stored.params), stored.provenance['start']
   base = folder.parent.parent / start['stage'] / 'model'
-  if (base / model.DESCRIPTION).is_file():
-    _check(stored, found, model.read(base), start)
+  adapted = model.read(base) if (base / model.DESCRIPTION).is_file() else None
+  if adapted is None or adapted.digest != start['digest']:
+    # The model was moved, perhaps into another run.
+    compared = ', which are not beside the model, so that the adapters were not compared with the weights of the student'
+  else:
+    _check(stored, found, adapted, start['stage'])
+    compared = ''
   temporary = into.with_name(f'.{into.name}.tmp')
   try:
     shutil.copyfile(folder / adapters.FILE, temporary)
@@ -50,21 +55,21 @@ def export(folder: pathlib.Path, out: str | os.PathLike[str] | None) -> str:
   count = sum(leaf.size for of in found.factors.values() for leaf in of.values())
   return (
     f'{into}: {count:,} parameters of adapters of {len(found.factors)} modules, scale {found.scale:g}, for the weights of '
-    f'{start["stage"]} ({start["digest"][:12]})'
+    f'{start["stage"]} ({start["digest"][:12]}){compared}'
   )
 
 
-def _check(stored: StoredModel, found: lora.Adapters, base: StoredModel, start: dict[str, str]) -> None:
-  """Raises UserError unless the adapted weights are imported ones, and StorageError unless adapters and weights agree."""
-  if not base.provenance.get('imported'):
+def _check(stored: StoredModel, found: lora.Adapters, base: StoredModel, name: str) -> None:
+  """Raises UserError if the adapted weights are those of a student, and StorageError unless adapters and weights agree."""
+  if base.provenance.get('parent'):
     raise UserError(
-      f'--format=lora: these adapters change the weights of {start["stage"]}, which is a student itself; --format=diffusers exports the '
+      f'--format=lora: these adapters change the weights of {name}, which is a student itself; --format=diffusers exports the '
       'weights with all changes'
     )
   merged = lora.merged_on_host(base.params, found.factors, found.scale)
-  if base.digest != start['digest'] or digest(merged) != stored.digest:
+  if digest(merged) != stored.digest:
     raise StorageError(
-      f'the adapters and the weights of {start["stage"]} do not lead to the weights of the model; nothing was written'
+      f'the adapters and the weights of {name} do not lead to the weights of the model; nothing was written'
     )
 
 

@@ -27,7 +27,7 @@ def read(config: Config) -> Prompted:
     UserError: see `caption_files.read_prompts` and `clip.read`.
   """
   section, found = config.evaluation, NOT_ASKED
-  if section.prompts:
+  if config.evaluation.prompts:
     path = paths.on_disk('evaluation.prompts', section.prompts)
     prompts = caption_files.read_prompts(path, 'evaluation.prompts')
     found = Prompted(path.name, prompts, None)

@@ -26,8 +26,9 @@ from diffusion_distillation.networks.denoiser import Bound
 from diffusion_distillation.run.pairs import StoredPairs
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.workdir import open_images
-from diffusion_distillation.system import files, logs, sharding
+from diffusion_distillation.system import compilation, files, logs, sharding
 from diffusion_distillation.system.files import write_json
+from diffusion_distillation.training.recipe import Recipe
 from diffusion_distillation.training.state import Params, TrainState
 
 _log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Monitor:
       size = at_a_time(stage.space, stage.image_shape, draw.batch_size, count)
       draw = dataclasses.replace(draw, texts=self._texts, batch_size=size)
     grid = times.uniform(stage.num_steps)
-    params = stage.recipe.weights('student', {**frozen, 'student': state.ema_params[0]})
+    params = _weights(stage.recipe, 'student', {**frozen, 'student': state.ema_params[0]})
     images = draw.draw(params, grid, count, config.evaluation.seed)
     if 'fake_score' in state.params:
       networks = {**frozen, 'fake_score': state.params['fake_score']}
@@ -168,9 +169,11 @@ class Monitor:
   def _picture(self, params: Mapping[str, Params], images: np.ndarray, cond: Cond) -> None:
     """Writes denoisings.png: the samples, then for each time the noised samples and both networks' denoisings."""
     logsnr = self._stage.schedule(jnp.array(_TIMES))
-    scores = self._stage.recipe.bind(params)
-    networks, space = (scores['teacher'], scores['fake_score']), self._stage.space
-    rows = _denoisings(networks, space.encode(jnp.asarray(images)), logsnr, cond)
+    recipe, space = self._stage.recipe, self._stage.space
+    teacher, fake_score = (
+      Bound(recipe.networks[name], _weights(recipe, name, params)) for name in ('teacher', 'fake_score')
+    )
+    rows = _denoisings((teacher, fake_score), space.encode(jnp.asarray(images)), logsnr, cond)
     size = len(images)
     decoded = [sharding.to_host(space.decode(rows[k : k + size])) for k in range(0, len(rows), size)]
     sheet = np.concatenate([images, *decoded])
@@ -180,6 +183,19 @@ class Monitor:
     temporary = self._stage_dir / 'denoisings.tmp'
     picture.save(temporary, format='png')
     temporary.replace(self._stage_dir / 'denoisings.png')
+
+
+_merged = compilation.jit(Recipe.weights, static_argnums=1)
+
+
+def _weights(recipe: Recipe, name: str, params: Mapping[str, Params]) -> Params:
+  """Returns `recipe.weights(name, params)`, from one program if adapters are merged."""
+  base = None if recipe.lora is None else recipe.lora.base_of(name)
+  if base is None:
+    return params[name]
+  found = _merged(recipe, name, {key: params[key] for key in (name, base)})
+  sharding.wait_on_cpu(found)
+  return found
 
 
 def watches(config: Config, stage: Stage) -> bool:

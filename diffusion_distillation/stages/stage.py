@@ -72,7 +72,7 @@ class Stage:
     clip_x: whether an imported model's x is clipped while sampling; None: as in the evaluation.
     text: its model's text encoder, if it is conditioned on text.
     measured_steps: step counts at which its model is evaluated.
-    teacher_dtype: dtype in which the frozen teacher is stored, 'float32' or 'bfloat16'.
+    teacher_dtype: dtype in which the frozen teacher is stored, 'float32' or 'bfloat16'; see `frozen`.
     attempts: the updates that training went back to because later ones were not finite; from each of them on, batches
       and noise are drawn with another seed.
     earlier_ends: the numbers of updates, ascending, at which the stage was finished before it was trained for longer.
@@ -185,18 +185,22 @@ class Stage:
     """Returns the frozen parameters that an update reads: those of networks that the method calls, and those that are adapted.
 
     Args:
-      teacher: the weights of the teacher; kept in `teacher_dtype`.
+      teacher: the weights of the teacher; kept in `teacher_dtype`, unless the student's adapters change them.
       distance: the weights of the method's distance.
-      start: the weights that the student starts from; kept in `teacher_dtype`. If they are the teacher's, they are kept only once.
-    """
+      start: the weights that the student starts from. If they are the teacher's, they are kept only once.
 
-    def kept(params: Params) -> Params:
-      if self.teacher_dtype == 'float32':
-        return params
-      return jax.tree.map(lambda leaf: leaf.astype(self.teacher_dtype), params)
+    Weights that the student's adapters change are kept as they are, because they are part of the student.
+    """
+    lora = self.recipe.lora
+    adapted = None if lora is None else lora.base_of('student')
+
+    def of_teacher() -> Params:
+      if self.teacher_dtype == 'float32' or adapted == 'teacher':
+        return teacher
+      return jax.tree.map(lambda leaf: leaf.astype(self.teacher_dtype), teacher)
 
     read = {*self.recipe.networks, *self.bases}
-    made = {'teacher': lambda: kept(teacher), 'distance': lambda: distance, START: lambda: kept(start)}
+    made = {'teacher': of_teacher, 'distance': lambda: distance, START: lambda: start}
     return {name: make() for name, make in made.items() if name in read}
 
   @property

@@ -30,7 +30,7 @@ class ComputeSection:
   )
   teacher_dtype: str = key(
     'float32',
-    "Type in which the frozen teacher's parameters are kept.",
+    "Type in which the frozen teacher's parameters are kept. Parameters that a student's adapters change (`lora.rank`) are always float32.",
     choices=('float32', 'bfloat16'),
   )
   remat: bool = key(

@@ -17,6 +17,8 @@ from diffusion_distillation.networks.spaces import Space
 from diffusion_distillation.training.optimizers import Adam, LearningRate
 from diffusion_distillation.training.state import Params, TrainState
 
+_NO_UPDATE = 2**32 - 1  # which is folded into the seed where an update folds its own number
+
 
 @flax.struct.dataclass
 class Recipe:
@@ -126,7 +128,7 @@ class Recipe:
 
   def _with_adapters(self, of: Lora, networks: Mapping[str, Params]) -> dict[str, Params]:
     """Returns the networks with new factors in place of the parameters of those that are adapted."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), 1), len(networks))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), _NO_UPDATE), len(networks))
     return {
       name: params if of.base_of(name) is None else lora.init(key, params, of.rank, of.modules)
       for key, (name, params) in zip(keys, sorted(networks.items()), strict=True)

@@ -155,6 +155,15 @@ def test_on_the_host_products_are_summed_in_order_and_rounded_once():
   assert found['attn']['to_q']['kernel'] == 2.0**-30
 
 
+def test_on_the_host_large_kernels_are_computed_in_parts():
+  rng = np.random.default_rng(7)
+  params = {'attn': {'to_q': {'kernel': np.zeros((70, 5), np.float32)}}}
+  down, up = np.float32(rng.standard_normal((70, 3))), np.float32(rng.standard_normal((3, 5)))
+  found = lora.merged_on_host(params, {'attn/to_q': {'down': down, 'up': up}}, 0.5)
+  expected = 0.5 * np.einsum('ir,ro->io', down.astype(np.float64), up)
+  np.testing.assert_allclose(found['attn']['to_q']['kernel'], expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
   ('factors', 'words'),
   [

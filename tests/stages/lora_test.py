@@ -18,6 +18,7 @@ from diffusion_distillation.stages import adapters, comparison, trained
 from diffusion_distillation.stages import plan as stages
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.provenance import Model, Parents
+from diffusion_distillation.system import sharding
 from diffusion_distillation.system.checkpoints import digest
 from tests import text_model, tiny
 from tests.run.gate_run_test import Pooled, of_data
@@ -59,12 +60,35 @@ def test_every_student_adapts_the_weights_that_it_starts_from_and_the_base_is_tr
   assert planned['dmd'].without_parents().recipe.lora is None  # as imported weights are whole
 
 
-def test_the_frozen_weights_have_the_type_of_the_teacher():
-  changes = {'compute__teacher_dtype': 'bfloat16', 'dmd__start': 'progressive_0001'}
-  stage = plan('progressive', 'dmd', **ADAPTED, **changes)['dmd']
-  one = np.ones(3, np.float32)
-  kept = stage.frozen({'w': one}, None, {'w': one})
-  assert {kept[name]['w'].dtype.name for name in ('teacher', 'start')} == {'bfloat16'}
+def test_the_student_in_training_is_the_stored_one_beside_a_teacher_in_bfloat16():
+  """Of weights that are its teacher's, and of weights of its own; the fake score may adapt narrower ones."""
+  outputs = jax.jit(lambda net, params, z: net(params, z, np.ones(2), {}).x, static_argnums=0)
+  z = np.random.default_rng(2).standard_normal((2, 8, 8, 1), np.float32)
+  for dtype in ('bfloat16', 'float32'):
+    changes = {'compute__teacher_dtype': dtype, 'dmd__start': 'progressive_0001'}
+    planned = plan('progressive', 'dmd', 'dmd2', **ADAPTED, **changes)
+    teacher, start = on_host(planned['base'], 0), on_host(planned['base'], 1)
+    types = {}
+    for name, base in (('dmd', start), ('dmd2', teacher)):
+      stage = planned[name]
+      frozen = stage.frozen(teacher, None, start)
+      types[name] = {leaf.dtype.name for leaf in jax.tree.leaves(frozen['teacher'])}
+      factors = factors_of(base, 2, ADAPTED['lora__modules'])
+      for scale in (0.0, 1.0):
+        of = jax.tree.map(lambda leaf, by=scale: np.float32(by) * leaf, factors)
+        state = dataclasses.replace(
+          jax.eval_shape(stage.recipe.create_state, base),
+          ema_params=(of,),
+          params={'student': of},
+          step=0,
+        )
+        stored = trained.to_model(stage, state, 0.0, base)
+        params = stage.recipe.weights('student', {**frozen, 'student': of})
+        if not scale:  # as before the first update
+          assert stored.digest == digest(sharding.to_host(params)) == digest(base)
+        found, expected = (np.asarray(outputs(stage.denoise, of, z)) for of in (params, stored.params))
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert types == {'dmd': {dtype}, 'dmd2': {'float32'}}
 
 
 def test_without_a_rank_the_plan_is_the_one_without_adapters():
@@ -106,10 +130,19 @@ def test_what_cannot_be_adapted_is_refused_in_one_line(what):
   assert '\n' not in str(caught.value)
 
 
-def test_every_method_is_either_adapted_or_refused():
-  """Of a method that is added later, too."""
-  known = set(ALL) | {'denoising', 'guided'}
-  assert set(METHODS) == known
+@pytest.mark.parametrize('method', sorted(set(METHODS) - {'denoising'}))
+def test_every_method_is_either_adapted_or_refused(method):
+  """Of a method that is added later, too; `denoising` is the base's."""
+  changes = {'model__conditional': True, 'dataset__label_dropout': 0.1}
+  try:
+    planned = plan(method, **ADAPTED, **changes)
+  except UserError as error:
+    assert method not in ALL and str(error).startswith('lora.rank=2: ')
+    return
+  students = [stage for stage in planned.values() if stage.method == method]
+  assert students
+  for stage in students:
+    assert {'student', *stage.recipe.method.from_teacher} <= set(dict(stage.recipe.lora.bases))
 
 
 def flat(c):
@@ -241,7 +274,7 @@ def test_memory_and_disk_are_those_of_the_adapters_and_of_one_frozen_copy():
   def size(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-  stage = plan('dmd', **ADAPTED)['dmd']
+  stage = plan('dmd', **ADAPTED, compute__teacher_dtype='bfloat16')['dmd']
   network = stage.abstract_params()
   factors = size(factors_of(network, 2, ADAPTED['lora__modules']))
   kernels = sum(

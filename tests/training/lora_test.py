@@ -87,6 +87,16 @@ def test_the_state_has_the_factors_alone_and_every_network_starts_as_what_it_ada
   )
 
 
+def test_no_update_draws_from_the_key_of_the_factors(monkeypatch):
+  """An update folds its number, below 2^31, into the key of the seed."""
+  folded = []
+  fold_in = jax.random.fold_in
+  monkeypatch.setattr(jax.random, 'fold_in', lambda key, data: folded.append(data) or fold_in(key, data))
+  recipe = recipe_of(dmd2(), BASES)
+  recipe._with_adapters(recipe.lora, {'student': STUDENT, 'fake_score': TEACHER})
+  assert folded == [2**32 - 1]
+
+
 METHODS = {name: VARIANTS[name] for name in ('progressive', 'knowledge', 'consistency')}
 METHODS |= {'dmd': isolation.MATCHING['pairs_and_gan']}
 
