@@ -283,7 +283,7 @@ def _train(
     restored = checkpoints.restore(jax.eval_shape(lambda: state), set_aside=True)
     before = 0.0
     if restored is not None:
-      state, before = jax.device_put(jax.device_get(restored[0]), jax.devices()[0]), restored[1]
+      state, before = jax.tree.map(jnp.array, jax.device_get(restored[0])), restored[1]
     began, rng = time.monotonic() - before, jax.random.key(seed)
     first = done = int(state.step)
     update, pending = _update(loss, optimizer), list[jax.Array]()
