@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.networks import lora
 from diffusion_distillation.networks.lora import Lora
+from diffusion_distillation.run import monitor
 from diffusion_distillation.system import checkpoints, sharding
 from diffusion_distillation.training import step as update
 from tests import peer, tiny
@@ -95,6 +97,11 @@ def test_adapters_of_split_weights_train_the_same_and_are_split_themselves(lay_o
   assert down.addressable_shards[0].data.size * 4 == down.size
   close = functools.partial(np.testing.assert_allclose, atol=1e-4)
   jax.tree.map(lambda a, b: close(np.asarray(a), np.asarray(b)), split.params, whole.params)
+  teacher = peer.params_of(stage)[1]  # the monitor merges them where they are
+  held = {'teacher': sharding.place(teacher), 'student': split.params['student']}
+  found = monitor._weights(recipe, 'student', held)
+  merged = lora.merged_on_host(teacher, sharding.to_host(split.params['student']), 0.5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), sharding.to_host(found), merged)
 
 
 def test_an_array_is_split_along_its_longest_axis_that_divides(lay_out):

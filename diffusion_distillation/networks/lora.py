@@ -152,12 +152,14 @@ def merged_on_host(params: Params, factors: Factors, scale: float = 1.0) -> Para
   """
 
   def change(down: np.ndarray, up: np.ndarray) -> np.ndarray:
-    left, right = (of.astype(np.float64) for of in (down.reshape(-1, len(up)), up.reshape(len(up), -1)))
+    rank = len(up)
+    left = np.asarray(down, np.float64).reshape(-1, rank)
+    right = np.asarray(up, np.float64).reshape(rank, -1)
     total = np.zeros((len(left), right.shape[1]))
     for first in range(0, len(left), _ROWS):
       part = total[first : first + _ROWS]
       for column, row in zip(left[first : first + _ROWS].T, right, strict=True):
-        part += column[:, None] * row  # a matrix product may sum in any order
+        part += np.multiply.outer(column, row)  # a matrix product may sum in any order
     return scale * total
 
   def added(kernel: np.ndarray, of: Mapping[str, np.ndarray]) -> np.ndarray:
