@@ -14,7 +14,6 @@ from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.errors import Preempted
 from diffusion_distillation.evaluation import measure, report_contents
-from diffusion_distillation.networks.denoiser import Bound
 from diffusion_distillation.networks.spaces import Pixels
 from diffusion_distillation.run import loop, monitor
 from diffusion_distillation.run.inputs import Inputs
@@ -82,11 +81,7 @@ class Flat:
     return Prediction(jnp.full_like(z, params), z)
 
 
-def bind(params):
-  return {name: Bound(Flat(), of_network) for name, of_network in params.items()}
-
-
-RECIPE = types.SimpleNamespace(bind=bind, weights=lambda name, params: params[name])
+RECIPE = types.SimpleNamespace(lora=None, networks={'teacher': Flat(), 'fake_score': Flat()})
 STAGE = types.SimpleNamespace(
   **{'name': 'dmd', 'denoise': Flat(), 'schedule': Cosine(), 'space': Pixels(), 'sampler': 'ddim'},
   **{'num_steps': 1, 'num_updates': 25, 'recipe': RECIPE},
