@@ -17,7 +17,11 @@ PREPARE = ['--mode=prepare', TRAIN[0]]
 CASES = {
   'no such data set': (
     [*TRAIN, '--config.dataset.name=cifr10'],
-    ["dataset.name='cifr10' is not known", 'digits, shapes, folder', "did you mean 'cifar10'?"],
+    [
+      "dataset.name='cifr10' is not known",
+      'digits, shapes, captioned_shapes, folder',
+      "did you mean 'cifar10'?",
+    ],
   ),
   'no such data set of ours': (
     [*TRAIN, '--config.dataset.name=shape'],
