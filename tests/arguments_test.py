@@ -99,6 +99,7 @@ def test_an_unknown_config_is_answered_with_what_there_is(given, tmp_path, monke
     arguments.find_config(given)
 
 
+@pytest.mark.slow
 def test_configs_of_ones_own_find_what_lies_beside_them(tmp_path, monkeypatch):
   import configs
 

@@ -74,6 +74,7 @@ def test_the_bias_is_how_much_larger_finite_sets_look(distance):
   assert np.std(bias) < 0.2 * np.mean(bias) and np.mean(bias) > 0.0
 
 
+@pytest.mark.slow
 def test_it_covers_with_as_many_samples_per_feature_as_published_fids_have():
   """24 each, about 50,000 / 2048, of features whose variances fall as 1 / k; the distance is half of the bias, as is usual."""
   dim, count, rng = 32, 768, np.random.default_rng(0)

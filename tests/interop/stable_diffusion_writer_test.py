@@ -62,6 +62,7 @@ def test_an_exported_base_is_imported_again_bit_by_bit(case, tmp_path):
   assert settings['set_alpha_to_one'] is (base.times == 'leading')
 
 
+@pytest.mark.slow
 def test_a_student_in_one_step_starts_from_the_last_timestep_and_ends_at_clean_data(case, tmp_path):
   _, run, base = case
   exporting.export(run, 'dmd', tmp_path / 'out', 'diffusers')

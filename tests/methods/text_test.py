@@ -133,6 +133,7 @@ def test_encoded_images_are_x_as_they_are(monkeypatch):
   assert found['cond'] is COND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('inner', [L2(), PseudoHuber(0.1)])
 def test_a_distance_of_decoded_latents_is_that_of_their_images(inner):
   """Its gradient is in latents; the decoder's parameters are an argument."""
