@@ -13,14 +13,15 @@ PLAN = {stage.name: stage for stage in PLANNED}
 
 
 def cut_back(workdir, stage=LAST, step=5):
-  """A stage as it was when the checkpoint of `step` was its newest; step 0, or a stage that has not begun: before it began."""
+  """A stage as it was when the checkpoint of `step` was its newest; step 0: before it began."""
   stage_dir = workdir / stage
-  if not stage_dir.is_dir():
+  if not step:
+    shutil.rmtree(stage_dir, ignore_errors=True)
     return
   for path in (stage_dir / 'checkpoints').iterdir():
     if int(path.name) > step:
       shutil.rmtree(path)
-  if not step or not any((stage_dir / 'checkpoints').iterdir()):
+  if not any((stage_dir / 'checkpoints').iterdir()):
     shutil.rmtree(stage_dir)
     return
   shutil.rmtree(stage_dir / 'model')
