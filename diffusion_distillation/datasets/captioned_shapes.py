@@ -12,12 +12,11 @@ Colours and grounds are always the same. Shapes are drawn as in shapes.py.
 """
 
 import dataclasses
-import hashlib
 import itertools
 
 import numpy as np
 
-from diffusion_distillation.datasets import shapes, splits
+from diffusion_distillation.datasets import shapes
 from diffusion_distillation.datasets.image_set import Example, ImageSet
 from diffusion_distillation.datasets.settings import Settings
 from diffusion_distillation.errors import UserError
@@ -72,9 +71,6 @@ def open_split(settings: Settings, role: str) -> ImageSet:
   """See `datasets.open_split`; raises UserError for grey images, of which the captions would not be true."""
   if settings.channels == 1:
     raise UserError('dataset.channels=1: the captions of captioned_shapes name colours; set it to 3')
-  first = SIZES['train']
-  table = {'train': range(first), 'test': range(first, first + SIZES['test'])}
-  indices = splits.select(settings.key(role), settings.spec(role, ('train', 'test')), table)
-  identity = hashlib.sha256(f'captioned_shapes {VERSION} {indices}'.encode()).hexdigest()
+  indices, identity = shapes.select(settings, role, 'captioned_shapes', VERSION, SIZES)
   shape = (settings.image_size, settings.image_size, 3)
   return CaptionedShapes('captioned_shapes', shape, CAPTIONS, identity, indices)

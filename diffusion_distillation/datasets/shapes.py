@@ -16,6 +16,7 @@ distance to the edge), so that all resolutions show the same image. Grey images 
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -114,13 +115,26 @@ class Shapes(ImageSet):
     return self.indices[k] % len(CLASSES)
 
 
+def select(
+  settings: Settings, role: str, name: str, version: int, sizes: Mapping[str, int]
+) -> tuple[list[int], str]:
+  """Returns the indices of the images of a split, and their identity, in a dataset that is drawn from indices.
+
+  Args:
+    settings: the settings of the dataset.
+    role: see `datasets.open_split`.
+    name: the name of the dataset.
+    version: the version of its drawing.
+    sizes: the number of images in `train`, whose indices begin at 0, and in `test`, whose indices follow.
+  """
+  first = sizes['train']
+  table = {'train': range(first), 'test': range(first, first + sizes['test'])}
+  indices = splits.select(settings.key(role), settings.spec(role, ('train', 'test')), table)
+  return indices, hashlib.sha256(f'{name} {version} {indices}'.encode()).hexdigest()
+
+
 def open_split(settings: Settings, role: str) -> ImageSet:
   """See `datasets.open_split`."""
-  table = {
-    'train': range(SIZES['train']),
-    'test': range(SIZES['train'], SIZES['train'] + SIZES['test']),
-  }
-  indices = splits.select(settings.key(role), settings.spec(role, ('train', 'test')), table)
-  identity = hashlib.sha256(f'shapes {VERSION} {indices}'.encode()).hexdigest()
+  indices, identity = select(settings, role, 'shapes', VERSION, SIZES)
   shape = (settings.image_size, settings.image_size, settings.channels or 3)
   return Shapes('shapes', shape, CLASSES, identity, indices)

@@ -21,6 +21,7 @@ from diffusion_distillation.evaluation import (
   real_images,
   report,
   report_contents,
+  row_batches,
 )
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
 from diffusion_distillation.evaluation.kept_features import OfEach
@@ -90,7 +91,7 @@ def evaluate(
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, results) | known_rows(partial, results)
   if again:
-    RowBatches(workdir, {}).remove()
+    row_batches.clear(workdir)
   cluster.barrier()  # before the first process writes these files anew
   todo = _settings(config, models, workdir, texts)
   drawn: dict[tuple, np.ndarray] = {}
@@ -115,7 +116,7 @@ def evaluate(
       guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
       bar.note(f'{row["stage"]} {row["sampler"]} {row["num_steps"]}{guided}: {row["value"]:.3f}')
       bar.advance(setting.num_steps)
-  RowBatches(workdir, {}).remove()
+  row_batches.clear(workdir)
   note_missing(results, kept)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began

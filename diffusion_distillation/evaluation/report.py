@@ -22,9 +22,7 @@ _FIGURES = (
 )
 _CLASSES = 20  # with more classes than this, only the worst are listed
 _WORST = 10
-_SIDE = (
-  128  # height in pixels to which large images are reduced, of which there are many beside each other
-)
+_SIDE = 128  # height in pixels to which large images are reduced where many stand side by side
 _LETTERS = 100  # of a text above its images
 
 

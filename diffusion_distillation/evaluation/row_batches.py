@@ -7,6 +7,7 @@ An interrupted evaluation reads these batches instead of drawing their images ag
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -15,7 +16,7 @@ import pathlib
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +34,8 @@ _log = logging.getLogger(__name__)
 FOLDER = 'row.partial'
 
 
-class Batch(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
   """A batch of a row's samples, as NumPy arrays without padding.
 
   Attributes:
@@ -50,6 +52,12 @@ class Batch(NamedTuple):
     return len(self.found.features)
 
 
+def clear(workdir: pathlib.Path) -> None:
+  """Removes the batches of whichever row is there."""
+  if files.writes():
+    shutil.rmtree(workdir / FOLDER, ignore_errors=True)
+
+
 class RowBatches:
   """The batches of a row that is being measured, in a folder of the workdir; those of any other row are removed.
 
@@ -61,26 +69,22 @@ class RowBatches:
   """
 
   def __init__(self, workdir: pathlib.Path | None, description: dict[str, Any]) -> None:
-    self._folder = None if workdir is None else workdir / FOLDER
+    self._workdir = workdir
     self._description = json.loads(json.dumps(description))
     self._count = self._known()
 
   def _known(self) -> int:
     """Returns the number of batches of this row that are there."""
-    if self._folder is None:
+    if self._workdir is None:
       return 0
     known = 0
     with contextlib.suppress(OSError, DamagedError):
-      if files.read_json(self._folder / 'row.json') == self._description:
-        known = next(k for k in itertools.count() if not self._path(k).is_file())
+      if files.read_json(self._workdir / FOLDER / 'row.json') == self._description:
+        known = next(k for k in itertools.count() if not _path(self._workdir, k).is_file())
     known = int(cluster.from_first(known))
-    if not known and files.writes():
-      shutil.rmtree(self._folder, ignore_errors=True)
+    if not known:
+      clear(self._workdir)
     return known
-
-  def _path(self, k: int) -> pathlib.Path:
-    assert self._folder is not None
-    return self._folder / f'{k:06}.npz'
 
   def read(self) -> Iterator[Batch]:
     """Yields the batches of an earlier start, in order.
@@ -89,13 +93,14 @@ class RowBatches:
       DamagedError: a file is damaged; it is removed, along with the others.
     """
     for k in range(self._count):
+      assert self._workdir is not None  # or else there are none
+      path = _path(self._workdir, k)
       try:
-        with np.load(self._path(k), allow_pickle=False) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
           known = dict(arrays)
           images, scores = known.pop('images'), known.pop('scores', None)
           yield Batch(Extracted(**known), images, scores)
       except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        path = self._path(k)
         self.remove()
         raise DamagedError(
           f'{path} is damaged ({error}) and was removed; run the same command again'
@@ -103,13 +108,14 @@ class RowBatches:
 
   def write(self, batch: Batch) -> None:
     """Adds a batch, atomically. If the disk is full, nothing more is kept of the row, with a warning."""
-    if self._folder is not None and files.writes():
+    if self._workdir is not None and files.writes():
+      folder = self._workdir / FOLDER
       try:
-        self._write(self._folder, batch)
+        self._write(folder, batch)
       except OSError as error:
-        _log.warning('%s: %s; if this row is interrupted, it begins again', self._folder, error.strerror)
+        _log.warning('%s: %s; if this row is interrupted, it begins again', folder, error.strerror)
         self.remove()
-        self._folder = None
+        self._workdir = None
     self._count += 1
 
   def _write(self, folder: pathlib.Path, batch: Batch) -> None:
@@ -120,13 +126,18 @@ class RowBatches:
     temporary = folder / 'batch.tmp'
     with temporary.open('wb') as file:
       np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
-    os.replace(temporary, self._path(self._count))
+    os.replace(temporary, _path(folder.parent, self._count))
 
   def remove(self) -> None:
     """Removes all batches, because the row is finished."""
-    if self._folder is not None and files.writes():
-      shutil.rmtree(self._folder, ignore_errors=True)
+    if self._workdir is not None:
+      clear(self._workdir)
     self._count = 0
+
+
+def _path(workdir: pathlib.Path, k: int) -> pathlib.Path:
+  """Returns the path of batch k of the row that is being measured."""
+  return workdir / FOLDER / f'{k:06}.npz'
 
 
 class RunningRow:

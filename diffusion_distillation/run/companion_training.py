@@ -39,7 +39,7 @@ from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.logs import MetricsWriter
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training import autoencoding, contrastive
-from diffusion_distillation.training.optimizers import DECAYS
+from diffusion_distillation.training.optimizers import LearningRate
 from diffusion_distillation.training.state import Params
 
 _MEASURED = 1024  # images from which the latents' scale is measured
@@ -222,16 +222,6 @@ def _with_tokens(
       yield {'image': batch['image'], 'tokens': tokenize(captions, warns=False)}
 
 
-def _optimizer(learning_rate: float, num_updates: int) -> optax.GradientTransformation:
-  """Returns Adam with clipped gradients, a short warm-up, and a cosine decay to 0."""
-
-  def rate(step: jax.Array) -> jax.Array:
-    warm = jnp.minimum(1.0, (step + 1) / _WARMUP)
-    return learning_rate * warm * DECAYS['cosine'](step / num_updates)
-
-  return optax.chain(optax.clip_by_global_norm(_CLIP_NORM), optax.adam(rate))
-
-
 def _update(
   loss: Loss, optimizer: optax.GradientTransformation
 ) -> Callable[[State, jax.Array, Any], tuple[State, jax.Array]]:
@@ -277,7 +267,8 @@ def _train(
   """
   section, directory = config[name], workdir / own_companions.FOLDER / name
   directory.mkdir(exist_ok=True)
-  optimizer = _optimizer(section.learning_rate, section.num_updates)
+  rate = LearningRate(section.learning_rate, section.num_updates, _WARMUP, 'cosine')
+  optimizer = optax.chain(optax.clip_by_global_norm(_CLIP_NORM), optax.adam(rate))
   state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros(_SHOWN))
   with contextlib.closing(Checkpoints(directory)) as checkpoints:
     restored = checkpoints.restore(jax.eval_shape(lambda: state), set_aside=True)

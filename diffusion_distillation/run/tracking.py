@@ -241,20 +241,19 @@ class Tracker:
   def _described(self) -> dict[str, Any]:
     """Returns everything that measurements must share to be compared."""
     evaluation, log = self._config.evaluation, self._config.log
-    interval = {'every': log.frechet_every} if self._config.early_stop.patience else {}
-    texts = {} if self._texts is None else {'texts': self._texts.digest}
-    return (
-      interval
-      | texts
-      | {
-        'samples': log.frechet_samples,
-        'seed': evaluation.seed,
-        'clip_x': evaluation.clip_x,
-        'labels': evaluation.labels,
-        'steps': self._stage.num_steps,
-        'extractor': self._extractor.digest,
-      }
-    )
+    found: dict[str, Any] = {}
+    if self._config.early_stop.patience:
+      found['every'] = log.frechet_every
+    if self._texts is not None:
+      found['texts'] = self._texts.digest
+    return found | {
+      'samples': log.frechet_samples,
+      'seed': evaluation.seed,
+      'clip_x': evaluation.clip_x,
+      'labels': evaluation.labels,
+      'steps': self._stage.num_steps,
+      'extractor': self._extractor.digest,
+    }
 
 
 def begin(
