@@ -40,9 +40,10 @@ def _name_layout(stage: Stage, shapes: Shapes, limit: float) -> str:
   """Returns the words that name the smallest layout of devices with `limit` bytes that a stage fits."""
   found = smallest_layout(shapes, limit)
   if found is None:
+    teacher = ', and compute.teacher_dtype=bfloat16' * _has_teacher_dtype(stage)
     return (
-      f'fits no layout of devices of {limit / _GB:g} GB; set compute.remat=True, compute.dtype=bfloat16 and '
-      'compute.teacher_dtype=bfloat16'
+      f'fits no layout of devices of {limit / _GB:g} GB; set compute.remat=True and compute.dtype=bfloat16'
+      f'{teacher}'
     )
   section = {'denoising': 'train', 'progressive': 'distill'}.get(stage.method, stage.method)
   keys = [f'mesh.fsdp={found.fsdp}'] * (found.fsdp > 1)
@@ -51,6 +52,11 @@ def _name_layout(stage: Stage, shapes: Shapes, limit: float) -> str:
   return (
     f'fits {of}{" with " * bool(keys)}{" and ".join(keys)}: {found.memory.total / _GB:.1f} GB on each'
   )
+
+
+def _has_teacher_dtype(stage: Stage) -> bool:
+  """Whether `compute.teacher_dtype` says how a stage keeps its teacher; weights that the student adapts are float32."""
+  return stage.recipe.lora is None
 
 
 def disk(stages: list[Stage], finished: set[str]) -> int:
@@ -118,7 +124,9 @@ def needs(
     elif of.arguments > limit:
       raise UserError(
         f'stage {stage.name}: parameters, averages, optimizer and teacher take {of.arguments / _GB:.1f} GB of the '
-        f'{limit / _GB:.1f} GB of a device; raise mesh.fsdp, or set compute.teacher_dtype=bfloat16'
+        f'{limit / _GB:.1f} GB of a device; raise mesh.fsdp'
+        + ', or set compute.teacher_dtype=bfloat16'
+        * _has_teacher_dtype(stage)
       )
     elif of.total > limit:
       yield (

@@ -249,7 +249,10 @@ def test_a_plan_for_other_devices_names_their_layout_and_refuses_nothing(tmp_pat
   lines = list(preflight.needs(STAGES[:2], {'base'}, tmp_path, {}, 40.0))
   assert any('fits 1 device of 40 GB: 0.0 GB on each' in line for line in lines)
   lines = list(preflight.needs(STAGES[:2], {'base'}, tmp_path, {}, 1e-6))
-  assert any('fits no layout of devices of 1e-06 GB; set compute.remat=True' in line for line in lines)
+  said = 'fits no layout of devices of 1e-06 GB; set compute.remat=True and compute.dtype=bfloat16'
+  assert any(line.endswith(f'{said}, and compute.teacher_dtype=bfloat16') for line in lines)
+  adapted = tiny.plan(lora__rank=2, lora__modules='.*')[0][1]
+  assert any(line.endswith(said) for line in preflight.needs([adapted], set(), tmp_path, {}, 1e-6))
 
 
 @pytest.mark.slow
