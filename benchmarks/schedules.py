@@ -62,7 +62,8 @@ class Schedule:
     config.distill.end_steps = self.end
     config.distill.factor = self.factor or config.distill.factor
     config.distill.learning_rate = self.rates or config.distill.learning_rate
-    config.gate.factor, config.gate.limit, config.gate.stop = self.gate, 16.0, False
+    config.gate.factor, config.gate.stop = self.gate, False
+    config.gate.extra, config.gate.limit = 1.0, 16.0
     updates = self.updates or config.distill.num_updates
     config.distill.num_updates = tuple(max(1, round(scale * count)) for count in updates)
     return config
@@ -71,7 +72,7 @@ class Schedule:
 SCHEDULES = {
   'halves': Schedule(factor=(2,), updates=(200, 200, 750), rates=(1e-3,), end=4),
   'demo': Schedule(),
-  'gated': Schedule(updates=(150,), gate=1.5),
+  'gated': Schedule(updates=(150,), gate=1.25),
   'short': Schedule(base=1400, ramp=0.05, updates=(150, 300, 300, 400), rates=(5e-4,)),
 }
 
@@ -142,16 +143,18 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-  """Figure of quality against training time: one line per schedule, one point per number of steps and seed."""
+  """Figure of quality against training cost: one line per schedule and seed, one point per number of steps."""
   drawing = Figure(figsize=(6.4, 4.4), layout='constrained')
   axes = drawing.add_subplot(
-    xlabel='minutes of training, including the base model', ylabel='FD-digits', yscale='log'
+    xlabel='network evaluations of the training, per image and in thousands',
+    ylabel='FD-digits',
+    yscale='log',
   )
   for k, name in enumerate(SCHEDULES):
     for seed in sorted({row['seed'] for row in rows if row['part'] == name}):
       found = [row for row in rows if (row['part'], row['seed']) == (name, seed)]
       found.sort(key=lambda row: -row['num_steps'])
-      x = [(row['seconds'] + row['base_seconds']) / 60 for row in found]
+      x = [(row['calls'] + row['base_calls']) / 1e3 for row in found]
       y = [row['value'] for row in found]
       axes.plot(x, y, f'C{k}o-', alpha=0.7, label=None if seed else name)
       for row, at in zip(found, zip(x, y, strict=True), strict=True):
