@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.distill.start_steps = 32
   c.distill.factor = (4, 2, 2, 2)
-  c.distill.num_updates = (150, 300, 600, 900)
+  c.distill.num_updates = (150, 300, 600, 1500)
   c.distill.batch_size = 64
   c.distill.learning_rate = (5e-4, 5e-4, 7e-4, 1e-3)
 
