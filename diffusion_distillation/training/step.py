@@ -97,28 +97,39 @@ def _apply(
 ) -> tuple[tuple[Params, ...], dict[str, jax.Array], jax.Array]:
   """Returns the next (parameters, optimizer states, averages), the norms of gradients and updates, and if all are finite.
 
-  If anything is not finite, nothing changes. Networks without a gradient and their moments do not change either, and the
-  averages are only updated when the student has a gradient.
+  If the loss or a gradient is not finite, nothing changes. Networks without a gradient and their moments do not change
+  either, and the averages are only updated when the student has a gradient.
   """
   params, opt_state, averages = {**state.params}, {**state.opt_state}, state.ema_params
   packings = {name: Packing(params[name]) for name in grads}
+  packed = {name: packing.pack(grads[name]) for name, packing in packings.items()}
   scales = recipe.optimizer.joint_scales(grads)
-  before: dict[str, Any] = {}
-  after: dict[str, Any] = {}
+  norms = {name: optax.tree.norm(gradient) for name, gradient in packed.items()}
+  finite = jnp.isfinite(jnp.array([loss, *norms.values()])).all()
+
+  def advance(networks: dict[str, Any]) -> dict[str, Any]:
+    return {
+      name: _advance(recipe, name, network, packed[name], scales.get(name), state.step)
+      for name, network in networks.items()
+    }
+
+  def skip(networks: dict[str, Any]) -> dict[str, Any]:
+    return {name: (network, jnp.full_like(norms[name], jnp.nan)) for name, network in networks.items()}
+
+  before = {
+    name: packing.pack((params[name], opt_state[name], averages if name == 'student' else ()))
+    for name, packing in packings.items()
+  }
+  # One branch compiles faster than a choice between old and new for each array.
+  after = jax.lax.cond(finite, advance, skip, before)
   metrics: dict[str, jax.Array] = {}
-  for name, packing in packings.items():
-    followers = averages if name == 'student' else ()
-    before[name] = packing.pack((params[name], opt_state[name], followers))
-    gradient, scale = packing.pack(grads[name]), scales.get(name)
-    after[name], moved = _advance(recipe, name, before[name], gradient, scale, state.step)
-    own = '' if name == 'student' else f'{name}_'
-    metrics |= {f'{own}{key}': value for key, value in moved.items()}
-  numbers = [loss, *(value for key, value in metrics.items() if key.endswith('_norm'))]
-  finite = jnp.isfinite(jnp.array(numbers)).all()
-  kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-  for name, packing in packings.items():
-    params[name], opt_state[name], followers = packing.unpack(kept[name])
+  for name, (network, moved) in after.items():
+    params[name], opt_state[name], followers = packings[name].unpack(network)
     averages = followers if name == 'student' else averages
+    own = '' if name == 'student' else f'{name}_'
+    rate = recipe.learning_rate[name](state.step)
+    found = {'grad_norm': norms[name], 'update_norm': moved, 'learning_rate': rate}
+    metrics |= {f'{own}{key}': value for key, value in found.items()}
   return (params, opt_state, averages), metrics, finite
 
 
@@ -129,8 +140,8 @@ def _advance(
   gradient: Any,
   scale: jax.Array | None,
   step: jax.Array,
-) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
-  """Returns a network's next (parameters, optimizer state, averages), and the norms of its gradient and update.
+) -> tuple[tuple[Any, ...], jax.Array]:
+  """Returns a network's next (parameters, optimizer state, averages), and the norm of its update.
 
   If there is a `scale`, the optimizer receives `scale` times the gradient.
   """
@@ -145,8 +156,7 @@ def _advance(
     optax.incremental_update(params, average, average_weight(decay, recipe.ema_ramp, turn))
     for average, decay in zip(averages, decays, strict=True)
   )
-  metrics = {'grad_norm': optax.tree.norm(gradient), 'update_norm': optax.tree.norm(updates)}
-  return (params, opt_state, averages), metrics | {'learning_rate': rate}
+  return (params, opt_state, averages), optax.tree.norm(updates)
 
 
 def gradients(
