@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import flax
 import jax
@@ -87,22 +86,19 @@ class Adam:
   clip_norm: float = 1.0
   clipped_together: tuple[str, ...] = ()
 
-  def joint_scales(self, grads: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Returns the factors that scale the gradients of the networks in `clipped_together` before their updates.
-
-    A scaled gradient has a norm of at most `clip_norm`, so `transform` does not clip it again.
-    """
-    together = {name: grads[name] for name in self.clipped_together if name in grads}
-    if not together:
-      return {}
-    norm = optax.tree.norm(together)
-    scale = jnp.where(norm < self.clip_norm, 1.0, self.clip_norm / norm)
-    return dict.fromkeys(together, scale)
+  def scales(self, norms: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the factors that clip the gradients of networks, by network; `norms` are the norms of their gradients."""
+    joint = jnp.linalg.norm(jnp.array([norms[name] for name in self.clipped_together if name in norms]))
+    clipped = {name: joint if name in self.clipped_together else norm for name, norm in norms.items()}
+    return {
+      name: jnp.where(norm < self.clip_norm, 1.0, self.clip_norm / norm)
+      for name, norm in clipped.items()
+    }
 
   def transform(self) -> optax.GradientTransformation:
-    """Returns the optimizer as an Optax gradient transformation."""
+    """Returns the optimizer of clipped gradients as an Optax gradient transformation."""
     return optax.chain(
-      optax.clip_by_global_norm(self.clip_norm),
+      optax.identity(),  # in the place where checkpoints have the state of Optax's own clipping, which is empty as well
       optax.scale_by_adam(self.b1, self.b2, self.eps),
       optax.add_decayed_weights(self.weight_decay),
     )

@@ -103,13 +103,13 @@ def _apply(
   params, opt_state, averages = {**state.params}, {**state.opt_state}, state.ema_params
   packings = {name: Packing(params[name]) for name in grads}
   packed = {name: packing.pack(grads[name]) for name, packing in packings.items()}
-  scales = recipe.optimizer.joint_scales(grads)
   norms = {name: optax.tree.norm(gradient) for name, gradient in packed.items()}
+  scales = recipe.optimizer.scales(norms)
   finite = jnp.isfinite(jnp.array([loss, *norms.values()])).all()
 
   def advance(networks: dict[str, Any]) -> dict[str, Any]:
     return {
-      name: _advance(recipe, name, network, packed[name], scales.get(name), state.step)
+      name: _advance(recipe, name, network, optax.tree.scale(scales[name], packed[name]), state.step)
       for name, network in networks.items()
     }
 
@@ -138,17 +138,12 @@ def _advance(
   name: str,
   network: tuple[Any, ...],
   gradient: Any,
-  scale: jax.Array | None,
   step: jax.Array,
 ) -> tuple[tuple[Any, ...], jax.Array]:
-  """Returns a network's next (parameters, optimizer state, averages), and the norm of its update.
-
-  If there is a `scale`, the optimizer receives `scale` times the gradient.
-  """
+  """Returns a network's next (parameters, optimizer state, averages), and the norm of its update; the gradient is clipped."""
   params, opt_state, averages = network
   rate = recipe.learning_rate[name](step)
-  scaled = gradient if scale is None else jax.tree.map(lambda g: scale * g, gradient)
-  updates, opt_state = recipe.optimizer.transform().update(scaled, opt_state, params)
+  updates, opt_state = recipe.optimizer.transform().update(gradient, opt_state, params)
   params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
   decays = recipe.decays if averages else ()
   turn = step // recipe.method.period

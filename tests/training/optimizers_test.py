@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusion_distillation.training.optimizers import DECAYS, Adam, LearningRate
@@ -17,7 +18,8 @@ def updates_of(adam, *gradients, params=PARAMS):
   transform = adam.transform()
   state, updates = transform.init(params), []
   for gradient in gradients:
-    update, state = transform.update(gradient, state, params)
+    scale = adam.scales({'student': optax.tree.norm(gradient)})['student']
+    update, state = transform.update(optax.tree.scale(scale, gradient), state, params)
     updates.append(update)
   return updates
 
