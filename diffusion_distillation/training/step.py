@@ -1,6 +1,6 @@
 """The training step, which is the same for all methods."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -120,8 +120,7 @@ def _apply(
     name: packing.pack((params[name], opt_state[name], averages if name == 'student' else ()))
     for name, packing in packings.items()
   }
-  # One branch compiles faster than a choice between old and new for each array.
-  after = jax.lax.cond(finite, advance, skip, before)
+  after = _either(finite, advance, skip, before)
   metrics: dict[str, jax.Array] = {}
   for name, (network, moved) in after.items():
     params[name], opt_state[name], followers = packings[name].unpack(network)
@@ -131,6 +130,17 @@ def _apply(
     found = {'grad_norm': norms[name], 'update_norm': moved, 'learning_rate': rate}
     metrics |= {f'{own}{key}': value for key, value in found.items()}
   return (params, opt_state, averages), metrics, finite
+
+
+def _either(chosen: jax.Array, yes: Callable, no: Callable, given: Any) -> Any:
+  """Returns yes(given) if `chosen`, else no(given).
+
+  On CPUs this is a branch, because a choice for each array takes longer to compile than the optimizer itself. On other devices
+  both are computed, since the host may wait for the device before it starts a branch.
+  """
+  if jax.default_backend() == 'cpu':
+    return jax.lax.cond(chosen, yes, no, given)
+  return jax.tree.map(lambda a, b: jnp.where(chosen, a, b), yes(given), no(given))
 
 
 def _advance(

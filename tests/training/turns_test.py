@@ -5,6 +5,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffusion_distillation.training import step
 from diffusion_distillation.training.optimizers import Adam, LearningRate
@@ -71,8 +72,10 @@ def test_the_average_that_a_loss_is_given_is_the_first_moving_average():
   np.testing.assert_array_equal(grads['student']['w'], -4.0)
 
 
-def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(backend, monkeypatch):
   """The square root has one at 0."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   recipe = toy(lambda nets: jnp.sum(jnp.sqrt(nets['student']['w'])))
   state, metrics = step.train_step(recipe, zeros(), {}, {'cond': None})
   assert metrics['loss'] == 0.0 and not np.isfinite(metrics['grad_norm'])
