@@ -73,6 +73,7 @@ SCHEDULES = {
   'halves': Schedule(factor=(2,), updates=(200, 200, 750), rates=(1e-3,), end=4),
   'demo': Schedule(),
   'gated': Schedule(updates=(150,), gate=1.25),
+  'strict': Schedule(updates=(150,), gate=1.1),
   'short': Schedule(base=1400, ramp=0.05, updates=(150, 300, 300, 400), rates=(5e-4,)),
 }
 
@@ -146,7 +147,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
   """Figure of quality against training cost: one line per schedule and seed, one point per number of steps."""
   drawing = Figure(figsize=(6.4, 4.4), layout='constrained')
   axes = drawing.add_subplot(
-    xlabel='network evaluations of the training, per image and in thousands',
+    xlabel='network evaluations in training, each of one image, in thousands',
     ylabel='FD-digits',
     yscale='log',
   )
