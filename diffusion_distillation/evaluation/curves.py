@@ -53,6 +53,14 @@ class Point(NamedTuple):
   calls: int = 0
 
 
+def value_name(metric: str | None) -> str:
+  """Returns the name in `metrics` of the rows' `value`, which the figures show, by what the rows call it in `metric`.
+
+  It is the Frechet distance, or the CLIP score if there were no images to compare with.
+  """
+  return 'clip_score' if metric == _METRICS['clip_score'] else 'frechet'
+
+
 def metric_name(name: str) -> str:
   """Returns a metric's name for people."""
   return _METRICS.get(name, name)
@@ -130,12 +138,13 @@ def few(rows: Rows) -> Rows:
   """Returns rows of so few curves that a figure can show them.
 
   If there are too many, only one weight of guidance is kept of each stage that was measured with several: the one at which the
-  base reaches its smallest value.
+  base is best.
   """
   if len(grouped(rows)) <= _MOST:
     return rows
   base = rows[0]['stage']
-  best = min((r for r in rows if r['stage'] == base), key=lambda r: r['value']).get('guidance') or 0.0
+  choose = min if value_name(rows[0].get('metric')) == 'frechet' else max
+  best = choose((r for r in rows if r['stage'] == base), key=lambda r: r['value']).get('guidance') or 0.0
   several = {stage for stage in (r['stage'] for r in rows) if len(_weights(rows, stage)) > 1}
   return [r for r in rows if r['stage'] not in several or (r.get('guidance') or 0.0) == best]
 

@@ -16,7 +16,7 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import given, prompted, real_images, reference
-from diffusion_distillation.evaluation.clip_score import RunningScore
+from diffusion_distillation.evaluation.clip_score import BETTER, NAME, RunningScore
 from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.given_images import GivenImages
 from diffusion_distillation.evaluation.loading import LoadedModel, batch_size
@@ -233,10 +233,9 @@ def _write(
 ) -> dict[str, Any]:
   """Returns and writes the results: what was measured and with which result, and what it was compared with."""
   rest = {key: value for key, value in header.items() if key != 'rows'}
-  results = described | {'metric': rest.pop('metric')} | measured(found, real.reference)
-  names = rest.pop('metrics')
+  results = described | {'metric': rest.pop('metric')} | measured(found, real.reference, score)
+  names = rest.pop('metrics') | ({} if score is None else {NAME: {'better': BETTER}})
   results |= {'better': {name: names[name]['better'] for name in results['metrics'] if name in names}}
-  prompted.add_score(results, score)
   write_json(out, results | rest)
   return results | rest
 
