@@ -63,6 +63,22 @@ class _OfCaptions(Summary):
     self.scores = arrays['scores']
 
 
+def add(
+  results: dict[str, Any],
+  clip: Clip | None,
+  train: Loader,
+  workdir: pathlib.Path,
+  size: int,
+  seed: int,
+) -> None:
+  """Adds the CLIP score of the training images to what results say of the CLIP model, if there is one and images have captions.
+
+  See `measure` for the other arguments.
+  """
+  if clip is not None and train.images.caption(0) is not None:
+    results['clip']['real_images'] = measure(clip, train, workdir, size, seed)
+
+
 def measure(clip: Clip, train: Loader, workdir: pathlib.Path, size: int, seed: int) -> dict[str, Any]:
   """Returns the CLIP score of the training images, which is computed once for a CLIP model, a size and a seed.
 

@@ -74,10 +74,9 @@ def make(
   if texts is not None:
     results |= texts.describe()
     results['metrics'] |= texts.metrics()
-    if train is not None and texts.asked.clip is not None:
+    if train is not None:
       section, clip = config.evaluation, texts.asked.clip
-      found = real_captions.measure(clip, train, workdir, section.num_samples, section.seed)
-      results['clip']['real_images'] = found
+      real_captions.add(results, clip, train, workdir, section.num_samples, section.seed)
   return by, results
 
 
