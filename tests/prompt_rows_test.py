@@ -11,6 +11,7 @@ import diffusion_distillation
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import figures, report, row_batches
 from diffusion_distillation.evaluation.clip_score import RunningScore
+from diffusion_distillation.evaluation.results import known_rows
 from diffusion_distillation.interop import clip
 from diffusion_distillation.run import evaluating, forecast
 from diffusion_distillation.run import run as runs
@@ -183,3 +184,12 @@ def test_a_student_of_prompts_has_rows_beside_its_base(measured, tmp_path):
   ]
   assert set(results['seconds']) == {'base', 'knowledge', 'evaluation'}
   assert (folder / 'report' / 'cost.png').is_file()
+
+
+def test_rows_below_zero_are_kept_and_those_that_are_no_numbers_are_not(measured, tmp_path):
+  """A CLIP score may be negative."""
+  *_, found = measured
+  rows = [found['rows'][0] | {'value': -1.0}, found['rows'][1] | {'value': float('nan')}]
+  (tmp_path / 'results.json').write_text(json.dumps(found | {'rows': rows}))
+  kept = known_rows(tmp_path / 'results.json', found)
+  assert list(kept.values()) == rows[:1]
