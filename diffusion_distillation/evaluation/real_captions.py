@@ -41,7 +41,8 @@ class _OfCaptions(Summary):
   name = NAME
 
   def __init__(self, clip: Clip, images: ImageSet, size: int, seed: int) -> None:
-    self._clip, self._images, self._size, self._seed = clip, images, size, seed
+    self._clip, self._images, self._seed = clip, images, seed
+    self._size = min(size, len(images))
     self.scores: np.ndarray
 
   def described(self) -> dict[str, Any]:
@@ -49,7 +50,7 @@ class _OfCaptions(Summary):
 
   def begin(self, count: int) -> np.ndarray | None:
     self._parts: list[np.ndarray] = []
-    return np.sort(shuffled(count, self._seed, np.arange(min(count, self._size))))
+    return np.sort(shuffled(count, self._seed, np.arange(self._size)))
 
   def add(self, found: Extracted, places: np.ndarray, labels: np.ndarray | None) -> None:
     del labels
