@@ -119,7 +119,7 @@ def test_the_report_shows_the_score_and_each_text_with_the_image_of_every_model(
     assert f'<td>{report.measured(row["value"], row["error"])}</td>' in page
   assert page.count('<figcaption>base, 4 steps, guidance 1.5</figcaption>') == 8
   assert 'There are no images to compare them with.' in page and 'Nearest training images' not in page
-  assert 'for the prompts of prompts in random order' in page and 'Reference:' not in page
+  assert 'for the 5 prompts of the dataset in random order' in page and 'Reference:' not in page
   assert results['prompts'] == {
     'dataset': 'prompts',
     'num_prompts': len(text_model.PROMPTS),

@@ -104,15 +104,15 @@ def curves(rows: Rows) -> dict[str, dict[int, float]]:
 def comparison(rows: Rows) -> list[dict[str, Any]]:
   """Returns a line for each number of network evaluations, in descending order, with the value of each curve or None.
 
-  `errors` are the standard errors, or None; `ratios` divide the students' values by the value of the base with DDIM at its
-  largest number of evaluations, with the student's guidance if the base was measured with it.
+  `errors` are the standard errors, or None; `ratios` divide the students' distances by the distance of the base with DDIM at its
+  largest number of evaluations, with the student's guidance if the base was measured with it. CLIP scores have no ratios.
   """
-  columns = curves(rows)
+  columns, is_distance = curves(rows), value_name(rows[0].get('metric')) == 'frechet'
   barred = {
     caption: {r['nfe']: r.get('error') for r in found} for caption, found in grouped(rows).items()
   }
   calls = sorted({nfe for curve in columns.values() for nfe in curve}, reverse=True)
-  bases = {caption: _base_of(caption, columns) for caption in columns}
+  bases = {caption: _base_of(caption, columns) if is_distance else None for caption in columns}
   lines = []
   for nfe in calls:
     values = {caption: curve.get(nfe) for caption, curve in columns.items()}
