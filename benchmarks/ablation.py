@@ -30,6 +30,8 @@ from diffusion_distillation import datasets
 from diffusion_distillation.datasets import loading
 from diffusion_distillation.errors import NumericalError, UserError
 from diffusion_distillation.evaluation import features, kept_features, measure
+from diffusion_distillation.evaluation.extracted import Extractors
+from diffusion_distillation.evaluation.yardstick import Yardstick
 from diffusion_distillation.run import gate, loop
 from diffusion_distillation.run.inputs import Inputs
 from diffusion_distillation.stages import extending, plan
@@ -152,7 +154,8 @@ class Bench:
   ) -> float:
     """The Frechet distance of a model's samples, by default with its own number of steps."""
     setting = measure.Setting(model, sampler, num_steps or model.stage.num_steps)
-    row, _ = measure.measure_setting(config, setting, self.extractor, self.reference, floor=0.0)
+    by = Yardstick(Extractors(self.extractor), self.reference)
+    row, _ = measure.measure_setting(config, setting, by)
     value: float = row['value']
     return value
 

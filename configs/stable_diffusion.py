@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.distill.start_steps = 50
   c.evaluation.grid = 'leading_to_first'
   c.evaluation.samplers = ('ddim',)
-  c.evaluation.num_samples = 5000  # with captions as data, where 50,000 images take hours
+  c.evaluation.num_samples = 5000  # because 50,000 images take hours
   c.evaluation.clip_x = False
   return c
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from diffusion_distillation import arguments, paths
 from diffusion_distillation.config import Config, check_keys, check_known, expand_paths, flatten
-from diffusion_distillation.datasets import NONE
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.run.compared import is_measured
 from diffusion_distillation.run.run import run
 from diffusion_distillation.system import compilation, files, interrupts, platforms, sharding
 
@@ -53,7 +53,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     workdir: the directory of the run; docs/train.md lists the files in it.
 
   Returns:
-    The contents of `results.json`; empty for datasets without images, such as `dataset.name=prompts`, where nothing is measured.
+    The contents of `results.json`; empty if nothing is measured: for datasets without images, such as `dataset.name=prompts`, without
+    `evaluation.clip`.
 
   Raises:
     UserError: the config is not valid or does not match the workdir; raised before anything is written or compiled.
@@ -73,4 +74,4 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   finally:
     interrupts.uninstall()
   results = directory / 'results.json'
-  return files.read_json(results) if config.dataset.name != NONE and results.is_file() else {}
+  return files.read_json(results) if is_measured(config) and results.is_file() else {}

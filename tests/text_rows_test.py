@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import diffusion_distillation
-from diffusion_distillation.evaluation import by_class, elsewhere, features, figures, measure
+from diffusion_distillation.evaluation import by_class, elsewhere, features, figures, measure, report
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
-from diffusion_distillation.interop import importing
+from diffusion_distillation.interop import clip, importing
 from diffusion_distillation.run import compared
 from diffusion_distillation.run import run as runs
 from tests import captioned, text_model
@@ -121,11 +121,23 @@ def test_prompts_of_a_file_are_measured_as_with_the_folder_of_the_model(measured
   (row,) = found['rows']
   assert 'class_accuracy' not in row and row['metrics']['clip_score'] != 0.0
   assert found['metrics']['clip_score'] == {'better': 'higher'} and found['prompts']['file'] == 'p.txt'
+  train = captioned.open_squares(c.dataset, 'train')
+  read = clip.read(c.evaluation.clip)
+  scores = 100 * np.sum(read.of_images(list(train.images)) * read.of_texts(train.captions), axis=-1)
+  real = found['clip']['real_images']
+  assert real == {
+    'value': pytest.approx(scores.mean(), rel=1e-6),
+    'error': real['error'],
+    'num_images': 24,
+  }
+  page = (tmp_path / 'run' / 'report' / 'index.html').read_text()
+  assert f'<td>{report.measured(real["value"], real["error"])}</td>' in page
+  assert 'with their own captions' in page and 'CLIP score ↑' in page
   folder = directory / 'base' / 'model'
   model = diffusion_distillation.load(folder)
   asked = compared.read(c)
   other, _ = elsewhere.measure_model(c, model, folder, tmp_path / 'other.json', asked)
-  assert other['extractor'] == found['extractor']
+  assert other['extractor'] == found['extractor'] and other['clip'] == found['clip']
   assert row['metrics'] == pytest.approx(other['metrics'], rel=1e-6)
   assert row['errors'] == pytest.approx(other['errors'], rel=1e-6)
 

@@ -8,7 +8,6 @@ models cannot be compared. `interop/clip.py` reads a model.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +114,18 @@ def _normalized(values: np.ndarray) -> np.ndarray:
   return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 
+def scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+  """Returns the score of each image with its text, (n,) float64, from their embeddings (n, P)."""
+  found: np.ndarray = 100.0 * np.einsum('np,np->n', images, texts, dtype=np.float64)
+  return found
+
+
+def estimate(scores: np.ndarray) -> Estimate:
+  """Returns the mean of the scores (n,) of images, with its standard error."""
+  error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
+  return Estimate(float(scores.mean()), error)
+
+
 class RunningScore:
   """Accumulates the CLIP score of images and their prompts.
 
@@ -134,23 +145,12 @@ class RunningScore:
   def of(self, places: Sequence[int], images: np.ndarray) -> np.ndarray:
     """Returns the score of each image (n, H, W, C) uint8 with the prompt at its place, (n,) float64."""
     found = self._clip.of_images(list(images))
-    texts = self._clip.of_texts([self._prompts[k] for k in places])
-    scores: np.ndarray = 100.0 * np.einsum('np,np->n', found, texts, dtype=np.float64)
-    return scores
+    return scores(found, self._clip.of_texts([self._prompts[k] for k in places]))
 
-  def add_scores(self, scores: np.ndarray) -> None:
+  def add_scores(self, found: np.ndarray) -> None:
     """Adds the scores (n,) of images."""
-    self._scores.append(scores)
-
-  def add_to(self, results: dict[str, Any]) -> None:
-    """Adds the score to `metrics` and `errors` of results."""
-    found = self.result()
-    results['metrics'] = {**results['metrics'], NAME: found.value}
-    if found.error is not None:
-      results['errors'] = {**results['errors'], NAME: found.error}
+    self._scores.append(found)
 
   def result(self) -> Estimate:
     """Returns the mean over the images, with its standard error."""
-    scores = np.concatenate(self._scores)
-    error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
-    return Estimate(float(scores.mean()), error)
+    return estimate(np.concatenate(self._scores))

@@ -17,8 +17,12 @@ from diffusion_distillation.evaluation import curves, figures, report
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.system.files import read_json
 
-_PAGE, _FIGURE = 'index.html', 'frechet.png'
-_NEEDED = ('rows', 'metric', 'floor', 'extractor', 'reference', 'stages', 'seconds')  # of results.json
+_PAGE, _FIGURES = 'index.html', {'frechet': 'frechet.png', 'clip_score': 'clip_score.png'}
+_NEEDED = ('rows', 'metric', 'stages', 'seconds')  # of results.json
+_OF_IMAGES, _OF_TEXTS = (
+  ('floor', 'extractor', 'reference'),
+  ('clip', 'prompts'),
+)  # of distances and of CLIP scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,7 @@ def compare(given: Sequence[str], default: Config, out: str | os.PathLike[str] |
   """
   runs = read(given, default)
   check(runs)
-  directory = _out(runs, out)
+  directory, value = _out(runs, out), curves.value_name(runs[0].results['metric'])
   notes, lines = remarks(runs), table(runs)
   picture = figures.render(lambda theme: figures.side_by_side(_curves(runs), runs[0].results, theme))
   page = (
@@ -67,6 +71,7 @@ def compare(given: Sequence[str], default: Config, out: str | os.PathLike[str] |
     .render(
       runs=runs,
       metric=runs[0].results['metric'],
+      upwards=value != 'frechet',
       figure=picture,
       table=lines,
       notes=notes,
@@ -76,7 +81,7 @@ def compare(given: Sequence[str], default: Config, out: str | os.PathLike[str] |
     )
   )
   directory.mkdir(parents=True, exist_ok=True)
-  (directory / _FIGURE).write_bytes(picture.png)
+  (directory / _FIGURES[value]).write_bytes(picture.png)
   (directory / _PAGE).write_text(page)
   return '\n'.join([*_text(runs, lines), '', *notes, str(directory / _PAGE)])
 
@@ -109,7 +114,9 @@ def _read(directory: pathlib.Path, name: str, default: Config) -> Run:
       f'--workdirs: there is no {path}; finish the run, or measure its stages with --mode=evaluate --workdir={directory}'
     )
   results = read_json(path)
-  missing = [key for key in _NEEDED if not results.get(key)]
+  is_distance = curves.value_name(results.get('metric')) == 'frechet'
+  needed = _NEEDED + (_OF_IMAGES if is_distance else _OF_TEXTS)
+  missing = [key for key in needed if not results.get(key)]
   if missing:
     raise DamagedError(
       f'{path} is damaged (no {missing[0]}); write it again with --mode=evaluate --workdir={directory}'
@@ -133,28 +140,48 @@ def _read_samples(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def check(runs: Sequence[Run]) -> None:
-  """Raises UserError unless the runs were measured with the same features of the same images, so that numbers compare."""
+  """Raises UserError unless the runs were measured in the same way, so that their numbers compare.
+
+  Distances need the same features of the same images; CLIP scores need the same CLIP model and the same texts.
+  """
   first = runs[0]
   for run in runs[1:]:
-    if run.results['extractor']['digest'] != first.results['extractor']['digest']:
-      remedy = f'copy {first.directory}/extractor.safetensors into {run.directory}, and measure it again'
-      if any(found.results['extractor'].get('held_out_accuracy') is None for found in (first, run)):
-        remedy = 'measure both again with the same evaluation.inception'
-      raise UserError(
-        f'{run.name} was measured with another feature extractor than {first.name}, so that their numbers cannot be '
-        f'compared; {remedy}, with --mode=evaluate'
-      )
-    if _reference(run) != _reference(first):
-      files = [found.results['reference'].get('file') for found in (first, run)]
-      other = 'another evaluation.reference' if any(files) else 'other training images'
-      remedy = 'measure both with the same one' if any(files) else 'compare runs on the same images'
-      raise UserError(
-        f'{run.name} was compared with {other} than {first.name}, so that their numbers cannot be compared; {remedy}'
-      )
+    kinds = {curves.value_name(found.results['metric']) for found in (first, run)}
+    if kinds == {'frechet'}:
+      _check_images(first, run)
+    elif kinds == {'clip_score'}:
+      _check_texts(first, run)
     if run.results['metric'] != first.results['metric']:
       raise UserError(
         f'{run.name} was measured as {run.results["metric"]} and {first.name} as {first.results["metric"]}; measure one of '
         'them again with --mode=evaluate and the settings of the other'
+      )
+
+
+def _check_images(first: Run, run: Run) -> None:
+  if run.results['extractor']['digest'] != first.results['extractor']['digest']:
+    remedy = f'copy {first.directory}/extractor.safetensors into {run.directory}, and measure it again'
+    if any(found.results['extractor'].get('held_out_accuracy') is None for found in (first, run)):
+      remedy = 'measure both again with the same evaluation.inception'
+    raise UserError(
+      f'{run.name} was measured with another feature extractor than {first.name}, so that their numbers cannot be '
+      f'compared; {remedy}, with --mode=evaluate'
+    )
+  if _reference(run) != _reference(first):
+    files = [found.results['reference'].get('file') for found in (first, run)]
+    other = 'another evaluation.reference' if any(files) else 'other training images'
+    remedy = 'measure both with the same one' if any(files) else 'compare runs on the same images'
+    raise UserError(
+      f'{run.name} was compared with {other} than {first.name}, so that their numbers cannot be compared; {remedy}'
+    )
+
+
+def _check_texts(first: Run, run: Run) -> None:
+  for key, what in (('clip', 'another CLIP model'), ('prompts', 'other prompts')):
+    if run.results[key]['digest'] != first.results[key]['digest']:
+      raise UserError(
+        f'{run.name} was measured with {what} than {first.name}, so that their numbers cannot be compared; measure both again '
+        f'with the same evaluation.{key}, with --mode=evaluate'
       )
 
 
@@ -170,10 +197,13 @@ def _reference(run: Run) -> tuple[Any, ...]:
 def remarks(runs: Sequence[Run]) -> list[str]:
   """Returns sentences about differences between the evaluations that the numbers depend on."""
   found = []
-  numbers = {run.name: run.results['floor']['num_samples'] for run in runs}
+  numbers = {
+    run.name: (run.results.get('floor') or run.results['rows'][0])['num_samples'] for run in runs
+  }
   if len(set(numbers.values())) > 1:
     listed = ', '.join(f'{name}: {count}' for name, count in numbers.items())
-    found.append(f'The numbers of samples differ ({listed}); the distance of fewer samples is larger.')
+    note = '; the distance of fewer samples is larger' if 'floor' in runs[0].results else ''
+    found.append(f'The numbers of samples differ ({listed}){note}.')
   labels = {run.name: run.results.get('labels') for run in runs if run.results.get('labels')}
   if len(set(labels.values())) > 1:
     listed = ', '.join(f'{name}: {kind}' for name, kind in labels.items())
@@ -265,7 +295,9 @@ def _out(runs: Sequence[Run], given: str | os.PathLike[str] | None) -> pathlib.P
   if directory.exists() and not directory.is_dir():
     raise UserError(f'--out={directory} is a file; name a folder')
   others = (
-    {entry.name for entry in directory.iterdir()} - {_PAGE, _FIGURE} if directory.is_dir() else set()
+    {entry.name for entry in directory.iterdir()} - {_PAGE, *_FIGURES.values()}
+    if directory.is_dir()
+    else set()
   )
   if others:
     raise UserError(f'--out={directory} holds other files, such as {min(others)}; name another folder')

@@ -53,6 +53,14 @@ class Point(NamedTuple):
   calls: int = 0
 
 
+def value_name(metric: str | None) -> str:
+  """Returns the name in `metrics` of the rows' `value`, which the figures show, by what the rows call it in `metric`.
+
+  It is the Frechet distance, or the CLIP score if there were no images to compare with.
+  """
+  return 'clip_score' if metric == _METRICS['clip_score'] else 'frechet'
+
+
 def metric_name(name: str) -> str:
   """Returns a metric's name for people."""
   return _METRICS.get(name, name)
@@ -96,15 +104,15 @@ def curves(rows: Rows) -> dict[str, dict[int, float]]:
 def comparison(rows: Rows) -> list[dict[str, Any]]:
   """Returns a line for each number of network evaluations, in descending order, with the value of each curve or None.
 
-  `errors` are the standard errors, or None; `ratios` divide the students' values by the value of the base with DDIM at its
-  largest number of evaluations, with the student's guidance if the base was measured with it.
+  `errors` are the standard errors, or None; `ratios` divide the students' distances by the distance of the base with DDIM at its
+  largest number of evaluations, with the student's guidance if the base was measured with it. CLIP scores have no ratios.
   """
-  columns = curves(rows)
+  columns, is_distance = curves(rows), value_name(rows[0].get('metric')) == 'frechet'
   barred = {
     caption: {r['nfe']: r.get('error') for r in found} for caption, found in grouped(rows).items()
   }
   calls = sorted({nfe for curve in columns.values() for nfe in curve}, reverse=True)
-  bases = {caption: _base_of(caption, columns) for caption in columns}
+  bases = {caption: _base_of(caption, columns) if is_distance else None for caption in columns}
   lines = []
   for nfe in calls:
     values = {caption: curve.get(nfe) for caption, curve in columns.items()}
@@ -130,12 +138,13 @@ def few(rows: Rows) -> Rows:
   """Returns rows of so few curves that a figure can show them.
 
   If there are too many, only one weight of guidance is kept of each stage that was measured with several: the one at which the
-  base reaches its smallest value.
+  base is best.
   """
   if len(grouped(rows)) <= _MOST:
     return rows
   base = rows[0]['stage']
-  best = min((r for r in rows if r['stage'] == base), key=lambda r: r['value']).get('guidance') or 0.0
+  choose = min if value_name(rows[0].get('metric')) == 'frechet' else max
+  best = choose((r for r in rows if r['stage'] == base), key=lambda r: r['value']).get('guidance') or 0.0
   several = {stage for stage in (r['stage'] for r in rows) if len(_weights(rows, stage)) > 1}
   return [r for r in rows if r['stage'] not in several or (r.get('guidance') or 0.0) == best]
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from diffusion_distillation import datasets, paths
 from diffusion_distillation.config import Config
+from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import given, prompted, real_images, reference
-from diffusion_distillation.evaluation.clip_score import RunningScore
+from diffusion_distillation.evaluation import given, prompted, real_captions, real_images, reference
+from diffusion_distillation.evaluation.clip_score import BETTER, NAME, RunningScore
 from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.given_images import GivenImages
 from diffusion_distillation.evaluation.loading import LoadedModel, batch_size
@@ -87,12 +88,12 @@ def measure_images(
     if extractors.dinov2 is not None:
       beside, _ = given.features_of(extractors.dinov2, images, train.images.image_shape)
       found = dataclasses.replace(found, dinov2=beside)
+    of_texts = _of_texts(config, asked, train, directory, len(images))
   described = {'images': images.source.partition('=')[2], 'digest': digest, 'num_images': len(images)}
   if out is None:
     assert workdir is not None  # one of them is given
     out = workdir / f'images_{digest[:12]}.json'
-  described |= {} if asked is None else asked.describe()
-  return _write(header, described, found, real, out, score), out
+  return _write(header, described | of_texts, found, real, out, score), out
 
 
 def measure_model(
@@ -157,10 +158,11 @@ def measure_model(
     else:
       counts = stored.label_counts if labels == 'data' else ()
       found, score = _draw(config, model, extractors, counts), None
+    described = _of_texts(config, asked, train, directory, section.num_samples)
   sampler = make_sampler(stored.sampler, section.gamma)
   grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
   calls = model.drawer(sampler, stored.clip_x, 1, by).calls(grid)
-  described = {
+  described |= {
     'model': str(folder),
     'digest': stored.digest,
     'sampler': stored.sampler,
@@ -173,8 +175,18 @@ def measure_model(
     'seed': section.seed,
   }
   if asked is not None:
-    described |= {'guidance_interval': by.interval} | asked.describe()
+    described |= {'guidance_interval': by.interval}
   return _write(header, described, found, real, out, score), out
+
+
+def _of_texts(
+  config: Config, asked: Prompted | None, train: Loader, directory: pathlib.Path, count: int
+) -> dict[str, Any]:
+  """Returns what results say of the prompts of `count` images and of the CLIP model, with the score of real images."""
+  found = {} if asked is None else asked.describe()
+  if asked is not None:
+    real_captions.add(found, asked.clip, train, directory, count, config.evaluation.seed)
+  return found
 
 
 @contextlib.contextmanager
@@ -233,10 +245,9 @@ def _write(
 ) -> dict[str, Any]:
   """Returns and writes the results: what was measured and with which result, and what it was compared with."""
   rest = {key: value for key, value in header.items() if key != 'rows'}
-  results = described | {'metric': rest.pop('metric')} | measured(found, real.reference)
-  names = rest.pop('metrics')
+  results = described | {'metric': rest.pop('metric')} | measured(found, real.reference, score)
+  names = rest.pop('metrics') | ({} if score is None else {NAME: {'better': BETTER}})
   results |= {'better': {name: names[name]['better'] for name in results['metrics'] if name in names}}
-  prompted.add_score(results, score)
   write_json(out, results | rest)
   return results | rest
 
@@ -258,7 +269,12 @@ def table(results: dict[str, Any]) -> str:
       )
     )
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return '\n'.join(
+  told = [
     '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
     for line in lines
-  )
+  ]
+  if real := results.get('clip', {}).get('real_images'):
+    told.append(
+      f'clip_score of {real["num_images"]} training images with their own captions: {real["value"]:.4f}'
+    )
+  return '\n'.join(told)

@@ -107,11 +107,12 @@ def _draw_curves(axes: 'Axes', lines: Lines, theme: Theme, **style: Any) -> None
       )
 
 
-def _distance_axes(results: Mapping[str, Any], theme: Theme, height: float) -> 'tuple[Figure, Axes]':
-  """Returns axes for the distance of the results, logarithmic."""
+def _value_axes(results: Mapping[str, Any], theme: Theme, height: float) -> 'tuple[Figure, Axes]':
+  """Returns axes for the rows' `value`, logarithmic for a distance."""
   figure = _figure(theme, height)
   axes = figure.add_subplot()
-  axes.set_yscale('log')
+  if curves_module.value_name(results['metric']) == 'frechet':
+    axes.set_yscale('log')
   axes.margins(x=0.08, y=0.12)
   axes.set_ylabel(results['metric'])
   _dress(axes, theme)
@@ -119,15 +120,12 @@ def _distance_axes(results: Mapping[str, Any], theme: Theme, height: float) -> '
 
 
 def _finish(figure: 'Figure', axes: 'Axes', results: Mapping[str, Any], theme: Theme) -> None:
-  """Draws the floor and the legend, and writes the numbers of the y axis plainly."""
-  axes.axhline(
-    results['floor']['value'],
-    color=theme.faint,
-    linestyle='--',
-    linewidth=1.2,
-    label='Real against real',
-  )
-  _plain_numbers(axes.yaxis)
+  """Draws the floor, if there is one, and the legend, and writes the numbers of a logarithmic y axis plainly."""
+  if 'floor' in results:
+    floor, label = results['floor']['value'], 'Real against real'
+    axes.axhline(floor, color=theme.faint, linestyle='--', linewidth=1.2, label=label)
+  if axes.get_yscale() == 'log':
+    _plain_numbers(axes.yaxis)
   _legend(figure, axes, theme)
 
 
@@ -155,8 +153,8 @@ def _columns(captions: Sequence[str]) -> int:
 
 
 def by_calls(lines: Lines, results: Mapping[str, Any], theme: Theme = LIGHT) -> 'Figure':
-  """Plots the Frechet distance over network evaluations, log-log (as Salimans & Ho 2022, Figure 4)."""
-  figure, axes = _distance_axes(results, theme, _height(lines))
+  """Plots the rows' `value` over network evaluations, log-log (as Salimans & Ho 2022, Figure 4)."""
+  figure, axes = _value_axes(results, theme, _height(lines))
   _draw_curves(axes, lines, theme)
   _finish_by_calls(figure, axes, lines, results, theme)
   return figure
@@ -169,7 +167,7 @@ def side_by_side(
   captions = dict.fromkeys(caption for _, lines in runs for caption in lines)
   colours = dict(zip(captions, itertools.cycle(theme.curves), strict=False))
   named = {f'{caption}, {name}': points for name, lines in runs for caption, points in lines.items()}
-  figure, axes = _distance_axes(results, theme, _height(named))
+  figure, axes = _value_axes(results, theme, _height(named))
   styles = itertools.cycle(zip(('-', '--', ':', '-.'), 'os^D', strict=True))
   for (name, lines), (line, marker) in zip(runs, styles, strict=False):
     for caption, points in lines.items():
@@ -214,8 +212,8 @@ def _spread(calls: list[int]) -> list[int]:
 
 
 def by_seconds(lines: Lines, results: Mapping[str, Any], theme: Theme = LIGHT) -> 'Figure':
-  """Plots the Frechet distance over the seconds that drawing an image takes; points are labelled with network evaluations."""
-  figure, axes = _distance_axes(results, theme, _height(lines))
+  """Plots the rows' `value` over the seconds that drawing an image takes; points are labelled with network evaluations."""
+  figure, axes = _value_axes(results, theme, _height(lines))
   milli = {k: [p._replace(x=1000 * p.x) for p in points] for k, points in lines.items()}
   _draw_curves(axes, milli, theme)
   axes.set_xscale('log')
@@ -227,8 +225,8 @@ def by_seconds(lines: Lines, results: Mapping[str, Any], theme: Theme = LIGHT) -
 
 
 def by_cost(lines: Lines, results: Mapping[str, Any], theme: Theme = LIGHT) -> 'Figure':
-  """Plots the Frechet distance over the training time from the base to each student, labelled with network evaluations."""
-  figure, axes = _distance_axes(results, theme, _height(lines))
+  """Plots the rows' `value` over the training time from the base to each student, labelled with network evaluations."""
+  figure, axes = _value_axes(results, theme, _height(lines))
   unit, seconds = curves_module.time_unit(max((p.x for ps in lines.values() for p in ps), default=0.0))
   scaled = {caption: [p._replace(x=p.x / seconds) for p in points] for caption, points in lines.items()}
   _draw_curves(axes, scaled, theme)

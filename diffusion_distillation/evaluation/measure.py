@@ -16,16 +16,9 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.diffusion.samplers import Sampler
-from diffusion_distillation.evaluation import (
-  by_class,
-  real_images,
-  report,
-  report_contents,
-  row_batches,
-)
-from diffusion_distillation.evaluation.extracted import Extracted, Extractor, Extractors
-from diffusion_distillation.evaluation.kept_features import OfEach
-from diffusion_distillation.evaluation.metrics import Features, frechet
+from diffusion_distillation.evaluation import report, report_contents, row_batches, yardstick
+from diffusion_distillation.evaluation.extracted import Extracted
+from diffusion_distillation.evaluation.metrics import frechet
 from diffusion_distillation.evaluation.results import (
   key_of,
   known_rows,
@@ -38,6 +31,7 @@ from diffusion_distillation.evaluation.row_batches import RowBatches, RunningRow
 from diffusion_distillation.evaluation.rows import Setting, guidances, rows
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.evaluation.sampling import Chosen, Drawer, at_a_time
+from diffusion_distillation.evaluation.yardstick import Yardstick
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.conditioning import Cond
 from diffusion_distillation.networks.guidance import GuidingModel, calls_per_image
@@ -55,7 +49,7 @@ _log = logging.getLogger(__name__)
 def evaluate(
   config: Config,
   models: list[Model],
-  train: Loader,
+  train: Loader | None,
   workdir: pathlib.Path,
   again: bool,
   texts: SampledTexts | None = None,
@@ -65,7 +59,7 @@ def evaluate(
   Args:
     config: the config of the run.
     models: the base and the models distilled from it, in order.
-    train: the training split, which is the reference.
+    train: the training split, which is the reference; None for a dataset without images.
     workdir: the directory of the run.
     again: whether existing rows are measured again.
     texts: what models of texts draw; None for other models.
@@ -75,19 +69,9 @@ def evaluate(
   """
   began = time.monotonic()
   stages = [model.stage for model in models]
-  labels = _labels(config, stages[0])
-  extractors = real_images.open_extractors(config, train, workdir)
-  extractor, size = extractors.main, config.evaluation.num_samples
-  by_classes = by_class.summary(extractor, train, size if _has_classes(labels, texts) else 0)
-  most = config.evaluation.neighbours
-  searched = OfEach('searched', most) if most else None
-  more = [summary for summary in (by_classes, searched) if summary is not None]
-  real, results = real_images.summarize(config, extractors, train, workdir, labels, more=more)
-  _add_run(results, models, workdir, texts)
-  counts = workdirs.count_labels(workdir, train.images) if labels == 'data' else ()
-  classes = by_class.classes(extractor, train, by_classes)
-  of_training_images = real.floor if 'file' in results['reference'] else real.reference
-  results['class_shares'] = classes.shares(of_training_images.some)
+  by, results = yardstick.make(config, train, workdir, _labels(config, stages[0]), texts)
+  results['seconds'] = {model.stage.name: model.seconds for model in models}
+  results['stages'] = origins(stages, results['seconds'], workdir)
   path, partial = workdir / 'results.json', workdir / 'results.partial.json'
   known = {} if again else known_rows(path, results) | known_rows(partial, results)
   if again:
@@ -96,8 +80,7 @@ def evaluate(
   todo = _settings(config, models, workdir, texts)
   drawn: dict[tuple, np.ndarray] = {}
   kept: set[int] = set()
-  steps = sum(s.num_steps for s in todo)
-  floor = results['floor']['value']
+  steps, size = sum(s.num_steps for s in todo), config.evaluation.num_samples
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
       row = describe(config, setting)
@@ -105,12 +88,10 @@ def evaluate(
         row |= earlier
         kept.add(len(results['rows']))
       else:
-        row, images = measure_setting(
-          config, setting, extractors, real.reference, floor, counts, classes, workdir
-        )
+        row, images = measure_setting(config, setting, by, workdir)
         drawn[_place(setting)] = images
-      if 'file' in results['reference']:
-        row['reference'] = results['reference']['file']
+      if 'file' in (reference := results.get('reference', {})):
+        row['reference'] = reference['file']
       results['rows'].append(row)
       write_json(partial, results)
       guided = f' guidance {row["guidance"]:g}' if row['guidance'] else ''
@@ -120,32 +101,14 @@ def evaluate(
   note_missing(results, kept)
   record(results['rows'], models, workdir)
   results['seconds']['evaluation'] = time.monotonic() - began
-  draw, held_out = _drawing(config, counts, drawn), workdirs.open_images(config, 'eval')
-  contents = report_contents.gather(
-    todo, draw, extractor, train, held_out, config.evaluation, workdir, searched, texts
-  )
+  draw = _drawing(config, by.label_counts, drawn)
+  contents = report_contents.gather(config, todo, draw, by, train, workdir, texts)
   if files.writes():
     report.write(config, results, contents, workdir / 'report')
     write_json(partial, results)
     os.replace(partial, path)
   cluster.barrier()  # the others do not leave while the first process writes
   return results
-
-
-def _add_run(
-  results: dict[str, Any], models: list[Model], workdir: pathlib.Path, texts: SampledTexts | None
-) -> None:
-  """Adds to the results what trained the models, and for which texts they draw."""
-  results['seconds'] = {model.stage.name: model.seconds for model in models}
-  results['stages'] = origins([model.stage for model in models], results['seconds'], workdir)
-  if texts is not None:
-    results |= texts.describe()
-    results['metrics'] |= texts.metrics()
-
-
-def _has_classes(labels: str | None, texts: SampledTexts | None) -> bool:
-  """Whether each sample is drawn for a class: that of its label, or of its text."""
-  return labels is not None or (texts is not None and texts.labelled)
 
 
 def _settings(
@@ -250,44 +213,40 @@ def grid(config: Config, stage: Stage, num_steps: int) -> np.ndarray:
 def measure_setting(
   config: Config,
   setting: Setting,
-  extractor: Extractor | Extractors,
-  reference: Features,
-  floor: float,
-  label_counts: tuple[int, ...] = (),
-  classes: by_class.Classes = by_class.NO_CLASSES,
+  by: Yardstick,
   workdir: pathlib.Path | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
-  """Draws images and compares their features with the reference's; returns the row and its first images.
+  """Draws images and measures them; returns the row and its first images.
 
   With a `workdir`, the features of each batch are kept there until the row is finished, and an interrupted evaluation goes on
   within the row.
 
   The Frechet distance of n samples is too large by about the distance of n real images, which decreases as 1/n. The error is
-  therefore estimated from `floor`, the distance of `evaluation.num_samples` real images, at every doubling of n.
+  therefore estimated from the floor, the distance of `evaluation.num_samples` real images, at every doubling of n.
   """
   section, texts, model = config.evaluation, setting.texts, setting.model
   size, tolerance, seed, due = section.num_samples, section.tolerance, section.seed, 2
-  by, draw = grid(config, model.stage, setting.num_steps), _drawer_of(config, setting, label_counts)
+  at, draw = grid(config, model.stage, setting.num_steps), _drawer_of(config, setting, by.label_counts)
 
   def cond(index: np.ndarray) -> Cond:
     return draw.cond(index, seed) if texts is None else {'label': texts.labels(index, seed)}
 
-  tally = classes.tally(model.stage.denoise.conditioning)
+  tally = by.classes.tally(model.stage.denoise.conditioning)
   score = None if texts is None else texts.running(size, seed)
   running = RunningRow(size, report_contents.SHOWN, tally, cond, score)
   described = describe(config, setting)
-  batches = RowBatches(workdir, described | {'extractors': extractor.digest, 'floor': floor})
+  batches = RowBatches(workdir, described | {'extractors': by.extractors.digest, 'floor': by.floor})
 
   def then(images: jax.Array) -> tuple[Extracted, jax.Array]:
-    return extractor.of(images), images
+    return by.extractors.of(images), images
 
   def is_enough() -> bool:
     nonlocal due
-    if not tolerance or running.seen < due:
+    if not tolerance or by.reference is None or running.seen < due:
       return False
     due = 2 * running.seen
-    error = floor * size / running.seen
-    enough = error < tolerance * frechet(running.features.result(), reference)
+    error = by.floor * size / running.seen
+    enough = error < tolerance * frechet(running.features.result(), by.reference)
     return bool(cluster.from_first(bool(enough)))  # processes may differ in the last bits
 
   def use(made: tuple[Extracted, jax.Array], count: int) -> bool:
@@ -301,17 +260,15 @@ def measure_setting(
   for batch in batches.read():
     running.add(batch)
     is_enough()
-  seconds = draw.seconds_per_image(model.params, by, size, seed, then, use, running.seen)
+  seconds = draw.seconds_per_image(model.params, at, size, seed, then, use, running.seen)
   batches.remove()
   row = described | {
-    'metric': extractor.metric,
-    **measured(running.features.result(), reference),
+    'metric': by.extractors.metric,
+    **measured(running.features.result(), by.reference, score),
     'num_drawn': running.seen,
     'seconds_per_image': seconds,
     **tally.result(),
   }
-  if score is not None:
-    score.add_to(row)
   return row, np.concatenate(running.first)
 
 

@@ -14,7 +14,7 @@ from diffusion_distillation.diffusion import times
 from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import loading
-from diffusion_distillation.evaluation.clip_score import BETTER, NAME, Clip, RunningScore
+from diffusion_distillation.evaluation.clip_score import Clip, RunningScore
 from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
@@ -71,14 +71,6 @@ class Prompted:
 
 
 NOT_ASKED = Prompted('', (), None)  # neither a file of prompts nor a CLIP model
-
-
-def add_score(results: dict[str, Any], running: RunningScore | None) -> None:
-  """Adds the CLIP score to `metrics`, `errors` and `better` of results."""
-  if running is None:
-    return
-  running.add_to(results)
-  results['better'] = {**results['better'], NAME: BETTER}
 
 
 def check_texts(asked: Prompted, stored: StoredModel | None = None, folder: object = None) -> None:

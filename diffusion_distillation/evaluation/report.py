@@ -17,7 +17,7 @@ from diffusion_distillation.evaluation.report_contents import ByGuidance, ByText
 from diffusion_distillation.evaluation.themes import LIGHT
 
 _FIGURES = (
-  *('frechet', 'seconds', 'cost', 'guidance', 'nearest', 'samples'),
+  *('frechet', 'clip_score', 'seconds', 'cost', 'guidance', 'nearest', 'samples'),
   *('health', 'health_diversity', 'health_fake_score_lag', 'health_dm_gradient'),
 )
 _CLASSES = 20  # with more classes than this, only the worst are listed
@@ -83,6 +83,7 @@ def write(
   """
   directory.mkdir(exist_ok=True)
   drawn, table = _figures(results, contents), curves.comparison(results['rows'])
+  value = curves.value_name(results['metric'])
   lines = {stage: watched.lines for stage, watched in contents.watched.items()}
   html = (
     environment()
@@ -90,7 +91,10 @@ def write(
     .render(
       results=results,
       table=table,
-      metrics=other_metrics(results['rows']),
+      metrics=other_metrics(results),
+      value=value,
+      label='Frechet distance' if value == 'frechet' else results['metric'],
+      upwards=value != 'frechet',
       guided=any(row.get('guidance') for row in results['rows']),
       accuracy=any(row.get('class_accuracy') is not None for row in results['rows']),
       barred=any(row.get('error') for row in results['rows']),
@@ -126,13 +130,14 @@ def _figures(results: Mapping[str, Any], contents: ReportContents) -> dict[str, 
   """Draws the figures that have something to show, by name."""
   rows = curves.few(results['rows'])
   by_calls, by_seconds, by_cost = curves.by_calls(rows), curves.by_seconds(rows), curves.by_cost(results)
-  found = {'frechet': figures.render(lambda theme: figures.by_calls(by_calls, results, theme))}
+  value = curves.value_name(results['metric'])
+  found = {value: figures.render(lambda theme: figures.by_calls(by_calls, results, theme))}
   if sum(map(len, by_seconds.values())) > 1:
     found['seconds'] = figures.render(lambda theme: figures.by_seconds(by_seconds, results, theme))
   if by_cost:
     found['cost'] = figures.render(lambda theme: figures.by_cost(by_cost, results, theme))
   if panels := curves.by_weight(results['rows'], results['metric']):
-    logarithmic = frozenset({results['metric']})
+    logarithmic = frozenset({results['metric']} if value == 'frechet' else ())
     found['guidance'] = figures.render(lambda theme: figures.by_weight(panels, logarithmic, theme))
   if near := contents.neighbours:
     sets = {
@@ -146,10 +151,10 @@ def _figures(results: Mapping[str, Any], contents: ReportContents) -> dict[str, 
   return found
 
 
-def other_metrics(rows: curves.Rows) -> list[str]:
-  """Returns the names of all metrics of the rows apart from the Frechet distance, which is their value."""
-  names = dict.fromkeys(name for row in rows for name in row.get('metrics', ()))
-  return [name for name in names if name != 'frechet']
+def other_metrics(results: Mapping[str, Any]) -> list[str]:
+  """Returns the names of all metrics of the rows apart from the one that is their value."""
+  names = dict.fromkeys(name for row in results['rows'] for name in row.get('metrics', ()))
+  return [name for name in names if name != curves.value_name(results['metric'])]
 
 
 def strips(caption: str, images: np.ndarray) -> dict[str, Any]:

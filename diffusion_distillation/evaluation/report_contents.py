@@ -8,15 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion.guidance import Guidance
 from diffusion_distillation.evaluation import neighbours
-from diffusion_distillation.evaluation.extracted import Extractor
-from diffusion_distillation.evaluation.kept_features import OfEach
 from diffusion_distillation.evaluation.neighbours import Neighbours
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.evaluation.sampling import Chosen
+from diffusion_distillation.evaluation.yardstick import Yardstick
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.system import logs
 
@@ -171,42 +172,46 @@ def by_text(
   return ByText(tuple(texts.texts(np.arange(len(images)), seed)), tuple(names), images)
 
 
+def _nearest(
+  config: Config, drawn: Callable[[int], np.ndarray], by: Yardstick, train: Loader
+) -> Neighbours | None:
+  """Returns samples, of which `drawn` returns a number, with the training images nearest to them; None if none are looked for."""
+  if by.searched is None:
+    return None
+  with contextlib.closing(train), contextlib.closing(workdirs.open_images(config, 'eval')) as held_out:
+    return neighbours.find(drawn(neighbours.COMPARED), by.extractors.main, train, held_out, by.searched)
+
+
 def gather(
+  config: Config,
   measured: Sequence[Measured],
   draw: Draw,
-  extractor: Extractor,
-  train: Loader,
-  held_out: Loader,
-  section: Any,
+  by: Yardstick,
+  train: Loader | None,
   workdir: pathlib.Path,
-  searched: OfEach | None,
   texts: SampledTexts | None = None,
 ) -> ReportContents:
   """Draws and reads what the report shows beside the rows.
 
   Args:
+    config: the config of the run.
     measured: what the rows measured, in their order.
     draw: draws images of one of them.
-    extractor: the map to features.
-    train: the training images; closed afterwards.
-    held_out: the held-out images; closed afterwards.
-    section: the section `evaluation` of the config.
+    by: what they were measured by.
+    train: the training images, closed afterwards; None for a dataset without images.
     workdir: the directory of the run.
-    searched: the features of the training images among which the nearest are looked for; None: none are shown.
     texts: what models of texts draw; None for other models.
   """
   own, near = own_rows(measured), None
-  of = section.neighbours_of or next(reversed(own), '')
-  with contextlib.closing(train), contextlib.closing(held_out):
-    if searched is not None and of in own:
-      drawn = draw(own[of][0], neighbours.COMPARED, None)
-      near = neighbours.find(drawn, extractor, train, held_out, searched)
+  of = config.evaluation.neighbours_of or next(reversed(own), '')
+  if train is not None and of in own:
+    near = _nearest(config, lambda count: draw(own[of][0], count, None), by, train)
   return ReportContents(
     samples=samples(measured, draw),
     watched=watched(measured, workdir),
     neighbours=near,
     neighbours_of=of,
     by_guidance=by_guidance(measured, draw),
-    class_names=tuple(train.images.classes),
-    by_text=by_text(measured, draw, texts, section.seed),
+    class_names=() if train is None else tuple(train.images.classes),
+    by_text=by_text(measured, draw, texts, config.evaluation.seed),
   )

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import math
 import pathlib
 import platform
 from collections.abc import Collection
@@ -9,6 +10,7 @@ from typing import Any
 
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError
+from diffusion_distillation.evaluation.clip_score import NAME, RunningScore
 from diffusion_distillation.evaluation.extracted import Extractors
 from diffusion_distillation.evaluation.metrics import Features, entry, measure_all
 from diffusion_distillation.evaluation.reference import Real
@@ -23,21 +25,53 @@ _USUAL = 10_000  # number of samples below which distances are not compared with
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'scikit-learn')
 
 
-def measured(samples: Features, reference: Features) -> dict[str, Any]:
-  """Returns what a row says of the samples.
+def measured(
+  samples: Features, reference: Features | None, score: RunningScore | None = None
+) -> dict[str, Any]:
+  """Returns what a row says of the samples: the metrics that its inputs allow, of which there is at least one.
+
+  Args:
+    samples: the features of the samples.
+    reference: those of real images; None if there are none to compare with.
+    score: the CLIP score of the samples; None if it is not measured.
 
   Returns:
-    `value`, the Frechet distance, with its standard error `error` and its `bias` (None if unknown); `metrics`, all metrics by
-    name; `errors`, the errors of those metrics that have one.
+    `value`, the first metric, which is the Frechet distance if there is a reference, with its standard error `error` and its
+    `bias` (None if unknown); `metrics`, all metrics by name; `errors`, the errors of those metrics that have one.
   """
-  found = measure_all(samples, reference)
-  frechet = found['frechet']
+  found = {} if reference is None else measure_all(samples, reference)
+  if score is not None:
+    found[NAME] = score.result()
+  first = next(iter(found.values()))
   return {
-    'value': frechet.value,
-    'error': frechet.error,
-    'bias': frechet.bias,
+    'value': first.value,
+    'error': first.error,
+    'bias': first.bias,
     'metrics': {name: estimate.value for name, estimate in found.items()},
     'errors': {name: e.error for name, e in found.items() if e.error is not None},
+  }
+
+
+def empty(metric: str, dataset: str, labels: str | None) -> dict[str, Any]:
+  """Returns what all `results.json` have, without rows.
+
+  Args:
+    metric: the name of the rows' `value`.
+    dataset: the name of the dataset.
+    labels: distribution of the samples' labels, one of `conditioning.LABELS`; None for unconditional models.
+
+  Returns:
+    The contents; `metrics` names the metrics that apply, each with its better direction, and `warnings` holds sentences.
+  """
+  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  return {
+    'rows': [],
+    'metric': metric,
+    'dataset': dataset,
+    'metrics': {},
+    'labels': labels,
+    'warnings': [],
+    'versions': {'python': platform.python_version(), **versions},
   }
 
 
@@ -50,7 +84,7 @@ def header(
   seed: int,
   labels: str | None,
 ) -> dict[str, Any]:
-  """Returns the contents of `results.json` with an empty list of rows.
+  """Returns the contents of `results.json` of an evaluation with images, without rows; see `empty`.
 
   Args:
     extractors: the feature extractors.
@@ -59,24 +93,16 @@ def header(
     train: the training images.
     held_out: the held-out images.
     seed: seed of the draw of the floor.
-    labels: distribution of the samples' labels, one of `conditioning.LABELS`; None for unconditional models.
-
-  Returns:
-    The contents; `metrics` names the metrics that apply, each with its better direction, and `warnings` holds sentences.
+    labels: see `empty`.
   """
   extractor = extractors.main
-  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
   reference, unseen, floor = real
   of_floor, of_unseen = measured(floor, reference), measured(unseen, reference)
   names = {**of_floor['metrics'], **of_unseen['metrics']}
-  return {
-    'rows': [],
-    'metric': extractor.metric,
-    'dataset': train.images.name,
+  return empty(extractor.metric, train.images.name, labels) | {
     'metrics': {name: {'better': entry(name).better} for name in names},
     'floor': of_floor | {'num_samples': floor.count, 'seed': seed},
     'held_out': of_unseen | {'num_samples': unseen.count},
-    'labels': labels,
     'extractor': {
       'name': extractor.name,
       'digest': extractor.digest,
@@ -90,7 +116,6 @@ def header(
       'held_out': len(held_out) - (unseen.count or 0),
     },
     'warnings': warnings(floor),
-    'versions': {'python': platform.python_version(), **versions},
   }
 
 
@@ -170,18 +195,18 @@ def known_rows(path: pathlib.Path, results: dict[str, Any]) -> dict[tuple, dict[
 
   Args:
     path: the file of the earlier rows.
-    results: the `header` of the present evaluation.
+    results: those of the present evaluation, without rows.
   """
   if not path.exists():
     return {}
   try:
     old = read_json(path)
-    same = old['extractor']['digest'] == results['extractor']['digest']
-    same = same and _identity(old.get('reference', {})) == _identity(results['reference'])
+    same = _extractor(old) == _extractor(results)
+    same = same and _identity(old.get('reference', {})) == _identity(results.get('reference', {}))
     same = same and len({found['dinov2']['digest'] for found in (old, results) if 'dinov2' in found}) < 2
     if 'dinov2' in results and 'dinov2' not in old:  # nobody knows with which weights
       old['rows'] = [_without_dinov2(row) for row in old['rows']]
-    return {key_of(row): row for row in old['rows'] if row['value'] >= 0.0} if same else {}
+    return {key_of(row): row for row in old['rows'] if not math.isnan(row['value'])} if same else {}
   except (DamagedError, KeyError, TypeError, AttributeError) as error:
     _log.warning('%s is damaged (%r); measuring its rows again', path, error)
     return {}
@@ -195,6 +220,11 @@ def _without_dinov2(row: dict[str, Any]) -> dict[str, Any]:
     if name in row
   }
   return row | kept
+
+
+def _extractor(results: dict[str, Any]) -> str | None:
+  """Returns the digest of the extractor; None if there were no images to compare with."""
+  return results['extractor']['digest'] if 'extractor' in results else None
 
 
 def _identity(reference: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""The texts that the samples of an evaluation are drawn for: captions of the training images, or the prompts of a file."""
+"""The texts that the samples of an evaluation are drawn for: those that models are trained with, or the prompts of a file."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import numpy as np
 
 from diffusion_distillation.datasets.image_set import BrokenImage, ImageSet
 from diffusion_distillation.datasets.orders import shuffled
+from diffusion_distillation.datasets.prompts import Captions
 from diffusion_distillation.evaluation.clip_score import BETTER, NAME, RunningScore
 from diffusion_distillation.evaluation.prompted import NOT_ASKED, Prompted
 from diffusion_distillation.stages.texts import TextEncoder
@@ -21,17 +22,17 @@ _AT_ONCE = 8  # texts that are embedded together, whatever the batch of images, 
 class SampledTexts:
   """The texts of an evaluation's samples, as a `conditioning.Texts`.
 
-  The captions of the training images come in the order of `shuffled`: each epoch of samples has every caption once, as the
-  reference has every image once. Prompts of a file come in their order, and again from the first if there are fewer than samples.
+  The texts of the dataset come in the order of `shuffled`: each epoch of samples has every text once, as the reference, if there
+  is one, has every image once. Prompts of a file come in their order, and again from the first if there are fewer than samples.
 
   Attributes:
     encoder: the text encoder of the models.
-    images: the training images, with their captions.
-    asked: the prompts of a file, () for the captions of the images; and what measures how well samples show their texts.
+    dataset: the texts of the dataset, an `ImageSet` if they are captions of training images; None if it has none.
+    asked: the prompts of a file, () for the texts of the dataset; and what measures how well samples show their texts.
   """
 
   encoder: TextEncoder
-  images: ImageSet
+  dataset: Captions | ImageSet | None
   asked: Prompted = NOT_ASKED
 
   @property
@@ -41,31 +42,41 @@ class SampledTexts:
 
   def _places(self, index: np.ndarray, seed: int) -> np.ndarray:
     """Returns which texts the samples at `index` (n,) have."""
-    return index % len(self.prompts) if self.prompts else shuffled(len(self.images), seed, index)
+    return index % len(self.prompts) if self.prompts else shuffled(len(self._own), seed, index)
+
+  @property
+  def _own(self) -> Captions | ImageSet:
+    assert self.dataset is not None  # or else there are prompts, see `compared.check`
+    return self.dataset
 
   def texts(self, index: np.ndarray, seed: int) -> list[str]:
     """Returns the texts of the samples at `index` (n,), a function of (seed, index)."""
     places = map(int, self._places(index, seed))
-    return [self.prompts[k] if self.prompts else str(self.images.caption(k)) for k in places]
+    return [self.prompts[k] if self.prompts else str(self._own.caption(k)) for k in places]
+
+  @property
+  def name(self) -> str:
+    """The name of the dataset, or of the file of prompts if it has no texts."""
+    return self.asked.file if self.dataset is None else self.dataset.name
+
+  @property
+  def _labelled(self) -> ImageSet | None:
+    """The images with classes whose captions the texts are."""
+    found = self.dataset
+    return found if isinstance(found, ImageSet) and found.classes and not self.prompts else None
 
   @property
   def labelled(self) -> bool:
     """Whether the texts have labels: those of the images whose captions they are."""
-    return bool(self.images.classes) and not self.prompts
+    return self._labelled is not None
 
   def labels(self, index: np.ndarray, seed: int) -> np.ndarray | None:
     """Returns the labels of the texts of the samples at `index` (n,) int32, -1 if one cannot be read; None without labels."""
-    if not self.labelled:
+    if (images := self._labelled) is None:
       return None
-    places, known = self._places(index, seed), self.images.known_labels()
-    found = known[places] if known is not None else [self._label(int(k)) for k in places]
+    places, known = self._places(index, seed), images.known_labels()
+    found = known[places] if known is not None else [_label(images, int(k)) for k in places]
     return np.asarray(found, np.int32)
-
-  def _label(self, k: int) -> int:
-    try:
-      return self.images.label(k)
-    except BrokenImage:
-      return -1
 
   def draw(self, index: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """See `conditioning.Texts.draw`."""
@@ -90,17 +101,15 @@ class SampledTexts:
 
   def describe(self) -> dict[str, Any]:
     """Returns what `results.json` says of the texts, as `prompts` or `captions`, and of the CLIP model."""
-    found, images = self.asked.describe(), self.images
+    found = self.asked.describe()
     if self.prompts:
       return found
     del found['prompts']
-    captions = {
-      'split': 'train',
-      'name': images.name,
-      'num_captions': len(images),
-      'digest': images.identity,
-    }
-    return {'captions': captions, **found}
+    of, count = self._own, len(self._own)
+    if isinstance(of, ImageSet):
+      named = {'split': 'train', 'name': of.name, 'num_captions': count, 'digest': of.identity}
+      return {'captions': named, **found}
+    return {'prompts': {'dataset': of.name, 'num_prompts': count, 'digest': of.identity}, **found}
 
   @property
   def digest(self) -> str:
@@ -120,3 +129,11 @@ class SampledTexts:
     """Returns the accumulator of the CLIP score of `count` samples; None without a CLIP model."""
     clip = self.asked.clip
     return None if clip is None else RunningScore(clip, self.texts(np.arange(count), seed))
+
+
+def _label(images: ImageSet, k: int) -> int:
+  """Returns the label of image k, -1 if it cannot be read."""
+  try:
+    return images.label(k)
+  except BrokenImage:
+    return -1

@@ -42,13 +42,13 @@ class EvaluationSection:
   clip: str = key(
     '',
     'Folder of a CLIP model of transformers (such as clip-vit-base-patch16), with which the CLIP score of the samples of a model of '
-    'texts is computed, or by `--mode=evaluate` that of `--images`; empty: none.',
+    'texts is computed, or by `--mode=evaluate` that of `--images`; empty: none, and runs of prompts without images are not measured.',
     path='disk',
   )
   prompts: str = key(
     '',
     'File of prompts, one for each image: .txt with one per line, or .csv or .jsonl with a column `text`, `caption` or `prompt`. '
-    'Models of texts draw the first `num_samples` of them; empty: the captions of the training images.',
+    'Models of texts draw the first `num_samples` of them; empty: the texts of the dataset.',
     path='disk',
   )
   samplers: tuple[str, ...] = key(

@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from diffusion_distillation.diffusion import samplers
@@ -128,13 +128,25 @@ def _measurements(rows: Sequence[Mapping[str, Any]], takes_weight: bool) -> str:
     for row in rows
   ]
   columns = ('steps', 'network evaluations', 'weights', 'samples', 'metrics')
-  names = sorted({str(row.get('metric')) for row in rows})
-  return (
-    _table(columns, table)
-    + f'\n`frechet` is the Fréchet distance {", ".join(names)} between features of generated images and of training images; '
-    'the name of the feature extractor follows `FD-`. Smaller distances (`frechet`, `kid`, `sfid`, `fd_dinov2`) are better, and larger '
-    f'`precision`, `recall` and `inception_score`. All are only comparable for the same extractor and number of samples.{_notes(rows, takes_weight)}\n'
+  return f'{_table(columns, table)}\n{" ".join(_meanings(rows))}{_notes(rows, takes_weight)}\n'
+
+
+def _meanings(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+  """Yields sentences on the metrics that the rows have."""
+  names = sorted(
+    {str(row.get('metric')) for row in rows if 'frechet' in row.get('metrics', {'frechet'})}
   )
+  if names:
+    yield (
+      f'`frechet` is the Fréchet distance {", ".join(names)} between features of generated images and of training images; '
+      'the name of the feature extractor follows `FD-`. Smaller distances (`frechet`, `kid`, `sfid`, `fd_dinov2`) are better, and '
+      'larger `precision`, `recall` and `inception_score`. All are only comparable for the same extractor and number of samples.'
+    )
+  if any('clip_score' in row.get('metrics', ()) for row in rows):
+    yield (
+      '`clip_score` is the mean of 100 cos(image, text) over the images and the texts that they were drawn for; larger is better. It '
+      'is only comparable for the same CLIP model and texts.'
+    )
 
 
 def _circumstances(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the samples of a run are compared with and, for models of texts, which texts they are drawn for."""
+"""Whether a run is measured, what its samples are compared with and, for models of texts, which texts they are drawn for."""
 
 import dataclasses
 import logging
@@ -9,6 +9,7 @@ from diffusion_distillation import datasets, paths
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets import caption_files
 from diffusion_distillation.datasets.loading import Loader
+from diffusion_distillation.datasets.prompts import Captions
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation.prompted import NOT_ASKED, Prompted
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
@@ -34,6 +35,11 @@ def read(config: Config) -> Prompted:
   return dataclasses.replace(found, clip=clip.read(section.clip)) if section.clip else found
 
 
+def is_measured(config: Config) -> bool:
+  """Whether the stages of a run are measured: its dataset has images to compare samples with, or there is a CLIP model."""
+  return datasets.has_images(config.dataset.name) or bool(config.evaluation.clip)
+
+
 def check(config: Config, encoder: TextEncoder | None) -> Prompted:
   """Returns the prompts and the CLIP model of an evaluation, without prompts if it draws captions; before anything is trained.
 
@@ -42,23 +48,26 @@ def check(config: Config, encoder: TextEncoder | None) -> Prompted:
     encoder: the text encoder of its models; None if they take no texts.
 
   Raises:
-    UserError: the config names prompts or a CLIP model, and nothing is drawn with them; there are too few prompts; a
-      file cannot be read; or a tokenizer is missing.
+    UserError: the config names prompts or a CLIP model, and nothing is drawn or measured with them; there are no texts, or too
+      few prompts; a file cannot be read; or a tokenizer is missing.
   """
   section, name = config.evaluation, config.dataset.name
-  measured = encoder is not None and datasets.has_images(name)
   for key, value in (('prompts', section.prompts), ('clip', section.clip)):
     if value and encoder is None:
       raise UserError(
         f'evaluation.{key}={value} only applies to models that draw what a text says, and to --mode=evaluate with --images; '
         'leave it out'
       )
-    if value and not measured:
-      raise UserError(
-        f'evaluation.{key}={value}: dataset.name={name} has no images to compare samples with, so that this run is not '
-        'measured; leave it out, and measure a stage with --workdir=STAGE/model'
-      )
-  if not measured or encoder is None:
+  if section.prompts and not is_measured(config):
+    raise UserError(
+      f'evaluation.prompts={section.prompts}: dataset.name={name} has no images to compare samples with, so that this run is only '
+      'measured with evaluation.clip=FOLDER; name a CLIP model, or leave the prompts out'
+    )
+  if section.clip and name == datasets.NONE and not section.prompts:
+    raise UserError(
+      f'evaluation.clip={section.clip}: dataset.name=none has no texts to draw; name evaluation.prompts=FILE'
+    )
+  if encoder is None or not is_measured(config):
     return NOT_ASKED
   tokenize, asked = encoder.tokenize(), read(config)
   if asked.clip is not None:
@@ -80,33 +89,43 @@ class Compared(NamedTuple):
   Attributes:
     config: the config with which the images are opened.
     images: the training images; None for a dataset without images.
-    texts: what models of texts draw; None for other models.
+    texts: what models of texts draw; None for other models, and if they are not measured.
   """
 
   config: Config
   images: Loader | None
   texts: SampledTexts | None
 
+  @property
+  def is_measured(self) -> bool:
+    """Whether the stages are measured."""
+    return self.images is not None or self.texts is not None
+
   def drawing_for(self, encoder: TextEncoder | None) -> 'Compared':
     """Returns the same with another text encoder, for a run that has just trained its own."""
     if self.texts is None or encoder is None:
       return self
-    return self._replace(texts=SampledTexts(encoder, self.texts.images, self.texts.asked))
+    return self._replace(texts=dataclasses.replace(self.texts, encoder=encoder))
 
 
-def of_run(config: Config, stages: Sequence[Stage], images: Loader | None) -> Compared:
+def of_run(
+  config: Config, stages: Sequence[Stage], images: Loader | None, captions: Captions | None
+) -> Compared:
   """Returns what the samples of a run are compared with; no image is read yet.
 
   Args:
     config: the config of the run.
     stages: its stages.
     images: the training images of `workdir.plan_for`; None for a run of texts.
+    captions: the texts of `workdir.open_captions`; None if there are none.
 
   Raises:
     UserError: see `check` and `workdir.compared_images`.
   """
   encoder = stages[0].text
   asked, (opened, found) = check(config, encoder), workdir.compared_images(config, images)
-  if encoder is None or found is None:
+  if encoder is None or not is_measured(config):
     return Compared(opened, found, None)
-  return Compared(opened, found, SampledTexts(encoder, found.images, asked))
+  return Compared(
+    opened, found, SampledTexts(encoder, captions if found is None else found.images, asked)
+  )

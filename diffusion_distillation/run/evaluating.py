@@ -19,14 +19,14 @@ def evaluate(config: Config, directory: pathlib.Path) -> pathlib.Path:
     directory: the workdir.
 
   Raises:
-    UserError: there are no images to compare with, or the base has no complete checkpoint.
+    UserError: there is nothing to measure samples by, or the base has no complete checkpoint.
   """
   planned, images = workdir.plan_for(directory, config)
-  opened, images, texts = compared.of_run(config, planned, images)
-  if images is None:
+  against = compared.of_run(config, planned, images, workdir.open_captions(directory, config))
+  if not against.is_measured:
     raise UserError(
-      f'--mode=evaluate needs images to compare with, and dataset.name={config.dataset.name} has none; a stage of such a run is '
-      'measured with --workdir=STAGE/model and a --config that names images'
+      f'--mode=evaluate needs images to compare with, and dataset.name={config.dataset.name} has none; set evaluation.clip=FOLDER '
+      'for the CLIP score of a model of texts, or measure a stage with --workdir=STAGE/model and a --config that names images'
     )
   reference.check(config)
   with workdir.lock_workdir(directory):
@@ -34,7 +34,7 @@ def evaluate(config: Config, directory: pathlib.Path) -> pathlib.Path:
     models = [model for model in found if model is not None]
     if found[0] is None:
       raise UserError(f'--workdir={directory}: no complete checkpoint of {planned[0].name} yet')
-    measure.evaluate(opened, models, images, directory, again=True, texts=texts)
+    measure.evaluate(against.config, models, against.images, directory, again=True, texts=against.texts)
   return directory / 'results.json'
 
 

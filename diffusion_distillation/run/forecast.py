@@ -21,7 +21,7 @@ from diffusion_distillation.evaluation import measure, rows
 from diffusion_distillation.evaluation.sampling import at_a_time
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import calls_per_image
-from diffusion_distillation.run import companion_training, encoding, preflight
+from diffusion_distillation.run import companion_training, compared, encoding, preflight
 from diffusion_distillation.run.inputs import stand_in
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.stage import Stage
@@ -173,8 +173,8 @@ def pairs_calls(stages: list[Stage], finished: set[str]) -> int:
 
 
 def evaluation_calls(stages: list[Stage], config: Config) -> int:
-  """Returns the number of single-image network calls of a complete evaluation; 0 without images."""
-  if not datasets.has_images(config.dataset.name):
+  """Returns the number of single-image network calls of a complete evaluation; 0 if nothing is measured."""
+  if not compared.is_measured(config):
     return 0
   return config.evaluation.num_samples * sum(
     calls_per_image(

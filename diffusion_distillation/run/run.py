@@ -153,7 +153,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   _check_needs(config, stages, done, images, captions)
   if isinstance(captions, ImageSet):
     companion_training.check_processes(config, workdir)
-  against = compared.of_run(config, stages, images)
+  against = compared.of_run(config, stages, images, captions)
   with (
     contextlib.ExitStack() as reading
   ):  # the processes that read images always end before this one does
@@ -177,9 +177,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     if examples is not None and examples is not images:
       reading.enter_context(contextlib.closing(examples))
     models = _train(config, workdir, stages, done, images, examples, distances_of, encoded, against)
-    if against.images is None:
+    if not against.is_measured:
       _log.warning(
-        'dataset.name=%s: skipping the evaluation, as there are no images to compare with',
+        'dataset.name=%s: skipping the evaluation, as there are no images to compare with, and no CLIP model',
         config.dataset.name,
       )
     else:

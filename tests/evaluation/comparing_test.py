@@ -10,7 +10,7 @@ from diffusion_distillation.errors import DamagedError, UserError
 from diffusion_distillation.evaluation import comparing, figures
 from tests import tiny
 from tests.evaluation.report_test import Addresses
-from tests.evaluation.rows import ROWS, results_of, row
+from tests.evaluation.rows import ROWS, clip_results_of, results_of, row
 
 DEFAULT = default.get_config()
 SECOND = [ROWS[0] | {'value': 1.5}, ROWS[3] | {'value': 3.0}, row('dmd', 'ddim', 1, 2.0)]
@@ -179,6 +179,39 @@ def test_runs_with_statistics_from_a_file_name_it_and_their_dataset(tmp_path):
   plain = str(run(tmp_path / 'e', ROWS))
   with pytest.raises(UserError, match=r'measure both again with the same evaluation\.inception'):
     comparing.check(comparing.read([given[0], plain], DEFAULT))
+
+
+def of_prompts(directory, rows, **more):
+  run(directory, rows)
+  (directory / 'results.json').write_text(json.dumps(clip_results_of(rows, **more)))
+  return str(directory)
+
+
+def test_runs_of_prompts_are_compared_by_their_clip_scores(tmp_path):
+  given = [of_prompts(tmp_path / 'a', ROWS), of_prompts(tmp_path / 'b', SECOND)]
+  text = comparing.compare(given, DEFAULT, tmp_path / 'out')
+  assert text.splitlines()[1].split() == ['base', 'ddim', '4', '4', '2', '1.5', '-0.5']
+  page = (tmp_path / 'out' / 'index.html').read_text()
+  assert (
+    'measured as CLIP score by vit, for the same texts.' in page and 'Larger values are bett' in page
+  )
+  assert {path.name for path in (tmp_path / 'out').iterdir()} == {'index.html', 'clip_score.png'}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'clip': {'name': 'vit', 'digest': 'c'}}, r'^b was measured with another CLIP model than a'),
+    ({'prompts': {'dataset': 'p', 'digest': 'e'}}, r'^b was measured with other prompts than a'),
+  ],
+)
+def test_clip_scores_of_other_models_or_texts_are_not_compared(tmp_path, changes, message):
+  given = [of_prompts(tmp_path / 'a', ROWS), of_prompts(tmp_path / 'b', ROWS, **changes)]
+  with pytest.raises(UserError, match=message):
+    comparing.check(comparing.read(given, DEFAULT))
+  given[1] = str(run(tmp_path / 'c', ROWS))
+  with pytest.raises(UserError, match=r'^c was measured as FD-<b> and a as CLIP score'):
+    comparing.check(comparing.read(given, DEFAULT))
 
 
 def test_runs_of_an_older_version_are_compared_with_new_ones(tmp_path):

@@ -71,6 +71,8 @@ def test_a_model_that_was_imported_is_the_base_of_its_curves():
   rows = [row('progressive_0008', 'ddim', 8, 3.0), row('progressive_0004', 'ddim', 4, 3.6)]
   assert curves.curves(rows) == {'Progressive': {4: 3.6}, 'Base, DDIM': {8: 3.0}}
   assert [line['ratios'] for line in curves.comparison(rows)] == [[None, None], [1.2, None]]
+  scores = [row | {'metric': 'CLIP score'} for row in rows]  # which may be negative
+  assert [line['ratios'] for line in curves.comparison(scores)] == [[None, None]] * 2
 
 
 def test_errors_stand_beside_their_values():
@@ -141,6 +143,8 @@ def test_a_figure_of_too_many_curves_keeps_the_weight_at_which_the_base_is_best(
     'DMD',
     'Base, DDIM, guidance 0.5',
   }
+  scores = [row | {'metric': 'CLIP score'} for row in rows]  # whose highest is best
+  assert 'Base, DDIM, guidance 4' in curves.curves(curves.few(scores))
 
 
 def test_a_student_is_compared_with_the_base_of_the_same_guidance():

@@ -8,8 +8,9 @@ import pytest
 
 from diffusion_distillation.errors import DamagedError
 from diffusion_distillation.evaluation import measure, report_contents, results, row_batches, sampling
-from diffusion_distillation.evaluation.extracted import Extracted
+from diffusion_distillation.evaluation.extracted import Extracted, Extractors
 from diffusion_distillation.evaluation.metrics import RunningFeatures
+from diffusion_distillation.evaluation.yardstick import Yardstick
 from diffusion_distillation.system import cluster
 from tests import tiny
 
@@ -45,9 +46,8 @@ def row(monkeypatch):
       stage=tiny.plan()[0][0], params=None, weights='ema', step=0, digest='', seconds=0.0
     )
     setting = measure.Setting(model, 'ddim', 2)
-    found, first = measure.measure_setting(
-      config, setting, extractor, reference.result(), FLOOR, workdir=workdir
-    )
+    by = Yardstick(Extractors(extractor), reference.result(), FLOOR)
+    found, first = measure.measure_setting(config, setting, by, workdir)
     assert len(first) == min(found['num_drawn'], report_contents.SHOWN)
     return found | {'seconds_per_image': 0.0}
 

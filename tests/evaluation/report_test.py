@@ -17,7 +17,7 @@ from diffusion_distillation.evaluation import (
   report_contents,
 )
 from tests import tiny
-from tests.evaluation.rows import ROWS, STUDENTS, results_of
+from tests.evaluation.rows import ROWS, STUDENTS, clip_results_of, results_of
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +41,13 @@ def test_the_figure_is_log_log_with_three_curves_and_the_floor():
   assert found['Base, ancestral'] == [(4, 3.0)]
   assert [y for _, y in found['Real against real']] == [0.5, 0.5]
   assert not axes.containers
+
+
+def test_the_figure_of_a_clip_score_is_linear_and_has_no_floor():
+  results = clip_results_of(ROWS)
+  (axes,) = figures.by_calls(curves.by_calls(results['rows']), results).axes
+  assert axes.get_yscale() == 'linear' and axes.get_ylabel() == 'CLIP score'
+  assert list(lines_of(axes)) == ['Progressive', 'Base, DDIM', 'Base, ancestral']
 
 
 def test_a_single_number_of_network_calls_stands_in_the_middle_of_its_axis():

@@ -41,3 +41,14 @@ def results_of(rows, **more):
     'seconds': {'base': 2.0},
     'stages': {'base': {'cost': 0.0}, 'progressive_0002': {'cost': 7.0}},
   } | more
+
+
+def clip_results_of(rows, **more):
+  """The contents of results.json of a run of prompts, whose rows have these values as CLIP scores and nothing else."""
+  found = results_of([], metric='CLIP score', metrics={'clip_score': {'better': 'higher'}})
+  own = {'metric': 'CLIP score', 'num_samples': 50}
+  rows = [row | own | {'metrics': {'clip_score': row['value']}} for row in rows]
+  of_texts = {'clip': {'name': 'vit', 'digest': 'ab' * 32}, 'prompts': {'dataset': 'p', 'digest': 'd'}}
+  of_images = ('floor', 'held_out', 'extractor', 'reference')
+  kept = {key: value for key, value in found.items() if key not in of_images}
+  return kept | of_texts | {'dataset': 'p', 'rows': rows} | more

@@ -66,7 +66,7 @@ class Read(InMemory):
 def test_labels_that_are_not_known_are_read_and_a_broken_image_has_none(captions):
   read = Read(**{field.name: getattr(IMAGES, field.name) for field in dataclasses.fields(IMAGES)})
   index = np.arange(COUNT)
-  known, found = captions.labels(index, 1), dataclasses.replace(captions, images=read).labels(index, 1)
+  known, found = captions.labels(index, 1), dataclasses.replace(captions, dataset=read).labels(index, 1)
   (broken,) = np.flatnonzero(found == -1)
   assert captions._places(index, 1)[broken] == 7
   np.testing.assert_array_equal(np.delete(found, broken), np.delete(known, broken))

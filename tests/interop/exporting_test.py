@@ -208,6 +208,10 @@ def test_the_card_says_under_which_circumstances_a_row_was_measured():
   assert '| 3 ddim (uniform), guidance W = 1.5 for 0.3 < sigma / alpha, bfloat16 | 3 |' in card
   assert 'these files draw without guidance' in card and 'these files compute in float32' in card
   told = model.describe(dataclasses.replace(MODELS['guided'], metrics=rows))
+  assert '`frechet` is the' in card and '`clip_score`' not in card
+  scores = [row | {'metric': 'CLIP score', 'metrics': {'clip_score': 25.0}} for row in told['metrics']]
+  other = model_card.render(told | {'metrics': scores}, exporting.FORMATS['jax'], None)
+  assert 'clip_score 25' in other and '`clip_score` is the mean' in other and 'frechet' not in other
   assert 'these files take W as an input' in model_card.render(told, exporting.FORMATS['jax'], None)
 
 
