@@ -12,7 +12,7 @@ from tests import tiny
 @pytest.mark.slow
 def test_a_gated_schedule_counts_the_updates_that_the_gate_has_added(monkeypatch, tmp_path):
   changes = {'distill__start_steps': 2, 'train__num_updates': 2, 'train__batch_size': 8}
-  gate = {'gate__samples': 40, 'gate__extra': 8.0}
+  gate = {'gate__samples': 40}
   config = tiny.config(**changes, **gate, distill__batch_size=8, evaluation__num_samples=64)
   monkeypatch.setattr(digits, 'get_config', lambda: copy.deepcopy(config))
   spoiled = schedules.Schedule(updates=(2,), rates=(10.0,), gate=1.0)
@@ -32,7 +32,7 @@ def limited(make):
   def config(self, *args):
     found = make(self, *args)
     assert found.gate.factor == self.gate
-    found.gate.limit = 9.0
+    found.gate.extra, found.gate.limit = 8.0, 9.0
     return found
 
   return config
