@@ -62,8 +62,7 @@ class Schedule:
     config.distill.end_steps = self.end
     config.distill.factor = self.factor or config.distill.factor
     config.distill.learning_rate = self.rates or config.distill.learning_rate
-    config.gate.factor, config.gate.stop = self.gate, False
-    config.gate.extra, config.gate.limit = 1.0, 16.0
+    config.gate.factor, config.gate.limit, config.gate.stop = self.gate, 16.0, False
     updates = self.updates or config.distill.num_updates
     config.distill.num_updates = tuple(max(1, round(scale * count)) for count in updates)
     return config
@@ -73,7 +72,6 @@ SCHEDULES = {
   'halves': Schedule(factor=(2,), updates=(200, 200, 750), rates=(1e-3,), end=4),
   'demo': Schedule(),
   'gated': Schedule(updates=(150,), gate=1.25),
-  'strict': Schedule(updates=(150,), gate=1.1),
   'short': Schedule(base=1400, ramp=0.05, updates=(150, 300, 300, 400), rates=(5e-4,)),
 }
 

@@ -74,7 +74,7 @@ class GateSection:
   )
   extra: float = key(
     0.5,
-    'Updates that a student that fails is trained further, as a fraction of `num_updates`.',
+    'Updates that a student that fails is trained further, as a fraction of those it has had.',
     POSITIVE,
   )
   limit: float = key(
@@ -157,7 +157,7 @@ def more_updates(stage: Stage, config: Config) -> int | None:
   The number is a multiple of the method's period if the planned number is, as for DMD with several updates of the fake score.
   """
   planned, period = stage.planned_updates or stage.num_updates, stage.recipe.method.period
-  extra = -(-math.ceil(config.gate.extra * planned) // period) * period
+  extra = -(-math.ceil(config.gate.extra * stage.num_updates) // period) * period
   most = math.floor(config.gate.limit * planned) // period * period
   total = min(stage.num_updates + extra, most)
   return total if total > stage.num_updates else None
