@@ -33,6 +33,7 @@ from diffusion_distillation.evaluation.results import (
   note_missing,
   origins,
   record,
+  sampling_floor,
 )
 from diffusion_distillation.evaluation.row_batches import RowBatches, RunningRow
 from diffusion_distillation.evaluation.rows import Setting, guidances, rows
@@ -97,7 +98,7 @@ def evaluate(
   drawn: dict[tuple, np.ndarray] = {}
   kept: set[int] = set()
   steps = sum(s.num_steps for s in todo)
-  floor = results['floor']['value']
+  floor = sampling_floor(results)
   with Progress('evaluation', steps, images_per_step=size, line_seconds=config.log.seconds) as bar:
     for setting in todo:
       row = describe(config, setting)
@@ -267,7 +268,7 @@ def measure_setting(
   within the row.
 
   The Frechet distance of n samples is too large by about the distance of n real images, which decreases as 1/n. The error is
-  therefore estimated from `floor`, the distance of `evaluation.num_samples` real images, at every doubling of n.
+  therefore estimated from `floor`, that of `evaluation.num_samples` real images (see `sampling_floor`), at every doubling of n.
   """
   section, texts, model = config.evaluation, setting.texts, setting.model
   size, tolerance, seed, due = section.num_samples, section.tolerance, section.seed, 2

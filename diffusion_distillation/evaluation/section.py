@@ -22,7 +22,7 @@ class EvaluationSection:
   tolerance: float = key(
     0.0,
     'Relative error at which a row stops drawing samples early. The error after n samples is estimated as '
-    '`floor * num_samples / n`; 0: every row draws `num_samples`.',
+    '`floor * num_samples / n`, with `reference` from the bias of the floor; 0: every row draws `num_samples`.',
     SHARE,
   )
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
