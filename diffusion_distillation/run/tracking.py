@@ -39,7 +39,7 @@ BEST, _RECORD = 'best', 'track.json'
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStopSection:
-  """Ending a stage before its last update, when its samples have stopped to improve."""
+  """Ending a stage before its last update, when its samples have stopped improving."""
 
   patience: int = key(
     0,
