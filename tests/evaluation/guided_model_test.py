@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from diffusion_distillation import cli
+from diffusion_distillation import cli, modes
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.errors import UserError
@@ -144,6 +144,13 @@ def test_the_folder_of_a_model_is_measured_with_guidance(of_folder):
   ):
     with pytest.raises(UserError, match=words):
       of_folder(**changes)
+
+
+def test_labels_and_grids_that_there_are_not_are_refused_with_any_config():
+  for key, value in (('labels', 'dat'), ('grid', 'even'), ('samplers', ('dim',))):
+    config = tiny.config(**{f'evaluation__{key}': value})
+    with pytest.raises(UserError, match=rf'evaluation\.{key}'):
+      modes._checked_config(cli.Options('evaluate', config=config, default=DEFAULT, workdir='x'))
 
 
 def test_the_base_has_a_row_for_each_weight_and_students_have_none():
