@@ -42,7 +42,7 @@ from diffusion_distillation.options import Options
 from diffusion_distillation.run import compared, encoded_texts, evaluating, replay, tracking
 from diffusion_distillation.run import run as run_module
 from diffusion_distillation.serving import page
-from diffusion_distillation.stages import comparison, provenance, workdir
+from diffusion_distillation.stages import comparison, plan_checks, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.system import compilation, files, sharding
@@ -258,6 +258,7 @@ def _prompted(config: Config) -> Prompted | None:
 def _checked_config(options: Options) -> Config:
   config = _config(options)
   check_numbers(config)
+  plan_checks.check_measuring(config)
   return config
 
 

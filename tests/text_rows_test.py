@@ -10,7 +10,7 @@ import diffusion_distillation
 from diffusion_distillation.evaluation import by_class, elsewhere, features, figures, measure, report
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.interop import clip, importing
-from diffusion_distillation.run import compared
+from diffusion_distillation.run import compared, samples
 from diffusion_distillation.run import run as runs
 from tests import captioned, text_model
 from tests.interop import clip_test
@@ -163,6 +163,11 @@ def test_students_have_rows_and_the_gate_and_the_tracker_measure_them(tmp_path):
   assert check['passed'] and check['texts'] == '24 squares'
   track = json.loads((tmp_path / 'run' / 'knowledge' / 'track.json').read_text())
   assert set(track['frechet']) == {'2', '4'}
+  assert check['student'] != pytest.approx(results['rows'][2]['value'], rel=1e-3)  # of other noise
+  c = c.copy_and_resolve_references().unlock()
+  c.gate.factor, c.evaluation.seed = 0.0, samples.seed_of(c)
+  runs.run(c, tmp_path / 'run')
+  results = json.loads((tmp_path / 'run' / 'results.json').read_text())
   own = results['rows'][2]['value']  # of the same noise and texts, with as many images
   assert track['frechet']['4'] == pytest.approx(own, rel=1e-6)
   assert check['student'] == pytest.approx(own, rel=1e-6)

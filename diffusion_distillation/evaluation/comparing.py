@@ -208,6 +208,10 @@ def remarks(runs: Sequence[Run]) -> list[str]:
   if len(set(labels.values())) > 1:
     listed = ', '.join(f'{name}: {kind}' for name, kind in labels.items())
     found.append(f'The distributions of the class labels differ ({listed}).')
+  texts = {run.name: of for run in runs if (of := _texts(run.results))}
+  if len({of['digest'] for of in texts.values()}) > 1:
+    listed = ', '.join(f'{name}: {of.get("file") or of.get("name")}' for name, of in texts.items())
+    found.append(f'The texts that the samples are drawn for differ ({listed}).')
   seeds = {run.config['evaluation.seed'] for run in runs}
   if len(seeds) > 1:
     found.append(
@@ -216,6 +220,11 @@ def remarks(runs: Sequence[Run]) -> list[str]:
   if not any(row.get('error') for run in runs for row in run.results['rows']):
     found.append('The rows have no error bars; small differences may be due to chance.')
   return found
+
+
+def _texts(results: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Returns what the results of models of texts say of the texts: the prompts of a file, or else the captions of the images."""
+  return results.get('prompts') or results.get('captions')
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from diffusion_distillation import datasets, paths
 from diffusion_distillation.config import Config
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.diffusion.guidance import NONE
+from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.evaluation import given, prompted, real_captions, real_images, reference
 from diffusion_distillation.evaluation.clip_score import BETTER, NAME, RunningScore
@@ -25,9 +25,12 @@ from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
 from diffusion_distillation.evaluation.prompted import Prompted
 from diffusion_distillation.evaluation.reference import Real
 from diffusion_distillation.evaluation.results import measured
+from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import conditioning
+from diffusion_distillation.networks.guidance import check as check_guidance
 from diffusion_distillation.networks.guidance import default_weight
 from diffusion_distillation.stages import workdir as workdirs
+from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.system import sharding
 from diffusion_distillation.system.files import write_json
@@ -106,7 +109,7 @@ def measure_model(
   """Measures the model in a folder with its own sampler and steps, and writes the results to a JSON file.
 
   Labels are drawn as `evaluation.labels` says, in the proportions that are stored with the model. A model of texts draws one
-  image for each prompt, with `evaluation.guidance`; see `prompted.draw`.
+  image for each prompt; see `prompted.draw`. For guidance, see `guidance_of`.
 
   Args:
     config: the config, whose dataset the samples are compared with.
@@ -117,7 +120,7 @@ def measure_model(
 
   Raises:
     UserError: the model's images have another shape than the dataset's, or there is no out, or a model of texts has no prompts, or
-      another model has.
+      another model has; or see `guidance_of`.
   """
   if out is None:
     raise UserError(
@@ -134,11 +137,10 @@ def measure_model(
         else 'this model draws no texts; leave out evaluation.prompts and evaluation.clip'
       )
     )
-  weight, by = default_weight(stored.denoise.conditioning), NONE
+  draw = drawer(config, model)
   if asked is not None:
-    asked, by = asked.first(section.num_samples), prompted.guidance_of(config, stored)
+    asked = asked.first(section.num_samples)
     prompted.check_texts(asked, stored, folder)
-    weight = by.weight
   with _place(config, None) as (config, train, directory):
     if asked is not None:
       prompted.check_shape(stored, train.images.image_shape, folder, config.dataset.name)
@@ -154,28 +156,27 @@ def measure_model(
     extractors = real_images.open_extractors(config, train, directory)
     real, header = real_images.summarize(config, extractors, train, directory, labels)
     if asked is not None:
-      found, score = prompted.draw(config, model, extractors, asked, train.images.image_shape)
+      shape = train.images.image_shape
+      found, score = prompted.draw(draw, stored, section.seed, extractors, asked, shape)
     else:
       counts = stored.label_counts if labels == 'data' else ()
-      found, score = _draw(config, model, extractors, counts), None
+      draw = dataclasses.replace(draw, label_counts=counts)
+      found, score = _draw(config, model, extractors, draw), None
     described = _of_texts(config, asked, train, directory, section.num_samples)
-  sampler = make_sampler(stored.sampler, section.gamma)
   grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
-  calls = model.drawer(sampler, stored.clip_x, 1, by).calls(grid)
   described |= {
     'model': str(folder),
     'digest': stored.digest,
     'sampler': stored.sampler,
     'num_steps': stored.num_steps,
     'grid': stored.times,
-    'guidance': weight,
-    'nfe': calls,
+    'guidance': draw.guidance.weight,
+    'guidance_interval': draw.guidance.interval,
+    'nfe': draw.calls(grid),
     'clip_x': stored.clip_x,
     'num_samples': section.num_samples,
     'seed': section.seed,
   }
-  if asked is not None:
-    described |= {'guidance_interval': by.interval}
   return _write(header, described, found, real, out, score), out
 
 
@@ -187,6 +188,39 @@ def _of_texts(
   if asked is not None:
     real_captions.add(found, asked.clip, train, directory, count, config.evaluation.seed)
   return found
+
+
+def guidance_of(config: Config, stored: StoredModel) -> Guidance:
+  """Returns the guidance of `evaluation.guidance` and its interval; the smallest weight for 0 if the model takes it as an input.
+
+  Raises:
+    UserError: there is not one weight, the model cannot be guided, the interval is not valid, or there is a guiding model.
+  """
+  section, conditions = config.evaluation, stored.denoise.conditioning
+  if len(section.guidance) != 1:
+    raise UserError(
+      f'evaluation.guidance={tuple(section.guidance)}: the folder of a model is measured with one weight; name one, such as '
+      '(6.5,), or (0.0,) for none'
+    )
+  if section.guiding_model:
+    raise UserError(
+      f'evaluation.guiding_model={section.guiding_model} does not apply to the folder of a model; leave it out'
+    )
+  try:
+    found = make_guidance(section.guidance[0] or default_weight(conditions), section.guidance_interval)
+  except ValueError as error:
+    interval = tuple(section.guidance_interval)
+    raise UserError(f'evaluation.guidance_interval={interval}: {error}') from error
+  check_guidance('evaluation.guidance', found, conditions, stored.cond_dropout)
+  return found
+
+
+def drawer(config: Config, model: LoadedModel) -> Drawer:
+  """Returns what draws a model's images with its own sampler; raises UserError, see `guidance_of`."""
+  stored, section = model.stored, config.evaluation
+  at_once = batch_size(stored, section.batch_size, section.num_samples)
+  sampler = make_sampler(stored.sampler, section.gamma)
+  return model.drawer(sampler, stored.clip_x, at_once, guidance_of(config, stored))
 
 
 @contextlib.contextmanager
@@ -216,18 +250,11 @@ def _place(config: Config, workdir: pathlib.Path | None) -> Any:
     yield config, workdirs.open_images(config, 'train'), pathlib.Path(directory)
 
 
-def _draw(
-  config: Config, model: LoadedModel, extractors: Extractors, label_counts: tuple[int, ...]
-) -> Features:
+def _draw(config: Config, model: LoadedModel, extractors: Extractors, draw: Drawer) -> Features:
   """Returns the features of samples of a model."""
   stored, section = model.stored, config.evaluation
-  at_once = batch_size(stored, section.batch_size, section.num_samples)
-  draw = dataclasses.replace(
-    model.drawer(make_sampler(stored.sampler, section.gamma), stored.clip_x, at_once),
-    label_counts=label_counts,
-  )
   grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
-  running, size = RunningFeatures(section.num_samples), sharding.round_up(at_once)
+  running, size = RunningFeatures(section.num_samples), sharding.round_up(draw.batch_size)
   with Progress('evaluation', -(-section.num_samples // size), images_per_step=size) as progress:
     for images, count in draw.batches(stored.params, grid, section.num_samples, section.seed):
       running.take(extractors.of(images), slice(count))

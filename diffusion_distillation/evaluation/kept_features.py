@@ -25,14 +25,14 @@ from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.evaluation.extracted import Extracted, Extractor
 from diffusion_distillation.evaluation.features import batch_size
 from diffusion_distillation.evaluation.frechet import Moments
-from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
+from diffusion_distillation.evaluation.metrics import Features, RunningFeatures, some_of
 from diffusion_distillation.system import cluster, files, interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.progress import Progress
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 3  # version of the files; increase it when features are summarized in another way
+FORMAT = 4  # version of the files; increase it when features are summarized in another way
 
 Arrays = dict[str, np.ndarray]
 
@@ -121,7 +121,7 @@ class OfDraw(Summary):
 
 
 class OfEach(Summary):
-  """The features of at most `most` individual images, evenly spread over the set.
+  """The features of at most `most` individual images, those of `some_of`.
 
   Attributes:
     features: (n, D) float32, of the intact ones.
@@ -138,7 +138,7 @@ class OfEach(Summary):
 
   def begin(self, count: int) -> np.ndarray | None:
     self._parts: list[tuple[np.ndarray, np.ndarray]] = []
-    return spread(count, self._most)
+    return some_of(count, self._most)
 
   def add(self, found: Extracted, places: np.ndarray, labels: np.ndarray | None) -> None:
     del labels
@@ -150,11 +150,6 @@ class OfEach(Summary):
 
   def load(self, arrays: Arrays) -> None:
     self.features, self.places = arrays['features'], arrays['places']
-
-
-def spread(count: int, most: int) -> np.ndarray:
-  """Returns at most `most` indices below `count`, in even intervals."""
-  return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 def load_or_compute(

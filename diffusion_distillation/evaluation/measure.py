@@ -142,7 +142,7 @@ def describe(config: Config, setting: Setting) -> dict[str, Any]:
     'method': setting.model.stage.method,
     'sampler': setting.sampler,
     'num_steps': setting.num_steps,
-    'grid': 'uniform' if setting.model.stage.parent else config.evaluation.grid,
+    'grid': grid_name(config, stage),
     'guidance': by.weight,
     'guidance_interval': by.interval,
     'guiding_model': setting.guiding and setting.guiding.digest,
@@ -204,10 +204,14 @@ def drawer(
   )
 
 
+def grid_name(config: Config, stage: Stage) -> str:
+  """Returns the name of the grid that a student was trained for, or of the config's choice for the base."""
+  return 'uniform' if stage.parent else config.evaluation.grid
+
+
 def grid(config: Config, stage: Stage, num_steps: int) -> np.ndarray:
-  """Returns the times of a row: the grid that a student was trained for, or the config's choice for the base."""
-  name = 'uniform' if stage.parent else config.evaluation.grid
-  return times.make_grid(name, num_steps, stage.schedule)
+  """Returns the times of a row, on the grid of `grid_name`."""
+  return times.make_grid(grid_name(config, stage), num_steps, stage.schedule)
 
 
 def measure_setting(
@@ -222,7 +226,7 @@ def measure_setting(
   within the row.
 
   The Frechet distance of n samples is too large by about the distance of n real images, which decreases as 1/n. The error is
-  therefore estimated from the floor, the distance of `evaluation.num_samples` real images, at every doubling of n.
+  therefore estimated from `by.floor`, that of `evaluation.num_samples` real images (see `sampling_floor`), at every doubling of n.
   """
   section, texts, model = config.evaluation, setting.texts, setting.model
   size, tolerance, seed, due = section.num_samples, section.tolerance, section.seed, 2

@@ -6,7 +6,6 @@ input is missing; the first one is the row's `value`, which the figures show.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -28,7 +27,7 @@ class Features:
 
   Attributes:
     moments: moments of all features.
-    some: (n, D) float32, individual features at even intervals over the set, at most _KEPT; None if only moments are known.
+    some: (n, D) float32, individual features, those of `some_of`, at most _KEPT; None if only moments are known.
     count: number of images in the set; None if it is not known.
     posterior: sums over the class probabilities, see `RunningScore`; None if the extractor has no logits.
     spatial: the spatial features of the same images; None if the extractor has none.
@@ -43,6 +42,15 @@ class Features:
   dinov2: 'Features | None' = None
 
 
+def some_of(count: int, most: int) -> np.ndarray:
+  """Returns at most `most` indices below `count`, ascending (n,): always the same, drawn at random.
+
+  At even intervals, images whose labels are taken in turn would all be of a few classes.
+  """
+  rng = np.random.Generator(np.random.Philox(0))
+  return np.sort(rng.choice(count, min(count, most), replace=False, shuffle=False))
+
+
 class RunningFeatures:
   """Accumulates the features of at most `count` images from batches; `seen` is their number so far.
 
@@ -51,7 +59,7 @@ class RunningFeatures:
 
   def __init__(self, count: int) -> None:
     self._moments, self._some, self.seen = RunningMoments(), list[np.ndarray](), 0
-    self._count, self._stride = count, math.ceil(count / _KEPT)
+    self._count, self._kept = count, some_of(count, _KEPT)
     self._score: RunningScore | None = None
     self._others: dict[str, RunningFeatures] = {}  # spatial features, and those of DINOv2
 
@@ -64,7 +72,8 @@ class RunningFeatures:
   ) -> None:
     """Adds a batch of features (n, D) and, where there are any, logits (n, K), spatial and DINOv2's features (n, S), (n, F)."""
     self._moments.add(features)
-    self._some.append(np.array(features[-self.seen % self._stride :: self._stride]))  # not a view of all
+    first, end = np.searchsorted(self._kept, (self.seen, self.seen + len(features)))
+    self._some.append(features[self._kept[first:end] - self.seen])  # not a view of all
     self.seen += len(features)
     if logits is not None:
       self._score = self._score or RunningScore()
@@ -102,7 +111,7 @@ def frechet(samples: Features, reference: Features) -> float:
 def frechet_estimate(samples: Features, reference: Features) -> Estimate:
   """Returns `frechet` with its standard error and bias as an estimate of the distance of the distributions."""
   value = frechet(samples, reference)
-  if samples.some is None or samples.count is None:
+  if samples.some is None or len(samples.some) < 2 or samples.count is None:
     return Estimate(value)
   moments = samples.moments, samples.some, samples.count, reference.moments
   return Estimate(value, *error_and_bias(*moments))

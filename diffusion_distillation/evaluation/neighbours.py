@@ -13,7 +13,8 @@ import numpy as np
 from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.evaluation.extracted import Extractor
 from diffusion_distillation.evaluation.features import features_of
-from diffusion_distillation.evaluation.kept_features import OfEach, spread
+from diffusion_distillation.evaluation.kept_features import OfEach
+from diffusion_distillation.evaluation.metrics import some_of
 from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.progress import Progress
 
@@ -123,7 +124,7 @@ def find(
     samples: (n, H, W, C) uint8, the same in every process.
     extractor: the map to features.
     train: the training images.
-    held_out: the held-out images, of which at most COMPARED are used, evenly spread.
+    held_out: the held-out images, of which at most COMPARED are used, those of `some_of`.
     searched: the features of the training images to search.
   """
   unseen = _some(held_out, COMPARED)
@@ -162,10 +163,10 @@ def find(
 
 
 def _some(images: Loader, most: int) -> np.ndarray:
-  """Returns up to `most` images (n, H, W, C), evenly spread; unreadable ones are left out."""
+  """Returns up to `most` images (n, H, W, C), those of `some_of`; unreadable ones are left out."""
   found = []
   with contextlib.closing(
-    images.in_order(sharding.round_up(_BATCH), spread(len(images), most))
+    images.in_order(sharding.round_up(_BATCH), some_of(len(images), most))
   ) as batches:
     for batch in batches:
       pixels = sharding.to_host(sharding.put(batch['image']))

@@ -9,26 +9,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion_distillation.config import Config
 from diffusion_distillation.diffusion import times
-from diffusion_distillation.diffusion.guidance import Guidance, make_guidance
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import loading
 from diffusion_distillation.evaluation.clip_score import Clip, RunningScore
 from diffusion_distillation.evaluation.extracted import Extractors
-from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.metrics import Features, RunningFeatures
+from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks.conditioning import NONE_OF
-from diffusion_distillation.networks.guidance import check
 from diffusion_distillation.stages.model import StoredModel
-from diffusion_distillation.stages.parts import make_sampler
 from diffusion_distillation.system import sharding
 from diffusion_distillation.system.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompted:
-  """What images shall show.
+  """What the images should show.
 
   Attributes:
     file: the name of the file of prompts.
@@ -104,38 +99,24 @@ def resized(images: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
   return np.stack([np.asarray(image) for image in made])
 
 
-def guidance_of(config: Config, stored: StoredModel) -> Guidance:
-  """Returns the guidance of `evaluation.guidance` and its interval; raises UserError unless it is one possible weight."""
-  section = config.evaluation
-  if len(section.guidance) != 1:
-    raise UserError(
-      f'evaluation.guidance={tuple(section.guidance)}: the folder of a model is measured with one weight; name one, such as (6.5,)'
-    )
-  found = make_guidance(section.guidance[0], section.guidance_interval)
-  check('evaluation.guidance', found, stored.denoise.conditioning, stored.cond_dropout)
-  return found
-
-
 def draw(
-  config: Config,
-  model: LoadedModel,
+  drawer: Drawer,
+  stored: StoredModel,
+  seed: int,
   extractors: Extractors,
   asked: Prompted,
   image_shape: tuple[int, ...],
 ) -> tuple[Features, RunningScore | None]:
   """Draws one image per prompt with the model's own sampler and steps.
 
-  Image k has the noise of (evaluation.seed, k). The CLIP score is that of the images as they are drawn; features are those of
+  Image k has the noise of (seed, k). The CLIP score is that of the images as they are drawn; features are those of
   the images after they are resized to `image_shape`. The prompts of a batch are embedded when it is drawn.
   """
-  stored, section, count = model.stored, config.evaluation, len(asked.prompts)
-  by = guidance_of(config, stored)
-  size = sharding.round_up(loading.batch_size(stored, section.batch_size, count))
-  drawer = model.drawer(make_sampler(stored.sampler, section.gamma), stored.clip_x, size, by)
+  count, size = len(asked.prompts), sharding.round_up(drawer.batch_size)
   grid = times.make_grid(stored.times, stored.num_steps, stored.schedule)
   assert stored.text is not None  # see `check_texts`
   tokenize, embed = stored.text.tokenize(), stored.text.embedder()
-  no_text = np.asarray(embed(tokenize(['']))) if by else None
+  no_text = np.asarray(embed(tokenize(['']))) if drawer.guidance else None
   params = sharding.replicate(stored.params)
   running, score = RunningFeatures(count), asked.running()
   with Progress('evaluation', math.ceil(count / size), images_per_step=size) as progress:
@@ -144,7 +125,7 @@ def draw(
       prompts = [asked.prompts[min(k, count - 1)] for k in range(start, start + size)]
       chosen: dict[str, Any] = {'text': np.asarray(embed(tokenize(prompts)))}
       chosen |= {} if no_text is None else {NONE_OF + 'text': no_text}
-      batch = drawer.batches(params, grid, here.stop, section.seed, chosen, start)
+      batch = drawer.batches(params, grid, here.stop, seed, chosen, start)
       images = np.asarray(sharding.to_host(next(batch)[0]))[: len(here)]
       if score is not None:
         score.add(here, images)

@@ -119,6 +119,16 @@ def header(
   }
 
 
+def sampling_floor(results: dict[str, Any]) -> float:
+  """Returns the part of the floor that decreases as 1/n with the number n of images.
+
+  That is all of it, or its bias if the reference is a file, whose images may lie at a distance from the training images.
+  """
+  floor = results['floor']
+  from_file = 'file' in results['reference'] and floor['bias'] is not None
+  return float(floor['bias' if from_file else 'value'])
+
+
 def _described_dinov2(extractors: Extractors) -> dict[str, Any]:
   """Returns what `results.json` says of the extractor of `fd_dinov2`, if there is one."""
   found = extractors.dinov2

@@ -22,11 +22,16 @@ class EvaluationSection:
   tolerance: float = key(
     0.0,
     'Relative error at which a row stops drawing samples early. The error after n samples is estimated as '
-    '`floor * num_samples / n`; 0: every row draws `num_samples`.',
+    '`floor * num_samples / n`, with `reference` from the bias of the floor; 0: every row draws `num_samples`.',
     SHARE,
   )
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
-  seed: int = key(1, 'Seed of the sampling noise, the same for every row.', NOT_NEGATIVE)
+  seed: int = key(
+    1,
+    'Seed of the sampling noise, the same for every row. Measurements during training and the quality gate have this seed with bit 30 '
+    'inverted, so that the rows have other samples than those that weights were selected by.',
+    NOT_NEGATIVE,
+  )
   inception: str = key(
     '',
     'Weight file of the Inception of the FID (`pt_inception-2015-12-05-*.pth` of pytorch-fid, or its state dict as '
@@ -93,7 +98,7 @@ class EvaluationSection:
   )
   neighbours: int = key(
     50_000,
-    'Number of training images, evenly spread, among which the report looks for those nearest to samples; 0: the report does '
+    'Number of training images, drawn at random, among which the report looks for those nearest to samples; 0: the report does '
     'not show them.',
     NOT_NEGATIVE,
   )

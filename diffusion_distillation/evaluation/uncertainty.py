@@ -84,7 +84,7 @@ def error_and_bias(
 
   Args:
     samples: moments of all samples.
-    some: (N, D), features of individual samples, all of them or an even choice; the expectations are taken over these.
+    some: (N, D), features of individual samples, all of them or a random choice; the expectations are taken over these.
     count: number of samples.
     reference: moments of the reference, which count as exact.
 

@@ -14,7 +14,7 @@ from diffusion_distillation.evaluation.clip_score import NAME
 from diffusion_distillation.evaluation.extracted import Extracted, Extractors
 from diffusion_distillation.evaluation.kept_features import OfEach
 from diffusion_distillation.evaluation.metrics import Features
-from diffusion_distillation.evaluation.results import empty
+from diffusion_distillation.evaluation.results import empty, sampling_floor
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.stages import workdir as workdirs
 
@@ -36,7 +36,7 @@ class Yardstick(NamedTuple):
   Attributes:
     extractors: the feature extractors.
     reference: features of real images, with which those of samples are compared; None without images.
-    floor: the Frechet distance of as many real images as there are samples in a row.
+    floor: the part of the Frechet distance of as many real images as a row has samples that decreases with their number.
     label_counts: number of training images of each class, if labels are drawn in their proportions; else ().
     classes: what is known about the classes of the training images.
     searched: features of the training images among which the report looks for the nearest; None: it does not.
@@ -98,5 +98,5 @@ def _of_images(
   classes = by_class.classes(extractor, train, found)
   of_training_images = real.floor if 'file' in results['reference'] else real.reference
   results['class_shares'] = classes.shares(of_training_images.some)
-  floor = results['floor']['value']
+  floor = sampling_floor(results)
   return Yardstick(extractors, real.reference, floor, counts, classes, searched), results

@@ -2,7 +2,7 @@
 
 stage_dir/gate.json   every measurement of the finished stage, and whether the student passed
 
-Student and teacher are drawn from the same noise, each in its own number of steps, and compared with the training images by the
+Student and teacher are drawn from the same noise, which is not that of the evaluation, each in its own number of steps, and compared with the training images by the
 Frechet distance. That of n samples of a perfect model is not 0 but the floor: the distance of n training images, which decreases
 as 1/n. A plain ratio of two distances therefore tends to 1 the fewer samples there are, and would let a bad student pass. So the
 floor is subtracted from both. The difference may be close to 0 for a good teacher, and a quotient of two such numbers is mostly
@@ -230,16 +230,14 @@ class Gate:
       'teacher_digest': teacher.digest,
       'factor': self._config.gate.factor,
       'samples': self._config.gate.samples,
-      'seed': self._config.evaluation.seed,
       'student_steps': model.stage.num_steps,
       'teacher_steps': teacher.stage.num_steps,
       'teacher_guidance': guidance.weight,
-      'clip_x': self._config.evaluation.clip_x,
-      'labels': self._config.evaluation.labels,
+      **samples.describe(self._config, model.stage, self._texts),
+      **samples.describe(self._config, teacher.stage, self._texts),  # whose grid may be another one
     }
     extractor, reference = self._prepared()
     described['extractor'] = extractor.digest
-    described |= {} if self._texts is None else {'texts': self._texts.digest}
     checks = read_json(path).get('checks', []) if path.is_file() else []
     known = [check for check in checks if described.items() <= check.items()]
     if cluster.agree(bool(known)):

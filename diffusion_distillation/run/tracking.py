@@ -39,7 +39,7 @@ BEST, _RECORD = 'best', 'track.json'
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStopSection:
-  """Ending a stage before its last update, when its samples have stopped to improve."""
+  """Ending a stage before its last update, when its samples have stopped improving."""
 
   patience: int = key(
     0,
@@ -86,7 +86,7 @@ def is_stopped(values: Mapping[int, float], errors: Mapping[int, float], patienc
 class Tracker:
   """Measures the first moving average of a stage every `log.frechet_every` updates, and at its end.
 
-  The value is the Frechet distance of `log.frechet_samples` images, drawn with the sampler and the seed of the evaluation. All
+  The value is the Frechet distance of `log.frechet_samples` images, drawn with the sampler of the evaluation from other noise. All
   measurements of a stage have the same noise, so that small differences between them mean something; values with different
   numbers of samples cannot be compared.
 
@@ -240,19 +240,15 @@ class Tracker:
 
   def _described(self) -> dict[str, Any]:
     """Returns everything that measurements must share to be compared."""
-    evaluation, log = self._config.evaluation, self._config.log
+    log = self._config.log
     found: dict[str, Any] = {}
     if self._config.early_stop.patience:
       found['every'] = log.frechet_every
-    if self._texts is not None:
-      found['texts'] = self._texts.digest
     return found | {
       'samples': log.frechet_samples,
-      'seed': evaluation.seed,
-      'clip_x': evaluation.clip_x,
-      'labels': evaluation.labels,
       'steps': self._stage.num_steps,
       'extractor': self._extractor.digest,
+      **samples.describe(self._config, self._stage, self._texts),
     }
 
 

@@ -33,7 +33,7 @@ MAX_PROMPT = 2000  # characters
 
 
 class Texts(NamedTuple):
-  """What models of texts shall draw.
+  """What text-to-image models should draw.
 
   Attributes:
     prompts: the prompts, drawn in turn.

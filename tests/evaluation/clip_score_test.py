@@ -98,7 +98,8 @@ def test_each_prompt_is_drawn_once_with_its_own_noise_whatever_the_batch(folder,
   clip = clip_test.clip.read(clip_test.write(tmp_path / 'clip'))
   asked = Prompted('prompts.txt', prompts, clip)
   settings = tiny.config(evaluation__batch_size=2, evaluation__seed=3, evaluation__guidance=(1.5,))
-  found, score = prompted.draw(settings, loaded, Pixels(), asked, (side // 2, side // 2, 3))
+  drawer, small = elsewhere.drawer(settings, loaded), (side // 2, side // 2, 3)
+  found, score = prompted.draw(drawer, loaded.stored, 3, Pixels(), asked, small)
   images = loaded.sample(prompts=prompts, seed=3, guidance=1.5)
   small = np.stack([Image.fromarray(image).resize((side // 2,) * 2, Image.LANCZOS) for image in images])
   off = np.abs(found.some - small.reshape(len(prompts), -1))
@@ -123,6 +124,8 @@ def test_what_is_measured_is_checked_before_anything_is_drawn(folder, tmp_path):
   )
   several = {'evaluation__num_samples': 5, 'evaluation__guidance': (0.0, 1.0)}
   refused('is measured with one weight; name one, such as (6.5,)', **several)
+  several = {'evaluation__guidance': (1.5,), 'evaluation__guidance_interval': (3.0, 0.3)}
+  refused('evaluation.guidance_interval=(3.0, 0.3): the interval of guidance is 3,0.3', **several)
   refused('cannot be resized to those of dataset', evaluation__num_samples=5)  # grey digits
   assert asked.first(2).prompts == PROMPTS[:2]
   with pytest.raises(UserError, match='holds 5 prompts, but --images=x holds 4 images; image k'):

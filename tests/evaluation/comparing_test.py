@@ -132,6 +132,23 @@ def test_what_the_numbers_depend_on_is_pointed_out(tmp_path):
   assert 'a: 100, b: 50' in notes[0] and 'a: balanced, b: data' in notes[1] and 'seeds' in notes[2]
 
 
+def test_other_texts_are_pointed_out(tmp_path):
+  texts = {
+    'a': {'captions': {'name': 'shapes', 'digest': 'c'}},
+    'b': {'prompts': {'file': 'p.txt', 'digest': 'p'}},
+    'c': {'prompts': {'file': 'p.txt', 'digest': 'q'}},
+    'd': {'prompts': {'file': 'copy.txt', 'digest': 'p'}},
+  }
+  given = {name: str(run(tmp_path / name, ROWS, results=of)) for name, of in texts.items()}
+
+  def notes(names):
+    found = comparing.remarks(comparing.read([given[name] for name in names], DEFAULT))
+    return [note for note in found if 'texts' in note]
+
+  assert notes('ab') == ['The texts that the samples are drawn for differ (a: shapes, b: p.txt).']
+  assert len(notes('bc')) == 1 and not notes('bd')
+
+
 EXTRACTOR = {'name': 'digits', 'digest': 'cd' * 32, 'task': 'classes', 'held_out_accuracy': 0.9}
 
 

@@ -127,6 +127,22 @@ REFUSED = {
     ['--workdir={workdir}', '--images={large}'],
     'images of 9 x 9 x 1, but FD-digits compares images of 8 x 8 x 1',
   ),
+  'labels that there are not': (
+    [
+      '--workdir={workdir}/base/model',
+      '--config={tiny}',
+      '--config.evaluation.labels=dat',
+      '--out={tmp}/x.json',
+    ],
+    'evaluation.labels',
+  ),
+  'an interval from top to bottom': (
+    [
+      *('--workdir={workdir}/base/model', '--config={tiny}', '--out={tmp}/x.json'),
+      '--config.evaluation.guidance_interval=(3.0,0.3)',
+    ],
+    'evaluation.guidance_interval=(3.0, 0.3): the interval of guidance is 3,0.3',
+  ),
   'statistics of Inception': (
     ['--workdir={workdir}', '--images={npz}', '--config={tiny}', '--config.evaluation.reference={fid}'],
     '2048 features, but FD-digits compares 64',
@@ -166,18 +182,23 @@ def test_a_model_of_latents_is_drawn_in_batches_of_its_own_size(monkeypatch):
   class Stop(Exception):
     pass
 
-  def drawer(sampler, clip_x, batch_size):
+  def drawer(sampler, clip_x, batch_size, guidance):
     asked.append(batch_size)
     raise Stop
 
   stored = SimpleNamespace(
     **{'space': SimpleNamespace(own_programs=True), 'image_shape': (1024, 1024, 3)},
-    **{'sampler': 'ddim', 'clip_x': False},
+    **{
+      'sampler': 'ddim',
+      'clip_x': False,
+      'denoise': SimpleNamespace(conditioning={}),
+      'cond_dropout': 0.0,
+    },
   )
   for own_programs, expected in ((True, loading.batch_size(stored, 32, 48)), (False, 32)):
     stored.space.own_programs = own_programs
     with pytest.raises(Stop):
-      elsewhere._draw(tiny.config(), SimpleNamespace(stored=stored, drawer=drawer), None, ())
+      elsewhere.drawer(tiny.config(), SimpleNamespace(stored=stored, drawer=drawer))
     assert asked.pop() == expected <= 32
   assert (
     loading.batch_size(

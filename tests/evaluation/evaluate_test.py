@@ -8,7 +8,7 @@ import pytest
 from diffusion_distillation.datasets.image_set import InMemory
 from diffusion_distillation.evaluation import by_class, dinov2, features, figures, measure, sampling
 from diffusion_distillation.evaluation.frechet import Moments, frechet_distance
-from diffusion_distillation.evaluation.results import note_missing
+from diffusion_distillation.evaluation.results import note_missing, sampling_floor
 from diffusion_distillation.networks.dinov2 import Size
 from diffusion_distillation.stages.provenance import Model
 from tests import tiny
@@ -53,7 +53,8 @@ def asked(monkeypatch):
 
   def seconds_per_image(self, params, grid, num_samples, seed, then, use, first):
     for batch in np.split(draw(self, params, grid, num_samples, seed), 3):
-      use(then(batch), len(batch))
+      if use(then(batch), len(batch)):
+        break
     return 0.001
 
   monkeypatch.setattr(sampling.Drawer, 'seconds_per_image', seconds_per_image)
@@ -258,6 +259,24 @@ def test_with_a_file_as_reference_the_shares_of_classes_are_those_of_the_trainin
   predicted = by_class.predictor(extractor)(extractor(drawn))
   expected = np.bincount(predicted, minlength=10) / NUM_SAMPLES
   assert results['class_shares'] == pytest.approx(expected.tolist())
+
+
+def test_with_a_file_as_reference_its_distance_from_the_training_images_is_no_error(
+  workdir, asked, tmp_path
+):
+  """Rows far from both end early; without a bias, of so few images, the floor stands for it."""
+  np.savez(tmp_path / 'published.npz', mu=np.full(64, 9.0), sigma=np.eye(64))
+  found, _ = evaluate(
+    workdir,
+    evaluation__reference=str(tmp_path / 'published.npz'),
+    evaluation__tolerance=0.3,
+    evaluation__num_samples=96,
+  )
+  floor = found['floor']
+  assert 0.0 < sampling_floor(found) == floor['bias'] < 0.3 * floor['value']
+  assert [row['num_drawn'] for row in found['rows']] == [32] * 5
+  assert sampling_floor(found | {'floor': floor | {'bias': None}}) == floor['value']
+  assert sampling_floor(found | {'reference': {'split': 'train'}}) == floor['value']
 
 
 def test_rows_say_why_they_lack_metrics(caplog):

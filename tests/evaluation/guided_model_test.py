@@ -1,5 +1,7 @@
 """Guidance of models, rows and plans: what is asked for, what is measured, and what is refused."""
 
+import contextlib
+import dataclasses
 import json
 import types
 
@@ -7,11 +9,11 @@ import numpy as np
 import pytest
 
 from configs import default
-from diffusion_distillation import cli
+from diffusion_distillation import cli, modes
 from diffusion_distillation.diffusion import samplers, times
 from diffusion_distillation.diffusion.guidance import NONE, Guidance
 from diffusion_distillation.errors import UserError
-from diffusion_distillation.evaluation import curves, measure, results
+from diffusion_distillation.evaluation import curves, elsewhere, measure, results
 from diffusion_distillation.evaluation.loading import LoadedModel
 from diffusion_distillation.evaluation.sampling import Drawer
 from diffusion_distillation.networks import NETWORKS
@@ -19,7 +21,7 @@ from diffusion_distillation.run import forecast
 from diffusion_distillation.stages import model as models
 from tests import tiny
 from tests.networks.denoiser_test import Small
-from tests.stages.model_test import stored
+from tests.stages.model_test import UNET, stored
 
 DROPPED = stored(Small(1, num_classes=3), num_steps=3, cond_dropout=0.1)
 DEFAULT = default.get_config()
@@ -97,6 +99,58 @@ def test_guidance_that_cannot_be_had_is_one_line(sample, changes, message):
 
 
 ROWS = {'evaluation__samplers': ('ddim', 'heun'), 'evaluation__guidance': (0.0, 1.5)}
+
+
+@pytest.fixture
+def of_folder(monkeypatch, tmp_path):
+  """Measures the folder of a model whose images are drawn, but compared with nothing; returns what drew them, and the results."""
+  train, drawers = types.SimpleNamespace(images=types.SimpleNamespace(image_shape=(8, 8, 1))), []
+  monkeypatch.setattr(
+    elsewhere, '_place', lambda config, _: contextlib.nullcontext((config, train, None))
+  )
+  monkeypatch.setattr(elsewhere.real_images, 'open_extractors', lambda *_: None)
+  monkeypatch.setattr(elsewhere.real_images, 'summarize', lambda *_: (None, {}))
+  monkeypatch.setattr(elsewhere, '_draw', lambda *given: drawers.append(given[-1]))
+  monkeypatch.setattr(elsewhere, '_write', lambda header, described, *_: described)
+
+  def measured(model=DROPPED, **changes):
+    config, out = tiny.config(**changes), tmp_path / 'x.json'
+    found, _ = elsewhere.measure_model(config, LoadedModel(model), tmp_path, out)
+    return drawers[-1], found
+
+  return measured
+
+
+def test_the_folder_of_a_model_is_measured_with_guidance(of_folder):
+  draw, found = of_folder()
+  assert not draw.guidance and (found['guidance'], found['guidance_interval']) == (0.0, None)
+  assert found['nfe'] == 3
+  given = {'evaluation__guidance': (2.0,), 'evaluation__guidance_interval': (0.1, 1.0)}
+  draw, found = of_folder(**given)
+  assert draw.guidance == Guidance(2.0, 0.1, 1.0) and found['nfe'] > 3
+  assert (found['guidance'], found['guidance_interval']) == (2.0, [0.1, 1.0])
+  takes = stored(dataclasses.replace(UNET, num_classes=3, guidance=(0.5, 4.0)), num_steps=3)
+  for asked, expected in ((0.0, 0.5), (2.0, 2.0)):
+    draw, found = of_folder(takes, evaluation__guidance=(asked,))
+    assert found['guidance'] == expected and found['nfe'] == 3
+    assert (draw.cond(np.arange(2), 0)['guidance'] == expected).all()
+  for changes, words in (
+    ({'evaluation__guidance': (0.0, 1.0)}, r'measured with one weight; .* or \(0\.0,\) for none'),
+    ({'evaluation__guiding_model': 'x'}, r'guiding_model=x does not apply to the folder of a model'),
+    (
+      {**given, 'model': stored(Small(1))},
+      r'evaluation\.guidance=2: guidance needs a class-conditional',
+    ),
+  ):
+    with pytest.raises(UserError, match=words):
+      of_folder(**changes)
+
+
+def test_labels_and_grids_that_there_are_not_are_refused_with_any_config():
+  for key, value in (('labels', 'dat'), ('grid', 'even'), ('samplers', ('dim',))):
+    config = tiny.config(**{f'evaluation__{key}': value})
+    with pytest.raises(UserError, match=rf'evaluation\.{key}'):
+      modes._checked_config(cli.Options('evaluate', config=config, default=DEFAULT, workdir='x'))
 
 
 def test_the_base_has_a_row_for_each_weight_and_students_have_none():

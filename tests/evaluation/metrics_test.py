@@ -9,16 +9,39 @@ from diffusion_distillation.evaluation import inception_score, kernel_distance, 
 from diffusion_distillation.evaluation.metrics import METRICS, RunningFeatures, entry, measure_all
 
 
-@pytest.mark.parametrize(('count', 'stride'), [(10_000, 1), (10_001, 2), (25_000, 3)])
-def test_the_features_that_are_kept_are_spread_evenly_whatever_the_batches(count, stride):
+@pytest.mark.parametrize('count', [10_000, 10_001, 25_000])
+def test_the_features_that_are_kept_are_the_same_whatever_the_batches(count):
   features = np.arange(2 * count, dtype=np.float32).reshape(count, 2)
   running = RunningFeatures(count)
   for batch in np.split(features, [1, 500, 501, 503, 9000]):
     running.add(batch)
   assert sum((part if part.base is None else part.base).nbytes for part in running._some) <= 80_000
   found = running.result()
-  np.testing.assert_array_equal(found.some, features[::stride])
+  np.testing.assert_array_equal(found.some, features[metrics.some_of(count, 10_000)])
   np.testing.assert_allclose(found.moments.mean, features.mean(axis=0, dtype=np.float64), rtol=1e-12)
+
+
+@pytest.mark.parametrize(('count', 'classes'), [(50_000, 10), (24_000, 48), (20_000, 2)])
+def test_the_features_that_are_kept_have_all_classes_of_labels_in_turn(count, classes):
+  """Each in its share, within five standard deviations."""
+  labels = np.arange(count) % classes
+  running = RunningFeatures(count)
+  for batch in np.split(labels[:, None].astype(np.float32), [4096, 30_000]):
+    running.add(batch, spatial=batch)
+  found = running.result()
+  kept = np.bincount(found.some[:, 0].astype(int), minlength=classes)
+  np.testing.assert_allclose(kept, 10_000 / classes, atol=5 * math.sqrt(10_000 / classes))
+  np.testing.assert_array_equal(found.spatial.some, found.some)  # of the same images
+
+
+def test_too_few_kept_features_leave_the_error_unknown():
+  """A row that is stopped after its first images may have kept none of them."""
+  running = RunningFeatures(1_000_000)
+  running.add(np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32))
+  samples, rng = running.result(), np.random.default_rng(1)
+  assert len(samples.some) < 2
+  found = measure_all(samples, gathered([rng.normal(size=(9, 2)).astype(np.float32)]))
+  assert found.keys() == {'frechet'} and found['frechet'].error is None
 
 
 def normal(rng, count, dim=4, spread=1.0, shift=0.0, classes=3, spatial=6, dinov2=5):

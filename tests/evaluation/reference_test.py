@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_distillation.datasets.image_set import InMemory
 from diffusion_distillation.datasets.loading import Loader
-from diffusion_distillation.evaluation import by_class, kept_features, reference
+from diffusion_distillation.evaluation import by_class, kept_features, metrics, reference
 from diffusion_distillation.evaluation.extracted import Extracted
 
 KINDS = ('reference', 'held_out', 'floor')
@@ -96,7 +96,7 @@ def test_everything_is_computed_in_one_pass_and_is_what_it_would_be_alone(tmp_pa
   root = vars(found.reference.moments)['root']  # it was read from the file
   np.testing.assert_allclose(root @ root, found.reference.moments.cov, rtol=1e-6)
   assert 'root' in vars(found.reference.spatial.moments)
-  places = [k for k in kept_features.spread(20, 7) if k != 3]
+  places = [k for k in metrics.some_of(20, 7) if k != 3]
   assert each.places.tolist() == places
   np.testing.assert_array_equal(each.features, pixels[places][:, :3])
   odd = pixels[1::2][np.arange(10) != 1]

@@ -93,6 +93,16 @@ def test_embeddings_are_those_of_the_encoder_and_of_a_text_alone(monkeypatch):
   assert shapes == {(8, 6)}  # by one program, for batches of any size
 
 
+def test_what_results_say_of_texts_is_documented(captions):
+  page = (tiny.ROOT / 'docs' / 'evaluate.md').read_text()
+  section = page.partition('\n## results.json\n')[2].partition('\n## ')[0]
+  asked = dataclasses.replace(FILE, clip=types.SimpleNamespace(name='small', digest='d'))
+  of_file = dataclasses.replace(captions, asked=asked)
+  keys = {*captions.describe(), *of_file.describe(), *of_file.of_row()}
+  assert keys == {'captions', 'prompts', 'clip', 'texts'}
+  assert [key for key in keys if f'`{key}`' not in section] == []
+
+
 def test_prompts_of_a_file_come_in_their_order_and_have_no_labels():
   texts = SampledTexts(text_model.text_encoder(), IMAGES, FILE)
   assert texts.texts(np.arange(1, 5), 9) == ['two', 'three', 'one', 'two']

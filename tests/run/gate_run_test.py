@@ -15,6 +15,7 @@ from diffusion_distillation.diffusion.process import Prediction
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.errors import Preempted, QualityError
 from diffusion_distillation.evaluation import features as extractors
+from diffusion_distillation.evaluation import measure
 from diffusion_distillation.evaluation.extracted import Extracted
 from diffusion_distillation.evaluation.metrics import Features
 from diffusion_distillation.networks.spaces import Pixels
@@ -59,10 +60,10 @@ class Pooled:
     return images.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16) / 16.0
 
 
-def stage(name, num_steps):
+def stage(name, num_steps, parent='base'):
   return types.SimpleNamespace(
     **{'name': name, 'num_steps': num_steps, 'sampler': 'ddim', 'denoise': Known(), 'pairs': None},
-    **{'schedule': Cosine(), 'space': Pixels(), 'image_shape': (8, 8, 1), 'parent': 'base'},
+    **{'schedule': Cosine(), 'space': Pixels(), 'image_shape': (8, 8, 1), 'parent': parent},
     **{'num_updates': 8, 'recipe': types.SimpleNamespace(method=types.SimpleNamespace())},
   )
 
@@ -127,6 +128,38 @@ def test_a_measurement_is_read_back_unless_anything_that_it_depends_on_changed(j
   assert len(drawn) == 6  # other labels: other samples
   checks = json.loads((judge._workdir / 'student' / 'gate.json').read_text())['checks']
   assert [check['labels'] for check in checks] == ['data', 'data', 'data', 'balanced']
+
+
+def test_another_grid_of_the_base_or_another_seed_is_another_measurement(judge):
+  """The student's own grid does not change."""
+  teacher = dataclasses.replace(TEACHER, stage=stage('base', 4, parent=None))
+  keys = {'gate__factor': 2.0, 'gate__samples': 500}
+  found = judge._measured(GOOD, teacher)
+  other = Gate(tiny.config(**keys, evaluation__grid='karras'), judge._workdir, None)
+  changed = other._measured(GOOD, teacher)
+  assert changed.teacher != found.teacher and changed.student == found.student
+  assert judge._measured(GOOD, teacher) == found
+  Gate(tiny.config(**keys, evaluation__seed=5), judge._workdir, None)._measured(GOOD, teacher)
+  checks = json.loads((judge._workdir / 'student' / 'gate.json').read_text())['checks']
+  assert [check['grid'] for check in checks] == ['uniform', 'karras', 'uniform']
+  assert [check['seed'] for check in checks] == [2**30 + 1, 2**30 + 1, 2**30 + 5]
+
+
+def test_measurements_that_select_weights_do_not_have_the_samples_of_the_evaluation(tmp_path):
+  config, of = tiny.config(evaluation__batch_size=256), GOOD.stage
+
+  def features(by_seed):
+    images = measure.drawer(config, of, 'ddim').draw(GOOD.params, grid, 300, by_seed)
+    return Pooled()(np.asarray(images, np.float32))
+
+  grid, seed = measure.grid(config, of, of.num_steps), config.evaluation.seed
+  found = samples.features_of(config, tmp_path, Pooled(), of, GOOD.params, 300)
+  np.testing.assert_allclose(found, features(samples.seed_of(config)), rtol=1e-5)
+  own = {tuple(row) for row in features(seed).round(4).tolist()}
+  assert not own & {tuple(row) for row in found.astype(float).round(4).tolist()}
+  for k in (0, 1, 2**30, 2**31 - 1):
+    config.evaluation.seed = k
+    assert 0 <= samples.seed_of(config) < 2**31 and samples.seed_of(config) != k
 
 
 def test_only_the_training_images_are_summarized_for_measurements_during_training(monkeypatch, tmp_path):

@@ -93,9 +93,7 @@ def test_a_measurement_that_is_not_finite_fails():
     (1.0, 1.0, 1, []),
   ],
 )
-def test_a_stage_grows_by_a_fraction_of_its_updates_up_to_the_limit(
-  extra, limit, period, totals
-):
+def test_a_stage_grows_by_a_fraction_of_its_updates_up_to_the_limit(extra, limit, period, totals):
   config = tiny.config(gate__extra=extra, gate__limit=limit)
 
   @dataclasses.dataclass(frozen=True)

@@ -78,6 +78,17 @@ def test_the_best_weights_are_kept(track, scripted, tmp_path):
   assert record(tmp_path)['best'] == {'updates': 20, 'frechet': 9.0}
 
 
+def test_measurements_on_another_grid_are_not_compared(track, scripted, tmp_path):
+  track(BASE).measure(4, params(1.0))
+  assert (record(tmp_path, BASE)['grid'], record(tmp_path, BASE)['seed']) == ('uniform', 2**30 + 1)
+  changed = {'log__frechet_every': 4, 'log__frechet_samples': 200, 'evaluation__grid': 'karras'}
+  track(BASE, tiny.config(**changed)).measure(8, params(9.0))
+  assert record(tmp_path, BASE)['frechet'] == {'8': 9.0} and record(tmp_path, BASE)['grid'] == 'karras'
+  with pytest.raises(UserError, match='grid was karras, is uniform'):
+    patient = {'log__frechet_every': 4, 'log__frechet_samples': 200, 'early_stop__patience': 2}
+    track(BASE, tiny.config(**patient)).check_record()
+
+
 def test_only_a_measurement_that_a_signal_prevented_is_made_up_for(track, scripted, tmp_path):
   tracker = track()
   for done in (0, 5):
