@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.networks.clip_text import CLIPText
+from diffusion_distillation.training.state import Params
 
 FIRST_LOG_SCALE = math.log(1.0 / 0.07)  # of the cosines; learned from there on
 _MAX_LOG_SCALE = math.log(100.0)
@@ -53,9 +54,14 @@ class TextEncoderSection:
 
 
 def logits(image: jax.Array, text: jax.Array, log_scale: jax.Array) -> jax.Array:
-  """Returns the scaled cosines between each image and each text, (B, B), of embeddings (B, D); at most 100 (section 2.5)."""
+  """Returns the scaled cosines between each image and each text, (B, B), of embeddings (B, D)."""
   image, text = (v / jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (image, text))
-  return jnp.exp(jnp.minimum(log_scale, _MAX_LOG_SCALE)) * image @ text.T
+  return jnp.exp(log_scale) * image @ text.T
+
+
+def bound(params: Params) -> Params:
+  """Returns the parameters with a scale of at most 100 (section 2.5); applied after each update, so that the scale can fall again."""
+  return {**params, 'log_scale': jnp.minimum(params['log_scale'], _MAX_LOG_SCALE)}
 
 
 def loss(scaled: jax.Array, tokens: jax.Array) -> jax.Array:

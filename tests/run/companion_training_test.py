@@ -1,16 +1,22 @@
 """The networks beside a base that a run trains itself: written once, resumed, checked, and used like an imported model's."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 
 import diffusion_distillation
 from diffusion_distillation.datasets import ImageSet, Settings, open_split
+from diffusion_distillation.datasets.loading import Loader
 from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.interop import exporting, importing
@@ -22,6 +28,7 @@ from diffusion_distillation.system import interrupts, sharding
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
+from diffusion_distillation.training import contrastive
 from tests import text_model, tiny
 
 SMALL = {
@@ -167,14 +174,62 @@ def test_interrupted_training_goes_on_with_the_same_result(trained, tmp_path, mo
     assert [line['step'] for line in lines if line['loss'] > 0.0] == [2, 4, 6]
 
 
-def test_a_loss_that_is_not_finite_is_one_line():
+def test_the_value_that_is_shown_is_the_mean_of_the_last_updates():
   def state(step, *values):
     return companion_training.State(None, None, np.int32(step), np.float32(values))
 
-  assert companion_training._mean('autoencoder', state(2, 0, 0, 1, 2)) == 1.5
-  assert companion_training._mean('autoencoder', state(9, 3, 0, 1, 2)) == 1.5
-  with pytest.raises(NumericalError, match=r'autoencoder: .* autoencoder\.learning_rate'):
-    companion_training._mean('autoencoder', state(2, 0, 0, 1, np.nan))
+  assert companion_training._mean(state(2, 0, 0, 1, 2)) == 1.5
+  assert companion_training._mean(state(9, 3, 0, 1, 2)) == 1.5
+
+
+@pytest.mark.parametrize(
+  'loss',
+  [
+    lambda w, k: jnp.where(k < 5, w, jnp.nan),  # of the last update, while the parameters stay finite
+    lambda w, k: jnp.sqrt(jnp.abs(k - 5.0) * w**2),  # whose last gradient is not a number
+  ],
+)
+def test_a_network_that_diverges_is_one_line_and_its_state_is_not_saved(loss, tmp_path):
+  """The share of right answers stays finite all the same."""
+  (tmp_path / 'companions').mkdir()
+  first = {'w': jnp.array(0.5)}
+
+  def both(params, rng, k):
+    return loss(params['w'], k), jnp.ones(())
+
+  def batches(start):
+    yield from (np.float32(k) for k in range(start, 6))
+
+  with pytest.raises(NumericalError, match=r'text_encoder: the loss is not finite'):
+    companion_training._train('text_encoder', config(), tmp_path, both, first, batches, 0, 'accuracy')
+  assert list((tmp_path / 'companions').glob('*/checkpoints/4'))
+  assert not list((tmp_path / 'companions').glob('*/checkpoints/6'))
+
+
+def test_a_scale_at_its_bound_falls_as_soon_as_the_loss_asks_for_it():
+  optimizer, params = optax.sgd(0.5), {'log_scale': jnp.array(4.0)}
+  update = companion_training._update(
+    lambda params, rng, sign: (sign * params['log_scale'], jnp.zeros(())), optimizer, contrastive.bound
+  )
+  state = companion_training.State(
+    params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros(2)
+  )
+  for sign in (-1.0, -1.0, -1.0, -1.0, 1.0):
+    state, _ = update(state, jax.random.key(0), sign)
+  assert float(state.params['log_scale']) == pytest.approx(math.log(100.0) - 0.5)
+
+
+def test_the_text_encoder_is_trained_within_the_bound_of_its_scale(tmp_path, monkeypatch):
+  c, given = config(), []
+
+  def never(*args):
+    given.extend(args)
+    raise InterruptedError
+
+  monkeypatch.setattr(companion_training, '_train', never)
+  with pytest.raises(InterruptedError), contextlib.closing(Loader(images(c))) as loader:
+    companion_training._make_text_encoder(c, tmp_path, loader, images(c))
+  assert given[0] == 'text_encoder' and given[-1] is contrastive.bound
 
 
 @pytest.mark.parametrize('begin', ['run', 'prepare'])
