@@ -11,6 +11,7 @@ WORKDIR/companions/NAME/metrics.jsonl    its loss, and its error or accuracy
 import contextlib
 import dataclasses
 import functools
+import logging
 import pathlib
 import shutil
 import time
@@ -42,9 +43,11 @@ from diffusion_distillation.training import autoencoding, contrastive
 from diffusion_distillation.training.optimizers import LearningRate
 from diffusion_distillation.training.state import Params
 
+_log = logging.getLogger(__name__)
+
 _MEASURED = 1024  # images from which the latents' scale is measured
 _AT_ONCE = 64  # of which so many are encoded at a time
-_WARMUP = 50  # updates
+_WARMUP = 50  # updates, or a quarter of all if that is fewer
 _CLIP_NORM = 1.0
 _SHOWN = 10  # updates between two values in the progress line, each their mean
 _pixels = Pixels()
@@ -178,6 +181,7 @@ def _make_text_encoder(config: Config, workdir: pathlib.Path, loader: Loader, im
   """Trains the text encoder together with an image encoder, which is not kept, and writes it with its tokenizer."""
   section = own_companions.text_encoder(config)
   text = own_companions.new_text(config, images)
+  _warn_of_cut(text, images)
   seed = make_seed(config, *b'text_encoder')
   see = Classifier(section.hidden_size)  # whose logits are the embedding of an image
 
@@ -204,6 +208,18 @@ def _make_text_encoder(config: Config, workdir: pathlib.Path, loader: Loader, im
   companions.write_text(folder, text)
   made = {'accuracy': accuracy, 'updates': section.num_updates, 'seconds': seconds}
   write_json(folder / own_companions.TEXT_ENCODER, companions.describe_text(text) | made)
+
+
+def _warn_of_cut(text: TextEncoder, images: ImageSet) -> None:
+  """Warns of captions that are longer than the text encoder reads."""
+  tokenize, captions = text.tokenize(), set(images.all_captions() or [])
+  for caption in captions:
+    tokenize([caption], warns=False)
+  if tokenize.cut:
+    _log.warning(
+      '%s: of %d different captions, %d are longer than text_encoder.length=%d with a begin and an end token, and are cut',
+      *(images.name, len(captions), tokenize.cut, text.network.max_position_embeddings),
+    )
 
 
 def _with_tokens(
@@ -269,7 +285,7 @@ def _train(
   """
   section, directory = config[name], workdir / own_companions.FOLDER / name
   directory.mkdir(exist_ok=True)
-  rate = LearningRate(section.learning_rate, section.num_updates, _WARMUP, 'cosine')
+  rate = _learning_rate(section.learning_rate, section.num_updates)
   optimizer = optax.chain(optax.clip_by_global_norm(_CLIP_NORM), optax.adam(rate))
   state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros(_SHOWN))
   with contextlib.closing(Checkpoints(directory)) as checkpoints:
@@ -309,6 +325,10 @@ def _train(
   return Trained(jax.device_get(state.params), _mean(state), time.monotonic() - began)
 
 
+def _learning_rate(peak: float, num_updates: int) -> LearningRate:
+  return LearningRate(peak, num_updates, min(_WARMUP, num_updates // 4), 'cosine')
+
+
 def _mean(state: State) -> float:
   """Returns the mean of the last values beside the loss."""
   return float(np.mean(jax.device_get(state.shown)[-max(1, int(state.step)) :]))
@@ -322,4 +342,6 @@ def _is_finite(tree: Any) -> jax.Array:
 def _check_finite(name: str, loss: jax.Array, state: State) -> None:
   """Raises NumericalError if the last loss or a number of the state is not finite; a share of right answers always is."""
   if not _is_finite((loss, state)):
-    raise NumericalError(f'{name}: the loss is not finite; set {name}.learning_rate to a smaller value')
+    raise NumericalError(
+      f'{name}: the loss is not finite; begin another workdir with a smaller {name}.learning_rate'
+    )

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, key
+from diffusion_distillation.config import AT_LEAST_THREE, AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.networks.clip_text import CLIPText
 from diffusion_distillation.training.state import Params
 
@@ -22,7 +22,12 @@ class TextEncoderSection:
     0, 'Number of updates; 0 for no text encoder. It is trained with `autoencoder`.', NOT_NEGATIVE
   )
   batch_size: int = key(128, 'Number of images with captions per update.', AT_LEAST_TWO)
-  learning_rate: float = key(1e-3, 'Peak learning rate, which decays to 0 by a cosine.', POSITIVE)
+  learning_rate: float = key(
+    1e-3,
+    'Peak learning rate. It is reached after 50 updates, or after a quarter of all updates if that is fewer, and decays to 0 by a '
+    'cosine.',
+    POSITIVE,
+  )
   merges: int = key(
     1000,
     'Largest number of merges in the vocabulary, the byte-pair encoding of the captions; it is smaller if every word of them '
@@ -30,7 +35,9 @@ class TextEncoderSection:
     NOT_NEGATIVE,
   )
   length: int = key(
-    77, 'Number of tokens to which texts are padded or cut, with a begin and an end token.', AT_LEAST_TWO
+    77,
+    'Number of tokens to which texts are padded or cut, with a begin and an end token.',
+    AT_LEAST_THREE,
   )
   hidden_size: int = key(64, 'Width of the embedding of a token.', POSITIVE)
   num_layers: int = key(2, 'Number of transformer layers.', POSITIVE)

@@ -29,6 +29,7 @@ from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.system.files import write_json
 from diffusion_distillation.system.progress import Progress
 from diffusion_distillation.training import contrastive
+from diffusion_distillation.training.optimizers import LearningRate
 from tests import text_model, tiny
 
 SMALL = {
@@ -200,10 +201,26 @@ def test_a_network_that_diverges_is_one_line_and_its_state_is_not_saved(loss, tm
   def batches(start):
     yield from (np.float32(k) for k in range(start, 6))
 
-  with pytest.raises(NumericalError, match=r'text_encoder: the loss is not finite'):
+  with pytest.raises(
+    NumericalError, match=r'text_encoder: the loss is not finite; begin another workdir with a smaller'
+  ):
     companion_training._train('text_encoder', config(), tmp_path, both, first, batches, 0, 'accuracy')
   assert list((tmp_path / 'companions').glob('*/checkpoints/4'))
   assert not list((tmp_path / 'companions').glob('*/checkpoints/6'))
+
+
+def test_short_trainings_reach_their_learning_rate_soon(num_updates=20):
+  assert companion_training._learning_rate(2.0, 200) == LearningRate(2.0, 200, 50, 'cosine')
+  rates = [float(companion_training._learning_rate(2.0, num_updates)(k)) for k in range(num_updates)]
+  assert rates[0] > 0.0 and max(rates) > 1.7 and rates.index(max(rates)) == 4
+
+
+def test_captions_that_are_cut_are_counted_before_the_training(caplog):
+  for length, expected in ((8, []), (5, ['captions, 48 are longer than text_encoder.length=5'])):
+    c = config(text_encoder__length=length)
+    companion_training._warn_of_cut(own_companions.new_text(c, images(c)), images(c))
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == len(expected) and all(text in found[0] for text in expected)
 
 
 def test_a_scale_at_its_bound_falls_as_soon_as_the_loss_asks_for_it():
