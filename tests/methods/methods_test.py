@@ -343,6 +343,17 @@ def test_the_weight_of_a_regression_reaches_it():
   np.testing.assert_allclose(rest[0], rest[1], rtol=1e-4)
 
 
+def test_losses_of_a_gan_are_reported_before_their_weights():
+  method, rest = VARIANTS['dmd2'], []
+  for weight in (0.5, 4.0):
+    gan = method.gan.replace(generator_weight=weight, fake_weight=3.0 * weight)
+    chosen = dataclasses.replace(method, gan=gan).at(method.period - 1)
+    loss, metrics = chosen.loss(nets(chosen, shifts(method), FROZEN), given(chosen), None, 0)
+    assert min(metrics['gan_loss'], metrics['critic_loss']) > 0.1
+    rest.append(loss - weight * metrics['gan_loss'] - 3.0 * weight * metrics['critic_loss'])
+  np.testing.assert_allclose(rest[0], rest[1], rtol=1e-4)
+
+
 @every_variant
 def test_turns_repeat_after_a_period_and_every_network_has_one(method):
   turns = [method.at(step) for step in range(2 * method.period)]
