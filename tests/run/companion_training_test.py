@@ -284,6 +284,7 @@ def test_the_plan_names_the_networks_and_their_shapes_before_they_are_trained(ma
   [
     ({'text_encoder__num_updates': 0}, r'text_encoder\.num_updates=0: .* set both'),
     ({'model__name': 'unet'}, r'model\.name=unet: .* set model\.name=unet2d_condition'),
+    ({'model__conditional': True}, r'model\.conditional=True: .* set model\.conditional=False'),
     ({'model__space': 'pixels'}, r'model\.space=pixels: .* set model\.space=latents'),
     ({'dataset__name': 'digits', 'dataset__split': ''}, r'dataset\.name=digits: the model draws .* no captions'),
     ({'dataset__name': 'prompts'}, r'autoencoder\.num_updates=6 needs images with captions'),
@@ -302,7 +303,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_trained(changes, messa
 
 
 def test_without_networks_of_their_own_latents_and_texts_are_for_imported_models():
-  c = config(autoencoder__num_updates=0, text_encoder__num_updates=0, dataset__label_dropout=0.0)
+  c = config(autoencoder__num_updates=0, text_encoder__num_updates=0)
   with pytest.raises(UserError, match=r'only for imported models .* set autoencoder\.num_updates'):
     plan(c, (8, 8, 3), 0)
   c.model.space = 'pixels'
