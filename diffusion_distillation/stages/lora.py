@@ -8,8 +8,8 @@ from typing import Any
 from diffusion_distillation.config import Config
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.networks import lora
-from diffusion_distillation.networks.lora import Lora
 from diffusion_distillation.stages.stage import START, Stage
+from diffusion_distillation.training.lora import Lora
 
 _SHOWN = 3  # modules that an error names
 
