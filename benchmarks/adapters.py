@@ -92,7 +92,7 @@ def main() -> None:
   root = parser.parse_args().workdir.absolute()
   root.mkdir(parents=True)
   make(root / 'pipeline')
-  _, params = stable_diffusion.read_unet(root / 'pipeline' / 'unet', SCHEDULE)
+  params = stable_diffusion.read_unet(root / 'pipeline' / 'unet', SCHEDULE)[1]()
   before = interop.state_dict(params)
   worst, rows = 0.0, ['| names | largest change | largest difference |\n|---|---|---|']
   student, of = of_student(params, root / 'student')

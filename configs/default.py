@@ -18,7 +18,6 @@ from diffusion_distillation.methods.denoising import TrainSection
 from diffusion_distillation.methods.progressive import DistillSection
 from diffusion_distillation.networks import NETWORKS
 from diffusion_distillation.networks.denoiser import ModelSection
-from diffusion_distillation.networks.lora import LoraSection
 from diffusion_distillation.run.gate import GateSection
 from diffusion_distillation.run.pairs import PairsSection
 from diffusion_distillation.run.tracking import EarlyStopSection
@@ -28,6 +27,7 @@ from diffusion_distillation.system.logs import LogSection
 from diffusion_distillation.system.sharding import MeshSection
 from diffusion_distillation.training.autoencoding import AutoencoderSection
 from diffusion_distillation.training.contrastive import TextEncoderSection
+from diffusion_distillation.training.lora import LoraSection
 from diffusion_distillation.training.optimizers import OptimizerSection
 
 

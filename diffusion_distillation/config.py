@@ -36,6 +36,7 @@ NOT_NEGATIVE = Range('zero or more, and below 2^31', lambda v: 0 <= v < 2**31)
 FRACTION = Range('in [0, 1)', lambda v: 0 <= v < 1)
 SHARE = Range('in [0, 1]', lambda v: 0 <= v <= 1)
 AT_LEAST_TWO = Range('at least 2', lambda v: v >= 2)
+AT_LEAST_THREE = Range('at least 3', lambda v: v >= 3)
 
 
 class Key(NamedTuple):

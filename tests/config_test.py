@@ -121,6 +121,7 @@ def test_ranges_are_enforced(name):
     ('log.health_every', -1, 'must be zero or more, and below 2^31'),
     ('seed', 2**31, 'must be zero or more, and below 2^31'),
     ('evaluation.num_samples', 1, 'must be at least 2'),
+    ('text_encoder.length', 2, 'must be at least 3'),
     ('compute.updates_per_dispatch', 0, 'must be positive'),
   ],
 )

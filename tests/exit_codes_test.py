@@ -75,6 +75,11 @@ def test_steps_and_times_exclude_each_other():
     sample_flags.grid(None, ['0', '1'], 2, None)
 
 
+def test_times_that_are_no_numbers_are_one_line():
+  with pytest.raises(UserError, match=r'^--times=0,a,1: must be numbers, such as 0,0\.25,1$'):
+    sample_flags.grid(None, ['0', 'a', '1'], None, None)
+
+
 def test_a_second_run_in_one_workdir_is_refused(tmp_path):
   with workdirs.lock_workdir(tmp_path), pytest.raises(UserError, match='another run is using'):
     workdirs.lock_workdir(tmp_path)

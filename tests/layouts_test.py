@@ -9,10 +9,10 @@ import pytest
 
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.networks import lora
-from diffusion_distillation.networks.lora import Lora
 from diffusion_distillation.run import monitor
 from diffusion_distillation.system import checkpoints, sharding
 from diffusion_distillation.training import step as update
+from diffusion_distillation.training.lora import Lora
 from tests import peer, tiny
 from tests.processes_test import assert_same_training
 

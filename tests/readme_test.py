@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import pathlib
 import re
 import shlex
 import sys
@@ -20,8 +21,8 @@ from diffusion_distillation.evaluation.metrics import METRICS
 from diffusion_distillation.interop import importing
 from diffusion_distillation.methods import METHODS
 from diffusion_distillation.networks import NETWORKS
-from diffusion_distillation.run import preflight
-from diffusion_distillation.stages import model
+from diffusion_distillation.run import encoding, preflight
+from diffusion_distillation.stages import model, own_companions
 from tests import tiny
 from tests.stages.model_test import stored
 
@@ -151,6 +152,17 @@ def test_tables_have_every_sampler_grid_network_and_schedule():
     (cell('train.md', 'noise schedule'), schedules.SCHEDULES),
   ):
     assert [name for name in table if f'`{name}`' not in row] == [], row
+
+
+def test_every_dataset_and_what_a_run_keeps_for_texts_is_listed():
+  section = DOCS['train.md'].partition('## Datasets')[2].partition('\n## ')[0]
+  listed = {
+    name for line in section.splitlines() for name in re.findall(r'`([\w/]+)`', line.split(' | ')[0])
+  }
+  assert {*datasets.SOURCES, datasets.PROMPTS, datasets.NONE} <= listed
+  layout = DOCS['train.md'].partition('## The workdir')[2]
+  for folder in (own_companions.FOLDER, encoding.directory_of('', pathlib.Path()).name):
+    assert f'\n    {folder}/ ' in layout
 
 
 def test_every_config_is_in_the_table_of_configs():

@@ -1,4 +1,4 @@
-"""Datasets of images by name: digits, shapes, folders, each also with captions, tensorflow-datasets; or a prepared copy."""
+"""Datasets by name: digits, shapes, folders and tensorflow-datasets, shapes and folders also with captions; or a prepared copy."""
 
 from collections.abc import Callable
 

@@ -21,8 +21,9 @@ def grid(stored: StoredModel, given: Sequence[str], steps: int | None, name: str
   if given and steps:
     raise UserError('give --steps or --times, not both')
   if given:
+    numbers = _numbers('--times', given, '0,0.25,1')
     try:
-      return times.grid([float(t) for t in given])
+      return times.grid(numbers)
     except ValueError as error:
       raise UserError(f'--times={",".join(given)}: {error}, such as 0,0.25,1') from error
   name = name or stored.times
@@ -50,11 +51,19 @@ def guidance(
   weight = asked_weight('--guidance', weight, stored.denoise.conditioning)
   if interval and not weight:
     raise UserError(f'--guidance_interval={text} only applies to --guidance above 0')
+  ends = _numbers('--guidance_interval', interval, '0.3,3')
   try:
-    found = make_guidance(weight, [float(end) for end in interval])
+    found = make_guidance(weight, ends)
   except ValueError as error:
     given = f'--guidance={weight:g}' + (f' --guidance_interval={text}' if interval else '')
     raise UserError(f'{given}: {error}') from error
   labels = (chosen or {}).get('label')
   check('--guidance', found, stored.denoise.conditioning, stored.cond_dropout, labels, by_model)
   return found
+
+
+def _numbers(flag: str, given: Sequence[str], example: str) -> list[float]:
+  try:
+    return [float(number) for number in given]
+  except ValueError as error:
+    raise UserError(f'{flag}={",".join(given)}: must be numbers, such as {example}') from error

@@ -23,7 +23,7 @@ from diffusion_distillation.interop import stable_diffusion_config as keys
 from diffusion_distillation.interop.brief import brief
 from diffusion_distillation.interop.diffusers_config import BOOL, COUNT, INT, POSITIVE, WORD, Kind
 from diffusion_distillation.networks.clip_vision import CLIPVision
-from diffusion_distillation.stages.companions import read_tokenizer
+from diffusion_distillation.stages.companions import abstract_params, read_tokenizer
 from diffusion_distillation.stages.texts import TextEncoder
 from diffusion_distillation.system.checkpoints import digest
 from diffusion_distillation.training.state import Params
@@ -91,7 +91,7 @@ def read(given: str | os.PathLike[str], key: str = 'evaluation.clip') -> Clip:
   weights = diffusers.weights_file(folder, stable_diffusion.TEXT_WEIGHTS)
   state = diffusers.load_state(weights)
   of_text, of_vision, projection = _parted(state, weights, vision.projection_dim, text.hidden_size)
-  text_params = diffusers.convert(of_text, stable_diffusion.abstract_text_encoder(text), weights)
+  text_params = diffusers.convert(of_text, abstract_params(text), weights)
   vision_params = diffusers.convert(of_vision, _abstract(vision), weights)
   return Clip(
     name=folder.name,

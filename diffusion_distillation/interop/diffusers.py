@@ -236,7 +236,9 @@ def weights_file(folder: pathlib.Path, name: str = WEIGHTS) -> pathlib.Path:
     raise UserError(
       f'{pickled[0]} is a pickle, which could run any code and is not opened; {_conversion(pickled[0], name)}'
     )
-  names = ', '.join(path.name for path in found) or 'none'
+  if not found:
+    raise UserError(f'{folder}: there is no {name} and no other file of safetensors')
+  names = ', '.join(path.name for path in found)
   raise UserError(f'{folder}: there is no {name}, but {names}; rename the one to read')
 
 

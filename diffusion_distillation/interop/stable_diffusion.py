@@ -30,7 +30,7 @@ from diffusion_distillation.networks.clip_text import CLIPText
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Latents
 from diffusion_distillation.networks.unet2d_condition import UNet2DCondition
-from diffusion_distillation.stages.companions import read_tokenizer
+from diffusion_distillation.stages.companions import abstract_params, read_tokenizer
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.texts import TextEncoder
 from diffusion_distillation.system.checkpoints import digest
@@ -58,8 +58,9 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
   _check_index(folder / 'model_index.json')
   schedule, output, times = _schedule(folder / 'scheduler' / 'scheduler_config.json')
   # All descriptions first: the weights take long to read.
-  network, vae = _unet(folder / 'unet', schedule), _vae(folder / 'vae')
-  text = _text_encoder(folder / 'text_encoder')
+  network, unet_weights = read_unet(folder / 'unet', schedule)
+  vae, vae_weights = read_vae(folder / 'vae')
+  text, text_weights = read_text_encoder(folder / 'text_encoder')
   if vae.latent_channels != network.out_ch:
     raise UserError(
       f'{folder}: the vae has latent_channels={vae.latent_channels}, but the unet has out_channels={network.out_ch}'
@@ -83,14 +84,13 @@ def read(folder: pathlib.Path, num_steps: int) -> StoredModel:
     ('text_encoder', TEXT_WEIGHTS),
   ):
     diffusers.weights_file(folder / part, name)
-  vae_params = _vae_weights(folder / 'vae', vae)
-  text_params = _text_weights(folder / 'text_encoder', text)
+  vae_params, text_params = vae_weights(), text_weights()
   tokenizer = read_tokenizer(folder / 'tokenizer')
   if not tokenizer:
     _log.warning('%s: there is no tokenizer, so that the model cannot be given prompts', folder)
   return StoredModel(
     denoise=Denoiser(network, output).without_dropout(),
-    params=_unet_weights(folder / 'unet', network),
+    params=unet_weights(),
     schedule=schedule,
     space=Latents(vae, digest(vae_params), lambda: vae_params),
     image_shape=shape,
@@ -190,35 +190,17 @@ def abstract_unet(network: UNet2DCondition) -> Params:
   side = 2 ** (len(network.block_out_channels) - 1)
   cond = conditioning.zeros(network.conditioning, 1)
   z, logsnr = jnp.zeros((1, side, side, network.out_ch)), jnp.zeros(1)
-  return _abstract(lambda rng: network.init(rng, z, logsnr, cond))
+  found = jax.eval_shape(lambda rng: network.init(rng, z, logsnr, cond), jax.random.key(0))
+  return found['params']
 
 
-def abstract_vae(network: AutoencoderKL) -> Params:
-  """Returns shapes of the parameters of an autoencoder, without computing them."""
-  image = jnp.zeros((1, network.factor, network.factor, network.in_channels))
-  return _abstract(lambda rng: network.init(rng, image))
-
-
-def abstract_text_encoder(network: CLIPText) -> Params:
-  """Returns shapes of the parameters of a text encoder, without computing them."""
-  return _abstract(lambda rng: network.init(rng, jnp.zeros((1, 1), jnp.int32)))
-
-
-def _abstract(init: Callable[[jax.Array], Any]) -> Params:
-  return jax.eval_shape(init, jax.random.key(0))['params']
-
-
-def read_unet(folder: pathlib.Path, schedule: Schedule) -> tuple[UNet2DCondition, Params]:
-  """Reads a UNet2DConditionModel and its parameters, float32.
+def read_unet(folder: pathlib.Path, schedule: Schedule) -> tuple[UNet2DCondition, Callable[[], Params]]:
+  """Reads the description of a UNet2DConditionModel, and returns a function that reads its parameters, float32.
 
   Raises:
-    UserError: it is not supported, or a file is missing or damaged; the message names the key or the weight.
+    UserError: it is not supported, or a file is missing or damaged; the message names the key or the weight. The function raises
+      it, too.
   """
-  network = _unet(folder, schedule)
-  return network, _unet_weights(folder, network)
-
-
-def _unet(folder: pathlib.Path, schedule: Schedule) -> UNet2DCondition:
   path = folder / 'config.json'
   network = unet_of(path, diffusers_config.read_json(path), schedule)
   side = 2 ** (len(network.block_out_channels) - 1)
@@ -226,7 +208,7 @@ def _unet(folder: pathlib.Path, schedule: Schedule) -> UNet2DCondition:
     network.check((side, side, network.out_ch))
   except ValueError as error:
     raise UserError(f'{path}: {error}') from error
-  return network
+  return network, lambda: _unet_weights(folder, network)
 
 
 def _unet_weights(folder: pathlib.Path, network: UNet2DCondition) -> Params:
@@ -247,15 +229,11 @@ def _unet_weights(folder: pathlib.Path, network: UNet2DCondition) -> Params:
   return diffusers.convert(found, abstract_unet(network), weights)
 
 
-def read_vae(folder: pathlib.Path) -> tuple[AutoencoderKL, Params]:
-  """Reads an AutoencoderKL and its parameters, float32; raises UserError as `read_unet` does."""
-  network = _vae(folder)
-  return network, _vae_weights(folder, network)
-
-
-def _vae(folder: pathlib.Path) -> AutoencoderKL:
+def read_vae(folder: pathlib.Path) -> tuple[AutoencoderKL, Callable[[], Params]]:
+  """Reads an AutoencoderKL; see `read_unet`."""
   path = folder / 'config.json'
-  return vae_of(path, diffusers_config.read_json(path))
+  network = vae_of(path, diffusers_config.read_json(path))
+  return network, lambda: _vae_weights(folder, network)
 
 
 def _vae_weights(folder: pathlib.Path, network: AutoencoderKL) -> Params:
@@ -264,18 +242,14 @@ def _vae_weights(folder: pathlib.Path, network: AutoencoderKL) -> Params:
   counts = {'layers_per_block': network.layers_per_block}
   sizes = {'block_out_channels': max(network.block_out_channels)}
   _check_size(weights, found, counts, sizes)
-  return diffusers.convert(found, abstract_vae(network), weights)
+  return diffusers.convert(found, abstract_params(network), weights)
 
 
-def read_text_encoder(folder: pathlib.Path) -> tuple[CLIPText, Params]:
-  """Reads a CLIPTextModel and its parameters, float32; raises UserError as `read_unet` does."""
-  network = _text_encoder(folder)
-  return network, _text_weights(folder, network)
-
-
-def _text_encoder(folder: pathlib.Path) -> CLIPText:
+def read_text_encoder(folder: pathlib.Path) -> tuple[CLIPText, Callable[[], Params]]:
+  """Reads a CLIPTextModel; see `read_unet`."""
   path = folder / 'config.json'
-  return text_encoder_of(path, diffusers_config.read_json(path))
+  network = text_encoder_of(path, diffusers_config.read_json(path))
+  return network, lambda: _text_weights(folder, network)
 
 
 def _text_weights(folder: pathlib.Path, network: CLIPText) -> Params:
@@ -288,7 +262,7 @@ def _text_weights(folder: pathlib.Path, network: CLIPText) -> Params:
     for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'max_position_embeddings')
   }
   _check_size(weights, found, counts, sizes)
-  return diffusers.convert(found, abstract_text_encoder(network), weights)
+  return diffusers.convert(found, abstract_params(network), weights)
 
 
 def _most(value: int | tuple[int, ...]) -> int:

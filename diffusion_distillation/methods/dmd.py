@@ -308,7 +308,10 @@ class DMD(Student):
     return Denoising(self.schedule, self.weighting).losses(fake_score, data, rng)
 
   def loss(self, nets: Nets, batch: Batch, rng: jax.Array | None, step: jax.Array) -> Loss:
-    """Returns the sum of the networks' losses, each of which only has gradients for one network; see `Method.loss`."""
+    """Returns the sum of the networks' losses, each of which only has gradients for one network; see `Method.loss`.
+
+    The metrics are losses before their weights.
+    """
     del step
     student = nets['student']
     x = self.generate(student, batch, rng)
@@ -316,7 +319,7 @@ class DMD(Student):
     total, metrics = fake, {'fake_loss': fake}
     if self.gan is not None:
       critic = jnp.mean(self._critic_losses(nets, x, batch))
-      total, metrics['critic_loss'] = total + critic, critic
+      total, metrics['critic_loss'] = total + self.gan.fake_weight * critic, critic
     if not self.generator_turn:
       return total, metrics
     matching, size = self.matching_losses(nets, x, batch)
@@ -328,7 +331,7 @@ class DMD(Student):
       logsnr = self.schedule(batch['gan_t'])
       seen = (x, batch['gan_eps'], logsnr, batch['cond'])
       fooled = jnp.mean(self.gan.generator_losses(nets, *seen))
-      total, metrics['gan_loss'] = total + fooled, fooled
+      total, metrics['gan_loss'] = total + self.gan.generator_weight * fooled, fooled
     return total, metrics
 
   def _critic_losses(self, nets: Nets, x: jax.Array, batch: Batch) -> jax.Array:

@@ -93,19 +93,19 @@ class Gan:
   def generator_losses(
     self, nets: Nets, x: jax.Array, eps: jax.Array, logsnr: jax.Array, cond: Cond
   ) -> jax.Array:
-    """Returns the loss of each generated image x, (B,), whose gradient only reaches the generator."""
+    """Returns the loss of each generated image x before its weight, (B,), whose gradient only reaches the generator."""
     fake_score, head = jax.lax.stop_gradient((nets['fake_score'], nets['head']))
     logits = self.logits(fake_score, head, diffuse(x, eps, logsnr), logsnr, cond)
-    return self.generator_weight * jax.nn.softplus(-logits)
+    return jax.nn.softplus(-logits)
 
   def critic_losses(
     self, nets: Nets, fake: jax.Array, real: jax.Array, logsnr: jax.Array, cond: Cond
   ) -> jax.Array:
-    """Returns the loss of each pair of noised images, (B,): generated ones, without a gradient to them, and real ones."""
+    """Returns the loss of each pair of noised images before its weight, (B,): generated ones, without a gradient to them, and real ones."""
     fake_score, head = nets['fake_score'], nets['head']
     of_fake = self.logits(fake_score, head, jax.lax.stop_gradient(fake), logsnr, cond)
     of_real = self.logits(fake_score, head, real, logsnr, cond)
-    return self.fake_weight * (jax.nn.softplus(of_fake) + jax.nn.softplus(-of_real))
+    return jax.nn.softplus(of_fake) + jax.nn.softplus(-of_real)
 
 
 def make_gan(name: str, section: Any, context: Context) -> Gan | None:

@@ -30,7 +30,7 @@ _UNRECORDED_END = 2
 
 
 class Encoded(NamedTuple):
-  """What a text encoder says of a text of T tokens.
+  """The output of a text encoder for a text of T tokens.
 
   Attributes:
     last: (B, T, D), the embeddings after the last layer that is not skipped and the final norm.

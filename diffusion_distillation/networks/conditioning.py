@@ -47,6 +47,9 @@ class Classes:
   count: int
   NONE: ClassVar[int] = -1
 
+  def __str__(self) -> str:
+    return f'{self.count} classes'
+
   def zeros(self, count: int) -> np.ndarray:
     """See `Condition.zeros`."""
     return np.zeros(count, np.int32)
@@ -92,6 +95,9 @@ class Weights:
   low: float
   high: float
 
+  def __str__(self) -> str:
+    return f'weights from {self.low:g} to {self.high:g}'
+
   def __post_init__(self) -> None:
     if not 0.0 <= self.low < self.high < math.inf:
       raise ValueError(
@@ -135,6 +141,9 @@ class Text:
 
   length: int
   width: int
+
+  def __str__(self) -> str:
+    return f'texts of {self.length} tokens of width {self.width}'
 
   def zeros(self, count: int) -> np.ndarray:
     """See `Condition.zeros`."""

@@ -11,6 +11,7 @@ WORKDIR/companions/NAME/metrics.jsonl    its loss, and its error or accuracy
 import contextlib
 import dataclasses
 import functools
+import logging
 import pathlib
 import shutil
 import time
@@ -42,9 +43,11 @@ from diffusion_distillation.training import autoencoding, contrastive
 from diffusion_distillation.training.optimizers import LearningRate
 from diffusion_distillation.training.state import Params
 
+_log = logging.getLogger(__name__)
+
 _MEASURED = 1024  # images from which the latents' scale is measured
 _AT_ONCE = 64  # of which so many are encoded at a time
-_WARMUP = 50  # updates
+_WARMUP = 50  # updates, or a quarter of all if that is fewer
 _CLIP_NORM = 1.0
 _SHOWN = 10  # updates between two values in the progress line, each their mean
 _pixels = Pixels()
@@ -113,7 +116,7 @@ def ensure(config: Config, workdir: pathlib.Path, images: ImageSet) -> None:
 
   Raises:
     UserError: see `check_processes`.
-    NumericalError: a loss is not finite.
+    NumericalError: a training diverged.
     Preempted: a signal was received; the same command continues.
   """
   if not own_companions.are_wanted(config):
@@ -178,6 +181,7 @@ def _make_text_encoder(config: Config, workdir: pathlib.Path, loader: Loader, im
   """Trains the text encoder together with an image encoder, which is not kept, and writes it with its tokenizer."""
   section = own_companions.text_encoder(config)
   text = own_companions.new_text(config, images)
+  _warn_of_cut(text, images)
   seed = make_seed(config, *b'text_encoder')
   see = Classifier(section.hidden_size)  # whose logits are the embedding of an image
 
@@ -196,7 +200,7 @@ def _make_text_encoder(config: Config, workdir: pathlib.Path, loader: Loader, im
   }
   batches = functools.partial(_with_tokens, text, loader, images, section, seed)
   params, accuracy, seconds = _train(
-    'text_encoder', config, workdir, loss, params, batches, seed, 'accuracy'
+    'text_encoder', config, workdir, loss, params, batches, seed, 'accuracy', contrastive.bound
   )
   kept = params['text']
   text = dataclasses.replace(text, weights=lambda: kept, digest=digest(kept))
@@ -204,6 +208,18 @@ def _make_text_encoder(config: Config, workdir: pathlib.Path, loader: Loader, im
   companions.write_text(folder, text)
   made = {'accuracy': accuracy, 'updates': section.num_updates, 'seconds': seconds}
   write_json(folder / own_companions.TEXT_ENCODER, companions.describe_text(text) | made)
+
+
+def _warn_of_cut(text: TextEncoder, images: ImageSet) -> None:
+  """Warns of captions that are longer than the text encoder reads."""
+  tokenize, captions = text.tokenize(), set(images.all_captions() or [])
+  for caption in captions:
+    tokenize([caption], warns=False)
+  if tokenize.cut:
+    _log.warning(
+      '%s: of %d different captions, %d are longer than text_encoder.length=%d with a begin and an end token, and are cut',
+      *(images.name, len(captions), tokenize.cut, text.network.max_position_embeddings),
+    )
 
 
 def _with_tokens(
@@ -223,16 +239,16 @@ def _with_tokens(
 
 
 def _update(
-  loss: Loss, optimizer: optax.GradientTransformation
+  loss: Loss, optimizer: optax.GradientTransformation, bound: Callable[[Params], Params]
 ) -> Callable[[State, jax.Array, Any], tuple[State, jax.Array]]:
-  """Returns the compiled update for a loss that also returns the value to show; it returns the loss, too."""
+  """Returns the compiled update for a loss that also returns the value to show; it returns the loss, too. See `_train`."""
 
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state: State, rng: jax.Array, batch: Any) -> tuple[State, jax.Array]:
     rng = jax.random.fold_in(rng, state.step)
     (value, shown), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rng, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = bound(optax.apply_updates(state.params, updates))
     return State(params, opt_state, state.step + 1, jnp.append(state.shown[1:], shown)), value
 
   return update
@@ -247,6 +263,7 @@ def _train(
   batches: Callable[[int], Generator[Any]],
   seed: int,
   shown: str,
+  bound: Callable[[Params], Params] = lambda params: params,
 ) -> Trained:
   """Trains a network to its end, from the newest checkpoint if there is one.
 
@@ -259,15 +276,16 @@ def _train(
     batches: the batches from an update on, by its number.
     seed: the seed of the noise.
     shown: the name of the value to show.
+    bound: returns parameters within their bounds; applied after each update.
 
   Raises:
-    NumericalError: the loss is not finite.
+    NumericalError: the loss or the state is not finite.
     Preempted: a signal was received; the state is saved.
     StorageError: the state cannot be saved.
   """
   section, directory = config[name], workdir / own_companions.FOLDER / name
   directory.mkdir(exist_ok=True)
-  rate = LearningRate(section.learning_rate, section.num_updates, _WARMUP, 'cosine')
+  rate = _learning_rate(section.learning_rate, section.num_updates)
   optimizer = optax.chain(optax.clip_by_global_norm(_CLIP_NORM), optax.adam(rate))
   state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros(_SHOWN))
   with contextlib.closing(Checkpoints(directory)) as checkpoints:
@@ -277,7 +295,7 @@ def _train(
       state, before = jax.tree.map(jnp.array, jax.device_get(restored[0])), restored[1]
     began, rng = time.monotonic() - before, jax.random.key(seed)
     first = done = int(state.step)
-    update, pending = _update(loss, optimizer), list[jax.Array]()
+    update, pending = _update(loss, optimizer, bound), list[jax.Array]()
     with (
       Progress(name, section.num_updates, done, section.batch_size, config.log.seconds) as progress,
       contextlib.closing(MetricsWriter(directory, done)) as writer,
@@ -291,9 +309,10 @@ def _train(
         last, stop = done == section.num_updates, interrupts.pending()
         saves = last or stop or done % config.checkpoint.every == 0
         if saves or done % _SHOWN == 0:
-          progress.note(f'{_mean(name, state):.4f}')
+          _check_finite(name, value, state)
+          progress.note(f'{_mean(state):.4f}')
         if last or done % config.log.every == 0:
-          values = {'loss': float(np.mean(jax.device_get(pending))), shown: _mean(name, state)}
+          values = {'loss': float(np.mean(jax.device_get(pending))), shown: _mean(state)}
           writer.write(done, values)
           pending = []
         if saves:
@@ -303,12 +322,26 @@ def _train(
           break
     checkpoints.wait()
     interrupts.check()
-  return Trained(jax.device_get(state.params), _mean(name, state), time.monotonic() - began)
+  return Trained(jax.device_get(state.params), _mean(state), time.monotonic() - began)
 
 
-def _mean(name: str, state: State) -> float:
-  """Returns the mean of the last values; raises NumericalError if it is not finite."""
-  found = float(np.mean(jax.device_get(state.shown)[-max(1, int(state.step)) :]))
-  if not np.isfinite(found):
-    raise NumericalError(f'{name}: the loss is not finite; set {name}.learning_rate to a smaller value')
-  return found
+def _learning_rate(peak: float, num_updates: int) -> LearningRate:
+  return LearningRate(peak, num_updates, min(_WARMUP, num_updates // 4), 'cosine')
+
+
+def _mean(state: State) -> float:
+  """Returns the mean of the last values beside the loss."""
+  return float(np.mean(jax.device_get(state.shown)[-max(1, int(state.step)) :]))
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+  return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def _check_finite(name: str, loss: jax.Array, state: State) -> None:
+  """Raises NumericalError if the last loss or a number of the state is not finite; a share of right answers always is."""
+  if not _is_finite((loss, state)):
+    raise NumericalError(
+      f'{name}: the loss is not finite; begin another workdir with a smaller {name}.learning_rate'
+    )

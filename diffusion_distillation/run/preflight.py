@@ -40,7 +40,7 @@ def _name_layout(stage: Stage, shapes: Shapes, limit: float) -> str:
   """Returns the words that name the smallest layout of devices with `limit` bytes that a stage fits."""
   found = smallest_layout(shapes, limit)
   if found is None:
-    teacher = ', and compute.teacher_dtype=bfloat16' * _has_teacher_dtype(stage)
+    teacher = ', and compute.teacher_dtype=bfloat16' * (not stage.adapts_teacher)
     return (
       f'fits no layout of devices of {limit / _GB:g} GB; set compute.remat=True and compute.dtype=bfloat16'
       f'{teacher}'
@@ -52,11 +52,6 @@ def _name_layout(stage: Stage, shapes: Shapes, limit: float) -> str:
   return (
     f'fits {of}{" with " * bool(keys)}{" and ".join(keys)}: {found.memory.total / _GB:.1f} GB on each'
   )
-
-
-def _has_teacher_dtype(stage: Stage) -> bool:
-  """Whether `compute.teacher_dtype` says how a stage keeps its teacher; weights that the student adapts are float32."""
-  return stage.recipe.lora is None
 
 
 def disk(stages: list[Stage], finished: set[str]) -> int:
@@ -126,7 +121,7 @@ def needs(
         f'stage {stage.name}: parameters, averages, optimizer and teacher take {of.arguments / _GB:.1f} GB of the '
         f'{limit / _GB:.1f} GB of a device; raise mesh.fsdp'
         + ', or set compute.teacher_dtype=bfloat16'
-        * _has_teacher_dtype(stage)
+        * (not stage.adapts_teacher)
       )
     elif of.total > limit:
       yield (

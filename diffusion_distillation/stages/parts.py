@@ -99,14 +99,6 @@ def make_denoiser(
           choose(f'model.{name}', entry, dict.fromkeys(declared.choices))
   num_classes = data.num_classes if section['conditional'] else 0
   beside = data.companions
-  if not section['conditional'] and config.dataset.label_dropout and beside is None:
-    raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
-  if section['conditional'] and not num_classes:
-    one = ': all its images are in one folder' if config.dataset.name == 'folder' else ''
-    raise UserError(
-      f'model.conditional=True needs two classes or more, but dataset {config.dataset.name!r} has no labels{one}; '
-      'put each class in a folder of its own, or set model.conditional=False'
-    )
   sharding.check_attention(config.compute.attention, config.compute.dtype)
   space = make_space(section) if beside is None else beside.space
   shape = space.shape(data.image_shape)
@@ -122,6 +114,14 @@ def make_denoiser(
   needed = [f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING]
   if missing := [name for name in needed if name not in given]:
     raise only_imported(section['name'], missing)
+  if not section['conditional'] and config.dataset.label_dropout and beside is None:
+    raise UserError('dataset.label_dropout needs model.conditional=True: there are no labels to drop')
+  if section['conditional'] and not num_classes:
+    one = ': all its images are in one folder' if config.dataset.name == 'folder' else ''
+    raise UserError(
+      f'model.conditional=True needs two classes or more, but dataset {config.dataset.name!r} has no labels{one}; '
+      'put each class in a folder of its own, or set model.conditional=False'
+    )
   network = build('model', cls, **{name: given[name] for name in fields})
   try:
     network.check(shape)

@@ -237,7 +237,7 @@ def load_model(
   check_lineage(stage_dir / 'stage.json', found, expected, config)
   folder = stage_dir / 'model'
   if tuple(weights) == ('ema',) and found.get('finished') and (folder / DESCRIPTION).is_file():
-    model = _from_folder(workdir, stage, folder)
+    model = _from_folder(stage, folder)
     check_digest(workdir, model)
     return model
   restored = Checkpoints(stage_dir).restore(stage.abstract_state(), set_aside=False)
@@ -260,7 +260,7 @@ def finished_model(workdir: pathlib.Path, stage: Stage) -> Model | None:
   folder, model = workdir / stage.name / 'model', None
   if is_finished(workdir, stage) and (folder / DESCRIPTION).is_file():
     try:
-      model = _from_folder(workdir, stage, folder)
+      model = _from_folder(stage, folder)
     except DamagedError as error:
       _log.warning('%s; the last checkpoint is used', error)
   if not cluster.agree(model is not None) or model is None:
@@ -270,7 +270,7 @@ def finished_model(workdir: pathlib.Path, stage: Stage) -> Model | None:
   return dataclasses.replace(release(workdir, model, ('ema',)), digests=digests)
 
 
-def _from_folder(workdir: pathlib.Path, stage: Stage, folder: pathlib.Path) -> Model:
+def _from_folder(stage: Stage, folder: pathlib.Path) -> Model:
   """Reads a finished stage's model from its folder; `read` checks its digest."""
   stored, found = read(folder), read_json(folder.parent / 'stage.json')
   seconds, all_ = float(stored.provenance['seconds']), {'ema': stored.params}

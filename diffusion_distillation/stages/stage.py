@@ -191,17 +191,20 @@ class Stage:
 
     Weights that the student's adapters change are kept as they are, because they are part of the student.
     """
-    lora = self.recipe.lora
-    adapted = None if lora is None else lora.base_of('student')
 
     def of_teacher() -> Params:
-      if self.teacher_dtype == 'float32' or adapted == 'teacher':
+      if self.teacher_dtype == 'float32' or self.adapts_teacher:
         return teacher
       return jax.tree.map(lambda leaf: leaf.astype(self.teacher_dtype), teacher)
 
     read = {*self.recipe.networks, *self.bases}
     made = {'teacher': of_teacher, 'distance': lambda: distance, START: lambda: start}
     return {name: make() for name, make in made.items() if name in read}
+
+  @property
+  def adapts_teacher(self) -> bool:
+    """Whether the student consists of adapters of its teacher's weights."""
+    return self.recipe.lora is not None and self.recipe.lora.base_of('student') == 'teacher'
 
   @property
   def bases(self) -> frozenset[str]:

@@ -23,7 +23,12 @@ class AutoencoderSection:
     NOT_NEGATIVE,
   )
   batch_size: int = key(64, 'Number of images per update.', POSITIVE)
-  learning_rate: float = key(1e-3, 'Peak learning rate, which decays to 0 by a cosine.', POSITIVE)
+  learning_rate: float = key(
+    1e-3,
+    'Peak learning rate. It is reached after 50 updates, or after a quarter of all updates if that is fewer, and decays to 0 by a '
+    'cosine.',
+    POSITIVE,
+  )
   kl_weight: float = key(
     1e-6,
     'Weight of the KL divergence of the latents from a standard normal distribution, beside the sum of the squared errors '

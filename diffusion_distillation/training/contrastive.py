@@ -6,8 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.config import AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, key
+from diffusion_distillation.config import AT_LEAST_THREE, AT_LEAST_TWO, NOT_NEGATIVE, POSITIVE, key
 from diffusion_distillation.networks.clip_text import CLIPText
+from diffusion_distillation.training.state import Params
 
 FIRST_LOG_SCALE = math.log(1.0 / 0.07)  # of the cosines; learned from there on
 _MAX_LOG_SCALE = math.log(100.0)
@@ -21,7 +22,12 @@ class TextEncoderSection:
     0, 'Number of updates; 0 for no text encoder. It is trained with `autoencoder`.', NOT_NEGATIVE
   )
   batch_size: int = key(128, 'Number of images with captions per update.', AT_LEAST_TWO)
-  learning_rate: float = key(1e-3, 'Peak learning rate, which decays to 0 by a cosine.', POSITIVE)
+  learning_rate: float = key(
+    1e-3,
+    'Peak learning rate. It is reached after 50 updates, or after a quarter of all updates if that is fewer, and decays to 0 by a '
+    'cosine.',
+    POSITIVE,
+  )
   merges: int = key(
     1000,
     'Largest number of merges in the vocabulary, the byte-pair encoding of the captions; it is smaller if every word of them '
@@ -29,7 +35,9 @@ class TextEncoderSection:
     NOT_NEGATIVE,
   )
   length: int = key(
-    77, 'Number of tokens to which texts are padded or cut, with a begin and an end token.', AT_LEAST_TWO
+    77,
+    'Number of tokens to which texts are padded or cut, with a begin and an end token.',
+    AT_LEAST_THREE,
   )
   hidden_size: int = key(64, 'Width of the embedding of a token.', POSITIVE)
   num_layers: int = key(2, 'Number of transformer layers.', POSITIVE)
@@ -53,9 +61,14 @@ class TextEncoderSection:
 
 
 def logits(image: jax.Array, text: jax.Array, log_scale: jax.Array) -> jax.Array:
-  """Returns the scaled cosines between each image and each text, (B, B), of embeddings (B, D); at most 100 (section 2.5)."""
+  """Returns the scaled cosines between each image and each text, (B, B), of embeddings (B, D)."""
   image, text = (v / jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (image, text))
-  return jnp.exp(jnp.minimum(log_scale, _MAX_LOG_SCALE)) * image @ text.T
+  return jnp.exp(log_scale) * image @ text.T
+
+
+def bound(params: Params) -> Params:
+  """Returns the parameters with a scale of at most 100 (section 2.5); applied after each update, so that the scale can fall again."""
+  return {**params, 'log_scale': jnp.minimum(params['log_scale'], _MAX_LOG_SCALE)}
 
 
 def loss(scaled: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ class OptimizerSection:
 
 @flax.struct.dataclass
 class LearningRate:
-  """Linear warm-up to `peak`, times a decay that reaches 0 at the last update unless it is 'none'.
+  """Linear warm-up to `peak`, times a decay that reaches 0 after the last update unless it is 'none'.
 
   The numbers are pytree leaves, so that stages of different lengths share one compiled step.
 

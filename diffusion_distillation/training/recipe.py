@@ -12,8 +12,8 @@ from diffusion_distillation.methods import Method
 from diffusion_distillation.networks import lora
 from diffusion_distillation.networks.conditioning import Conditioning
 from diffusion_distillation.networks.denoiser import Bound, Denoiser
-from diffusion_distillation.networks.lora import Lora
 from diffusion_distillation.networks.spaces import Space
+from diffusion_distillation.training.lora import Lora
 from diffusion_distillation.training.optimizers import Adam, LearningRate
 from diffusion_distillation.training.state import Params, TrainState
 

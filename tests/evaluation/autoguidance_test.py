@@ -175,7 +175,11 @@ def test_a_model_is_sampled_with_a_guiding_model(folders, capsys):
   [
     ('weaker', 0.0, r'^guiding_model=.*weaker only applies to a guidance above 0'),
     ('larger', 1.0, r'^guiding_model=.*larger: this model draws images of shape \(16, 16, 1\)'),
-    ('classes', 1.0, r"^guiding_model=.*classes: this model takes .*4.* as 'label', and .* takes .*3"),
+    (
+      'classes',
+      1.0,
+      r"^guiding_model=.*classes: this model takes 4 classes as 'label', and .* takes 3 classes",
+    ),
     ('nothing', 1.0, r'^guiding_model=.*nothing: .* holds no model'),
   ],
 )

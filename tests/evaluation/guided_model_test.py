@@ -83,7 +83,10 @@ def test_the_command_line_samples_with_guidance_and_tells_the_calls(sample):
 
 WRONG = [
   ({'guidance': -0.5}, '--guidance=-0.5: the weight of guidance is -0.5'),
-  ({'guidance': 1.0, 'guidance_interval': ['1', 'x']}, '--guidance_interval=1,x: could not convert'),
+  (
+    {'guidance': 1.0, 'guidance_interval': ['1', 'x']},
+    '--guidance_interval=1,x: must be numbers, such as',
+  ),
   ({'guidance': 1.0, 'guidance_interval': ['3', '1']}, 'it must be 0 <= LOW < HIGH'),
   ({'guidance_interval': ['1', '2']}, '--guidance_interval=1,2 only applies to --guidance above 0'),
   ({'guidance': 1.0, 'classes': ['none']}, '--guidance=1: images without a class cannot be guided'),

@@ -26,7 +26,7 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def params(pipeline):
-  return stable_diffusion.read_unet(pipeline / 'unet', SCHEDULE)[1]
+  return stable_diffusion.read_unet(pipeline / 'unet', SCHEDULE)[1]()
 
 
 @pytest.fixture(scope='module')

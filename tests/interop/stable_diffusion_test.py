@@ -10,16 +10,18 @@ import safetensors.numpy
 from flax import traverse_util
 
 from diffusion_distillation.diffusion.discrete import Discrete
+from diffusion_distillation.errors import UserError
 from diffusion_distillation.interop import diffusers, stable_diffusion
+from diffusion_distillation.stages.companions import abstract_params
 from tests import peers
 from tests.parity_peers import weights
 
 CASES = ('sd15_tiny', pytest.param('sd21_tiny', marks=pytest.mark.slow))
 SCHEDULE = Discrete('scaled_linear', 1000, 0.00085, 0.012, steps_offset=1)
 PARTS = {
-  'unet': (lambda folder: stable_diffusion.read_unet(folder, SCHEDULE), stable_diffusion.abstract_unet),
-  'vae': (stable_diffusion.read_vae, stable_diffusion.abstract_vae),
-  'text_encoder': (stable_diffusion.read_text_encoder, stable_diffusion.abstract_text_encoder),
+  'unet': lambda folder: stable_diffusion.read_unet(folder, SCHEDULE),
+  'vae': stable_diffusion.read_vae,
+  'text_encoder': stable_diffusion.read_text_encoder,
 }
 
 
@@ -33,7 +35,8 @@ def case(request, tmp_path_factory):
 
 def test_the_unet_gives_the_recorded_output(case):
   described, arrays, folder = case
-  network, params = stable_diffusion.read_unet(folder / 'unet', SCHEDULE)
+  network, read = stable_diffusion.read_unet(folder / 'unet', SCHEDULE)
+  params = read()
 
   @jax.jit
   def call(z, timesteps, text):
@@ -48,7 +51,8 @@ def test_the_unet_gives_the_recorded_output(case):
 
 def test_the_autoencoder_gives_the_recorded_moments_and_images(case):
   described, arrays, folder = case
-  network, params = stable_diffusion.read_vae(folder / 'vae')
+  network, read = stable_diffusion.read_vae(folder / 'vae')
+  params = read()
   encode, decode = (
     jax.jit(lambda h, name=name: network.apply({'params': params}, h, method=name))
     for name in ('encode', 'decode')
@@ -64,7 +68,8 @@ def test_the_autoencoder_gives_the_recorded_moments_and_images(case):
 
 def test_the_text_encoder_gives_the_recorded_embeddings(case):
   described, arrays, folder = case
-  network, params = stable_diffusion.read_text_encoder(folder / 'text_encoder')
+  network, read = stable_diffusion.read_text_encoder(folder / 'text_encoder')
+  params = read()
   tokens = jnp.asarray(arrays['in/input_ids'], jnp.int32)
   found = jax.jit(network.apply)({'params': params}, tokens)
   theirs = {
@@ -79,7 +84,8 @@ def test_the_text_encoder_gives_the_recorded_embeddings(case):
 def test_the_final_norm_can_leave_out_the_last_layers(case):
   """As Stable Diffusion 2's text encoder does without its last layer: as if there were one layer less."""
   _, arrays, folder = case
-  network, params = stable_diffusion.read_text_encoder(folder / 'text_encoder')
+  network, read = stable_diffusion.read_text_encoder(folder / 'text_encoder')
+  params = read()
   tokens = jnp.asarray(arrays['in/input_ids'], jnp.int32)
   shorter = network.clone(num_hidden_layers=network.num_hidden_layers - 1)
   expected = shorter.apply({'params': params}, tokens)
@@ -93,7 +99,7 @@ def test_a_state_dict_is_the_one_that_was_read(case, part):
   """The map of names is one to one, and no number is lost."""
   described, _, folder = case
   expected = peers.part_of(described, part)
-  found = diffusers.state_dict(PARTS[part][0](folder / part)[1])
+  found = diffusers.state_dict(PARTS[part](folder / part)[1]())
   assert found.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_array_equal(found[name], value)
@@ -115,8 +121,7 @@ def published(part, name, value):
 @pytest.mark.parametrize('part', ['vae', 'text_encoder'])
 def test_published_names_are_the_same_network(case, part, tmp_path):
   _, _, folder = case
-  read, _ = PARTS[part]
-  network, params = read(folder / part)
+  network, params = PARTS[part](folder / part)
   state = safetensors.numpy.load_file(folder / part / peers.STABLE_DIFFUSION[part])
   renamed = dict(published(part, *item) for item in state.items())
   assert renamed.keys() != state.keys()
@@ -124,9 +129,18 @@ def test_published_names_are_the_same_network(case, part, tmp_path):
     renamed['text_model.embeddings.position_ids'] = np.arange(77)[None]
   (tmp_path / 'config.json').write_text((folder / part / 'config.json').read_text())
   safetensors.numpy.save_file(renamed, tmp_path / peers.STABLE_DIFFUSION[part])
-  again, found = read(tmp_path)
+  again, found = PARTS[part](tmp_path)
   assert again == network
-  jax.tree.map(np.testing.assert_array_equal, found, params)
+  jax.tree.map(np.testing.assert_array_equal, found(), params())
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_a_description_is_read_without_the_weights(case, part, tmp_path):
+  _, _, folder = case
+  (tmp_path / 'config.json').write_text((folder / part / 'config.json').read_text())
+  _, read = PARTS[part](tmp_path)
+  with pytest.raises(UserError, match=r'there is no .* and no other file of safetensors$'):
+    read()
 
 
 LEVELS = {'block_out_channels': [320, 640, 1280, 1280], 'layers_per_block': 2}
@@ -214,7 +228,7 @@ def test_the_unet_has_the_published_number_of_parameters_by_the_published_names(
 
 
 def test_the_autoencoder_has_the_published_number_of_parameters(tmp_path):
-  names = names_of(stable_diffusion.abstract_vae(stable_diffusion.vae_of(tmp_path, VAE)))
+  names = names_of(abstract_params(stable_diffusion.vae_of(tmp_path, VAE)))
   assert count(names) == 83_653_863 and len(names) == 248
   assert names['encoder.conv_out.weight'] == (8, 512, 3, 3) and names['quant_conv.weight'] == (
     8,
@@ -228,7 +242,7 @@ def test_the_autoencoder_has_the_published_number_of_parameters(tmp_path):
 @pytest.mark.parametrize(('config', 'expected'), [(TEXT, 123_060_480), (TEXT_21, 340_387_840)])
 def test_the_text_encoder_has_the_published_number_of_parameters(config, expected, tmp_path):
   network = stable_diffusion.text_encoder_of(tmp_path, config)
-  names = names_of(stable_diffusion.abstract_text_encoder(network))
+  names = names_of(abstract_params(network))
   assert count(names) == expected and len(names) == 16 * network.num_hidden_layers + 4
 
 
@@ -264,7 +278,7 @@ def test_forms_of_the_unet_give_the_recorded_output(name, tmp_path):
 @pytest.mark.parametrize('name', FORMS['vae'])
 def test_forms_of_the_autoencoder_give_the_recorded_output(name, tmp_path):
   network = stable_diffusion.vae_of(tmp_path, FORMS['vae'][name])
-  params = by_name(stable_diffusion.abstract_vae(network))
+  params = by_name(abstract_params(network))
   found = network.apply({'params': params}, FORMS_ARRAYS['in/image_nhwc'], method='encode')
   mean = FORMS_ARRAYS[f'out/{name}_mean_nhwc']
   image = network.apply({'params': params}, mean, method='decode')

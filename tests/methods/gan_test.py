@@ -54,10 +54,8 @@ def test_losses_of_a_known_logit(logit):
   """softplus(-D), and softplus(D) + softplus(-D) for a critic that says the same of both."""
   certain = head(logit, scale=0.0)
   of_generator, of_critic = np.log1p(np.exp(-logit)), np.log1p(np.exp(logit)) + np.log1p(np.exp(-logit))
-  np.testing.assert_allclose(
-    generator_losses(X, head=certain), np.full(6, 0.7 * of_generator), rtol=1e-5
-  )
-  np.testing.assert_allclose(critic_losses(X, head=certain), np.full(6, 0.3 * of_critic), rtol=1e-5)
+  np.testing.assert_allclose(generator_losses(X, head=certain), np.full(6, of_generator), rtol=1e-5)
+  np.testing.assert_allclose(critic_losses(X, head=certain), np.full(6, of_critic), rtol=1e-5)
 
 
 def test_losses_are_those_of_the_logits_of_noised_images():
@@ -65,14 +63,14 @@ def test_losses_are_those_of_the_logits_of_noised_images():
   z = diffuse(X, EPS, LOGSNR)
   of_fake, of_real = (np.float64(logits(images)) for images in (z, REAL))
   assert np.abs(of_fake - of_real).min() > 1e-3
-  np.testing.assert_allclose(generator_losses(X), 0.7 * np.log1p(np.exp(-of_fake)), rtol=1e-5)
-  expected = 0.3 * (np.log1p(np.exp(of_fake)) + np.log1p(np.exp(-of_real)))
+  np.testing.assert_allclose(generator_losses(X), np.log1p(np.exp(-of_fake)), rtol=1e-5)
+  expected = np.log1p(np.exp(of_fake)) + np.log1p(np.exp(-of_real))
   np.testing.assert_allclose(critic_losses(z), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('bias', [-20.0, 0.0, 20.0])
 def test_the_generators_gradient_does_not_vanish_where_the_critic_is_sure(bias):
-  """-w sigmoid(-D) dD/dx: all of it where D = -20, none where D = 20."""
+  """-sigmoid(-D) dD/dx: all of it where D = -20, none where D = 20."""
 
   def of_image(x, loss):
     return jnp.sum(loss(x))
@@ -80,7 +78,7 @@ def test_the_generators_gradient_does_not_vanish_where_the_critic_is_sure(bias):
   biased = head(bias)
   slope = jax.grad(of_image)(X, lambda x: generator_losses(x, head=biased))
   of_logit = jax.grad(of_image)(X, lambda x: logits(diffuse(x, EPS, LOGSNR), head=biased))
-  share = 0.7 / (1.0 + np.exp(np.float64(logits(diffuse(X, EPS, LOGSNR), head=biased))))
+  share = 1.0 / (1.0 + np.exp(np.float64(logits(diffuse(X, EPS, LOGSNR), head=biased))))
   assert np.abs(of_logit).max(axis=(1, 2, 3)).min() > 1e-4
   expected = -share[:, None, None, None] * of_logit
   np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())

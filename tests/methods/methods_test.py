@@ -18,7 +18,6 @@ from diffusion_distillation.diffusion.samplers import Heun
 from diffusion_distillation.diffusion.schedules import Cosine
 from diffusion_distillation.diffusion.weightings import SnrTrunc
 from diffusion_distillation.methods import DMD, METHODS, Consistency, Denoising, Gan, Progressive
-from diffusion_distillation.methods.distances import L2
 from diffusion_distillation.networks.conditioning import Classes
 from diffusion_distillation.networks.denoiser import BOTTLENECK, Bound, Denoiser
 from diffusion_distillation.networks.unet import UNet
@@ -309,38 +308,6 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_examples(method):
   alone = [loss(jnp.full(8, k)) for k in range(8)]
   assert np.std(alone) > 0.01 * np.mean(alone)
   np.testing.assert_allclose(loss(jnp.arange(8)), np.mean(alone), rtol=1e-5)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-  """A distance that has weights."""
-
-  def __call__(self, x, y, weights=None):
-    return weights * L2()(x, y)
-
-
-@pytest.mark.parametrize('name', ['dmd', 'knowledge', 'consistency'])
-def test_the_weights_of_a_distance_reach_it(name):
-  method, data = VARIANTS[name], given(VARIANTS[name])
-
-  def loss(distance, frozen=FROZEN):
-    chosen = dataclasses.replace(method, distance=distance)
-    return chosen.loss(nets(chosen, shifts(method), frozen), data, None, 0)[0]
-
-  none, once, thrice = (loss(Scaled(), FROZEN | {'distance': jnp.array(w)}) for w in (0.0, 1.0, 3.0))
-  assert once > none
-  np.testing.assert_allclose(once, loss(L2()), rtol=1e-5)
-  np.testing.assert_allclose(thrice - none, 3 * (once - none), rtol=1e-4)
-
-
-def test_the_weight_of_a_regression_reaches_it():
-  method, rest = VARIANTS['dmd'], []
-  for weight in (0.5, 4.0):
-    chosen = dataclasses.replace(method, regression=weight)
-    loss, metrics = chosen.loss(nets(chosen, shifts(method), FROZEN), given(method), None, 0)
-    rest.append(loss - weight * metrics['regression'])
-  assert metrics['regression'] > 0.01
-  np.testing.assert_allclose(rest[0], rest[1], rtol=1e-4)
 
 
 @every_variant

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 import diffusion_distillation
 from diffusion_distillation.datasets import ImageSet, Settings, open_split
-from diffusion_distillation.errors import DamagedError, NumericalError, Preempted, UserError
+from diffusion_distillation.errors import DamagedError, Preempted, UserError
 from diffusion_distillation.evaluation.sampled_texts import SampledTexts
 from diffusion_distillation.interop import exporting, importing
 from diffusion_distillation.run import companion_training, compared, encoded_texts
@@ -167,16 +167,6 @@ def test_interrupted_training_goes_on_with_the_same_result(trained, tmp_path, mo
     assert [line['step'] for line in lines if line['loss'] > 0.0] == [2, 4, 6]
 
 
-def test_a_loss_that_is_not_finite_is_one_line():
-  def state(step, *values):
-    return companion_training.State(None, None, np.int32(step), np.float32(values))
-
-  assert companion_training._mean('autoencoder', state(2, 0, 0, 1, 2)) == 1.5
-  assert companion_training._mean('autoencoder', state(9, 3, 0, 1, 2)) == 1.5
-  with pytest.raises(NumericalError, match=r'autoencoder: .* autoencoder\.learning_rate'):
-    companion_training._mean('autoencoder', state(2, 0, 0, 1, np.nan))
-
-
 @pytest.mark.parametrize('begin', ['run', 'prepare'])
 def test_several_processes_need_networks_that_are_finished_before_anything_is_written(
   begin, tmp_path, monkeypatch
@@ -212,6 +202,7 @@ def test_the_plan_names_the_networks_and_their_shapes_before_they_are_trained(ma
   [
     ({'text_encoder__num_updates': 0}, r'text_encoder\.num_updates=0: .* set both'),
     ({'model__name': 'unet'}, r'model\.name=unet: .* set model\.name=unet2d_condition'),
+    ({'model__conditional': True}, r'model\.conditional=True: .* set model\.conditional=False'),
     ({'model__space': 'pixels'}, r'model\.space=pixels: .* set model\.space=latents'),
     ({'dataset__name': 'digits', 'dataset__split': ''}, r'dataset\.name=digits: the model draws .* no captions'),
     ({'dataset__name': 'prompts'}, r'autoencoder\.num_updates=6 needs images with captions'),
@@ -230,7 +221,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_trained(changes, messa
 
 
 def test_without_networks_of_their_own_latents_and_texts_are_for_imported_models():
-  c = config(autoencoder__num_updates=0, text_encoder__num_updates=0, dataset__label_dropout=0.0)
+  c = config(autoencoder__num_updates=0, text_encoder__num_updates=0)
   with pytest.raises(UserError, match=r'only for imported models .* set autoencoder\.num_updates'):
     plan(c, (8, 8, 3), 0)
   c.model.space = 'pixels'

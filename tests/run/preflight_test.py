@@ -253,6 +253,11 @@ def test_a_plan_for_other_devices_names_their_layout_and_refuses_nothing(tmp_pat
   assert any(line.endswith(f'{said}, and compute.teacher_dtype=bfloat16') for line in lines)
   adapted = tiny.plan(lora__rank=2, lora__modules='.*')[0][1]
   assert any(line.endswith(said) for line in preflight.needs([adapted], set(), tmp_path, {}, 1e-6))
+  beside = tiny.plan(  # whose student adapts other weights than its teacher's
+    methods=('progressive', 'dmd'), dmd__start='progressive_0001', lora__rank=2, lora__modules='.*'
+  )
+  needs = preflight.needs([beside[0][-1]], set(), tmp_path, {}, 1e-6)
+  assert any(line.endswith(f'{said}, and compute.teacher_dtype=bfloat16') for line in needs)
 
 
 @pytest.mark.slow

@@ -97,6 +97,10 @@ def test_without_a_rank_the_plan_is_the_one_without_adapters():
 
 
 REFUSED = {
+  'rank': (
+    {'methods': ('dmd',), 'lora__rank': 9},
+    r'lora\.rank=9: no kernel that is adapted in dmd has a rank above 8',
+  ),
   'guided': (
     {'methods': ('guided',), 'model__conditional': True, 'dataset__label_dropout': 0.1},
     r'lora\.rank=2: guided adds an input .*; set lora\.rank=0, or leave guided out of methods',
@@ -107,7 +111,7 @@ REFUSED = {
   ),
   'last': (
     {'methods': ('progressive',), 'distill__from_weights': 'last'},
-    r'lora\.rank=2: adapters are of the moving average of a teacher; set distill\.from_weights=ema',
+    r"lora\.rank=2: adapters change a teacher's moving average; set distill\.from_weights=ema",
   ),
   'modules': (
     {'methods': ('dmd',), 'lora__modules': 'to_q'},
@@ -115,7 +119,7 @@ REFUSED = {
   ),
   'expression': (
     {'methods': ('dmd',), 'lora__modules': '('},
-    r"lora\.modules='\(' is no regular expression: missing \)",
+    r"lora\.modules='\(' is not a valid regular expression: missing \)",
   ),
 }
 

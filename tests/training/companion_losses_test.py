@@ -59,7 +59,13 @@ def test_the_contrastive_loss_at_known_embeddings():
   assert float(contrastive.accuracy(scaled, tokens)) == 1.0
   same = contrastive.logits(jnp.ones((count, 2)), jnp.ones((count, 2)), jnp.log(scale))
   assert float(contrastive.loss(same, tokens)) == pytest.approx(math.log(count), rel=1e-6)
-  assert float(jnp.max(contrastive.logits(eye, eye, jnp.array(9.0)))) == pytest.approx(100.0, rel=1e-5)
+
+
+def test_the_scale_of_the_cosines_is_at_most_100():
+  largest = contrastive.bound({'text': {}, 'log_scale': jnp.array(9.0)})['log_scale']
+  scaled = contrastive.logits(jnp.eye(2), jnp.eye(2), largest)
+  assert float(jnp.max(scaled)) == pytest.approx(100.0, rel=1e-5)
+  assert contrastive.bound({'log_scale': jnp.array(3.0)}) == {'log_scale': 3.0}
 
 
 def test_copies_of_a_text_in_a_batch_share_its_images():

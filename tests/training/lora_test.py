@@ -13,8 +13,8 @@ from flax.core import FrozenDict
 from diffusion_distillation.diffusion.process import from_v, from_x
 from diffusion_distillation.methods import DMD, Knowledge
 from diffusion_distillation.networks import lora
-from diffusion_distillation.networks.lora import Lora
 from diffusion_distillation.training import step as update
+from diffusion_distillation.training.lora import Lora
 from tests.methods import isolation_test as isolation
 from tests.methods.methods_test import KEY, SCHEDULE, SHAPE, VARIANTS, dmd2, given
 
