@@ -158,6 +158,8 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
       axes.plot(x, y, f'C{k}o-', alpha=0.7, label=None if seed else name)
       for row, at in zip(found, zip(x, y, strict=True), strict=True):
         axes.annotate(str(row['num_steps']), at, xytext=(3, 4), textcoords='offset points', fontsize=7)
+  axes.yaxis.set_major_formatter('{x:g}')
+  axes.yaxis.set_minor_formatter('{x:g}')
   axes.grid(color='#e5e7eb', which='both')
   axes.spines[['top', 'right']].set_visible(False)
   axes.legend(frameon=False, fontsize=8)
