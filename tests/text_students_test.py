@@ -301,7 +301,7 @@ def test_a_run_of_prompts_has_nothing_to_be_compared_with(tmp_path):
   directory, c = text_model.begin(tmp_path)
   with pytest.raises(
     UserError,
-    match=r'dataset\.name=prompts has none; a stage of such a run is measured with --workdir=STAGE/model',
+    match=r'dataset\.name=prompts has none; set evaluation\.clip=FOLDER .*--workdir=STAGE/model',
   ):
     evaluating.evaluate(c, directory)
   with pytest.raises(UserError, match=r'dataset\.name=prompts has no images'):

@@ -201,7 +201,7 @@ def key_of(row: dict[str, Any]) -> tuple:
 
 
 def known_rows(path: pathlib.Path, results: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
-  """Returns earlier rows of the same extractor and reference, by key; logs a warning and returns none if the file is damaged.
+  """Returns earlier rows of the same extractor and reference, or CLIP model, by key; logs a warning and returns none if the file is damaged.
 
   Args:
     path: the file of the earlier rows.
@@ -211,7 +211,8 @@ def known_rows(path: pathlib.Path, results: dict[str, Any]) -> dict[tuple, dict[
     return {}
   try:
     old = read_json(path)
-    same = _extractor(old) == _extractor(results)
+    by = 'extractor' if 'extractor' in results else 'clip'  # what the rows' values come from
+    same = old[by]['digest'] == results[by]['digest']
     same = same and _identity(old.get('reference', {})) == _identity(results.get('reference', {}))
     same = same and len({found['dinov2']['digest'] for found in (old, results) if 'dinov2' in found}) < 2
     if 'dinov2' in results and 'dinov2' not in old:  # nobody knows with which weights
@@ -230,11 +231,6 @@ def _without_dinov2(row: dict[str, Any]) -> dict[str, Any]:
     if name in row
   }
   return row | kept
-
-
-def _extractor(results: dict[str, Any]) -> str | None:
-  """Returns the digest of the extractor; None if there were no images to compare with."""
-  return results['extractor']['digest'] if 'extractor' in results else None
 
 
 def _identity(reference: dict[str, Any]) -> str | None:
