@@ -50,6 +50,7 @@ def test_what_is_not_known_or_does_not_fit_is_refused(name, overrides, message):
   assert '\n' not in str(found.value)
 
 
+@pytest.mark.slow
 def test_a_run_returns_its_results_and_leaves_config_and_signals_as_they_were(finished, monkeypatch):
   monkeypatch.chdir(finished.parent)
   config, handler = tiny.config(), signal.getsignal(signal.SIGINT)

@@ -281,6 +281,7 @@ def test_bad_input_leaves_everything_as_it_was(outcomes):
   assert after == before and not places['workdir'].exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', ['mistyped key', 'batch and devices'])
 def test_main_py_says_and_returns_the_same(outcomes, case):
   """A flag that is refused while flags are parsed, and a config that is refused later."""

@@ -191,7 +191,8 @@ def test_a_second_run_changes_nothing_but_the_report(finished, tmp_path):
   assert [line.split()[0] for line in err.splitlines() if line.endswith('  finished')] == STAGES
 
 
-@pytest.mark.parametrize('extractor_too', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('extractor_too', [False, True])
 def test_evaluate_measures_again_and_finds_the_same(finished, tmp_path, extractor_too):
   workdir = shutil.copytree(finished, tmp_path / 'workdir')
   (workdir / 'results.json').unlink()

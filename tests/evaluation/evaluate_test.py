@@ -189,6 +189,7 @@ def test_rows_have_errors_and_the_header_says_what_they_are_compared_with(workdi
   assert len(results['warnings']) == 2 and '48 samples' in results['warnings'][0]
 
 
+@pytest.mark.slow
 def test_a_file_is_the_reference_and_its_name_and_digest_stand_beside_the_numbers(
   workdir, asked, tmp_path
 ):

@@ -58,6 +58,7 @@ def noise(count=5):
   return np.random.default_rng(0).normal(size=(count, 2, 2, 1)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_the_guided_score_is_that_of_the_class_raised_against_the_mixture():
   """eps = -sigma grad log p(z | c)^(1 + W) / p(z)^W, by differentiation of the densities."""
   exact, weight = Exact(), 1.5

@@ -69,6 +69,7 @@ def test_one_program_serves_all_grids_of_times():
   assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_conditional_models_draw_balanced_classes_or_those_that_are_given():
   drawer, params = make(16, model__conditional=True)
   labels = drawer.cond(np.arange(40), 0)['label']

@@ -306,6 +306,7 @@ def leaf_pairs(tree, other):
   return zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
 
 
+@pytest.mark.slow
 def test_an_update_leaves_the_generator_its_moments_and_averages_as_they_are_out_of_turn():
   method = MATCHING['two_time_scales']
   before = recipe_of(method).create_state(STUDENT, TEACHER)

@@ -148,6 +148,7 @@ def test_what_does_not_happen_again_is_survived(step, workdir):
   assert model.step == 12 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_bit_for_bit(step, workdir):
   """Stopped after 7 of 12 updates, by a signal; and once more in the round."""
 
@@ -225,6 +226,7 @@ def test_rounds_share_one_compiled_step(step):
   assert step._cache_size() - before <= 1
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight(step, monkeypatch):
   """Four updates' gradients agree to rounding; clipping sees the gradient of the whole batch."""
   assert jax.device_count() == 8

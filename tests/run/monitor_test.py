@@ -313,6 +313,7 @@ def test_a_monitor_is_given_the_frozen_parameters_that_the_step_has(step, tmp_pa
   assert len(seen) == 1 and seen[0] is given[0]
 
 
+@pytest.mark.slow
 def test_a_signal_while_samples_are_drawn_loses_nothing(watch, tmp_path, monkeypatch):
   """Drawing stops at once; the update before it is saved all the same."""
   config, (stages, images) = tiny.config(checkpoint__every=100), tiny.plan()
