@@ -19,10 +19,8 @@ from diffusion_distillation.system.files import read_json
 
 _PAGE, _FIGURES = 'index.html', {'frechet': 'frechet.png', 'clip_score': 'clip_score.png'}
 _NEEDED = ('rows', 'metric', 'stages', 'seconds')  # of results.json
-_OF_IMAGES, _OF_TEXTS = (
-  ('floor', 'extractor', 'reference'),
-  ('clip', 'prompts'),
-)  # of distances and of CLIP scores
+_OF_DISTANCES = ('floor', 'extractor', 'reference')  # and these of results with distances
+_OF_SCORES = ('clip', 'prompts')  # or these of results with CLIP scores alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ def _read(directory: pathlib.Path, name: str, default: Config) -> Run:
     )
   results = read_json(path)
   is_distance = curves.value_name(results.get('metric')) == 'frechet'
-  needed = _NEEDED + (_OF_IMAGES if is_distance else _OF_TEXTS)
+  needed = _NEEDED + (_OF_DISTANCES if is_distance else _OF_SCORES)
   missing = [key for key in needed if not results.get(key)]
   if missing:
     raise DamagedError(

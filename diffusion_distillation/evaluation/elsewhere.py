@@ -184,9 +184,10 @@ def _of_texts(
   config: Config, asked: Prompted | None, train: Loader, directory: pathlib.Path, count: int
 ) -> dict[str, Any]:
   """Returns what results say of the prompts of `count` images and of the CLIP model, with the score of real images."""
-  found = {} if asked is None else asked.describe()
-  if asked is not None:
-    real_captions.add(found, asked.clip, train, directory, count, config.evaluation.seed)
+  if asked is None:
+    return {}
+  found = asked.describe()
+  real_captions.add(found, asked.clip, train, directory, count, config.evaluation.seed)
   return found
 
 

@@ -28,8 +28,8 @@ class EvaluationSection:
   batch_size: int = key(512, 'Number of images drawn at a time, over all devices.', POSITIVE)
   seed: int = key(
     1,
-    'Seed of the sampling noise, the same for every row. Measurements during training and the quality gate have this seed with bit 30 '
-    'inverted, so that the rows have other samples than those that weights were selected by.',
+    'Seed of the sampling noise, the same for every row. Measurements during training and the quality gate have another seed, derived '
+    'from this one, so that the rows are not computed from the samples that weights were selected by.',
     NOT_NEGATIVE,
   )
   inception: str = key(

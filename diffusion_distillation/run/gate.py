@@ -2,9 +2,9 @@
 
 stage_dir/gate.json   every measurement of the finished stage, and whether the student passed
 
-Student and teacher are drawn from the same noise, which is not that of the evaluation, each in its own number of steps, and compared with the training images by the
-Frechet distance. That of n samples of a perfect model is not 0 but the floor: the distance of n training images, which decreases
-as 1/n. A plain ratio of two distances therefore tends to 1 the fewer samples there are, and would let a bad student pass. So the
+Student and teacher are drawn from the same noise, each in its own number of steps, and compared with the training images by the
+Frechet distance; the evaluation draws from other noise. The distance of n samples of a perfect model is not 0 but the floor, that of
+n training images, which decreases as 1/n. A plain ratio of two distances therefore tends to 1 the fewer samples there are, and would let a bad student pass. So the
 floor is subtracted from both. The difference may be close to 0 for a good teacher, and a quotient of two such numbers is mostly
 noise. The gate therefore does not divide: with the distances S of the student and T of the teacher, the floor b and the factor f,
 it computes the shortfall
@@ -14,7 +14,8 @@ it computes the shortfall
 which is at most 0 for a student that passes, and its standard error. The student fails if the shortfall exceeds two standard
 errors: a student that is exactly as bad as allowed fails one time in forty. The error is that of the infinitesimal jackknife
 (`evaluation/uncertainty.py`): the influences of a pair of samples with the same noise, one of the student and one of the teacher,
-are subtracted, so that the noise that both share cancels. With few samples the error is large and only gross failures are found; more samples make the gate stricter, never laxer.
+are subtracted, so that the noise that both share cancels. With few samples the error is large and only gross failures are found;
+more samples make the gate stricter, never laxer.
 """
 
 import dataclasses

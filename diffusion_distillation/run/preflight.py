@@ -40,11 +40,8 @@ def _name_layout(stage: Stage, shapes: Shapes, limit: float) -> str:
   """Returns the words that name the smallest layout of devices with `limit` bytes that a stage fits."""
   found = smallest_layout(shapes, limit)
   if found is None:
-    teacher = ', and compute.teacher_dtype=bfloat16' * (not stage.adapts_teacher)
-    return (
-      f'fits no layout of devices of {limit / _GB:g} GB; set compute.remat=True and compute.dtype=bfloat16'
-      f'{teacher}'
-    )
+    narrower = '' if stage.adapts_teacher else ', and compute.teacher_dtype=bfloat16'
+    return f'fits no layout of devices of {limit / _GB:g} GB; set compute.remat=True and compute.dtype=bfloat16{narrower}'
   section = {'denoising': 'train', 'progressive': 'distill'}.get(stage.method, stage.method)
   keys = [f'mesh.fsdp={found.fsdp}'] * (found.fsdp > 1)
   keys += [f'{section}.micro_batches={found.micro_batches}'] * (found.micro_batches > 1)
@@ -117,11 +114,10 @@ def needs(
     if layout:
       yield f'  {stage.name:<25}{layout}'
     elif of.arguments > limit:
+      narrower = '' if stage.adapts_teacher else ', or set compute.teacher_dtype=bfloat16'
       raise UserError(
         f'stage {stage.name}: parameters, averages, optimizer and teacher take {of.arguments / _GB:.1f} GB of the '
-        f'{limit / _GB:.1f} GB of a device; raise mesh.fsdp'
-        + ', or set compute.teacher_dtype=bfloat16'
-        * (not stage.adapts_teacher)
+        f'{limit / _GB:.1f} GB of a device; raise mesh.fsdp{narrower}'
       )
     elif of.total > limit:
       yield (
