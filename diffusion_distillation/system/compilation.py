@@ -72,6 +72,12 @@ class ComputeSection:
 # make programs faster.
 _KERNELS = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'}
 _QUICK = {'xla_backend_optimization_level': '1', 'xla_llvm_disable_expensive_passes': 'True'}
+# Without optimization, XLA's older emitters take less time than the default ones.
+_ONCE = {
+  'xla_backend_optimization_level': '0',
+  'xla_llvm_disable_expensive_passes': 'True',
+  'xla_cpu_use_fusion_emitters': 'False',
+}
 _fast_cpu = True
 
 
@@ -116,7 +122,10 @@ def options() -> dict[str, str]:
   """Returns the `compiler_options` of `jax.jit` for programs whose speed matters."""
   if not _fast_cpu or jax.default_backend() != 'cpu':
     return {}
-  wanted = _QUICK | (_KERNELS if jax.local_device_count() == 1 else {})
+  return _free(_QUICK | (_KERNELS if jax.local_device_count() == 1 else {}))
+
+
+def _free(wanted: dict[str, str]) -> dict[str, str]:
   return {name: value for name, value in wanted.items() if _is_free(name, value)}
 
 
@@ -145,10 +154,9 @@ def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
 
 
 def run_once(function: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-  """Returns `jax.jit(function, **arguments)(*args)`, compiled without optimisation on CPUs, as it is run only once."""
-  plain = {'xla_backend_optimization_level': '0', 'xla_llvm_disable_expensive_passes': 'True'}
+  """Returns `jax.jit(function, **arguments)(*args)`, compiled without optimization on CPUs, as it is run only once."""
   on_cpu = jax.default_backend() == 'cpu'
-  return jax.jit(function, compiler_options=plain if on_cpu else {}, **arguments)(*args)
+  return jax.jit(function, compiler_options=_free(_ONCE) if on_cpu else {}, **arguments)(*args)
 
 
 def _of_the_user() -> pathlib.Path | None:

@@ -315,7 +315,7 @@ def compile_step(step: Callable) -> Callable:
 def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: Any) -> Iterator[None]:
   """Compiles the program of `compile_step` in a thread while the body runs, so that the first call finds it.
 
-  With several processes, or with a `step` that is not jitted, nothing is compiled ahead of time.
+  The program is traced before that, because tracing and the body would only take turns with the interpreter. With several processes, or with a `step` that is not jitted, nothing is compiled ahead of time.
 
   Args:
     step: the result of `compile_step`.
@@ -327,9 +327,9 @@ def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: A
     return
   examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split()), batch)
   # Computed here, because the thread may outlive the layout.
-  given = (recipe, abstract(state), abstract(frozen), examples)
+  lowered = step.lower(recipe, abstract(state), abstract(frozen), examples)
   thread = concurrent.futures.ThreadPoolExecutor(1)
-  program = thread.submit(lambda: step.lower(*given).compile())
+  program = thread.submit(lowered.compile)
   thread.shutdown(wait=False)
   yield  # an error in the body is reported at once, but the process exits only when the compiler is done
   concurrent.futures.wait([program])  # an error of the compiler is raised by the first call

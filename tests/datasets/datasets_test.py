@@ -1,6 +1,8 @@
 """Sets of images by name; and the digits, which come with scikit-learn."""
 
 import dataclasses
+import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from diffusion_distillation import datasets
-from diffusion_distillation.datasets import Settings, shapes, tfds
+from diffusion_distillation.datasets import Settings, digits, shapes, tfds
 from diffusion_distillation.errors import UserError
 from tests import tiny
 
@@ -31,6 +33,20 @@ def test_digits_are_images_with_their_labels():
   assert batch['valid'].all() and batch['skipped'] == ()
   levels = np.unique(batch['image'])
   np.testing.assert_array_equal(levels, np.round(np.arange(17) * 255 / 16))
+
+
+def test_the_digits_are_read_without_scikit_learn_wherever_it_keeps_them(monkeypatch):
+  found = {}
+  for case, (module, name, value) in {
+    'file': (sys.modules, 'sklearn.datasets', None),  # cannot be imported
+    'elsewhere': (vars(importlib.util), 'find_spec', lambda _: None),
+  }.items():
+    digits._table.cache_clear()
+    with monkeypatch.context() as patch:
+      patch.setitem(module, name, value)
+      found[case] = datasets.open_split(settings('digits'), 'train').identity
+  digits._table.cache_clear()
+  assert found['file'] == found['elsewhere']
 
 
 def test_every_digit_is_either_trained_on_or_held_out():

@@ -57,5 +57,18 @@ def test_functions_are_compiled_with_the_options_of_their_first_call(monkeypatch
   assert len(asked) == 1
 
 
+def test_what_runs_once_uses_the_options_that_are_free(monkeypatch):
+  seen, jit = [], jax.jit
+  monkeypatch.setattr(jax, 'jit', lambda f, **given: seen.append(given) or jit(f, **given))
+  monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=true')
+  compilation.run_once(lambda: 1.0)
+  wanted = {k: v for k, v in compilation._ONCE.items() if k != 'xla_cpu_use_fusion_emitters'}
+  assert seen[-1] == {'compiler_options': wanted}
+  monkeypatch.delenv('XLA_FLAGS')
+  compilation._is_free.cache_clear()
+  compilation.run_once(lambda: 1.0)
+  assert seen[-1] == {'compiler_options': compilation._ONCE}
+
+
 def test_what_runs_once_is_what_it_would_be():
   assert float(compilation.run_once(lambda x, y: x - y, 5.0, 2.0)) == 3.0

@@ -54,6 +54,9 @@ def test_what_goes_wrong_while_a_program_is_compiled_is_told_at_once():
 
   class Slow:
     def lower(self, *_):
+      return self
+
+    def compile(self):
       begun.set()
       allowed.wait(60)
       ended.set()
@@ -71,3 +74,30 @@ def test_what_goes_wrong_while_a_program_is_compiled_is_told_at_once():
   with sharding.compiled_meanwhile(Slow(), None, {}, {}, {}):
     pass
   assert ended.is_set()
+
+
+def test_a_program_is_traced_before_the_body_and_its_errors_are_raised_there():
+  order = []
+
+  class Step:
+    def lower(self, *_):
+      order.append('lowered')
+      return self
+
+    def compile(self):
+      order.append('compiled')
+
+  with sharding.compiled_meanwhile(Step(), None, {}, {}, {}):
+    assert order[0] == 'lowered'
+    order.append('body')
+  assert sorted(order) == ['body', 'compiled', 'lowered']
+
+  class Wrong:
+    def lower(self, *_):
+      raise TypeError('of the trace')
+
+  with (
+    pytest.raises(TypeError, match='of the trace'),
+    sharding.compiled_meanwhile(Wrong(), None, {}, {}, {}),
+  ):
+    pytest.fail('the body must not run')
