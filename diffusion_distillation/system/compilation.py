@@ -126,6 +126,7 @@ def options() -> dict[str, str]:
 
 
 def _free(wanted: dict[str, str]) -> dict[str, str]:
+  """Returns those options that this jaxlib supports and $XLA_FLAGS does not set."""
   return {name: value for name, value in wanted.items() if _is_free(name, value)}
 
 

@@ -315,7 +315,8 @@ def compile_step(step: Callable) -> Callable:
 def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: Any) -> Iterator[None]:
   """Compiles the program of `compile_step` in a thread while the body runs, so that the first call finds it.
 
-  The program is traced before that, because tracing and the body would only take turns with the interpreter. With several processes, or with a `step` that is not jitted, nothing is compiled ahead of time.
+  It is traced before the body, because two threads of Python would only take turns. With several processes, or with a `step`
+  that is not jitted, nothing is compiled ahead of time.
 
   Args:
     step: the result of `compile_step`.
@@ -326,7 +327,7 @@ def compiled_meanwhile(step: Any, recipe: Any, state: Any, frozen: Any, batch: A
     yield
     return
   examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split()), batch)
-  # Computed here, because the thread may outlive the layout.
+  # Traced here, not in the thread, which may outlive the layout.
   lowered = step.lower(recipe, abstract(state), abstract(frozen), examples)
   thread = concurrent.futures.ThreadPoolExecutor(1)
   program = thread.submit(lowered.compile)

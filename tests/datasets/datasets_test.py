@@ -35,7 +35,7 @@ def test_digits_are_images_with_their_labels():
   np.testing.assert_array_equal(levels, np.round(np.arange(17) * 255 / 16))
 
 
-def test_the_digits_are_read_without_scikit_learn_wherever_it_keeps_them(monkeypatch):
+def test_the_digits_are_read_from_the_file_or_else_by_importing_scikit_learn(monkeypatch):
   found = {}
   for case, (module, name, value) in {
     'file': (sys.modules, 'sklearn.datasets', None),  # cannot be imported
