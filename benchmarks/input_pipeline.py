@@ -46,7 +46,7 @@ def flops_per_image(config: Config) -> float:
   base = plan.plan(config, *described)[0]
   recipe = base.recipe.replace(shape=(8, *base.recipe.shape[1:]))
   batch = inputs.shapes(base, 8)
-  lowered = jax.jit(update.train_step).lower(recipe, base.abstract_state(), {}, batch)
+  lowered = jax.jit(update.train_step).lower(recipe, base.abstract_state, {}, batch)
   cost = lowered.cost_analysis()
   return float(cost['flops']) / 8
 

@@ -117,10 +117,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def lowered_flops(stage: Stage, images: int) -> float:
   """FLOPs of an update with this number of images, counted in the lowered step; nothing is compiled."""
-  frozen = jax.eval_shape(lambda teacher: stage.frozen(teacher, None), stage.abstract_teacher())
+  frozen = jax.eval_shape(lambda teacher: stage.frozen(teacher, None), stage.abstract_teacher)
   recipe = stage.recipe.replace(shape=(images, *stage.recipe.shape[1:]))
   batch = inputs.shapes(stage, images)
-  lowered = jax.jit(train_step).lower(recipe, stage.abstract_state(), frozen, batch)
+  lowered = jax.jit(train_step).lower(recipe, stage.abstract_state, frozen, batch)
   cost: Any = lowered.cost_analysis()
   return float(cost['flops'])
 
@@ -134,7 +134,7 @@ def count_flops(stage: Stage) -> float:
 def of_stage(stage: Stage, flops: float) -> Update:
   """The requirements of an update, with all parameters on every chip."""
   needs = preflight.memory(stage)
-  params = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
+  params = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params))
   return Update(
     images=stage.batch_size,
     flops=flops,

@@ -36,7 +36,7 @@ class Sides:
     case = cases.Case(network, 'base' if work == 'output' else work, calls=STEPS)
     self.stage = case.stage()
     spec = rival_torch_work.Spec(**{**workloads.describe(case), 'num_steps': STEPS})
-    self.params = workloads.random_params(self.stage.abstract_params())
+    self.params = workloads.random_params(self.stage.abstract_params)
     self.net = rival_torch_work.build(spec, 'cpu').eval()
     rival_torch.load(self.net, self.params)
     self.diffusion = rival_torch_work.Diffusion(spec)

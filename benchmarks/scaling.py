@@ -163,12 +163,12 @@ class Found:
 
 def arguments_of(stage: Stage) -> tuple[Any, ...]:
   """Shapes of the step's arguments, each with its sharding."""
-  frozen = jax.eval_shape(lambda teacher: stage.frozen(teacher, None), stage.abstract_teacher())
+  frozen = jax.eval_shape(lambda teacher: stage.frozen(teacher, None), stage.abstract_teacher)
   batch = inputs.shapes(stage, stage.batch_size)
   batch = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.split()), batch
   )
-  state = sharding.abstract(stage.abstract_state())
+  state = sharding.abstract(stage.abstract_state)
   return stage.recipe, state, sharding.abstract(frozen), batch
 
 
@@ -180,7 +180,7 @@ def theory(stage: Stage, data: int, fsdp: int) -> dict[str, int]:
   and an all-reduce of the shards along data. Sharded parameters are gathered for each call of the teacher, and for the
   student's forward and backward pass (whose first layer does not need them).
   """
-  params = stage.abstract_params()
+  params = stage.abstract_params
   leaves = jax.tree.leaves(params)
   split = sum(
     _bytes(leaf)

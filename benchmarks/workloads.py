@@ -54,9 +54,9 @@ def prepare(case: Case) -> Prepared:
 
 def _prepare_updates(stage: Stage) -> Prepared:
   """Each call of `run` makes one update, or one of each kind if the method has several."""
-  params, teacher = random_params(stage.abstract_params()), None
+  params, teacher = random_params(stage.abstract_params), None
   if stage.teacher is not None:
-    teacher = random_params(stage.abstract_teacher())
+    teacher = random_params(stage.abstract_teacher)
   state = sharding.create(stage.recipe.create_state, params, teacher)
   frozen = sharding.place(stage.frozen(teacher, None))
   batch = sharding.spread(stand_in(stage))
@@ -85,7 +85,7 @@ def _prepare_updates(stage: Stage) -> Prepared:
 def _prepare_sampling(case: Case, stage: Stage) -> Prepared:
   """Each call of `run` draws a batch and copies it to the host."""
   drawer = evaluation.drawer(case.config(), stage, 'ddim')
-  params = sharding.replicate(random_params(stage.abstract_params()))
+  params = sharding.replicate(random_params(stage.abstract_params))
   grid = times.uniform(case.calls)
 
   def run() -> None:
@@ -115,7 +115,7 @@ def random_params(shapes: Any) -> Any:
 
 def num_parameters(stage: Stage) -> int:
   """Number of parameters of the stage's network."""
-  return int(parameter_overview.count_parameters(stage.abstract_params()))
+  return int(parameter_overview.count_parameters(stage.abstract_params))
 
 
 def begin_counting_flops(case: Case) -> Callable[[], float]:
@@ -182,7 +182,7 @@ def _lowered_flops(case: Case) -> float:
   logsnr = jax.ShapeDtypeStruct((size,), np.float32)
   cond = conditioning.zeros(stage.denoise.conditioning, size)
   call = jax.jit(lambda *args: stage.denoise(*args).x)
-  cost: Any = call.lower(stage.abstract_params(), z, logsnr, cond).cost_analysis()
+  cost: Any = call.lower(stage.abstract_params, z, logsnr, cond).cost_analysis()
   return case.calls * float(cost['flops'])
 
 

@@ -66,7 +66,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope='module')
 def like():
-  return PLAN[LAST].abstract_state()
+  return PLAN[LAST].abstract_state
 
 
 @pytest.fixture(scope='module')

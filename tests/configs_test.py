@@ -194,8 +194,8 @@ def test_network_and_optimizer_have_the_sizes_that_the_layer_list_gives(name):
     resample=True,
   )
   print(f'{name}: {expected:,} parameters')
-  state = base.abstract_state()
-  assert size_of(base.abstract_params()) == size_of(state.params) == expected
+  state = base.abstract_state
+  assert size_of(base.abstract_params) == size_of(state.params) == expected
   assert [size_of(average) for average in state.ema_params] == [expected]
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape]
   assert size_of(moments) == 2 * expected  # Adam's two

@@ -261,7 +261,7 @@ def test_students_start_from_the_stage_that_is_named_and_the_fake_score_from_the
   planned = {stage.name: stage for stage in workdirs.plan_for(workdir, config)[0]}
   for name, start in (('dmd', 'progressive_0001'), ('dmd2', 'progressive_0002')):
     assert read(workdir, name)['digest'] == read(workdir, start)['digest']
-    like = planned[name].abstract_state()
+    like = planned[name].abstract_state
     state, _ = Checkpoints(workdir / name).restore(like, set_aside=False)
     fake_score = digest(sharding.to_host(state.params['fake_score']))
     assert fake_score == read(workdir, 'base')['digest'] != read(workdir, start)['digest']

@@ -93,7 +93,7 @@ def test_time_of_an_update():
 def test_flops_of_an_image_do_not_count_the_optimizer():
   stages, _ = tiny.plan(model__ch_mult=(1,))
   by_hand = projection.count_flops(stages[0])
-  params = sum(leaf.size for leaf in jax.tree.leaves(stages[0].abstract_params()))
+  params = sum(leaf.size for leaf in jax.tree.leaves(stages[0].abstract_params))
   whole = projection.lowered_flops(stages[0], 4)
   assert 5 * params < whole - 4 * by_hand < 60 * params
   rounds = projection.count_flops(stages[1])

@@ -59,9 +59,9 @@ def test_a_student_learns_from_new_parameters(workdir, name):
 def test_the_fake_score_is_a_network_like_the_teachers():
   stages, _ = tiny.plan(**OVERRIDES)
   dmd = stages[-1]
-  state = dmd.abstract_state()
-  assert size(state.params['fake_score']) == size(dmd.abstract_teacher())
-  assert size(state.params['student']) == size(dmd.abstract_params()) != size(dmd.abstract_teacher())
+  state = dmd.abstract_state
+  assert size(state.params['fake_score']) == size(dmd.abstract_teacher)
+  assert size(state.params['student']) == size(dmd.abstract_params) != size(dmd.abstract_teacher)
 
 
 def test_students_without_keys_of_their_own_have_their_teachers_network():

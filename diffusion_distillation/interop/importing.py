@@ -39,7 +39,7 @@ def from_google(config: Config, default: Config, path: pathlib.Path, into: pathl
   checkpoint = google.read(path)
   stages = [stage for stage in stages if stage.method in ('denoising', 'progressive')]
   stage = _stage_for(checkpoint.num_sample_steps, stages, path)
-  params = google.fit(checkpoint.ema_params, stage.abstract_params(), path)
+  params = google.fit(checkpoint.ema_params, stage.abstract_params, path)
   origin = {'source': 'google', 'file': path.name, 'sha256': checkpoint.sha256}
   return _adopt(config, into, stage, params, origin)
 

@@ -120,8 +120,8 @@ def smallest_layout(shapes: Shapes, limit: float) -> Layout | None:
 
 def count(stage: Stage, distance: Params = None) -> Shapes:
   """Returns the shapes of a stage; compiles and computes nothing, and uses no device memory."""
-  state = stage.abstract_state()
-  teacher, start = map(_as_numbers, (stage.abstract_teacher(), stage.abstract_params()))
+  state = stage.abstract_state
+  teacher, start = map(_as_numbers, (stage.abstract_teacher, stage.abstract_params))
   frozen = stage.frozen(teacher, distance, start)
   recipe = stage.recipe.at(stage.recipe.method.period - 1)  # an update that trains all networks
   trained = {name: state.params[name] for name in recipe.method.trained}
@@ -172,14 +172,10 @@ def _activations(stage: Stage, state: Any, frozen: Mapping[str, Params]) -> int:
     return recipe.method.loss(nets, examples, rng, jnp.array(0))[0]
 
   trained = {name: state.params[name] for name in recipe.method.trained}
-  given = (trained, state, dict(frozen), shapes(stage, _PRIME))
-
-  def residuals(trained: Any, *others: Any) -> Any:
-    return jax.vjp(lambda trained: loss(trained, *others), trained)[1]
-
-  blocks = {str(block.in_avals): block for block in _recomputed(jax.make_jaxpr(loss)(*given).jaxpr)}
+  traced = jax.make_jaxpr(loss)(trained, state, dict(frozen), shapes(stage, _PRIME))
+  blocks = {str(block.in_avals): block for block in _recomputed(traced.jaxpr)}
   largest = max((_growing(_residuals_of(block)) for block in blocks.values()), default=0)
-  return _growing(jax.eval_shape(residuals, *given)) + largest
+  return _growing(_residuals_of(traced, len(jax.tree.leaves(trained)))) + largest
 
 
 def _growing(tree: Any) -> int:
@@ -204,10 +200,15 @@ def _is_jaxpr(value: Any) -> bool:
   return hasattr(value, 'eqns') or hasattr(value, 'jaxpr')
 
 
-def _residuals_of(block: Any) -> Any:
-  function = core.jaxpr_as_fun(block)
-  given = [jax.ShapeDtypeStruct(var.shape, var.dtype) for var in block.in_avals]
-  return jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *given)
+def _residuals_of(traced: Any, count: int | None = None) -> Any:
+  """Returns the shapes of what a function keeps for its gradient with respect to its first arguments; None for all of them."""
+  function = core.jaxpr_as_fun(traced)
+  given = [jax.ShapeDtypeStruct(var.shape, var.dtype) for var in traced.in_avals]
+
+  def residuals(*args: Any) -> Any:
+    return jax.vjp(lambda *first: function(*first, *args[len(first) :]), *args[:count])[1]
+
+  return jax.eval_shape(residuals, *given)
 
 
 def bytes_of(tree: Any) -> int:

@@ -122,7 +122,7 @@ def show_times(
 def table(stages: list[Stage], finished: set[str], config: Config) -> Iterator[str]:
   """Yields lines: the network, then each stage with its updates and network calls, then the evaluation."""
   first = stages[0]
-  count = parameter_overview.count_parameters(first.abstract_params())
+  count = parameter_overview.count_parameters(first.abstract_params)
   yield f'{count:,} parameters; {sharding.describe()}'
   with_pairs = next((stage for stage in stages if stage.pairs and stage.name not in finished), None)
   for stage in stages:

@@ -151,7 +151,7 @@ def _compiled_meanwhile(
   teacher = None if inputs.teacher is None else inputs.teacher.params
   frozen = jax.eval_shape(stage.frozen, teacher, inputs.distance, inputs.adapted(stage))
   batch, recipe = shapes(stage, stage.batch_size), stage.recipe
-  state, count = stage.abstract_state(), config.compute.updates_per_dispatch
+  state, count = stage.abstract_state, config.compute.updates_per_dispatch
   if 1 < count <= stage.num_updates:
     recipes = tuple(map(recipe.at, range(count)))
     return sharding.compiled_meanwhile(step, recipes, state, frozen, (batch,) * count)
@@ -161,7 +161,7 @@ def _compiled_meanwhile(
 def _restore_or_start(
   checkpoints: Checkpoints, stage: Stage, inputs: Inputs
 ) -> tuple[TrainState, float]:
-  restored = checkpoints.restore(stage.abstract_state(), set_aside=True)
+  restored = checkpoints.restore(stage.abstract_state, set_aside=True)
   return (inputs.first_state(stage), 0.0) if restored is None else restored
 
 

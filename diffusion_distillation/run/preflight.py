@@ -54,7 +54,7 @@ def _name_layout(stage: Stage, shapes: Shapes, limit: float) -> str:
 def disk(stages: list[Stage], finished: set[str]) -> int:
   """Returns the bytes that checkpoints and pairs of unfinished stages will take at most."""
   todo = [stage for stage in stages if stage.name not in finished]
-  states = [bytes_of(stage.abstract_state()) for stage in todo]
+  states = [bytes_of(stage.abstract_state) for stage in todo]
   pairs = next(
     (
       stage.pairs.count * (8 * int(np.prod(stage.recipe.shape[1:])) + 4) for stage in todo if stage.pairs
@@ -62,7 +62,7 @@ def disk(stages: list[Stage], finished: set[str]) -> int:
     0,
   )
   # The weights of a student are in its state, unless that only has adapters.
-  models = [bytes_of(stage.abstract_params()) for stage in todo if stage.recipe.lora is not None]
+  models = [bytes_of(stage.abstract_params) for stage in todo if stage.recipe.lora is not None]
   return _CHECKPOINTS * sum(states) + max(states, default=0) + sum(models) + pairs
 
 
@@ -141,17 +141,17 @@ def host(stages: list[Stage], finished: set[str]) -> int:
   for k, stage in enumerate(stages):
     if stage.name not in finished:
       left = [later for later in stages[k:] if later.name not in finished]
-      held = [len(inputs.needed(left, by.name)) * bytes_of(by.abstract_params()) for by in stages[:k]]
+      held = [len(inputs.needed(left, by.name)) * bytes_of(by.abstract_params) for by in stages[:k]]
       most = max(most, sum(held) + _on_host(stage))
   return most
 
 
 def _on_host(stage: Stage) -> int:
   """Returns the bytes of the state that this process writes; several processes each write a share."""
-  state = stage.abstract_state()
+  state = stage.abstract_state
   own = sharding.bytes_per_device(state) * sharding.local_device_count()
   if stage.recipe.lora is not None:  # the merged weights are larger than the state
-    return bytes_of(state) + len(stage.weights) * bytes_of(stage.abstract_params())
+    return bytes_of(state) + len(stage.weights) * bytes_of(stage.abstract_params)
   return bytes_of(state) if sharding.part()[1] == 1 else min(own, bytes_of(state))
 
 

@@ -173,7 +173,7 @@ def replay(config: Config, directory: pathlib.Path, name: str, step: int) -> dic
 def _nearest(
   stage_dir: pathlib.Path, stage: Stage, inputs: Inputs, step: int
 ) -> tuple[Stage, TrainState]:
-  like = stage.abstract_state()
+  like = stage.abstract_state
   kept, saved = (
     Checkpoints(where).restore(like, set_aside=False, upto=step)
     for where in (stage_dir / 'nonfinite', stage_dir)

@@ -38,9 +38,9 @@ def with_adapters(config: Config, stage: Stage) -> Stage:
     raise UserError(f"{asked}: adapters change a teacher's moving average; set distill.from_weights=ema")
   own = 'teacher' if stage.start in (None, stage.parent) else START
   bases = {'student': own} | ({'average': own} if 'average' in stage.recipe.networks else {})
-  _check(rank, modules, stage.abstract_params(), stage.name)
+  _check(rank, modules, stage.abstract_params, stage.name)
   if config.lora.fake_score and (others := stage.recipe.method.from_teacher):
-    _check(rank, modules, stage.abstract_teacher(), f'the teacher of {stage.name}')
+    _check(rank, modules, stage.abstract_teacher, f'the teacher of {stage.name}')
     bases |= dict.fromkeys(others, 'teacher')
   made = Lora(rank, float(config.lora.scale), modules, tuple(sorted(bases.items())))
   return dataclasses.replace(stage, recipe=dataclasses.replace(stage.recipe, lora=made))

@@ -240,7 +240,7 @@ def load_model(
     model = _from_folder(stage, folder)
     check_digest(workdir, model)
     return model
-  restored = Checkpoints(stage_dir).restore(stage.abstract_state(), set_aside=False)
+  restored = Checkpoints(stage_dir).restore(stage.abstract_state, set_aside=False)
   if restored is None:
     return None
   model = to_model(stage, *restored, base_of(workdir, stage))
@@ -290,7 +290,7 @@ def _read_set(workdir: pathlib.Path, stage: Stage, weights: str) -> Params:
   folder = workdir / stage.name / 'model'
   if weights == 'ema' and is_finished(workdir, stage) and (folder / DESCRIPTION).is_file():
     return read(folder).params
-  restored = Checkpoints(folder.parent).restore(stage.abstract_state(), set_aside=False)
+  restored = Checkpoints(folder.parent).restore(stage.abstract_state, set_aside=False)
   if restored is None:
     raise DamagedError(
       f'{folder.parent}: no complete checkpoint is left to read the weights {weights!r} from'

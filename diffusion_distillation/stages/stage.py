@@ -1,6 +1,7 @@
 """A stage of a run: the recipe of its training step, and how it depends on other stages."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -225,16 +226,19 @@ class Stage:
     """Returns parameters of the teacher's network, for their shapes; None if the stage has no teacher."""
     return None if self.teacher is None else self.teacher.init(rng, self.recipe.shape[1:])
 
+  @functools.cached_property
   def abstract_params(self) -> Params:
-    """Returns shapes and dtypes of the stage's parameters, without computing them."""
+    """Shapes and dtypes of the stage's parameters, without computing them."""
     return jax.eval_shape(self.init_params, jax.random.key(0))
 
+  @functools.cached_property
   def abstract_teacher(self) -> Params:
-    """Returns shapes and dtypes of the teacher's parameters; None if the stage has no teacher."""
+    """Shapes and dtypes of the teacher's parameters; None if the stage has no teacher."""
     return jax.eval_shape(self.init_teacher, jax.random.key(0))
 
+  @functools.cached_property
   def abstract_state(self) -> TrainState:
-    """Returns shapes and dtypes of the stage's training state, without computing it."""
+    """Shapes and dtypes of the stage's training state, without computing it."""
     return jax.eval_shape(
       lambda rng: self.recipe.create_state(self.init_params(rng), self.init_teacher(rng)),
       jax.random.key(0),

@@ -75,7 +75,7 @@ def leaves(tree):
 @pytest.fixture
 def expected():
   """Names and shapes that our network wants."""
-  return plan(sample_config(), (8, 8, 3), 10)[0].abstract_params()
+  return plan(sample_config(), (8, 8, 3), 10)[0].abstract_params
 
 
 @pytest.mark.parametrize(('path', 'num_steps'), [(STUDENT, 4), (TEACHER, 8)])

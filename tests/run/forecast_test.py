@@ -85,7 +85,7 @@ def show(capsys, finished=(), stages=STAGES, **overrides):
 
 def test_the_table_has_updates_and_network_calls_of_every_stage(capsys, measured):
   plan, _ = show(capsys)
-  parameters = sum(leaf.size for leaf in jax.tree.leaves(STAGES[0].abstract_params()))
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(STAGES[0].abstract_params))
   assert plan[0] == f'{parameters:,} parameters; 8 cpu device(s)'
   lines = {line.split()[0]: ' '.join(line.split()[1:]) for line in plan[1:]}
   assert list(lines) == [*NAMES, 'evaluation']

@@ -65,7 +65,7 @@ def needs(tmp_path, finished=()):
 @pytest.mark.parametrize(('name', 'networks'), [('base', 1), ('progressive_0001', 1), ('dmd', 2)])
 def test_memory_is_counted_by_networks(name, networks):
   stage = STAGES[NAMES.index(name)]
-  found, network = memory_of(name), size(stage.abstract_params())
+  found, network = memory_of(name), size(stage.abstract_params)
   assert found.params == networks * network and found.averages == network
   assert found.gradients == 2 * networks * network and found.gathered == 0
   assert 2 * networks * network <= found.optimizer <= 2 * networks * network + 64  # and a count each
@@ -92,7 +92,7 @@ def test_sharded_networks_are_held_in_parts_and_gathered_by_layers(monkeypatch):
   monkeypatch.setattr(sharding, '_in_use', [sharding._make(jax.devices(), 8)])
   found = preflight.memory(stage)
   assert found.params < 0.25 * whole.params and found.frozen < 0.25 * whole.frozen
-  kernels = [leaf.size for leaf in jax.tree.leaves(stage.abstract_params()) if leaf.ndim > 1]
+  kernels = [leaf.size for leaf in jax.tree.leaves(stage.abstract_params) if leaf.ndim > 1]
   assert found.gathered == 2 * 4 * max(kernels) * 7 / 8  # the student's largest, and the teacher's
   assert found.activations == whole.activations
 
@@ -103,7 +103,7 @@ def test_a_teacher_in_bfloat16_is_half():
 
 
 def test_the_disk_holds_two_checkpoints_a_stage_one_more_and_the_pairs():
-  states = {stage.name: size(stage.abstract_state()) for stage in STAGES}
+  states = {stage.name: size(stage.abstract_state) for stage in STAGES}
   pairs = 1000 * (2 * 4 * 8 * 8 + 4)
   assert preflight.disk(STAGES, set()) == 2 * sum(states.values()) + max(states.values()) + pairs
   assert preflight.disk(STAGES, {'base'}) == (
@@ -145,7 +145,7 @@ def test_what_may_not_fit_a_device_is_a_warning(once, tmp_path, monkeypatch):
 
 def test_the_host_holds_what_later_stages_come_from_and_a_state_that_is_being_written():
   base = STAGES[0]
-  network, states = size(base.abstract_params()), [size(stage.abstract_state()) for stage in STAGES]
+  network, states = size(base.abstract_params), [size(stage.abstract_state) for stage in STAGES]
   assert all({stage.parent, stage.start} <= {'base', None} for stage in STAGES[1:])
   during = [states[0], states[1] + network, states[2] + network]
   assert preflight.host(STAGES, set()) == max(during)
@@ -286,7 +286,7 @@ def test_stable_diffusion_at_full_size_is_counted_from_shapes(tmp_path):
   assert layout[:2] == (1, 1) and layout.micro_batches > 1
   assert device_memory.smallest_layout(found, 40e9)[:2] == (2, 2)
   (stage,) = plan(sd15_dmd.get_config('lora'), (512, 512, 3), 0, workdir.origin_of(stored))[1:]
-  state = stage.abstract_state()
+  state = stage.abstract_state
   # A block of width d has 14 d + 1536 rows and columns of kernels: of pixels 8 d, of the text 6 d + 2 x 768. (797,184 at rank 4.)
   blocks = {320: 5, 640: 5, 1280: 6}
   of_adapters = 64 * sum(count * (14 * width + 2 * 768) for width, count in blocks.items())

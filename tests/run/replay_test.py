@@ -40,13 +40,13 @@ def test_the_first_update_of_the_streak_is_kept_with_its_batch_and_seed(diverged
   assert found['images'] == indices.tolist()
   assert found['loss'] == 'nan'
   assert not found['nonfinite']['parameters'] and not found['nonfinite']['moments']
-  leaves = len(jax.tree.leaves(BASE.abstract_params()))
+  leaves = len(jax.tree.leaves(BASE.abstract_params))
   assert len(found['nonfinite']['gradients']) == leaves  # a NaN loss leaves no gradient finite
   assert 'student/conv_out/bias' in found['nonfinite']['gradients']
 
 
 def test_the_state_that_is_kept_is_the_one_that_the_update_began_with(diverged, step):
-  kept, _ = Checkpoints(diverged / 'base' / 'nonfinite').restore(BASE.abstract_state(), set_aside=False)
+  kept, _ = Checkpoints(diverged / 'base' / 'nonfinite').restore(BASE.abstract_state, set_aside=False)
   expected, _ = advance(step, BASE, first_state(BASE), 9)
   assert checkpoints.digest(kept) == checkpoints.digest(expected)
 

@@ -235,7 +235,7 @@ def test_adapters_of_heads_are_stored_as_matrices(tmp_path):
 
 def on_host(stage, seed):
   """Weights of a stage's network."""
-  shapes, rng = stage.abstract_params(), np.random.default_rng(seed)
+  shapes, rng = stage.abstract_params, np.random.default_rng(seed)
   return jax.tree.map(lambda leaf: np.float32(rng.standard_normal(leaf.shape)), shapes)
 
 
@@ -279,7 +279,7 @@ def test_memory_and_disk_are_those_of_the_adapters_and_of_one_frozen_copy():
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
   stage = plan('dmd', **ADAPTED, compute__teacher_dtype='bfloat16')['dmd']
-  network = stage.abstract_params()
+  network = stage.abstract_params
   factors = size(factors_of(network, 2, ADAPTED['lora__modules']))
   kernels = sum(
     4 * int(np.prod((*inputs, *outputs)))
@@ -289,5 +289,5 @@ def test_memory_and_disk_are_those_of_the_adapters_and_of_one_frozen_copy():
   assert (found.params, found.averages, found.frozen) == (2 * factors, factors, size(network))
   assert 4 * factors <= found.optimizer < 4 * factors + 100
   assert found.gradients == 2 * (2 * factors + 2 * kernels)
-  state, pairs = size(stage.abstract_state()), stage.pairs.count * (8 * 64 + 4)
+  state, pairs = size(stage.abstract_state), stage.pairs.count * (8 * 64 + 4)
   assert preflight.disk([stage], set()) == 3 * state + size(network) + pairs

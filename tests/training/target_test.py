@@ -71,7 +71,7 @@ def test_an_average_is_kept_for_the_target_only_where_none_does_and_is_never_mea
   stages = consistency(target, *averages)
   recipe = stages[1].recipe
   assert recipe.decays == kept and recipe.ema_decay == averages
-  assert len(stages[1].abstract_state().ema_params) == len(kept)
+  assert len(stages[1].abstract_state.ema_params) == len(kept)
   assert ('average' in recipe.networks) == recipe.method.follows_average == followed
   rows = measure.rows(stages, tiny.config(methods=('consistency',)))
   names = {weights for place, weights, *_ in rows if place}
