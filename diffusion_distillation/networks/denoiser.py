@@ -109,7 +109,11 @@ class Denoiser:
     self, params: Params, z: jax.Array, logsnr: jax.Array, cond: Cond, rng: jax.Array | None = None
   ) -> process.Prediction:
     """z: (B, H, W, C); logsnr: (B,). Applies dropout only if `rng` is given."""
-    output = _apply(self.network, params, self._input(z, logsnr), logsnr, cond, rng)
+    # A student's call and its teacher's only differ in their parameters: both are traced once, without a key that is not used
+    # and with the same type of logsnr (jax distinguishes weak types).
+    rng = rng if self.network.dropout else None
+    at = jnp.asarray(logsnr, jnp.float32)
+    output = _apply(self.network, params, self._input(z, logsnr), at, cond, rng)
     return process.OUTPUTS[self.output](z, logsnr, output)
 
   def bottleneck(

@@ -179,3 +179,19 @@ def test_networks_have_the_hyper_parameters_that_their_section_names(name):
   fields = {field.name for field in dataclasses.fields(cls)}
   assert set(keys(cls.Section)) <= fields and not set(keys(cls.Section)) & set(keys(ModelSection))
   assert {'out_ch', 'dropout', 'num_classes'} <= fields
+
+
+def test_a_student_and_its_teacher_are_traced_once(monkeypatch):
+  traced, call = [], Small.__call__
+  monkeypatch.setattr(Small, '__call__', lambda self, *args: traced.append(self) or call(self, *args))
+  denoise, z = Denoiser(Small(1), 'x'), jnp.zeros((2, *SHAPE))
+  params = denoise.init(jax.random.key(0), SHAPE)
+  traced.clear()
+
+  @jax.jit
+  def loss(i, key):  # as in a round: both at times of their own, and only the student is given a key
+    student = denoise(params, z, -i / 4, None, key).x
+    return jnp.mean((student - denoise(params, z, jnp.log(1.0 + i), None).x) ** 2)
+
+  loss(jnp.arange(2), jax.random.key(1))
+  assert len(traced) == 1
