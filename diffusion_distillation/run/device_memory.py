@@ -120,13 +120,23 @@ def smallest_layout(shapes: Shapes, limit: float) -> Layout | None:
 
 def count(stage: Stage, distance: Params = None) -> Shapes:
   """Returns the shapes of a stage; compiles and computes nothing, and uses no device memory."""
-  state = stage.abstract_state
-  teacher, start = map(_as_numbers, (stage.abstract_teacher, stage.abstract_params))
-  frozen = stage.frozen(teacher, distance, start)
+  state, frozen = stage.abstract_state, _frozen(stage, distance)
   recipe = stage.recipe.at(stage.recipe.method.period - 1)  # an update that trains all networks
   trained = {name: state.params[name] for name in recipe.method.trained}
   activations = _activations(stage, state, frozen)
   return Shapes(state, trained, frozen, activations, stage.batch_size, _merged(stage, frozen, state))
+
+
+def arguments(stage: Stage, distance: Params = None) -> int:
+  """Returns `Memory.arguments` of a stage, without tracing its loss."""
+  state = stage.abstract_state
+  held = (state.params, state.ema_params, state.opt_state, _frozen(stage, distance))
+  return sum(map(sharding.bytes_per_device, held))
+
+
+def _frozen(stage: Stage, distance: Params) -> dict[str, Params]:
+  teacher, start = map(_as_numbers, (stage.abstract_teacher, stage.abstract_params))
+  return stage.frozen(teacher, distance, start)
 
 
 def _merged(stage: Stage, frozen: Mapping[str, Params], state: Any) -> dict[str, Params]:

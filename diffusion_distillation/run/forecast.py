@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from diffusion_distillation.evaluation import measure, rows
 from diffusion_distillation.evaluation.sampling import at_a_time
 from diffusion_distillation.networks import conditioning
 from diffusion_distillation.networks.guidance import calls_per_image
-from diffusion_distillation.run import companion_training, compared, encoding, preflight
+from diffusion_distillation.run import companion_training, compared, encoding
 from diffusion_distillation.run.inputs import stand_in
 from diffusion_distillation.stages import workdir as workdirs
 from diffusion_distillation.stages.stage import Stage
@@ -29,37 +29,25 @@ from diffusion_distillation.system import announcing, files, interrupts, shardin
 from diffusion_distillation.training.state import Params
 
 
-def show(
-  stages: list[Stage],
-  finished: set[str],
-  config: Config,
-  workdir: pathlib.Path,
-  distances: Mapping[str, Params] | None = None,
-  device_gb: float = 0.0,
-) -> None:
-  """Prints the plan, its memory and disk requirements, and a summary of the images to stderr. Compiles nothing.
+def show(stages: list[Stage], finished: set[str], config: Config, workdir: pathlib.Path) -> None:
+  """Prints the plan and a summary of the images to stderr. Compiles nothing.
 
   Args:
     stages: the stages of the run.
     finished: names of the finished stages.
     config: the config of the run.
     workdir: the workdir of the run; it need not exist.
-    distances: weights of the distance, for each stage that has one with weights.
-    device_gb: memory of the devices to plan for in gigabytes; 0 for those of this machine.
-
-  Raises:
-    UserError: the requirements cannot be met; see `preflight.needs`.
   """
-  for line in (*companion_training.table(config, workdir), *table(stages, finished, config)):
+  show_lines(companion_training.table(config, workdir))
+  show_lines(table(stages, finished, config))
+  if files.writes() and config.dataset.name != datasets.NONE:
+    show_lines(_survey(stages, config, workdirs.open_captions(workdir, config)))
+
+
+def show_lines(lines: Iterable[str]) -> None:
+  """Prints lines to stderr, each as soon as it is known."""
+  for line in lines:
     _print(line)
-  has_data = config.dataset.name != datasets.NONE
-  captions = workdirs.open_captions(workdir, config) if has_data else None
-  encoded = encoding.missing_bytes(config, workdir, stages[0], captions)
-  for line in preflight.needs(stages, finished, workdir, distances or {}, device_gb, encoded):
-    _print(line)
-  if files.writes() and has_data:
-    for line in _survey(stages, config, captions):
-      _print(line)
 
 
 def _survey(stages: list[Stage], config: Config, captions: Captions | None) -> Iterator[str]:

@@ -40,6 +40,7 @@ def fit(
   workdir: pathlib.Path,
   config: Config,
   work_after: float = 0.0,
+  meanwhile: Callable[[], None] = lambda: None,
 ) -> Model:
   """Trains a stage until it is finished, resuming from its last checkpoint if there is one.
 
@@ -50,6 +51,7 @@ def fit(
     workdir: the directory that contains the stage's directory.
     config: the config of the whole run.
     work_after: the work after this stage, in multiples of the stage's own work; only for the displayed time.
+    meanwhile: work for the host while the stage's program is compiled.
 
   Returns:
     The finished model; immediately, if the stage was already finished.
@@ -70,6 +72,7 @@ def fit(
         announcing.compiling(f'stage {stage.name}'),
         _compiled_meanwhile(step, stage, inputs, workdir, config),
       ):
+        meanwhile()
         state, seconds = _restore_or_start(checkpoints, stage, inputs)
       if not int(state.step) and provenance.was_finished(workdir, stage):
         raise DamagedError(

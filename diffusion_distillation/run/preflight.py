@@ -1,4 +1,4 @@
-"""Estimates the memory and disk space that a run needs, and refuses runs that cannot fit, before anything is compiled."""
+"""Refuses runs that cannot fit this machine, before anything is compiled, and estimates the memory and disk space of others."""
 
 import os
 import pathlib
@@ -14,6 +14,7 @@ from diffusion_distillation.run import inputs
 from diffusion_distillation.run.device_memory import (
   Memory,
   Shapes,
+  arguments,
   bytes_of,
   count,
   memory,
@@ -66,24 +67,63 @@ def disk(stages: list[Stage], finished: set[str]) -> int:
   return _CHECKPOINTS * sum(states) + max(states, default=0) + sum(models) + pairs
 
 
-def needs(
+def check(
   stages: list[Stage],
   finished: set[str],
   workdir: pathlib.Path,
   distances: Mapping[str, Params],
-  device_gb: float = 0.0,
   encoded: int = 0,
-) -> Iterator[str]:
-  """Yields lines with the device memory of each unfinished stage, then the host memory and the disk space of the run.
-
-  With `device_gb`, the run is planned for other devices, of so many gigabytes: the smallest layout of them that each stage
-  fits is named, and nothing is raised. `encoded` is the size in bytes of encoded texts that are still to be written.
+) -> None:
+  """Refuses a run that cannot fit this machine; traces and compiles nothing. See `needs` for the arguments.
 
   Raises:
     UserError: the parameters, averages, optimizer and teacher alone exceed the memory of a device, or the host memory or the
       disk is too small.
   """
-  limit = sharding.memory_per_device() or _memory_of_the_host() // sharding.local_device_count()
+  limit = _memory_of_a_device()
+  for stage in stages:
+    if stage.name in finished:
+      continue
+    if (held := arguments(stage, distances.get(stage.name))) > limit:
+      narrower = '' if stage.adapts_teacher else ', or set compute.teacher_dtype=bfloat16'
+      raise UserError(
+        f'stage {stage.name}: parameters, averages, optimizer and teacher take {held / _GB:.1f} GB of the '
+        f'{limit / _GB:.1f} GB of a device; raise mesh.fsdp{narrower}'
+      )
+  needed, there = host(stages, finished), _memory_of_the_host()
+  if needed > there:
+    raise UserError(
+      f'the weights that later stages need and writing a checkpoint take {needed / _GB:.1f} GB of the '
+      f"{there / _GB:.1f} GB of this host's memory; use a larger host, or keep fewer averages (ema_decay)"
+    )
+  needed, free = disk(stages, finished) + encoded, _free(workdir)
+  if needed > free:
+    raise UserError(
+      f'--workdir={workdir}: {_on_disk(encoded)} will take {needed / _GB:.2f} GB, but only {free / _GB:.2f} GB are '
+      'free; free up space, or choose another disk'
+    )
+
+
+def needs(
+  stages: list[Stage],
+  finished: set[str],
+  workdir: pathlib.Path,
+  distances: Mapping[str, Params],
+  encoded: int = 0,
+  device_gb: float = 0.0,
+) -> Iterator[str]:
+  """Yields lines with the device memory of each unfinished stage, then the host memory and the disk space of the run.
+
+  Args:
+    stages: the stages of the run.
+    finished: names of the finished stages.
+    workdir: the workdir of the run; it need not exist.
+    distances: weights of the distance, for each stage that has one with weights.
+    encoded: bytes of encoded texts that are still to be written.
+    device_gb: memory in gigabytes of other devices to plan for, the smallest layout of which is then named for each stage; 0
+      for the devices of this machine.
+  """
+  limit = _memory_of_a_device()
   yield 'memory of each device, GB:  parameters  averages  optimizer  frozen  gradients  gathered  activations  snapshot  together'
   kinds: dict[Any, tuple[Memory, str]] = {}
   for stage in stages:
@@ -113,26 +153,21 @@ def needs(
     )
     if layout:
       yield f'  {stage.name:<25}{layout}'
-    elif of.arguments > limit:
-      narrower = '' if stage.adapts_teacher else ', or set compute.teacher_dtype=bfloat16'
-      raise UserError(
-        f'stage {stage.name}: parameters, averages, optimizer and teacher take {of.arguments / _GB:.1f} GB of the '
-        f'{limit / _GB:.1f} GB of a device; raise mesh.fsdp{narrower}'
-      )
     elif of.total > limit:
       yield (
         f'  warning: {of.total / _GB:.1f} GB may not fit the {limit / _GB:.1f} GB of a device; raise micro_batches '
         'or mesh.fsdp, or set compute.remat=True or compute.dtype=bfloat16'
       )
-  yield from _host_needs(stages, finished, bool(device_gb))
-  needed, free = disk(stages, finished) + encoded, _free(workdir)
-  what = 'checkpoints, pairs and encoded texts' if encoded else 'checkpoints and pairs'
-  yield f'disk, GB: {needed / _GB:.3f} for {what}; {free / _GB:.1f} free'
-  if needed > free and not device_gb:
-    raise UserError(
-      f'--workdir={workdir}: {what} will take {needed / _GB:.2f} GB, but only {free / _GB:.2f} GB are '
-      'free; free up space, or choose another disk'
-    )
+  yield (
+    f'memory of the host, GB: {host(stages, finished) / _GB:.3f} for the weights that later stages need and for writing '
+    f'a checkpoint; {_memory_of_the_host() / _GB:.1f} in total'
+  )
+  needed = disk(stages, finished) + encoded
+  yield f'disk, GB: {needed / _GB:.3f} for {_on_disk(encoded)}; {_free(workdir) / _GB:.1f} free'
+
+
+def _on_disk(encoded: int) -> str:
+  return 'checkpoints, pairs and encoded texts' if encoded else 'checkpoints and pairs'
 
 
 def host(stages: list[Stage], finished: set[str]) -> int:
@@ -155,17 +190,9 @@ def _on_host(stage: Stage) -> int:
   return bytes_of(state) if sharding.part()[1] == 1 else min(own, bytes_of(state))
 
 
-def _host_needs(stages: list[Stage], finished: set[str], elsewhere: bool) -> Iterator[str]:
-  needed, there = host(stages, finished), _memory_of_the_host()
-  yield (
-    f'memory of the host, GB: {needed / _GB:.3f} for the weights that later stages need and for writing a checkpoint; '
-    f'{there / _GB:.1f} in total'
-  )
-  if needed > there and not elsewhere:
-    raise UserError(
-      f'the weights that later stages need and writing a checkpoint take {needed / _GB:.1f} GB of the '
-      f"{there / _GB:.1f} GB of this host's memory; use a larger host, or keep fewer averages (ema_decay)"
-    )
+def _memory_of_a_device() -> int:
+  """Returns the bytes that this program may use on a device, or its share of the host's memory if that is not reported."""
+  return sharding.memory_per_device() or _memory_of_the_host() // sharding.local_device_count()
 
 
 def _memory_of_the_host() -> int:

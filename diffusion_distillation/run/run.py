@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
+from collections.abc import Callable
 
 from diffusion_distillation import datasets
 from diffusion_distillation.config import Config
@@ -21,6 +23,7 @@ from diffusion_distillation.run import (
   forecast,
   gate,
   monitor,
+  preflight,
   tracking,
 )
 from diffusion_distillation.run.compared import Compared
@@ -102,18 +105,11 @@ def _check(
   return done, distances_of
 
 
-def _show(
-  config: Config,
-  workdir: pathlib.Path,
-  stages: list[Stage],
-  done: set[str],
-  distances_of: dict[str, Params],
-  device_gb: float = 0.0,
-) -> None:
-  """Checks a plan against the workdir and shows it; see `forecast.show` for `device_gb`."""
+def _show(config: Config, workdir: pathlib.Path, stages: list[Stage], done: set[str]) -> None:
+  """Checks a plan against the workdir and shows it."""
   workdirs.check_made_with(workdir, config)
   extending.check_configs(workdir, stages, config)
-  forecast.show(stages, done, config, workdir, distances_of, device_gb)
+  forecast.show(stages, done, config, workdir)
 
 
 def show_plan(config: Config, workdir: pathlib.Path) -> None:
@@ -128,10 +124,13 @@ def show_plan(config: Config, workdir: pathlib.Path) -> None:
   stages = workdirs.described_plan(workdir, config)
   done, distances_of = _check(config, workdir, stages)
   compared.check(config, stages[0].text)
-  device_gb = config.compute.device_gb
-  _show(config, workdir, stages, done, distances_of, device_gb)
+  _show(config, workdir, stages, done)
+  encoded = encoding.missing_bytes(config, workdir, stages[0], workdirs.open_captions(workdir, config))
+  needs, device_gb = (stages, done, workdir, distances_of, encoded), config.compute.device_gb
+  forecast.show_lines(preflight.needs(*needs, device_gb))
   if device_gb:
     return
+  preflight.check(*needs)
   forecast.show_times(stages, done, sharding.compile_step(train_steps), config, distances_of)
 
 
@@ -160,7 +159,15 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     if against.images is not None:
       reading.enter_context(contextlib.closing(against.images))
     reading.enter_context(workdirs.lock_workdir(workdir))
-    _show(config, workdir, stages, done, distances_of)
+    _show(config, workdir, stages, done)
+    to_encode = encoding.missing_bytes(config, workdir, stages[0], captions)
+    needs = (stages, done, workdir, distances_of, to_encode)
+    preflight.check(*needs)
+    # These lines are shown once, by the first of its callers. Since all losses are traced for them, that is done while the first
+    # program is compiled, unless long work comes before.
+    show_needs = functools.partial(forecast.show_lines, preflight.needs(*needs))
+    if captions is not None or stages[0].name in done:
+      show_needs()
     workdirs.claim(workdir, config)
     if images is not None:
       workdirs.claim_images(workdir, images.images)
@@ -176,7 +183,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     examples = examples_of(images, encoded)
     if examples is not None and examples is not images:
       reading.enter_context(contextlib.closing(examples))
-    models = _train(config, workdir, stages, done, images, examples, distances_of, encoded, against)
+    models = _train(
+      config, workdir, stages, done, images, examples, distances_of, encoded, against, show_needs
+    )
     if not against.is_measured:
       _log.warning(
         'dataset.name=%s: skipping the evaluation, as there are no images to compare with, and no CLIP model',
@@ -221,8 +230,9 @@ def _train(
   distances_of: dict[str, Params],
   texts: Encoded | None,
   against: Compared,
+  meanwhile: Callable[[], None],
 ) -> list[Model]:
-  """Trains the unfinished stages; keeps only those weights in memory that later stages need."""
+  """Trains the unfinished stages; keeps only those weights in memory that later stages need. See `fit` for `meanwhile`."""
   step, after = sharding.compile_step(train_steps), forecast.work_after(stages, done, config)
   models: dict[str, Model] = {}
   judge = gate.make_gate(against.config, workdir, against.images, against.texts)
@@ -240,7 +250,7 @@ def _train(
             against.config, stage, workdir, against.images, parents, against.texts
           )
           inputs = dataclasses.replace(inputs, tracker=tracker)
-      return fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0))
+      return fit(step, stage, inputs, workdir, config, after.get(stage.name, 0.0), meanwhile)
 
     models[stage.name] = gate.until_it_passes(judge, train, stage, inputs.teacher)
     del inputs, train

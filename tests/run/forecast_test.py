@@ -62,24 +62,19 @@ def measured(monkeypatch):
 
   monkeypatch.setattr(forecast, 'seconds_per_update', seconds_per_update)
   monkeypatch.setattr(forecast, 'seconds_per_call', lambda stage, config: 1 / 16)
-  without_memory(monkeypatch)
   return names
-
-
-def without_memory(monkeypatch):
-  """What is needed of devices and disk is in preflight_test.py: a second of tracing for every stage."""
-  monkeypatch.setattr(forecast.preflight, 'needs', lambda *_: ['memory of each device'])
 
 
 def show(capsys, finished=(), stages=STAGES, **overrides):
   """Lines that are shown: those of the plan, and those of the estimate."""
   config = tiny.config(**OVERRIDES | overrides)
   forecast.show(stages, set(finished), config, tiny.ROOT / 'nowhere')
+  told = capsys.readouterr()
   forecast.show_times(stages, set(finished), 'the step', config)
-  out, err = capsys.readouterr()
-  assert out == ''
-  plan, _, estimate = err.partition('measuring')
-  plan = plan[: plan.index('memory of each device')]
+  timed = capsys.readouterr()
+  assert told.out == timed.out == ''
+  plan, _, _ = told.err.partition('images of ')
+  _, _, estimate = timed.err.partition('measuring')
   return plan.splitlines(), estimate.splitlines()
 
 
@@ -154,7 +149,6 @@ def test_without_updates_to_measure_there_is_no_estimate(capsys, measured):
 def test_times_are_told_in_units_that_fit(capsys, monkeypatch, seconds, text):
   monkeypatch.setattr(forecast, 'seconds_per_update', lambda *_: seconds / 12)
   monkeypatch.setattr(forecast, 'seconds_per_call', lambda *_: 0.0)
-  without_memory(monkeypatch)
   _, estimate = show(capsys, stages=STAGES[:1])
   assert estimate[1].split('(')[0].split(maxsplit=1)[1].strip() == text
 

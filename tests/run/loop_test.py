@@ -304,7 +304,10 @@ def test_a_stage_compiles_its_program_once_and_while_its_state_is_made(workdir, 
   """Of the base and of a round, with one update or two a program: what is compiled ahead is what the loop calls."""
   config = tiny.config(max_skipped=3, compute__updates_per_dispatch=together)
   compiled = sharding.compile_step(train_steps)
-  found = {'jaxpr_to_mlir_module_duration': [], 'backend_compile_duration': []}
+  found, lowered_before = {'jaxpr_to_mlir_module_duration': [], 'backend_compile_duration': []}, []
+
+  def meanwhile():
+    lowered_before.append(len(found['jaxpr_to_mlir_module_duration']))
 
   def note(event, seconds, fun_name='', **_):
     del seconds
@@ -313,13 +316,14 @@ def test_a_stage_compiles_its_program_once_and_while_its_state_is_made(workdir, 
 
   jax.monitoring.register_event_duration_secs_listener(note)
   try:
-    model = loop.fit(compiled, STAGES[0], INPUTS, workdir, config)
-    loop.fit(compiled, STUDENT, Inputs(IMAGES, model), workdir, config)
+    model = loop.fit(compiled, STAGES[0], INPUTS, workdir, config, meanwhile=meanwhile)
+    loop.fit(compiled, STUDENT, Inputs(IMAGES, model), workdir, config, meanwhile=meanwhile)
     (workdir / STUDENT.name / 'model' / 'model.json').unlink()  # finished: restored, and not compiled
     loop.fit(sharding.compile_step(train_steps), STUDENT, Inputs(IMAGES, model), workdir, config)
   finally:
     jax.monitoring.unregister_event_duration_listener(note)
   assert list(found.values()) == [[True, True], [False, False]]
+  assert lowered_before == [1, 2]
 
 
 class Compiling:

@@ -16,6 +16,7 @@ from diffusion_distillation.interop import stable_diffusion
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Latents
 from diffusion_distillation.run import device_memory, preflight
+from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import workdir
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.system import sharding
@@ -60,6 +61,10 @@ def once(monkeypatch):
 
 def needs(tmp_path, finished=()):
   return list(preflight.needs(STAGES, set(finished), tmp_path / 'not' / 'there', {}))
+
+
+def check(tmp_path, finished=()):
+  preflight.check(STAGES, set(finished), tmp_path / 'not' / 'there', {})
 
 
 @pytest.mark.parametrize(('name', 'networks'), [('base', 1), ('progressive_0001', 1), ('dmd', 2)])
@@ -126,12 +131,20 @@ def test_a_line_a_stage_and_one_of_the_disk(once, tmp_path):
   assert [line.split()[0] for line in left[1:-2]] == ['progressive_0001']
 
 
-def test_what_does_not_fit_a_device_is_refused(once, tmp_path, monkeypatch):
+def test_what_does_not_fit_a_device_is_refused_and_nothing_is_traced_for_that(tmp_path, monkeypatch):
+  monkeypatch.setattr(preflight, 'memory', None)
+  largest = max(memory_of(name).arguments for name in NAMES)
+  monkeypatch.setattr(sharding, 'memory_per_device', lambda: largest)
+  check(tmp_path)
+  monkeypatch.setattr(sharding, 'memory_per_device', lambda: largest - 1)
+  with pytest.raises(UserError, match=r'stage dmd: '):
+    check(tmp_path)
+  check(tmp_path, finished=['dmd'])
   monkeypatch.setattr(sharding, 'memory_per_device', lambda: 100_000)
   with pytest.raises(
     UserError, match=r'stage base: .* GB of a device; raise mesh\.fsdp, or set compute'
   ):
-    needs(tmp_path)
+    check(tmp_path)
 
 
 def test_what_may_not_fit_a_device_is_a_warning(once, tmp_path, monkeypatch):
@@ -153,26 +166,55 @@ def test_the_host_holds_what_later_stages_come_from_and_a_state_that_is_being_wr
   assert preflight.host(STAGES, set(NAMES)) == 0
 
 
-def test_a_host_that_is_too_small_is_refused(once, tmp_path, monkeypatch):
+def test_a_host_that_is_too_small_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, 'memory_per_device', lambda: 10**12)
   needed = preflight.host(STAGES, set())
   monkeypatch.setattr(preflight, '_memory_of_the_host', lambda: needed)
-  needs(tmp_path)
+  check(tmp_path)
   monkeypatch.setattr(preflight, '_memory_of_the_host', lambda: needed - 1)
   with pytest.raises(UserError, match=r"weights that later stages need .* of this host's memory"):
-    needs(tmp_path)
+    check(tmp_path)
 
 
-def test_a_disk_that_is_too_small_is_refused(once, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
   needed = preflight.disk(STAGES, set())
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(0, 0, needed))
-  needs(tmp_path)
+  check(tmp_path)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(0, 0, needed - 1))
   with pytest.raises(
     UserError, match=r'checkpoints and pairs will take .* free up space, or choose another disk'
   ):
-    needs(tmp_path)
-  needs(tmp_path, finished=['base'])
+    check(tmp_path)
+  check(tmp_path, finished=['base'])
+
+
+def test_a_plan_refuses_what_this_machine_cannot_hold_unless_it_is_for_others(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(preflight, '_free', lambda path: 0)
+  runs.show_plan(tiny.config(methods=(), compute__device_gb=40.0), tmp_path)
+  assert 'fits 1 device of 40 GB' in capsys.readouterr().err
+  with pytest.raises(UserError, match='checkpoints and pairs will take'):
+    runs.show_plan(tiny.config(methods=(), log__measured_updates=0), tmp_path)
+  assert 'disk, GB: 0.00' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('is_new', [True, False])
+def test_needs_are_shown_once_and_early_unless_the_first_program_is_compiled_first(
+  is_new, finished, tmp_path, monkeypatch, capsys
+):
+  workdir, told = tmp_path / 'new' if is_new else shutil.copytree(finished, tmp_path / 'old'), []
+
+  def train(*args):
+    for _ in range(3):
+      told.append(capsys.readouterr().err.count('memory of each device'))
+      args[-1]()
+    return []
+
+  monkeypatch.setattr(runs, '_train', train)
+  monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, **__: None)
+  runs.run(tiny.config(), workdir)
+  assert told == ([0, 1, 0] if is_new else [1, 0, 0])
 
 
 def test_layout_and_precision_may_change_in_a_workdir(tmp_path):
@@ -246,17 +288,19 @@ def test_the_smallest_layout_has_few_devices_then_little_sharding_then_few_micro
 def test_a_plan_for_other_devices_names_their_layout_and_refuses_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(preflight, '_free', lambda path: 0)
   monkeypatch.setattr(preflight, '_memory_of_the_host', lambda: 0)
-  lines = list(preflight.needs(STAGES[:2], {'base'}, tmp_path, {}, 40.0))
+  lines = list(preflight.needs(STAGES[:2], {'base'}, tmp_path, {}, device_gb=40.0))
   assert any('fits 1 device of 40 GB: 0.0 GB on each' in line for line in lines)
-  lines = list(preflight.needs(STAGES[:2], {'base'}, tmp_path, {}, 1e-6))
+  lines = list(preflight.needs(STAGES[:2], {'base'}, tmp_path, {}, device_gb=1e-6))
   said = 'fits no layout of devices of 1e-06 GB; set compute.remat=True and compute.dtype=bfloat16'
   assert any(line.endswith(f'{said}, and compute.teacher_dtype=bfloat16') for line in lines)
   adapted = tiny.plan(lora__rank=2, lora__modules='.*')[0][1]
-  assert any(line.endswith(said) for line in preflight.needs([adapted], set(), tmp_path, {}, 1e-6))
+  assert any(
+    line.endswith(said) for line in preflight.needs([adapted], set(), tmp_path, {}, device_gb=1e-6)
+  )
   beside = tiny.plan(  # whose student adapts other weights than its teacher's
     methods=('progressive', 'dmd'), dmd__start='progressive_0001', lora__rank=2, lora__modules='.*'
   )
-  needs = preflight.needs([beside[0][-1]], set(), tmp_path, {}, 1e-6)
+  needs = preflight.needs([beside[0][-1]], set(), tmp_path, {}, device_gb=1e-6)
   assert any(line.endswith(f'{said}, and compute.teacher_dtype=bfloat16') for line in needs)
 
 
