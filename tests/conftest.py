@@ -1,6 +1,5 @@
 """Before jax starts: 8 virtual CPU devices, quick compilation, no silent broadcasting between ranks."""
 
-import atexit
 import fcntl
 import os
 import pathlib
@@ -14,11 +13,13 @@ from tests import tiny
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {tiny.FAST_COMPILE}'
-if (
-  'PYTEST_XDIST_WORKER' not in os.environ
-):  # one cache for all processes of this run, and for no other run
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='compiled-')
-  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+# Programs are compiled once for all processes, and for later runs. The directory begins anew when it gets large, because it
+# collects the programs of every version of the code.
+_COMPILED = tiny.ROOT / '.pytest_cache' / 'compiled'
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  if sum(path.stat().st_size for path in _COMPILED.glob('*')) > 4e9:
+    shutil.rmtree(_COMPILED)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_COMPILED)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 
