@@ -74,7 +74,7 @@ def check(
   distances: Mapping[str, Params],
   encoded: int = 0,
 ) -> None:
-  """Refuses a run that cannot fit this machine; traces and compiles nothing. See `needs` for the arguments.
+  """Refuses a run that cannot fit this machine; traces no loss and compiles nothing. See `needs` for the arguments.
 
   Raises:
     UserError: the parameters, averages, optimizer and teacher alone exceed the memory of a device, or the host memory or the
