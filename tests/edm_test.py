@@ -42,6 +42,8 @@ class Table1:
 class Network:
   """F in place of the U-Net: tanh(params * input) + cos(time input), so that what it is given shows."""
 
+  dropout = 0.0
+
   def apply(self, variables, z, logsnr, cond, deterministic, rngs=None):
     time = 1000.0 * TIME_INPUTS['c_noise'](logsnr)[:, None, None, None]
     return jnp.tanh(variables['params'] * z) + jnp.cos(3.0 * time)
