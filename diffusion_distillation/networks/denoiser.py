@@ -112,7 +112,7 @@ class Denoiser:
     # A student's call and its teacher's only differ in their parameters: both are traced once, without a key that is not used
     # and with the same type of logsnr (jax distinguishes weak types).
     rng = rng if self.network.dropout else None
-    at = jnp.asarray(logsnr, jnp.float32)
+    at = jax.lax.convert_element_type(logsnr, jnp.result_type(logsnr))
     output = _apply(self.network, params, self._input(z, logsnr), at, cond, rng)
     return process.OUTPUTS[self.output](z, logsnr, output)
 
