@@ -71,7 +71,9 @@ def test_only_what_a_later_stage_comes_from_is_in_memory(tmp_path, monkeypatch):
   monkeypatch.setattr(run_module.forecast, 'work_after', lambda *_: {})
   distances = dict.fromkeys(PLAN | {'dmd': None})
   real = Compared(config, images, None)
-  run_module._train(config, tmp_path, planned, set(), images, images, distances, None, real)
+  run_module._train(
+    config, tmp_path, planned, set(), images, images, distances, None, real, lambda: None
+  )
   note('evaluation')
   base, two, one, dmd = (stage.name for stage in planned)
   parent, start = planned[-1].parent, planned[-1].start
