@@ -2,14 +2,14 @@
 
 Every schedule consists of a base model and its rounds, and is run with several seeds of parameters, batches and noise.
 Models and measurements are kept, as in `benchmarks/ablation.py`, so that the same command resumes an interrupted run.
-schedules.md, schedules.png and schedules_minutes.png are written after each seed. Compare seconds only within one run.
+schedules.md and schedules.png are written after each seed. Compare seconds only within one run.
 """
 
 import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
@@ -27,19 +27,6 @@ from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.system.files import write_json
 
 STEPS = (32, 8, 4, 2, 1)
-
-Cost = Callable[[dict[str, Any]], float]
-# What the x axis of each figure shows, as a label and as a function of a row.
-COSTS: dict[str, tuple[str, Cost]] = {
-  'schedules.png': (
-    'network evaluations in training, each of one image, in thousands',
-    lambda row: (row['calls'] + row['base_calls']) / 1e3,
-  ),
-  'schedules_minutes.png': (
-    'minutes of training',
-    lambda row: (row['seconds'] + row['base_seconds']) / 60,
-  ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +141,19 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
     )
 
 
-def figure(rows: list[dict[str, Any]], label: str, cost: Cost) -> Figure:
-  """Figure of quality against a cost of training: one line per schedule and seed, one point per number of steps."""
+def figure(rows: list[dict[str, Any]]) -> Figure:
+  """Figure of quality against training cost: one line per schedule and seed, one point per number of steps."""
   drawing = Figure(figsize=(6.4, 4.4), layout='constrained')
-  axes = drawing.add_subplot(xlabel=label, ylabel='FD-digits', yscale='log')
+  axes = drawing.add_subplot(
+    xlabel='network evaluations in training, each of one image, in thousands',
+    ylabel='FD-digits',
+    yscale='log',
+  )
   for k, name in enumerate(SCHEDULES):
     for seed in sorted({row['seed'] for row in rows if row['part'] == name}):
       found = [row for row in rows if (row['part'], row['seed']) == (name, seed)]
       found.sort(key=lambda row: -row['num_steps'])
-      x = list(map(cost, found))
+      x = [(row['calls'] + row['base_calls']) / 1e3 for row in found]
       y = [row['value'] for row in found]
       axes.plot(x, y, f'C{k}o-', alpha=0.7, label=None if seed else name)
       for row, at in zip(found, zip(x, y, strict=True), strict=True):
@@ -176,11 +167,10 @@ def figure(rows: list[dict[str, Any]], label: str, cost: Cost) -> Figure:
 
 
 def write(bench: Bench) -> str:
-  """Writes schedules.md and the figures from the rows so far; returns the tables."""
+  """Writes schedules.md and schedules.png from the rows so far; returns the tables."""
   text = '\n\n'.join(tables(bench.rows))
   (bench.workdir / 'schedules.md').write_text(text + '\n')
-  for name, axis in COSTS.items():
-    figure(bench.rows, *axis).savefig(bench.workdir / name, dpi=130)
+  figure(bench.rows).savefig(bench.workdir / 'schedules.png', dpi=130)
   return text
 
 
