@@ -51,7 +51,7 @@ def fit(
     workdir: the directory that contains the stage's directory.
     config: the config of the whole run.
     work_after: the work after this stage, in multiples of the stage's own work; only for the displayed time.
-    meanwhile: work for the host while the stage's program is compiled.
+    meanwhile: called while the stage's program is compiled.
 
   Returns:
     The finished model; immediately, if the stage was already finished.

@@ -1,4 +1,4 @@
-"""Refuses runs that cannot fit this machine, before anything is compiled, and estimates the memory and disk space of others."""
+"""Estimates the memory and disk space that a run needs, and refuses a run that cannot fit, before anything is compiled."""
 
 import os
 import pathlib
@@ -81,9 +81,7 @@ def check(
       disk is too small.
   """
   limit = _memory_of_a_device()
-  for stage in stages:
-    if stage.name in finished:
-      continue
+  for stage in (stage for stage in stages if stage.name not in finished):
     if (held := arguments(stage, distances.get(stage.name))) > limit:
       narrower = '' if stage.adapts_teacher else ', or set compute.teacher_dtype=bfloat16'
       raise UserError(

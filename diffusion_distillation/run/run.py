@@ -125,8 +125,9 @@ def show_plan(config: Config, workdir: pathlib.Path) -> None:
   done, distances_of = _check(config, workdir, stages)
   compared.check(config, stages[0].text)
   _show(config, workdir, stages, done)
-  encoded = encoding.missing_bytes(config, workdir, stages[0], workdirs.open_captions(workdir, config))
-  needs, device_gb = (stages, done, workdir, distances_of, encoded), config.compute.device_gb
+  captions, device_gb = workdirs.open_captions(workdir, config), config.compute.device_gb
+  to_encode = encoding.missing_bytes(config, workdir, stages[0], captions)
+  needs = (stages, done, workdir, distances_of, to_encode)
   forecast.show_lines(preflight.needs(*needs, device_gb))
   if device_gb:
     return

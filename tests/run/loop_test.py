@@ -306,9 +306,6 @@ def test_a_stage_compiles_its_program_once_and_while_its_state_is_made(workdir, 
   compiled = sharding.compile_step(train_steps)
   found, lowered_before = {'jaxpr_to_mlir_module_duration': [], 'backend_compile_duration': []}, []
 
-  def meanwhile():
-    lowered_before.append(len(found['jaxpr_to_mlir_module_duration']))
-
   def note(event, seconds, fun_name='', **_):
     del seconds
     if (kind := event.split('/')[-1]) in found and fun_name == 'jit(compiled)':
@@ -316,8 +313,9 @@ def test_a_stage_compiles_its_program_once_and_while_its_state_is_made(workdir, 
 
   jax.monitoring.register_event_duration_secs_listener(note)
   try:
-    model = loop.fit(compiled, STAGES[0], INPUTS, workdir, config, meanwhile=meanwhile)
-    loop.fit(compiled, STUDENT, Inputs(IMAGES, model), workdir, config, meanwhile=meanwhile)
+    more = {'meanwhile': lambda: lowered_before.append(len(found['jaxpr_to_mlir_module_duration']))}
+    model = loop.fit(compiled, STAGES[0], INPUTS, workdir, config, **more)
+    loop.fit(compiled, STUDENT, Inputs(IMAGES, model), workdir, config, **more)
     (workdir / STUDENT.name / 'model' / 'model.json').unlink()  # finished: restored, and not compiled
     loop.fit(sharding.compile_step(train_steps), STUDENT, Inputs(IMAGES, model), workdir, config)
   finally:

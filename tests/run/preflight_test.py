@@ -16,7 +16,6 @@ from diffusion_distillation.interop import stable_diffusion
 from diffusion_distillation.networks.denoiser import Denoiser
 from diffusion_distillation.networks.spaces import Latents
 from diffusion_distillation.run import device_memory, preflight
-from diffusion_distillation.run import run as runs
 from diffusion_distillation.stages import workdir
 from diffusion_distillation.stages.plan import plan
 from diffusion_distillation.system import sharding
@@ -186,35 +185,6 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
   ):
     check(tmp_path)
   check(tmp_path, finished=['base'])
-
-
-def test_a_plan_refuses_what_this_machine_cannot_hold_unless_it_is_for_others(
-  tmp_path, monkeypatch, capsys
-):
-  monkeypatch.setattr(preflight, '_free', lambda path: 0)
-  runs.show_plan(tiny.config(methods=(), compute__device_gb=40.0), tmp_path)
-  assert 'fits 1 device of 40 GB' in capsys.readouterr().err
-  with pytest.raises(UserError, match='checkpoints and pairs will take'):
-    runs.show_plan(tiny.config(methods=(), log__measured_updates=0), tmp_path)
-  assert 'disk, GB: 0.00' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('is_new', [True, False])
-def test_needs_are_shown_once_and_early_unless_the_first_program_is_compiled_first(
-  is_new, finished, tmp_path, monkeypatch, capsys
-):
-  workdir, told = tmp_path / 'new' if is_new else shutil.copytree(finished, tmp_path / 'old'), []
-
-  def train(*args):
-    for _ in range(3):
-      told.append(capsys.readouterr().err.count('memory of each device'))
-      args[-1]()
-    return []
-
-  monkeypatch.setattr(runs, '_train', train)
-  monkeypatch.setattr('diffusion_distillation.evaluation.measure.evaluate', lambda *_, **__: None)
-  runs.run(tiny.config(), workdir)
-  assert told == ([0, 1, 0] if is_new else [1, 0, 0])
 
 
 def test_layout_and_precision_may_change_in_a_workdir(tmp_path):
