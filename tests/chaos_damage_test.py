@@ -1,5 +1,6 @@
 """Every file of a workdir, damaged in every way: the right values or a message; never wrong values."""
 
+import gc
 import itertools
 import json
 import os
@@ -62,6 +63,13 @@ OF_DIRECTORIES = {'emptied': empty_directory, 'gone': shutil.rmtree}
 def one_device(monkeypatch):
   """Restoring to one is quicker than to eight."""
   monkeypatch.setattr(sharding, '_in_use', [sharding._make(jax.devices()[:1], 1)])
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+  """Reads that failed in the background are told when they are collected: here, and not in the output of a later test."""
+  yield
+  gc.collect()
 
 
 @pytest.fixture(scope='module')
