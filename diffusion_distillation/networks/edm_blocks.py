@@ -16,7 +16,14 @@ import numpy as np
 from diffusion_distillation.config import key
 from diffusion_distillation.networks.checks import check_choices, check_sides
 from diffusion_distillation.networks.conditioning import Cond, Conditioning, conditions
-from diffusion_distillation.networks.layers import ATTENTION_KERNELS, Dropout, GroupNorm, attention
+from diffusion_distillation.networks.layers import (
+  ATTENTION_KERNELS,
+  Dense,
+  Dropout,
+  GroupNorm,
+  HalvedDense,
+  attention,
+)
 from diffusion_distillation.networks.unet import DTYPES, downsample, upsample
 
 PRECONDITIONINGS = ('edm', 'vp', 've')
@@ -130,17 +137,17 @@ class Block(nn.Module):
     style, dtype, ch = self.style, self.dtype, self.out_ch
     h = resample(nn.swish(self._norm(x.shape[-1], 'norm0')(x)), self.way, self.taps)
     h = nn.Conv(ch, (3, 3), kernel_init=style.init, dtype=dtype, name='conv0')(h)
-    wide = 2 * ch if style.scale_shift else ch
-    projected = nn.Dense(wide, kernel_init=style.init, dtype=dtype, name='affine')(emb)
     if style.scale_shift:
-      h = self._norm(ch, 'norm1')(h, *jnp.split(projected, 2, axis=-1))
+      scale, shift = HalvedDense(ch, dtype, style.init, name='affine')(emb)
+      h = self._norm(ch, 'norm1')(h, scale, shift)
     else:
-      h = self._norm(ch, 'norm1')(h + projected[:, None, None])
+      term = Dense(ch, kernel_init=style.init, dtype=dtype, name='affine')(emb)
+      h = self._norm(ch, 'norm1')(h + term[:, None, None])
     h = Dropout(self.dropout)(nn.swish(h), deterministic)
     h = nn.Conv(ch, (3, 3), kernel_init=style.init_last, dtype=dtype, name='conv1')(h)
     shortcut = resample(x, self.way, self.taps)
     if x.shape[-1] != ch or (self.way and style.project):
-      shortcut = nn.Dense(ch, kernel_init=style.init, dtype=dtype, name='skip')(shortcut)
+      shortcut = Dense(ch, kernel_init=style.init, dtype=dtype, name='skip')(shortcut)
     h = style.residual_scale * (h + shortcut)
     heads = style.num_heads(ch)
     return style.residual_scale * (h + self._attention(h, heads)) if self.attends and heads else h
@@ -150,13 +157,12 @@ class Block(nn.Module):
 
   def _attention(self, x: jax.Array, heads: int) -> jax.Array:
     batch, height, width, ch = x.shape
-    h = self._norm(ch, 'norm2')(x).reshape(batch, height * width, ch)
+    h = self._norm(ch, 'norm2')(x).reshape(-1, ch)
     features, init = (3, heads, ch // heads), self.style.init_qkv
     qkv = nn.DenseGeneral(features, kernel_init=init, dtype=self.dtype, name='qkv')(h)
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    h = attention(q, k, v, self.kernel).reshape(batch, height * width, ch)
-    h = nn.Dense(ch, kernel_init=self.style.init_last, dtype=self.dtype, name='proj')(h)
-    return h.reshape(x.shape)
+    q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, *features), 2, 0)
+    project = Dense(ch, kernel_init=self.style.init_last, dtype=self.dtype, name='proj')
+    return project(attention(q, k, v, self.kernel).reshape(x.shape))
 
 
 class Layer(NamedTuple):

@@ -124,6 +124,47 @@ def _one_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   return jnp.einsum('bqk,bkd->bqd', weights.astype(v.dtype), v)
 
 
+class Dense(nn.Dense):
+  """`nn.Dense`, computed as a product of two matrices, whatever the number of axes of its input.
+
+  On CPUs, XLA computes the gradient of the kernel up to three times as fast for such a product.
+  """
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """inputs: (..., D). Returns (..., features)."""
+    rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+    return rows.reshape(*inputs.shape[:-1], self.features)
+
+
+class HalvedDense(nn.Module):
+  """A dense layer with two outputs, such as a scale and a shift; its parameters are those of one layer for both, side by side.
+
+  The product and the bias are halved before they are added. The other way around, XLA's code for CPUs calls a function
+  for every element of the sum, because it is read at two places, and does not use vectors.
+
+  Attributes:
+    features: number of features of each output.
+    dtype: type of the outputs; None for that of the input and the parameters.
+    kernel_init: initializer of the kernel.
+  """
+
+  features: int
+  dtype: Any = None
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """inputs: (..., D). Returns two arrays (..., features)."""
+    rows, width = inputs.reshape(-1, inputs.shape[-1]), 2 * self.features
+    kernel = self.param('kernel', self.kernel_init, (rows.shape[-1], width))
+    bias = self.param('bias', nn.initializers.zeros, (width,))
+    rows, kernel, bias = nn.dtypes.promote_dtype(rows, kernel, bias, dtype=self.dtype)
+    products, biases = jnp.split(rows @ kernel, 2, axis=1), jnp.split(bias, 2)
+    shape = (*inputs.shape[:-1], self.features)
+    first, second = (p + b[None] for p, b in zip(products, biases, strict=True))
+    return first.reshape(shape), second.reshape(shape)
+
+
 class WeightEmbedding(nn.Module):
   """Embedding of the weight of guidance, to be added to the embedding of time (Meng et al. 2023).
 

@@ -24,7 +24,7 @@ from diffusion_distillation.networks.edm_blocks import (
   sinusoids,
   uniform,
 )
-from diffusion_distillation.networks.layers import GroupNorm, add_weight
+from diffusion_distillation.networks.layers import Dense, GroupNorm, add_weight
 from diffusion_distillation.networks.unet import DTYPES
 
 EMBEDDINGS = ('positional', 'fourier')
@@ -185,7 +185,7 @@ class SongUNet(EdmUNet):
     ch, dtype, taps, init = h.shape[-1], DTYPES[self.dtype], self.resample_filter, self.STYLE.init
     if self.encoder == 'skip':
       aux = resample(aux, 'down', taps)
-      return h + nn.Dense(ch, kernel_init=init, dtype=dtype, name=f'{name}_skip')(aux), aux
+      return h + Dense(ch, kernel_init=init, dtype=dtype, name=f'{name}_skip')(aux), aux
     margin = 1 + (len(taps) - 1) // 2
     padding = ((margin, margin), (margin, margin))
     wide = self.conv(ch, f'{name}_residual', padding=padding, dtype=dtype)(aux)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_distillation.networks.layers import attention
+from diffusion_distillation.networks.layers import Dense, HalvedDense, attention
 from diffusion_distillation.networks.unet2d import Style
 
 _EPSILON = 1e-6  # of the group norm before the blocks, whatever that of the residual blocks is
@@ -42,7 +42,7 @@ class CrossAttention(nn.Module):
   def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
     """x: (B, N, C); context: (B, T, D) or None. Returns (B, N, C)."""
     batch, tokens, ch = x.shape
-    dense = functools.partial(nn.Dense, ch, dtype=self.style.dtype)
+    dense = functools.partial(Dense, ch, dtype=self.style.dtype)
     source = x if context is None else context
     projected = (
       dense(use_bias=False, name=f'to_{name}')(h)
@@ -72,10 +72,9 @@ class TransformerBlock(nn.Module):
     attend = functools.partial(CrossAttention, self.num_heads, style)
     x = x + attend(name='attn1')(style.norm('norm1')(x), text if self.cross_only else None)
     x = x + attend(name='attn2')(style.norm('norm2')(x), text)
-    h = nn.Dense(8 * ch, dtype=style.dtype, name='ff.net.0.proj')(style.norm('norm3')(x))
-    h, gate = jnp.split(h, 2, axis=-1)
+    h, gate = HalvedDense(4 * ch, dtype=style.dtype, name='ff.net.0.proj')(style.norm('norm3')(x))
     h = h * nn.gelu(gate, approximate=False)
-    return x + nn.Dense(ch, dtype=style.dtype, name='ff.net.2')(h)
+    return x + Dense(ch, dtype=style.dtype, name='ff.net.2')(h)
 
 
 class Transformer(nn.Module):
@@ -96,7 +95,7 @@ class Transformer(nn.Module):
 
     def project(name: str, h: jax.Array) -> jax.Array:
       if style.linear:
-        return nn.Dense(ch, dtype=style.dtype, name=name)(h)
+        return Dense(ch, dtype=style.dtype, name=name)(h)
       return nn.Conv(ch, (1, 1), dtype=style.dtype, name=name)(h)
 
     h = project('proj_in', norm(x)).reshape(batch, height * width, ch)

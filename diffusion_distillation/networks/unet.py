@@ -19,8 +19,10 @@ from diffusion_distillation.networks.conditioning import Cond, Conditioning, con
 from diffusion_distillation.networks.denoiser import BOTTLENECK, ENCODED, INNERMOST
 from diffusion_distillation.networks.layers import (
   ATTENTION_KERNELS,
+  Dense,
   Dropout,
   GroupNorm,
+  HalvedDense,
   add_weight,
   attention,
 )
@@ -157,15 +159,14 @@ class ResBlock(nn.Module):
     dtype = self.dtype
     h = resample(nn.swish(GroupNorm(self.num_groups, dtype, name='norm1')(x)))
     h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv1')(h)
-    scale_shift = nn.Dense(2 * self.out_ch, dtype=dtype, name='temb_proj')(nn.swish(emb))
-    scale, shift = jnp.split(scale_shift, 2, axis=-1)
+    scale, shift = HalvedDense(self.out_ch, dtype, name='temb_proj')(nn.swish(emb))
     h = nn.swish(GroupNorm(self.num_groups, dtype, name='norm2')(h, scale, shift))
     h = Dropout(self.dropout)(h, deterministic)
     zeros = nn.initializers.zeros
     h = nn.Conv(self.out_ch, (3, 3), kernel_init=zeros, dtype=dtype, name='conv2')(h)
     shortcut = resample(x)
     if x.shape[-1] != self.out_ch:
-      shortcut = nn.Dense(self.out_ch, dtype=dtype, name='nin_shortcut')(shortcut)
+      shortcut = Dense(self.out_ch, dtype=dtype, name='nin_shortcut')(shortcut)
     return shortcut + h
 
 
@@ -184,9 +185,10 @@ class AttnBlock(nn.Module):
     num_heads = self.num_heads or ch // (self.head_dim or ch)
     features = (num_heads, ch // num_heads)
     dtype = self.dtype
-    h = GroupNorm(self.num_groups, dtype, name='norm')(x).reshape(batch, height * width, ch)
+    h = GroupNorm(self.num_groups, dtype, name='norm')(x).reshape(-1, ch)
     q, k, v = (nn.DenseGeneral(features, dtype=dtype, name=name)(h) for name in ('q', 'k', 'v'))
-    h = attention(q, k, v, self.kernel)
+    q, k, v = (part.reshape(batch, height * width, *features) for part in (q, k, v))
+    h = attention(q, k, v, self.kernel).reshape(-1, *features)
     zeros = nn.initializers.zeros
     h = nn.DenseGeneral(ch, axis=(-2, -1), kernel_init=zeros, dtype=dtype, name='proj_out')(h)
     return x + h.reshape(x.shape)

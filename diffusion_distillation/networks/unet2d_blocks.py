@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_distillation.networks.layers import (
+  Dense,
   Dropout,
   GroupNorm,
+  HalvedDense,
   attention,
 )
 from diffusion_distillation.networks.unet import downsample, upsample
@@ -91,14 +93,12 @@ class Resnet(nn.Module):
     h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv1')(h)
     if emb is None:
       h = style.norm('norm2')(h)
+    elif style.scale_shift:
+      scale, shift = HalvedDense(self.out_ch, dtype, name='time_emb_proj')(style.act(emb))
+      h = style.norm('norm2')(h, scale, shift)
     else:
-      width = 2 * self.out_ch if style.scale_shift else self.out_ch
-      projected = nn.Dense(width, dtype=dtype, name='time_emb_proj')(style.act(emb))
-      if style.scale_shift:
-        scale, shift = jnp.split(projected, 2, axis=-1)
-        h = style.norm('norm2')(h, scale, shift)
-      else:
-        h = style.norm('norm2')(h + projected[:, None, None, :])
+      term = Dense(self.out_ch, dtype=dtype, name='time_emb_proj')(style.act(emb))
+      h = style.norm('norm2')(h + term[:, None, None])
     h = Dropout(style.dropout)(style.act(h), deterministic)
     h = nn.Conv(self.out_ch, (3, 3), dtype=dtype, name='conv2')(h)
     x = resample(x)
@@ -122,7 +122,7 @@ class Attention(nn.Module):
     h = x if self.num_groups is None else self.style.norm('group_norm', self.num_groups)(x)
     h = h.reshape(batch, height * width, ch)
     shape = (batch, height * width, ch // self.head_dim, self.head_dim)
-    q, k, v = (nn.Dense(ch, dtype=dtype, name=f'to_{name}')(h).reshape(shape) for name in 'qkv')
+    q, k, v = (Dense(ch, dtype=dtype, name=f'to_{name}')(h).reshape(shape) for name in 'qkv')
     h = attention(q, k, v, self.style.kernel).reshape(batch, height * width, ch)
-    h = nn.Dense(ch, dtype=dtype, name='to_out.0')(h)
+    h = Dense(ch, dtype=dtype, name='to_out.0')(h)
     return (x + h.reshape(x.shape)) / self.divisor

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_distillation.networks.layers import Dropout, GroupNorm, attention
+from diffusion_distillation.networks.layers import Dense, Dropout, GroupNorm, HalvedDense, attention
 
 KEY = jax.random.key(0)
 OURS, THEIRS = GroupNorm(2), nn.GroupNorm(2)
@@ -120,3 +120,45 @@ def test_the_kernel_of_cudnn_is_asked_for_by_its_name(monkeypatch):
   q, k, v = jax.random.normal(KEY, (3, 2, 5, 3, 4))
   np.testing.assert_allclose(attention(q, k, v, 'cudnn'), attention(q, k, v), rtol=1e-5, atol=1e-6)
   assert asked == ['cudnn']
+
+
+def pulled(function, *args):
+  """The value of a function, and the gradients of the sum of its cosines."""
+  value, pull = jax.vjp(function, *args)
+  return value, pull(jax.tree.map(jnp.cos, value))
+
+
+def halves(params, x, dtype=None):
+  return tuple(jnp.split(nn.Dense(6, dtype=dtype).apply(params, x), 2, axis=-1))
+
+
+@pytest.mark.parametrize('shape', [(5, 4), (3, 2, 2, 4)])
+@pytest.mark.parametrize(
+  'layer, expected',
+  [
+    (Dense(6), nn.Dense(6).apply),
+    (Dense(6, use_bias=False), nn.Dense(6, use_bias=False).apply),
+    (HalvedDense(3), halves),
+  ],
+)
+def test_a_dense_layer_has_the_parameters_values_and_gradients_of_flaxs(layer, expected, shape):
+  x = jax.random.normal(KEY, shape)
+  initial = layer.init(KEY, x)
+  jax.tree.map(
+    np.testing.assert_array_equal, initial, nn.Dense(6, 'bias' in initial['params']).init(KEY, x)
+  )
+  params = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), initial)
+  found, wanted = pulled(layer.apply, params, x), pulled(expected, params, x)
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+def test_a_halved_dense_layer_in_bfloat16_is_flaxs():
+  x = jax.random.normal(KEY, (5, 4))
+  layer = HalvedDense(3, jnp.bfloat16, nn.initializers.normal())
+  params = layer.init(KEY, x)
+  expected = nn.Dense(6, kernel_init=nn.initializers.normal()).init(KEY, x)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  for found, wanted in zip(layer.apply(params, x), halves(params, x, jnp.bfloat16), strict=True):
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, wanted)

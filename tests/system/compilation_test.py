@@ -28,6 +28,13 @@ def test_one_device_has_the_kernels_and_several_have_not(monkeypatch):
   assert compilation.options() == compilation._QUICK
 
 
+@pytest.mark.parametrize('function', [lambda x: x @ x.T, lambda x: x.sum((0, 1))])
+def test_products_and_sums_are_computed_by_the_kernels(monkeypatch, function):
+  devices(monkeypatch, 1)
+  program = jax.jit(function, compiler_options=compilation.options())
+  assert 'ynn_fusion' in program.lower(jax.numpy.ones((64, 64))).compile().as_text()
+
+
 def test_choices_of_the_user_take_precedence(monkeypatch):
   devices(monkeypatch, 1)
   monkeypatch.setenv('XLA_FLAGS', f'--{KERNELS}= --xla_something=1')
