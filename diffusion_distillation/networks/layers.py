@@ -125,9 +125,9 @@ def _one_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Dense(nn.Dense):
-  """`nn.Dense`, computed as a product of two matrices, whatever the number of axes of its input.
+  """`nn.Dense` as a product of two matrices, whatever the number of axes of its input.
 
-  On CPUs, XLA computes the gradient of the kernel up to three times as fast for such a product.
+  On CPUs, XLA computes the gradient of the kernel faster for two axes than for more.
   """
 
   def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -137,10 +137,10 @@ class Dense(nn.Dense):
 
 
 class HalvedDense(nn.Module):
-  """A dense layer with two outputs, such as a scale and a shift; its parameters are those of one layer for both, side by side.
+  """The two halves of the output of `nn.Dense`, such as a scale and a shift.
 
-  The product and the bias are halved before they are added. The other way around, XLA's code for CPUs calls a function
-  for every element of the sum, because it is read at two places, and does not use vectors.
+  The product and the bias are halved before they are added. If their sum were halved, XLA's code for CPUs would compute it
+  in a function that is called for each element, which prevents vectorization.
 
   Attributes:
     features: number of features of each output.

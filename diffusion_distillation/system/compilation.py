@@ -67,9 +67,9 @@ class ComputeSection:
   )
 
 
-# Compiler options for CPUs. The kernels compute matrix products, convolutions and sums on all cores; with several virtual
-# devices, they would compete for the cores. The second group skips optimisations that take a third of the compilation time and do not
-# make programs faster.
+# Compiler options for CPUs. The kernels compute matrix products and sums on all cores; with several virtual devices, they
+# would compete for the cores. Most convolutions are left to XLA's own, which are faster. The second group skips optimisations
+# that take a third of the compilation time and do not make programs faster.
 _KERNELS = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE'}
 _QUICK = {'xla_backend_optimization_level': '1', 'xla_llvm_disable_expensive_passes': 'True'}
 # Without optimization, XLA's older emitters take less time than the default ones.
