@@ -89,9 +89,10 @@ def ours(connection: Any, batch: int, size: int) -> None:
 
   def prepare() -> tuple[Any, dict[str, Any], dict[str, Any]]:
     from diffusion_distillation.evaluation import inception
-    from diffusion_distillation.system import compilation, sharding
+    from diffusion_distillation.system import compilation, platforms, sharding
 
     compilation.use('none')
+    platforms.start()
     state = inception._checked(_state(), 'random weights')
     extractor = inception.InceptionExtractor(
       inception.Weights(inception._to_params(state), inception.NUM_LOGITS, '')

@@ -117,9 +117,10 @@ def ours(connection: Any, case: dict[str, Any]) -> None:
     import jax
 
     from benchmarks import cases, workloads
-    from diffusion_distillation.system import compilation
+    from diffusion_distillation.system import compilation, platforms
 
     compilation.use('none')
+    platforms.start()
     known = cases.Case(**case)
     connection.send(('ok', (workloads.describe(known), jax.default_backend(), jax.device_count())))
     flops = workloads.begin_counting_flops(known)

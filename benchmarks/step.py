@@ -19,7 +19,7 @@ from benchmarks.cases import Case
 from benchmarks.workloads import Row
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.networks.unet import DTYPES
-from diffusion_distillation.system import compilation
+from diffusion_distillation.system import compilation, platforms
 
 COLUMNS = (
   *('network', 'work', 'batch', 'images/s', 'ms (quartiles)', 'GFLOP', '% of peak'),
@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   if args.row:
     compilation.use('none')  # a cached program would hide the compilation time
+    platforms.start()
     try:
       print(json.dumps(workloads.measure(args.row, args.seconds).to_dict()))
     except UserError as error:

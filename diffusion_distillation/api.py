@@ -66,7 +66,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   check_keys(config, get_config('default'))
   expand_paths(config)
   compilation.use(config.compute.cache, config.compute.fast_cpu)
-  platforms.start()
+  platforms.start(config)
   interrupts.install()
   try:
     with interrupts.unsaved(), sharding.laid_out(**config.mesh):  # what the caller holds is not saved

@@ -7,13 +7,7 @@ import sys
 from diffusion_distillation.errors import Preempted, UserError, of_disk
 from diffusion_distillation.modes import MODES
 from diffusion_distillation.options import Options
-from diffusion_distillation.system import (
-  cluster,
-  interrupts,
-  platforms,
-)
-
-_WITHOUT_DEVICES = ('prepare', 'compare', 'keys')  # modes that compute nothing on a device
+from diffusion_distillation.system import cluster, interrupts
 
 
 def run(options: Options) -> int:
@@ -46,8 +40,6 @@ def _run(options: Options) -> int:
     if options.rest:
       raise UserError(f'unexpected arguments {list(options.rest)}; flags begin with --')
     _join(options)
-    if options.mode not in _WITHOUT_DEVICES:
-      platforms.start()
     MODES[options.mode](options)
   except UserError as error:
     return _fail(str(error), error.exit_code)

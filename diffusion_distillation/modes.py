@@ -45,16 +45,31 @@ from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, plan_checks, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
-from diffusion_distillation.system import compilation, files, sharding
+from diffusion_distillation.system import compilation, files, platforms, sharding
 
 
-def _config(options: Options) -> Config:
+def _start(config: Config | None = None) -> None:
+  """Sets up the compiler and starts the devices; all modes that compute something call it before they do."""
+  if config is None:
+    compilation.use()
+  else:
+    compilation.use(config.compute.cache, config.compute.fast_cpu)
+  platforms.start(config)
+
+
+def _given_config(options: Options) -> Config:
+  """Returns the config of the command line, without starting the devices."""
   if options.config is None:
     raise UserError(f'--mode={options.mode} needs --config, such as --config=digits')
   config = options.config
   check_keys(config, options.default)
   expand_paths(config)
-  compilation.use(config.compute.cache, config.compute.fast_cpu)
+  return config
+
+
+def _config(options: Options) -> Config:
+  config = _given_config(options)
+  _start(config)
   return config
 
 
@@ -62,7 +77,7 @@ def _stored_config(options: Options, directory: pathlib.Path) -> Config:
   """Returns the config that the workdir was made with."""
   config = workdir.read_config(directory, options.default)
   expand_paths(config)
-  compilation.use(config.compute.cache, config.compute.fast_cpu)
+  _start(config)
   return config
 
 
@@ -73,7 +88,7 @@ def _workdir(options: Options) -> pathlib.Path:
 
 
 def _prepare(options: Options) -> None:
-  config = _config(options)
+  config = _given_config(options)
   check_numbers(config)
   dataset = config.dataset
   if options.workdir is not None and _encode(config, _workdir(options)):
@@ -92,6 +107,7 @@ def _encode(config: Config, directory: pathlib.Path) -> bool:
   captions = workdir.open_captions(directory, config)
   if captions is None:
     return False
+  _start(config)
   found = encoded_texts.prepare(config, directory, captions)
   if files.writes():
     print(
@@ -135,7 +151,7 @@ def _import(options: Options) -> None:
 def _export(options: Options) -> None:
   if flag := options.given(_OF_SAMPLING):
     raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported with its own settings')
-  compilation.use()
+  _start()
   print(exporting.export(_workdir(options), options.stage, options.out, options.format))
 
 
@@ -181,7 +197,7 @@ def _stored_model(options: Options, directory: pathlib.Path) -> tuple[StoredMode
     return _model_of_workdir(options, directory, config), config.evaluation
   if options.stage is not None or options.weights != 'ema':
     raise UserError('--stage and --weights need the --workdir of a run, not the folder of a model')
-  compilation.use()
+  _start()
   return load(directory).stored, options.default.evaluation
 
 
@@ -286,7 +302,7 @@ def _compare(options: Options) -> None:
 
 
 def _features(options: Options) -> None:
-  compilation.use()
+  _start()
   print(feature_files.write(options.images, options.inception, options.out))
 
 
@@ -298,7 +314,7 @@ def _serve(options: Options) -> None:
   if (directory / 'config.json').is_file():
     _stored_config(options, directory)
   else:
-    compilation.use()
+    _start()
   page.serve(directory, options.port, options.guiding_model)
 
 

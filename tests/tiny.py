@@ -89,16 +89,16 @@ def with_extractor(workdir, finished):
   return workdir
 
 
-def start_main(*args, devices=1, **popen):
-  """main.py in its own process, on a number of virtual devices."""
-  xla_flags = f'--xla_force_host_platform_device_count={devices} {FAST_COMPILE}'
-  environment = os.environ | {'XLA_FLAGS': xla_flags}
+def start_main(*args, devices=None, **popen):
+  """main.py in its own process, on a number of virtual devices; None for as many as it takes by itself."""
+  count = '' if devices is None else f'--xla_force_host_platform_device_count={devices} '
+  environment = os.environ | {'XLA_FLAGS': count + FAST_COMPILE}
   command = [sys.executable, 'main.py', *map(str, args)]
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes | popen)
 
 
-def run_main(*args, devices=1):
+def run_main(*args, devices=None):
   """Runs main.py to its end; returns (exit code, stdout, stderr)."""
   process = start_main(*args, devices=devices)
   out, err = process.communicate(timeout=900)  # a guard against hanging, not a speed

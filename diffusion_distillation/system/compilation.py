@@ -57,8 +57,9 @@ class ComputeSection:
   )
   fast_cpu: bool = key(
     True,
-    "Whether programs for CPUs are compiled with the fastest known options that this version of jaxlib supports: XLA's "
-    'YNNPACK kernels, and less optimisation of the rest. `$XLA_FLAGS` takes precedence.',
+    'Whether a CPU with several cores becomes two devices, if all training batches are even and `mesh` is the default; on one device, '
+    "programs use XLA's YNNPACK kernels instead, if this version of jaxlib has them. Programs are also optimized less, which "
+    'compiles faster and runs as fast. `$JAX_NUM_CPU_DEVICES` and `$XLA_FLAGS` take precedence.',
   )
   cache: str = key(
     '',
@@ -68,7 +69,7 @@ class ComputeSection:
 
 
 # Compiler options for CPUs. The kernels compute matrix products and sums on all cores; with several virtual devices, they
-# would compete for the cores. Most convolutions are left to XLA's own, which are faster. The second group skips optimisations
+# would compete for the cores. Most convolutions are left to XLA's own, which are faster. The second group skips optimizations
 # that take a third of the compilation time and do not make programs faster.
 _KERNELS = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE'}
 _QUICK = {'xla_backend_optimization_level': '1', 'xla_llvm_disable_expensive_passes': 'True'}
