@@ -46,7 +46,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """Trains, distills and evaluates, as `--mode=train` does; resumes an interrupted run, and keeps finished stages.
 
   It runs in one process. Plan and progress are printed on stderr. The first SIGINT (Ctrl-C, or interrupting a notebook's kernel)
-  saves a checkpoint before it raises; a second one ends the process at once.
+  saves a checkpoint before it raises; a second one ends the process at once. A CPU becomes two devices of jax for the rest of the
+  process, unless jax has been used before or the config rules it out; see docs/scaling.md.
 
   Args:
     config: the config of the run, for example from `get_config`; it is not changed.
