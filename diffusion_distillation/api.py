@@ -11,7 +11,7 @@ from diffusion_distillation.config import Config, check_keys, check_known, expan
 from diffusion_distillation.errors import UserError
 from diffusion_distillation.run.compared import is_measured
 from diffusion_distillation.run.run import run
-from diffusion_distillation.system import compilation, files, interrupts, platforms, sharding
+from diffusion_distillation.system import files, interrupts, platforms, sharding
 
 
 def get_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -66,8 +66,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   config = config.copy_and_resolve_references()
   check_keys(config, get_config('default'))
   expand_paths(config)
-  compilation.use(config.compute.cache, config.compute.fast_cpu)
-  platforms.start(config)
+  platforms.set_up(config)
   interrupts.install()
   try:
     with interrupts.unsaved(), sharding.laid_out(**config.mesh):  # what the caller holds is not saved

@@ -45,16 +45,7 @@ from diffusion_distillation.serving import page
 from diffusion_distillation.stages import comparison, plan_checks, provenance, workdir
 from diffusion_distillation.stages.model import StoredModel
 from diffusion_distillation.stages.parts import make_sampler
-from diffusion_distillation.system import compilation, files, platforms, sharding
-
-
-def _start(config: Config | None = None) -> None:
-  """Sets up the compiler and starts the devices; all modes that compute something call it before they do."""
-  if config is None:
-    compilation.use()
-  else:
-    compilation.use(config.compute.cache, config.compute.fast_cpu)
-  platforms.start(config)
+from diffusion_distillation.system import files, platforms, sharding
 
 
 def _given_config(options: Options) -> Config:
@@ -69,7 +60,7 @@ def _given_config(options: Options) -> Config:
 
 def _config(options: Options) -> Config:
   config = _given_config(options)
-  _start(config)
+  platforms.set_up(config)
   return config
 
 
@@ -77,7 +68,7 @@ def _stored_config(options: Options, directory: pathlib.Path) -> Config:
   """Returns the config that the workdir was made with."""
   config = workdir.read_config(directory, options.default)
   expand_paths(config)
-  _start(config)
+  platforms.set_up(config)
   return config
 
 
@@ -107,7 +98,7 @@ def _encode(config: Config, directory: pathlib.Path) -> bool:
   captions = workdir.open_captions(directory, config)
   if captions is None:
     return False
-  _start(config)
+  platforms.set_up(config)
   found = encoded_texts.prepare(config, directory, captions)
   if files.writes():
     print(
@@ -151,7 +142,7 @@ def _import(options: Options) -> None:
 def _export(options: Options) -> None:
   if flag := options.given(_OF_SAMPLING):
     raise UserError(f'--{flag} only applies to --mode=sample: a stage is exported with its own settings')
-  _start()
+  platforms.set_up()
   print(exporting.export(_workdir(options), options.stage, options.out, options.format))
 
 
@@ -197,7 +188,7 @@ def _stored_model(options: Options, directory: pathlib.Path) -> tuple[StoredMode
     return _model_of_workdir(options, directory, config), config.evaluation
   if options.stage is not None or options.weights != 'ema':
     raise UserError('--stage and --weights need the --workdir of a run, not the folder of a model')
-  _start()
+  platforms.set_up()
   return load(directory).stored, options.default.evaluation
 
 
@@ -302,7 +293,7 @@ def _compare(options: Options) -> None:
 
 
 def _features(options: Options) -> None:
-  _start()
+  platforms.set_up()
   print(feature_files.write(options.images, options.inception, options.out))
 
 
@@ -314,7 +305,7 @@ def _serve(options: Options) -> None:
   if (directory / 'config.json').is_file():
     _stored_config(options, directory)
   else:
-    _start()
+    platforms.set_up()
   page.serve(directory, options.port, options.guiding_model)
 
 

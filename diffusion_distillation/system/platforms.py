@@ -12,10 +12,20 @@ import jax
 
 from diffusion_distillation.config import Config
 from diffusion_distillation.errors import UserError
+from diffusion_distillation.system import compilation
 
 CPU_DEVICES = 2  # the number of virtual devices of a CPU with at least as many cores
 _FORCED = 'xla_force_host_platform_device_count'  # jax's older way to set the number of virtual devices
 _INSTALL = {'cuda': 'cuda13', 'gpu': 'cuda13', 'tpu': 'tpu'}  # jax's extra for each platform
+
+
+def set_up(config: Config | None = None) -> None:
+  """Sets up the compiler and starts the devices, which must precede all other use of jax; see `start`."""
+  if config is None:
+    compilation.use()
+  else:
+    compilation.use(config.compute.cache, config.compute.fast_cpu)
+  start(config)
 
 
 def start(config: Config | None = None) -> None:
@@ -46,7 +56,7 @@ def start(config: Config | None = None) -> None:
 
 
 def _divide_cpu() -> None:
-  """Divides a CPU into virtual devices, which is faster than one: XLA computes much of a program on one core per device.
+  """Divides a CPU into virtual devices, which are faster than one device; docs/performance.md has the measurements.
 
   $JAX_NUM_CPU_DEVICES and $XLA_FLAGS take precedence, and the processes of a run with several have one device each.
   """
