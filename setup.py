@@ -16,7 +16,7 @@ setuptools.setup(
     'diffusion_distillation.configs',
   ],
   package_dir={'diffusion_distillation.configs': 'configs'},
-  entry_points={'console_scripts': ['diffusion-distillation = diffusion_distillation.command:main']},
+  entry_points={'console_scripts': ['diffusion-distillation = diffusion_distillation.__main__:main']},
   package_data={'diffusion_distillation.evaluation': ['*.html']},
   python_requires='>=3.11',
   install_requires=[

@@ -1,4 +1,4 @@
-"""Train, distill, evaluate and sample diffusion models. The entry point of `main.py` and `diffusion-distillation`."""
+"""Train, distill, evaluate and sample diffusion models."""
 
 import contextlib
 import importlib

@@ -1,6 +1,7 @@
 """Before jax starts: 8 virtual CPU devices, quick compilation, no silent broadcasting between ranks."""
 
 import fcntl
+import gc
 import os
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from tests import tiny
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {tiny.FAST_COMPILE}'
+gc.set_threshold(50_000)  # as in __main__.py
 # Programs are compiled once for all processes, and for later runs. The directory begins anew when it gets large, because it
 # collects the programs of every version of the code.
 _COMPILED = tiny.ROOT / '.pytest_cache' / 'compiled'

@@ -13,6 +13,7 @@ PACKAGE = ROOT / 'diffusion_distillation'
 
 # The floors, top to bottom: a file imports from its own folder and from the floors below it.
 FLOORS = [
+  ['__main__'],
   ['command'],
   ['cli', 'api'],
   ['modes'],
@@ -173,3 +174,13 @@ def test_import_is_quick_and_starts_no_backend():
     'found = {"tensorflow", "torch", "gradio", "uvicorn"} & set(sys.modules); assert not found, found'
   )
   subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT)
+
+
+def test_imports_of_the_program_are_rarely_interrupted_by_garbage_collection():
+  program = (
+    'import atexit, gc, runpy, sys; sys.argv = ["main.py", "--help"];'
+    'atexit.register(lambda: print(sum(each["collections"] for each in gc.get_stats()), file=sys.stderr));'
+    'runpy.run_path("main.py", run_name="__main__")'
+  )
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
+  assert '--workdir' in done.stdout and int(done.stderr) < 100, done.stderr
