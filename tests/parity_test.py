@@ -7,6 +7,7 @@ float32. Errors are relative, to the largest number of an array and in its norm.
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 import jax
@@ -149,9 +150,12 @@ def test_distillation_targets(num_steps):
   z = noised(group, logsnr)
   x = Progressive(num_steps, SCHEDULE, SnrTrunc()).target_x(bound('teacher'), z, i, None)
   target = process.from_x(z, logsnr, x)
-  check(f'{group}/x_target', target.x, 1e-4)
-  check(f'{group}/eps_target', target.eps, 1e-4)
-  check(f'{group}/v_target', process.velocity(target, logsnr), 1e-4)
+  # x follows from the difference of two z that are an angle of pi / 2N apart, which multiplies their rounding errors. For 512
+  # steps, the recorded values and ours are each a third of this limit away from the same formula in float64.
+  limit = max(1e-4, 10 * 2**-24 / math.sin(math.pi / (2 * num_steps)))
+  check(f'{group}/x_target', target.x, limit)
+  check(f'{group}/eps_target', target.eps, limit)
+  check(f'{group}/v_target', process.velocity(target, logsnr), limit)
 
 
 @pytest.mark.parametrize('weighting', LOSSES)
