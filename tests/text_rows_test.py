@@ -125,7 +125,7 @@ def test_prompts_of_a_file_are_measured_as_with_the_folder_of_the_model(measured
   read = clip.read(c.evaluation.clip)
   scores = 100 * np.sum(read.of_images(list(train.images)) * read.of_texts(train.captions), axis=-1)
   real = found['clip']['real_images']
-  rounding = 100 * 2**-23  # of a cosine: sums of products of unit vectors, however small they are
+  rounding = 100 * 2**-23  # of a hundredfold cosine, which is as large for a cosine near zero
   assert real == {
     'value': pytest.approx(scores.mean(), abs=rounding),
     'error': real['error'],

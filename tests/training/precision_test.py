@@ -61,11 +61,11 @@ def flat(tree):
 
 
 def test_recomputed_activations_give_the_same_gradient(computed):
-  """With the same dropout masks, to the rounding of a network; other masks change x by 0.8 of its largest value."""
+  """With the same dropout masks, but for rounding; other masks change x by 0.8 of its largest value, and the gradient by 0.3."""
   x, grads = computed()
   again, grads_again = computed(remat=True)
-  np.testing.assert_allclose(again, x, atol=1e-5 * np.abs(x).max())
-  np.testing.assert_allclose(flat(grads_again), flat(grads), atol=1e-5 * np.abs(flat(grads)).max())
+  np.testing.assert_allclose(again, x, atol=1e-6 * np.abs(x).max())
+  np.testing.assert_allclose(flat(grads_again), flat(grads), atol=1e-6 * np.abs(flat(grads)).max())
 
 
 @pytest.mark.parametrize('remat', [False, True])
