@@ -38,7 +38,7 @@ from diffusion_distillation.stages import extending, plan
 from diffusion_distillation.stages.provenance import Model
 from diffusion_distillation.stages.stage import Stage
 from diffusion_distillation.stages.workdir import lock_workdir
-from diffusion_distillation.system import interrupts, sharding
+from diffusion_distillation.system import interrupts, platforms, sharding
 from diffusion_distillation.system.files import read_json, write_json
 from diffusion_distillation.training import step
 
@@ -270,6 +270,7 @@ def main(
   interrupts.install()
   began, text = time.monotonic(), ''
   try:
+    platforms.start()
     with lock_workdir(options.workdir):
       bench = Bench(options.workdir.absolute(), options.scale)
       for seed in range(options.seeds):

@@ -10,7 +10,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Iterator
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import ml_collections
@@ -113,19 +113,20 @@ def costs(models: list[Model]) -> dict[str, float]:
   }
 
 
+def _of(rows: list[dict[str, Any]], name: str, num_steps: int) -> list[dict[str, Any]]:
+  """The rows of a schedule and a number of steps, one per seed."""
+  return [row for row in rows if (row['part'], row['num_steps']) == (name, num_steps)]
+
+
 def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
   """Tables of quality by number of steps, and of the cost of the rounds to 4 steps and to 1, relative to the base model."""
   names = [name for name in SCHEDULES if any(row['part'] == name for row in rows)]
-
-  def of(name: str, num_steps: int) -> list[dict[str, Any]]:
-    return [row for row in rows if (row['part'], row['num_steps']) == (name, num_steps)]
-
-  body = [[name, *(spread(row['value'] for row in of(name, n)) for n in STEPS)] for name in names]
+  body = [[name, *(spread(row['value'] for row in _of(rows, name, n)) for n in STEPS)] for name in names]
   yield markdown(['schedule', *(f'{n} step{"s" * (n > 1)}' for n in STEPS)], body)
   for num_steps in (4, 1):
     body = []
     for name in names:
-      found = of(name, num_steps)
+      found = _of(rows, name, num_steps)
       if not found:
         continue
       updates = [f'{mean(row[key] for row in found):,.0f}' for key in ('base_updates', 'updates')]
@@ -142,28 +143,41 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-  """Figure of quality against training cost: one line per schedule and seed, one point per number of steps."""
-  drawing = Figure(figsize=(6.4, 4.4), layout='constrained')
-  axes = drawing.add_subplot(
-    xlabel='network evaluations in training, each of one image, in thousands',
-    ylabel='FD-digits',
-    yscale='log',
-  )
-  for k, name in enumerate(SCHEDULES):
-    for seed in sorted({row['seed'] for row in rows if row['part'] == name}):
-      found = [row for row in rows if (row['part'], row['seed']) == (name, seed)]
-      found.sort(key=lambda row: -row['num_steps'])
-      x = [(row['calls'] + row['base_calls']) / 1e3 for row in found]
-      y = [row['value'] for row in found]
-      axes.plot(x, y, f'C{k}o-', alpha=0.7, label=None if seed else name)
-      for row, at in zip(found, zip(x, y, strict=True), strict=True):
-        axes.annotate(str(row['num_steps']), at, xytext=(3, 4), textcoords='offset points', fontsize=7)
-  axes.yaxis.set_major_formatter('{x:g}')
-  axes.yaxis.set_minor_formatter('{x:g}')
-  axes.grid(color='#e5e7eb', which='both')
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.legend(frameon=False, fontsize=8)
+  """Figure of quality against the evaluations and the minutes of training: one line per schedule, one point per number of steps.
+
+  Points are means over seeds, and bars standard deviations.
+  """
+  drawing = Figure(figsize=(10, 4.4), layout='constrained')
+  left, right = drawing.subplots(1, 2, sharey=True)
+  for axes, unit, key, label in (
+    (left, 1e3, 'calls', 'network evaluations in training, each of one image, in thousands'),
+    (right, 60, 'seconds', 'minutes of training'),
+  ):
+    for k, name in enumerate(SCHEDULES):
+      columns = [_of(rows, name, n) for n in STEPS if _of(rows, name, n)]
+      if not columns:
+        continue
+      x = [[(row[key] + row[f'base_{key}']) / unit for row in column] for column in columns]
+      y = [[row['value'] for row in column] for column in columns]
+      (x, x_bars), (y, y_bars) = _means_and_deviations(x), _means_and_deviations(y)
+      axes.errorbar(x, y, y_bars, x_bars, f'C{k}o-', markersize=4, capsize=2, alpha=0.8, label=name)
+      for column, at in zip(columns, zip(x, y, strict=True), strict=True):
+        text = str(column[0]['num_steps'])
+        axes.annotate(text, at, xytext=(3, 4), textcoords='offset points', fontsize=7)
+    axes.set(xlabel=label, yscale='log')
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('{x:g}')
+    axes.grid(color='#e5e7eb', which='both')
+    axes.spines[['top', 'right']].set_visible(False)
+  left.set_ylabel('FD-digits')
+  left.legend(frameon=False, fontsize=8)
   return drawing
+
+
+def _means_and_deviations(columns: list[list[float]]) -> tuple[list[float], list[float]]:
+  """The mean and the standard deviation of each column; 0 if it has one value."""
+  deviations = [stdev(column) if len(column) > 1 else 0.0 for column in columns]
+  return [mean(column) for column in columns], deviations
 
 
 def write(bench: Bench) -> str:

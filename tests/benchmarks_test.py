@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -318,6 +319,30 @@ def conditional():
   config.model.conditional, config.model.output, config.model.head_dim = True, 'both', 4
   config.model.num_res_blocks = 2
   return config
+
+
+def test_the_figure_of_schedules_has_means_over_seeds_with_bars():
+  """Two seeds of one schedule and one of another; the costs of the base model count."""
+
+  def rows(name, seed, num_steps, value):
+    costs = {'base_calls': 4000, 'calls': 1000, 'base_seconds': 60.0, 'seconds': 60.0 * (seed + 1)}
+    return {'part': name, 'seed': seed, 'num_steps': num_steps, 'value': value, **costs}
+
+  found = [
+    rows('demo', 0, 4, 3.0),
+    rows('demo', 1, 4, 5.0),
+    rows('demo', 1, 1, 8.0),
+    rows('short', 1, 1, 9.0),
+  ]
+  evaluations, minutes = schedules.figure(found).axes
+  demo, short = minutes.containers
+  assert [one.get_label() for one in minutes.containers] == ['demo', 'short']
+  assert demo[0].get_xydata().tolist() == [[2.5, 4.0], [3.0, 8.0]]
+  assert short[0].get_xydata().tolist() == [[3.0, 9.0]]
+  deviations = [[np.ptp(line, axis=0).max() / 2 for line in bars.get_segments()] for bars in demo[2]]
+  np.testing.assert_allclose(deviations, [[0.5**0.5, 0.0], [2**0.5, 0.0]], rtol=1e-6)
+  assert evaluations.containers[0][0].get_xydata().tolist() == [[5.0, 4.0], [5.0, 8.0]]
+  assert [text.get_text() for text in minutes.texts] == ['4', '1', '1']
 
 
 @pytest.mark.slow
