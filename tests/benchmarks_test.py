@@ -1,17 +1,14 @@
 """The benchmarks of speed: their arithmetic, their flags, and each of them at the smallest size."""
 
-import copy
 import dataclasses
 import json
 import os
 import subprocess
 import time
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from benchmarks import ablation, cases, growth, measuring, rival, schedules, step, workloads
+from benchmarks import cases, growth, measuring, rival, step, workloads
 from benchmarks.cases import Case
 from benchmarks.workloads import Row
 from configs import digits
@@ -319,56 +316,3 @@ def conditional():
   config.model.conditional, config.model.output, config.model.head_dim = True, 'both', 4
   config.model.num_res_blocks = 2
   return config
-
-
-def test_the_figure_of_schedules_has_means_over_seeds_with_bars():
-  """Two seeds of one schedule and one of another; the costs of the base model count."""
-
-  def rows(name, seed, num_steps, value):
-    costs = {'base_calls': 4000, 'calls': 1000, 'base_seconds': 60.0, 'seconds': 60.0 * (seed + 1)}
-    return {'part': name, 'seed': seed, 'num_steps': num_steps, 'value': value, **costs}
-
-  found = [
-    rows('demo', 0, 4, 3.0),
-    rows('demo', 1, 4, 5.0),
-    rows('demo', 1, 1, 8.0),
-    rows('short', 1, 1, 9.0),
-  ]
-  evaluations, minutes = schedules.figure(found).axes
-  demo, short = minutes.containers
-  assert [one.get_label() for one in minutes.containers] == ['demo', 'short']
-  assert demo[0].get_xydata().tolist() == [[2.5, 4.0], [3.0, 8.0]]
-  assert short[0].get_xydata().tolist() == [[3.0, 9.0]]
-  deviations = [[np.ptp(line, axis=0).max() / 2 for line in bars.get_segments()] for bars in demo[2]]
-  np.testing.assert_allclose(deviations, [[0.5**0.5, 0.0], [2**0.5, 0.0]], rtol=1e-6)
-  assert evaluations.containers[0][0].get_xydata().tolist() == [[5.0, 4.0], [5.0, 8.0]]
-  assert [text.get_text() for text in minutes.texts] == ['4', '1', '1']
-
-
-@pytest.mark.slow
-def test_schedules_share_a_base_and_count_what_each_costs(monkeypatch, tmp_path):
-  """A half and a quarter a round from one base, two updates each; the rows, the costs, the tables, and no row twice."""
-  changes = {'distill__start_steps': 4, 'train__num_updates': 2, 'train__batch_size': 8}
-  config = tiny.config(**changes, distill__batch_size=8, evaluation__num_samples=64)
-  monkeypatch.setattr(digits, 'get_config', lambda: copy.deepcopy(config))
-  halves = schedules.Schedule(factor=(2,), updates=(2,), rates=(1e-3,))
-  quarter = schedules.Schedule(factor=(4,), updates=(1,), rates=(1e-3,))
-  monkeypatch.setattr(schedules, 'SCHEDULES', {'halves': halves, 'quarter': quarter})
-  monkeypatch.setattr(schedules, 'STEPS', (4, 2, 1))
-  bench = ablation.Bench(tmp_path, 1.0)
-  for _ in range(2):
-    for name in schedules.SCHEDULES:
-      schedules.run(name, bench, 3)
-  rows = {(row['part'], row['num_steps']): row for row in bench.rows}
-  assert sorted(rows) == [('halves', 1), ('halves', 2), ('halves', 4), ('quarter', 1), ('quarter', 4)]
-  assert len(bench.rows) == len(rows) and all(row['seed'] == 3 for row in bench.rows)
-  assert rows['halves', 4]['value'] == rows['quarter', 4]['value'] != rows['halves', 2]['value']
-  # A round by halves calls the student once and the teacher twice for each of 8 images, one by quarters 1 + 4.
-  assert [rows[key]['updates'] for key in (('halves', 4), ('halves', 2), ('halves', 1))] == [0, 2, 4]
-  assert [rows[key]['calls'] for key in (('halves', 1), ('quarter', 1))] == [4 * 8 * 3, 8 * 5]
-  assert rows['quarter', 1]['base_calls'] == 2 * 8 and rows['quarter', 1]['seconds'] > 0
-  quality, _, to_one = schedules.tables(bench.rows)
-  assert schedules.write(bench) == (tmp_path / 'schedules.md').read_text().rstrip()
-  assert len(Image.open(tmp_path / 'schedules.png').getcolors(1 << 20)) > 20
-  assert f'| quarter | {rows["quarter", 4]["value"]:.3g} |  | ' in quality.replace('not measured', '')
-  assert '| halves | 2 | 4 | 2.00 | 6.00 | ' in to_one
