@@ -48,7 +48,7 @@ def test_the_figure_of_schedules_has_means_over_seeds_with_bars():
 
 @pytest.mark.slow
 def test_schedules_share_a_base_and_count_what_each_costs(monkeypatch, tmp_path):
-  """A half and a quarter a round from one base, two updates each; the rows, the costs, the tables, and no row twice."""
+  """Rounds that halve and one that quarters share a base model; each row exists once, with its costs, and is in the tables."""
   changes = {'distill__start_steps': 4, 'train__num_updates': 2, 'train__batch_size': 8}
   config = tiny.config(**changes, distill__batch_size=8, evaluation__num_samples=64)
   monkeypatch.setattr(digits, 'get_config', lambda: copy.deepcopy(config))
